@@ -1,0 +1,85 @@
+"""Is a result right? A slice of it against fp32 maths in NumPy, away from the GPU's own rounding."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .points import Point
+
+ROWS = 64
+FACTOR = 2.0  # design rule: twice the error of the same maths with roundings to the input dtype
+ATOL = 1e-5  # outputs over 16,384 keys are as small as 1e-2
+
+
+class WrongResult(Exception):
+    """A contender's output is further from the truth than its dtype explains."""
+
+
+def _attention(query, key, value, visible, scale, dtype="float32"):
+    """[R,H], [S,H], [S,V], bool [R,S] -> [R,V] in fp32, where scores, probabilities and output are
+    rounded to `dtype` on the way."""
+
+    def rounded(x):
+        return x.astype(jnp.dtype(dtype)).astype(np.float32)
+
+    scores = np.where(visible, rounded(query @ key.T * scale), -np.inf)
+    peak = np.max(scores, axis=1, keepdims=True)
+    weights = np.exp(scores - np.where(np.isfinite(peak), peak, 0))
+    total = np.sum(weights, axis=1, keepdims=True)
+    return rounded(rounded(weights) @ value / np.where(total > 0, total, 1))
+
+
+@jax.jit
+def _head(x, b, n):
+    return x[b, :, n]
+
+
+def _fetch(x: jax.Array, b: int, n: int) -> np.ndarray:
+    """One head of one batch entry, fp32. Compiled once per shape: b and n are traced."""
+    return np.asarray(_head(x, b, n)).astype(np.float32)
+
+
+def check_forward(point: Point, inputs: tuple[jax.Array, ...], out: jax.Array) -> float:
+    """Compares three groups of 64 rows, of the first and last head of the first and last batch entry.
+
+    Returns the worst error as a share of what is allowed. Raises WrongResult above 1, or at a NaN.
+    """
+    query, key, value = inputs
+    shape = (point.batch, point.seqlen, point.num_heads_q, point.head_dim_v)
+    if out.shape != shape:
+        raise WrongResult(f"{point.name}: output has shape {out.shape}, expected {shape}")
+    begin, end = point.intervals()
+    scale = point.head_dim**-0.5
+    group = point.num_heads_q // point.num_heads_k
+    rows = min(ROWS, point.seqlen)
+    starts = sorted({0, (point.seqlen - rows) // 2, point.seqlen - rows})
+    worst = 0.0
+    for b in sorted({0, point.batch - 1}):
+        for n in sorted({0, point.num_heads_q - 1}):
+            k, v = (_fetch(x, b, n // group) for x in (key, value))
+            q_head, out_head = _fetch(query, b, n), _fetch(out, b, n)
+            for start in starts:
+                span = slice(start, start + rows)
+                q, got = q_head[span], out_head[span]
+                position = np.arange(point.seqlen)
+                visible = (position >= begin[span, None]) & (position < end[span, None])
+                truth = _attention(q, k, v, visible, scale)
+                rounded = _attention(q, k, v, visible, scale, dtype=point.dtype)
+                allowed = FACTOR * np.max(np.abs(rounded - truth)) + ATOL
+                error = np.max(np.abs(got - truth))
+                if not error <= allowed:  # a NaN fails too
+                    raise WrongResult(
+                        f"{point.name}: batch {b}, head {n}, rows {start} to {start + rows - 1}: "
+                        f"error {error:.2e}, allowed {allowed:.2e}"
+                    )
+                worst = max(worst, float(error / allowed))
+    return worst
+
+
+def check_intervals(point: Point, inputs: tuple[jax.Array, ...], intervals) -> float:
+    """The conversion of segments must be exact. Returns 0 or raises WrongResult."""
+    names = ("key_begin", "key_end")
+    for name, got, wanted in zip(names, intervals, point.intervals(), strict=True):
+        if not np.array_equal(np.asarray(got)[0], wanted):
+            raise WrongResult(f"{point.name}: {name} differs from the documents' bounds")
+    return 0.0

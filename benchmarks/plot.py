@@ -1,0 +1,61 @@
+"""The FlashAttention-3 paper's plots: TFLOP/s against sequence length per head dim and mask."""
+
+from pathlib import Path
+from typing import Any
+
+COLOURS = {"fa3": "C3", "cudnn": "C0", "pallas": "C1", "flash-attn3-jax": "C2"}
+
+
+def plot(report: dict[str, Any], folder: Path) -> list[Path]:
+    """Writes one PNG per pass of the suites "paper" and "quick". Raises ImportError without matplotlib."""
+    import matplotlib  # pyright: ignore[reportMissingImports]
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt  # pyright: ignore[reportMissingImports]
+
+    folder.mkdir(parents=True, exist_ok=True)
+    grid = [r for r in report["points"] if r["suite"] in ("paper", "quick")]
+    written = []
+    for pass_name in dict.fromkeys(r["pass_name"] for r in grid):
+        results = [r for r in grid if r["pass_name"] == pass_name]
+        masks = list(dict.fromkeys(r["mask"] for r in results))
+        dims = sorted({r["head_dim"] for r in results})
+        size = (4.5 * len(dims), 3.2 * len(masks))
+        figure, axes = plt.subplots(
+            len(masks), len(dims), figsize=size, squeeze=False, layout="constrained"
+        )
+        for row, mask in enumerate(masks):
+            for column, dim in enumerate(dims):
+                chosen = [r for r in results if r["mask"] == mask and r["head_dim"] == dim]
+                _panel(axes[row][column], sorted(chosen, key=lambda r: r["seqlen"]))
+                axes[row][column].set_title(f"head dim {dim}, {mask}")
+        figure.legend(*_legend(axes), loc="outside lower center", ncols=4)
+        figure.suptitle(f"{pass_name}, {report['environment']['gpu']}")
+        path = folder / f"{pass_name}.png"
+        figure.savefig(path, dpi=150)
+        plt.close(figure)
+        written.append(path)
+    return written
+
+
+def _legend(axes: Any) -> tuple[list[Any], list[str]]:
+    """Every contender once: not everybody runs every head dim."""
+    entries = {}
+    for axis in axes.flat:
+        handles, labels = axis.get_legend_handles_labels()
+        entries |= dict(zip(labels, handles, strict=True))
+    return list(entries.values()), list(entries)
+
+
+def _panel(axis: Any, results: list[dict[str, Any]]) -> None:
+    """Bars side by side, one group per length, as in the paper's figure 5."""
+    ran = (name for r in results for name, x in r["results"].items() if "tflops" in x)
+    names = list(dict.fromkeys(ran))
+    width = 0.8 / max(len(names), 1)
+    for i, name in enumerate(names):
+        heights = [r["results"].get(name, {}).get("tflops", 0) for r in results]
+        places = [x + (i - (len(names) - 1) / 2) * width for x in range(len(results))]
+        axis.bar(places, heights, width, label=name, color=COLOURS.get(name))
+    axis.set_xticks(range(len(results)), [str(r["seqlen"]) for r in results])
+    axis.set_xlabel("sequence length")
+    axis.set_ylabel("TFLOP/s")

@@ -1,0 +1,86 @@
+// The Python module jax_fa3._C: XLA's handlers, what was built, and the plan's pure functions.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "common/mask.h"
+#include "common/tile_scheduler.h"
+#include "dispatch.h"
+#include "ffi.h"
+#include "plan.h"
+
+namespace nb = nanobind;
+
+namespace {
+
+nb::dict ffi_targets() {
+  auto const capsule = [](auto* handler) { return nb::capsule(reinterpret_cast<void*>(handler)); };
+  nb::dict targets;
+  targets["jax_fa3.fwd.v1"] = capsule(jax_fa3_fwd);
+  targets["jax_fa3.segment_intervals.v1"] = capsule(jax_fa3_segment_intervals);
+  return targets;
+}
+
+std::vector<std::tuple<std::string, int, int>> kernels() {
+  std::vector<std::tuple<std::string, int, int>> built;
+  for (auto const& [dtype, name] : {std::pair{jax_fa3::DType::kBFloat16, "bfloat16"},
+                                    std::pair{jax_fa3::DType::kFloat16, "float16"}}) {
+    if (!jax_fa3::is_built(dtype)) continue;
+    for (auto const& size : jax_fa3::kKernelSizes) {
+      built.emplace_back(name, size.head_dim, size.head_dim_v);
+    }
+  }
+  return built;
+}
+
+// The mask of one batch entry as the kernels see it; closed forms only.
+jax_fa3::Mask closed_form_mask(int seqlen_q, int seqlen_k, int64_t window_left,
+                               int64_t window_right, int const* query_offset, int const* length_q,
+                               int const* length_k) {
+  return {seqlen_q, seqlen_k, window_left, window_right, query_offset,
+          0,        length_q, length_k,    nullptr,      nullptr};
+}
+
+}  // namespace
+
+NB_MODULE(_C, module) {
+  module.def("ffi_targets", &ffi_targets, "Name -> capsule of every XLA FFI handler.");
+  module.def("ffi_api_version", [] { return std::pair{XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR}; });
+  module.def("kernels", &kernels, "(dtype, head_dim, head_dim_v) of every kernel built.");
+  module.def("tile", [](int head_dim, int head_dim_v, bool few_keys) {
+    auto const tile = jax_fa3::fwd_tile(head_dim, head_dim_v, few_keys);
+    return std::pair{tile.block_m, tile.block_n};
+  });
+  module.def("heads_per_section", &jax_fa3::heads_per_section);
+  module.def("tile_order", [](int num_m_blocks, int num_heads, int batch, int section) {
+    jax_fa3::TileOrder const order{num_m_blocks, num_heads, batch, section};
+    std::vector<std::tuple<int, int, int>> tiles;
+    for (int index = 0; index < order.num_tiles(); ++index) {
+      auto const tile = order(index);
+      tiles.emplace_back(tile.m_block, tile.head, tile.batch);
+    }
+    return tiles;
+  });
+  module.def("tile_of_round", &jax_fa3::tile_of_round);
+  module.def("row_interval",
+             [](int row, int seqlen_q, int seqlen_k, int64_t window_left, int64_t window_right,
+                int query_offset, int length_q, int length_k) {
+               auto const interval = closed_form_mask(seqlen_q, seqlen_k, window_left, window_right,
+                                                      &query_offset, &length_q, &length_k)
+                                         .row_interval(0, row);
+               return std::pair{interval.begin, interval.end};
+             });
+  module.def("block_range", [](std::vector<std::pair<int, int>> const& rows, int block) {
+    jax_fa3::IntervalHull hull;
+    for (auto const& [begin, end] : rows) hull.add({begin, end});
+    auto const blocks = hull.blocks(block);
+    return std::tuple{blocks.begin, blocks.full_begin, blocks.full_end, blocks.end};
+  });
+}

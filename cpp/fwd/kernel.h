@@ -1,0 +1,92 @@
+// The forward kernel: persistent CTAs of one producer warpgroup and two or three consumers.
+#pragma once
+
+#include <cutlass/arch/reg_reconfig.h>
+#include <cutlass/cutlass.h>
+
+#include "fwd/epilogue.h"
+#include "fwd/load.h"
+#include "fwd/mma.h"
+
+namespace jax_fa3::fwd {
+
+template <class Traits>
+CUTLASS_DEVICE void init_barriers(typename Traits::SharedStorage& storage) {
+  constexpr int kConsumerWarps = Traits::kConsumerWarpgroups * 4;
+  for (int warpgroup = 0; warpgroup < Traits::kConsumerWarpgroups; ++warpgroup) {
+    storage.query_full[warpgroup].init(1);
+    storage.query_empty[warpgroup].init(4);
+  }
+  storage.out_stored.init(kConsumerWarps);
+  storage.value_staged.init(1);
+  storage.key_pipeline.init(kConsumerWarps);
+  storage.value_pipeline.init(kConsumerWarps);
+  storage.work_pipeline.init(kConsumerWarps + 1);  // and the loading warp
+  cutlass::arch::fence_barrier_init();
+}
+
+template <class Traits>
+CUTLASS_DEVICE void consume(Params const& params, typename Traits::SharedStorage& storage,
+                            int warpgroup) {
+  Turns<Traits::kConsumerWarpgroups> const turns{warpgroup};
+  ConsumerState<Traits> state;
+  Tensor tOrO = partition_fragment_C(typename Traits::MmaPV{},
+                                     Shape<Int<Traits::kBlockM>, Int<Traits::kHeadDimV>>{});
+  int const tile_row = warpgroup * 64 + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
+
+  turns.start();
+  for (;; state.work.advance()) {
+    storage.work_pipeline.full[state.work.stage].wait(state.work.phase);
+    Work const work = storage.work[state.work.stage];
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) storage.work_pipeline.empty[state.work.stage].arrive();
+    if (work.last) break;
+
+    auto const find_rows = [&](Interval(&rows)[kRowsPerThread]) {
+      CUTLASS_PRAGMA_UNROLL
+      for (int row = 0; row < kRowsPerThread; ++row) {
+        rows[row] = params.mask.row_interval(
+            work.tile.batch, work.tile.m_block * Traits::kBlockM + tile_row + row * 8);
+      }
+    };
+    Interval rows[kRowsPerThread];
+    Softmax softmax{params.softmax_scale_log2};
+    if (work.blocks.begin < work.blocks.end) {
+      mma<Traits>(params, storage, state, turns, work.blocks, find_rows, rows, softmax, tOrO);
+    } else {
+      find_rows(rows);
+    }
+    store<Traits>(params, storage, work.tile, warpgroup, rows, softmax, tOrO);
+  }
+  tma_store_wait<0>();
+}
+
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads, 1)
+    fwd_kernel(__grid_constant__ Params const params) {
+  extern __shared__ char memory[];
+  auto& storage = *reinterpret_cast<typename Traits::SharedStorage*>(memory);
+  int const warp = cutlass::canonical_warp_idx_sync();
+
+  if (warp == 0 && elect_one_sync()) {
+    prefetch_tma_descriptor(&params.query);
+    prefetch_tma_descriptor(&params.key);
+    prefetch_tma_descriptor(&params.value);
+    init_barriers<Traits>(storage);
+  }
+  __syncthreads();
+
+  if (warp < 4) {
+    cutlass::arch::warpgroup_reg_dealloc<Traits::kProducerRegisters>();
+    if (warp == 0) {
+      load<Traits>(params, storage);
+    } else if (warp == 1) {
+      schedule<Traits>(params, storage);
+    }
+  } else {
+    cutlass::arch::warpgroup_reg_alloc<Traits::kConsumerRegisters>();
+    consume<Traits>(params, storage, warp / 4 - 1);
+  }
+}
+
+}  // namespace jax_fa3::fwd

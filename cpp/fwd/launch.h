@@ -1,0 +1,96 @@
+// Host side of the forward kernel: Problem -> descriptors and scalars -> launch. Nothing here
+// allocates, synchronises or reads device memory; CUDA graphs can capture it.
+#pragma once
+
+#include <cutlass/numeric_types.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "fwd/fwd.h"
+#include "fwd/kernel.h"
+
+namespace jax_fa3::fwd {
+
+#define JAX_FA3_RETURN_IF_ERROR(expression)                           \
+  if (cudaError_t const error = (expression); error != cudaSuccess) { \
+    return error;                                                     \
+  }
+
+template <class Traits>
+cudaError_t make_params(Problem const& problem, Params* params) {
+  Problem const& p = problem;
+  // Without keys nothing is read, but a descriptor must point somewhere.
+  Operand key = p.key;
+  Operand value = p.value;
+  if (p.seqlen_k == 0) key.data = value.data = p.query.data;
+  JAX_FA3_RETURN_IF_ERROR(make_tensor_map(&params->query, p.query, p.head_dim, p.seqlen_q,
+                                          p.num_heads_q, p.batch, Traits::kSlab, 64));
+  JAX_FA3_RETURN_IF_ERROR(make_tensor_map(&params->key, key, p.head_dim, p.seqlen_k, p.num_heads_k,
+                                          p.batch, Traits::kSlab, Traits::kBlockN));
+  JAX_FA3_RETURN_IF_ERROR(make_tensor_map(&params->value, value, p.head_dim_v, p.seqlen_k,
+                                          p.num_heads_k, p.batch, Traits::kSlabV, Traits::kBlockN));
+  if (p.out_dtype == DType::kFloat32) {
+    params->out_fp32 = static_cast<float*>(p.out.data);
+  } else {
+    JAX_FA3_RETURN_IF_ERROR(make_tensor_map(&params->out, p.out, p.head_dim_v, p.seqlen_q,
+                                            p.num_heads_q, p.batch, Traits::kSlabV, 64));
+  }
+  params->out_batch_stride = p.out.batch_stride;
+  params->out_seqlen_stride = p.out.seqlen_stride;
+  params->out_head_stride = p.out.head_stride;
+  params->lse = p.lse;
+  params->mask = p.mask;
+  params->num_heads_q = p.num_heads_q;
+  params->group = p.num_heads_q / p.num_heads_k;
+  params->head_dim_v = p.head_dim_v;
+  // Without a mask all tiles are equally long: they are dealt out in fixed rounds, head by head.
+  bool const masked = p.mask.restricts();
+  params->tile_counter = masked ? p.tile_counter : nullptr;
+  int const section = masked
+                          ? heads_per_section(p.seqlen_k, p.head_dim, p.head_dim_v, params->group)
+                          : params->group;
+  params->order = {ceil_div(p.seqlen_q, Traits::kBlockM), p.num_heads_q, p.batch, section};
+  bool const capped = p.soft_cap != 0.f;
+  params->softmax_scale = capped ? p.soft_cap : p.softmax_scale;
+  params->softmax_scale_log2 = params->softmax_scale * static_cast<float>(M_LOG2E);
+  params->cap_scale = capped ? p.softmax_scale / p.soft_cap : 0.f;
+  return cudaSuccess;
+}
+
+template <class Traits>
+cudaError_t launch_tile(Problem const& problem, cudaStream_t stream) {
+  Params params{};
+  JAX_FA3_RETURN_IF_ERROR(make_params<Traits>(problem, &params));
+
+  // Per device, so not remembered across calls: one process may hold several devices.
+  int device = 0;
+  int num_sms = 0;
+  JAX_FA3_RETURN_IF_ERROR(cudaGetDevice(&device));
+  JAX_FA3_RETURN_IF_ERROR(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device));
+  constexpr int kSharedBytes = sizeof(typename Traits::SharedStorage);
+  JAX_FA3_RETURN_IF_ERROR(cudaFuncSetAttribute(
+      fwd_kernel<Traits>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
+  int const num_ctas = std::min(num_sms, params.order.num_tiles());
+  if (params.tile_counter != nullptr) {
+    JAX_FA3_RETURN_IF_ERROR(cudaMemsetAsync(params.tile_counter, 0, sizeof(int), stream));
+  }
+  fwd_kernel<Traits><<<num_ctas, Traits::kThreads, kSharedBytes, stream>>>(params);
+  return cudaGetLastError();
+}
+
+template <DType kDType, int kHeadDim, int kHeadDimV>
+cudaError_t launch(Problem const& problem, cudaStream_t stream) {
+  using Element =
+      std::conditional_t<kDType == DType::kBFloat16, cutlass::bfloat16_t, cutlass::half_t>;
+  constexpr bool kTwoTiles =
+      fwd_tile(kHeadDim, kHeadDimV, true).block_m != fwd_tile(kHeadDim, kHeadDimV, false).block_m;
+  if constexpr (kTwoTiles) {
+    if (few_keys(problem.mask)) {
+      return launch_tile<Traits<Element, kHeadDim, kHeadDimV, true>>(problem, stream);
+    }
+  }
+  return launch_tile<Traits<Element, kHeadDim, kHeadDimV, false>>(problem, stream);
+}
+
+}  // namespace jax_fa3::fwd

@@ -1,0 +1,148 @@
+// The producer warpgroup: one warp chooses tiles, one warp brings Q, K and V by TMA.
+#pragma once
+
+#include "common/tma.h"
+#include "fwd/params.h"
+#include "fwd/traits.h"
+
+namespace jax_fa3::fwd {
+
+// Picks the CTA's next tile and works out which key blocks it visits, while the others are still
+// busy with the last one.
+template <class Traits>
+CUTLASS_DEVICE void schedule(Params const& params, typename Traits::SharedStorage& storage) {
+  int const lane = threadIdx.x % 32;
+  int const num_tiles = params.order.num_tiles();
+  PipelineState<Traits::kWorkStages> state;
+  for (int round = 0;; ++round, state.advance()) {
+    storage.work_pipeline.empty[state.stage].wait(state.phase ^ 1);
+    int const index = next_tile(round, blockIdx.x, gridDim.x, params.tile_counter);
+    Work work{};
+    work.last = index >= num_tiles;
+    if (!work.last) {
+      work.tile = params.order(index);
+      IntervalHull hull;
+      CUTLASS_PRAGMA_UNROLL
+      for (int row = 0; row < Traits::kBlockM; row += 32) {
+        hull.add(params.mask.row_interval(work.tile.batch,
+                                          work.tile.m_block * Traits::kBlockM + row + lane));
+      }
+      hull.min_begin = __reduce_min_sync(~0u, hull.min_begin);
+      hull.max_begin = __reduce_max_sync(~0u, hull.max_begin);
+      hull.min_end = __reduce_min_sync(~0u, hull.min_end);
+      hull.max_end = __reduce_max_sync(~0u, hull.max_end);
+      work.blocks = hull.blocks(Traits::kBlockN);
+      // The soft cap is applied where the mask is: every block takes that way.
+      if (params.cap_scale != 0.f) work.blocks.full_end = work.blocks.full_begin;
+    }
+    if (lane == 0) {
+      storage.work[state.stage] = work;
+      storage.work_pipeline.full[state.stage].arrive();
+    }
+    __syncwarp();
+    if (work.last) return;
+  }
+}
+
+template <class Traits>
+CUTLASS_DEVICE void load(Params const& params, typename Traits::SharedStorage& storage) {
+  constexpr int kBlockM = Traits::kBlockM;
+  constexpr int kBlockN = Traits::kBlockN;
+  constexpr auto kKeep = TMA::CacheHintSm90::EVICT_LAST;       // K and V: read by many tiles
+  constexpr auto kReadOnce = TMA::CacheHintSm90::EVICT_FIRST;  // Q
+  int const lane = threadIdx.x % 32;
+
+  PipelineState<Traits::kWorkStages> work_state;
+  PipelineState<Traits::kStages> key_state;
+  PipelineState<Traits::kStages> value_state;
+  uint32_t query_phase = 0;
+  uint32_t out_phase = 0;
+  uint32_t staged_phase = 0;
+
+  for (;; work_state.advance()) {
+    storage.work_pipeline.full[work_state.stage].wait(work_state.phase);
+    Work const work = storage.work[work_state.stage];
+    __syncwarp();
+    if (lane == 0) storage.work_pipeline.empty[work_state.stage].arrive();
+    if (work.last) return;
+    int const batch = work.tile.batch;
+    int const head_k = work.tile.head / params.group;
+
+    auto const load_key = [&](int n_block) {
+      if (lane == 0) {
+        auto& pipeline = storage.key_pipeline;
+        pipeline.empty[key_state.stage].wait(key_state.phase ^ 1);
+        pipeline.full[key_state.stage].arrive_and_expect_tx(Traits::kSizeK * 2);
+        tma_load_rows<kBlockN, Traits::kHeadDim, Traits::kSlab>(
+            params.key, reinterpret_cast<uint64_t*>(&pipeline.full[key_state.stage]), kKeep,
+            storage.key + key_state.stage * Traits::kSizeK, n_block * kBlockN, head_k, batch);
+      }
+      key_state.advance();
+    };
+
+    int const length_k = params.mask.length_k(batch);
+    auto const load_value = [&](int n_block) {
+      auto& pipeline = storage.value_pipeline;
+      uint16_t* const smem = storage.value + value_state.stage * Traits::kSizeV;
+      // Rows at or past the length may hold anything; a probability of 0 does not silence NaN.
+      int const valid_rows = length_k - n_block * kBlockN;
+      bool const boundary = valid_rows < kBlockN && length_k < params.mask.seqlen_k;
+      FullBarrier& full = boundary ? storage.value_staged : pipeline.full[value_state.stage];
+      if (lane == 0) {
+        pipeline.empty[value_state.stage].wait(value_state.phase ^ 1);
+        full.arrive_and_expect_tx(Traits::kSizeV * 2);
+        tma_load_rows<kBlockN, Traits::kHeadDimV, Traits::kSlabV>(
+            params.value, reinterpret_cast<uint64_t*>(&full), kKeep, smem, n_block * kBlockN,
+            head_k, batch);
+      }
+      if (boundary) {
+        __syncwarp();
+        storage.value_staged.wait(staged_phase);
+        staged_phase ^= 1;
+        // A row is contiguous within its slab, whatever the swizzle.
+        constexpr int kVectors = Traits::kSlabV / 8;
+        for (int slab = 0; slab < Traits::kHeadDimV / Traits::kSlabV; ++slab) {
+          auto* const rows = reinterpret_cast<uint4*>(smem + slab * kBlockN * Traits::kSlabV);
+          for (int i = valid_rows * kVectors + lane; i < kBlockN * kVectors; i += 32) {
+            rows[i] = uint4{0, 0, 0, 0};
+          }
+        }
+        cutlass::arch::fence_view_async_shared();
+        __syncwarp();
+        if (lane == 0) pipeline.full[value_state.stage].arrive();
+      }
+      value_state.advance();
+    };
+
+    BlockRange const blocks = work.blocks;
+    bool const visits = blocks.begin < blocks.end;
+    if (visits) {
+      load_key(blocks.end - 1);
+      for (int warpgroup = 0; warpgroup < Traits::kConsumerWarpgroups; ++warpgroup) {
+        if (lane != 0) break;
+        storage.query_empty[warpgroup].wait(query_phase ^ 1);
+        FullBarrier& full = storage.query_full[warpgroup];
+        full.arrive_and_expect_tx(64 * Traits::kHeadDim * 2);
+        tma_load_rows<kBlockM, Traits::kHeadDim, Traits::kSlab>(
+            params.query, reinterpret_cast<uint64_t*>(&full), kReadOnce,
+            storage.query + warpgroup * 64 * Traits::kSlab,
+            work.tile.m_block * kBlockM + warpgroup * 64, work.tile.head, batch);
+      }
+      query_phase ^= 1;
+    }
+    if constexpr (Traits::kOutOverValue) {
+      // The previous tile's output still lies in V's memory.
+      storage.out_stored.wait(out_phase ^ 1);
+      out_phase ^= 1;
+    }
+    if (visits) {
+      for (int n_block = blocks.end - 2; n_block >= blocks.begin; --n_block) {
+        load_key(n_block);
+        load_value(n_block + 1);
+      }
+      load_value(blocks.begin);
+    }
+  }
+}
+
+}  // namespace jax_fa3::fwd

@@ -1,0 +1,191 @@
+// The mainloop of a consumer warpgroup.
+//
+// Two overlaps hide the exponentials behind the tensor cores (FlashAttention-3, section 3): the
+// warpgroups take turns (ping-pong), and within one warpgroup S of the next block is computed
+// together with P V of the last, whose softmax is already done.
+#pragma once
+
+#include "common/softmax.h"
+#include "fwd/params.h"
+#include "fwd/traits.h"
+
+namespace jax_fa3::fwd {
+
+// Issues C += A B as one group of wgmmas. C (and A, if in registers) must rest until the wait.
+template <class Mma, class A, class B, class C>
+CUTLASS_DEVICE void issue_gemm(Mma mma, A const& a, B const& b, C& c) {
+  constexpr bool kRegistersA = !is_base_of<GMMA::DescriptorIterator, typename Mma::FrgTypeA>::value;
+  if constexpr (kRegistersA) warpgroup_fence_operand(const_cast<A&>(a));
+  warpgroup_fence_operand(c);
+  warpgroup_arrive();
+  CUTLASS_PRAGMA_UNROLL
+  for (int k = 0; k < size<2>(a); ++k) {
+    cute::gemm(mma, a(_, _, k), b(_, _, k), c);
+    mma.accumulate_ = GMMA::ScaleOut::One;
+  }
+  warpgroup_commit_batch();
+}
+
+// Positions in the pipelines, kept from tile to tile.
+template <class Traits>
+struct ConsumerState {
+  PipelineState<Traits::kStages> key;
+  PipelineState<Traits::kStages> value;
+  PipelineState<Traits::kWorkStages> work;
+  uint32_t query_phase = 0;
+};
+
+// Sets scores outside [begin, end) to -inf; `column` is the key index of the thread's column 0.
+template <class Scores>
+CUTLASS_DEVICE void mask_scores(Scores& scores, Interval const (&rows)[kRowsPerThread],
+                                int column) {
+  int begin[kRowsPerThread], end[kRowsPerThread];
+  CUTLASS_PRAGMA_UNROLL
+  for (int row = 0; row < kRowsPerThread; ++row) {
+    begin[row] = rows[row].begin - column;
+    end[row] = rows[row].end - column;
+  }
+  CUTLASS_PRAGMA_UNROLL
+  for (int i = 0; i < size(scores); ++i) {
+    int const row = fragment_row(i);
+    bool const visible = fragment_column(i) >= begin[row] && fragment_column(i) < end[row];
+    scores(i) = visible ? scores(i) : -INFINITY;
+  }
+}
+
+CUTLASS_DEVICE float tanh_approx(float x) {
+  float y;
+  asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Computes O (not yet divided by the row sums) and the softmax statistics of one tile, from the
+// last key block to the first. `find_rows` tells the thread's rows their intervals; it is called
+// while the tensor cores are already at work.
+template <class Traits, class FindRows, class Out>
+CUTLASS_DEVICE void mma(Params const& params, typename Traits::SharedStorage& storage,
+                        ConsumerState<Traits>& state, Turns<Traits::kConsumerWarpgroups> turns,
+                        BlockRange blocks, FindRows const& find_rows,
+                        Interval (&rows)[kRowsPerThread], Softmax& softmax, Out& tOrO) {
+  using Element = typename Traits::Element;
+  constexpr int kBlockN = Traits::kBlockN;
+  // A wide O is rescaled while S is being computed; a narrow one between two GEMMs of its own,
+  // while the other warpgroups compute.
+  constexpr bool kRescaleBeside = Traits::kHeadDimV > 128;
+
+  typename Traits::MmaQK mma_qk;
+  typename Traits::MmaPV mma_pv;
+  auto const memory = [](uint16_t* p) { return make_smem_ptr(reinterpret_cast<Element*>(p)); };
+  Tensor sQ = make_tensor(memory(storage.query), typename Traits::LayoutQ{});
+  Tensor sK = make_tensor(memory(storage.key), typename Traits::LayoutK{});
+  Tensor sVt = make_tensor(memory(storage.value), typename Traits::LayoutVt{});
+  // The warpgroup's first thread stands for all: descriptors are the same across a warpgroup.
+  auto const group_qk = mma_qk.get_slice(turns.warpgroup * 128);
+  auto const group_pv = mma_pv.get_slice(turns.warpgroup * 128);
+  Tensor tSrQ = group_qk.partition_fragment_A(sQ);
+  Tensor tSrK = group_qk.partition_fragment_B(sK);
+  Tensor tOrV = group_pv.partition_fragment_B(sVt);
+  Tensor tSrS = partition_fragment_C(mma_qk, Shape<Int<Traits::kBlockM>, Int<kBlockN>>{});
+  // P as the A operand of P V: the same elements in the same order as S in the accumulator.
+  Tensor tOrP = make_fragment_like<Element>(
+      group_pv.partition_A(make_tensor<Element>(Shape<Int<Traits::kBlockM>, Int<kBlockN>>{})));
+  static_assert(size(tOrP) == size(tSrS));
+
+  int const lane_column = threadIdx.x % 4 * 2;
+  bool const elected = threadIdx.x % 32 == 0;
+  auto& keys = storage.key_pipeline;
+  auto& values = storage.value_pipeline;
+
+  auto const issue_scores = [&] {
+    mma_qk.accumulate_ = GMMA::ScaleOut::Zero;
+    issue_gemm(mma_qk, tSrQ, tSrK(_, _, _, state.key.stage), tSrS);
+  };
+  auto const issue_out = [&] { issue_gemm(mma_pv, tOrP, tOrV(_, _, _, state.value.stage), tOrO); };
+  auto const release = [&](auto& pipeline, auto& position) {
+    if (elected) pipeline.empty[position.stage].arrive();
+    position.advance();
+  };
+  // After the tile's last S, Q may be overwritten.
+  auto const release_query = [&](int n_block) {
+    if (elected && n_block == blocks.begin) storage.query_empty[turns.warpgroup].arrive();
+  };
+  auto const mask_block = [&](int n_block) {
+    if (params.cap_scale != 0.f) {
+      CUTLASS_PRAGMA_UNROLL
+      for (int i = 0; i < size(tSrS); ++i) tSrS(i) = tanh_approx(tSrS(i) * params.cap_scale);
+    }
+    mask_scores(tSrS, rows, n_block * kBlockN + lane_column);
+  };
+  auto const convert = [&] {
+    Tensor packed = recast<uint32_t>(tOrP);
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < size(packed); ++i) {
+      packed(i) = pack<Element>(tSrS(2 * i), tSrS(2 * i + 1));
+    }
+  };
+
+  // The last block: nothing to overlap with.
+  int n_block = blocks.end - 1;
+  storage.query_full[turns.warpgroup].wait(state.query_phase);
+  state.query_phase ^= 1;
+  keys.full[state.key.stage].wait(state.key.phase);
+  turns.wait();
+  issue_scores();
+  turns.pass();
+  clear(tOrO);
+  find_rows(rows);
+  warpgroup_wait<0>();
+  warpgroup_fence_operand(tSrS);
+  release(keys, state.key);
+  if (n_block < blocks.full_begin || n_block >= blocks.full_end) mask_block(n_block);
+  softmax.update_max(tSrS);
+  release_query(n_block);
+  softmax.template exponentiate<0, 1>(tSrS);
+  convert();
+  --n_block;
+
+  // S of block n beside P V of block n + 1.
+  auto const step = [&](auto masked) {
+    keys.full[state.key.stage].wait(state.key.phase);
+    turns.wait();
+    issue_scores();
+    if constexpr (kRescaleBeside) softmax.rescale_out(tOrO);
+    values.full[state.value.stage].wait(state.value.phase);
+    issue_out();
+    turns.pass();
+    warpgroup_wait<1>();
+    warpgroup_fence_operand(tSrS);
+    release(keys, state.key);
+    if constexpr (decltype(masked)::value) mask_block(n_block);
+    softmax.update_max(tSrS);
+    // P V was issued right behind S and is done soon after. Waiting for it amid the exponentials
+    // frees V early and lets the rescaling of O fill the latency of the second half. (The release
+    // of Q keeps ptxas from moving the wait further up.)
+    softmax.template exponentiate<0, 2>(tSrS);
+    release_query(n_block);
+    warpgroup_wait<0>();
+    warpgroup_fence_operand(tOrO);
+    release(values, state.value);
+    softmax.template exponentiate<1, 2>(tSrS);
+    convert();
+    if constexpr (!kRescaleBeside) softmax.rescale_out(tOrO);
+  };
+  while (n_block >= blocks.begin) {
+    if (n_block < blocks.full_end) {
+      for (; n_block >= blocks.full_begin; --n_block) step(false_type{});
+    }
+    if (n_block >= blocks.begin) {
+      step(true_type{});
+      --n_block;
+    }
+  }
+
+  if constexpr (kRescaleBeside) softmax.rescale_out(tOrO);
+  values.full[state.value.stage].wait(state.value.phase);
+  issue_out();
+  warpgroup_wait<0>();
+  warpgroup_fence_operand(tOrO);
+  release(values, state.value);
+}
+
+}  // namespace jax_fa3::fwd

@@ -1,0 +1,32 @@
+// What the forward kernel gets: descriptors and scalars, by value, in constant memory.
+#pragma once
+
+#include <cuda.h>
+
+#include "common/mask.h"
+#include "common/tile_scheduler.h"
+
+namespace jax_fa3::fwd {
+
+struct Params {
+  CUtensorMap query;  // [b, t, n, h]
+  CUtensorMap key;    // [b, s, k, h]
+  CUtensorMap value;  // [b, s, k, v]
+  CUtensorMap out;    // [b, t, n, v], unused where out_fp32 is set
+  float* out_fp32;    // [b, t, n, v] or null
+  float* lse;         // [b, n, t]
+  Mask mask;
+  TileOrder order;
+  int* tile_counter;  // 0 at the start, or null: tiles are dealt in fixed rounds
+  int num_heads_q;
+  int group;  // query heads of one key/value head
+  int head_dim_v;
+  int64_t out_batch_stride, out_seqlen_stride, out_head_stride;  // of out_fp32, in elements
+  // Scores x = q.k become exponents: softmax_scale * x, or with a soft cap
+  // softmax_scale * tanh(cap_scale * x), where softmax_scale is then the cap.
+  float softmax_scale;
+  float softmax_scale_log2;
+  float cap_scale;  // 0: no soft cap
+};
+
+}  // namespace jax_fa3::fwd

@@ -1,0 +1,112 @@
+// Shape of the machine code of one forward kernel: tile, warpgroups, registers, shared memory.
+#pragma once
+
+#include <cute/tensor.hpp>
+
+#include "common/barriers.h"
+#include "common/mask.h"
+#include "common/tile_scheduler.h"
+#include "common/wgmma_64x80.h"
+#include "plan.h"
+
+namespace jax_fa3::fwd {
+
+using namespace cute;
+
+// What the scheduler warp tells the others about the next tile.
+struct Work {
+  TileCoord tile;
+  BlockRange blocks;
+  bool last;  // no tile: the CTA is done
+};
+
+template <class Element_, int kHeadDim_, int kHeadDimV_, bool kFewKeys>
+struct Traits {
+  using Element = Element_;
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kHeadDimV = kHeadDimV_;
+  static constexpr FwdTile kTile = fwd_tile(kHeadDim, kHeadDimV, kFewKeys);
+  static constexpr int kBlockM = kTile.block_m;
+  static constexpr int kBlockN = kTile.block_n;
+  static constexpr bool kOutOverValue = kTile.out_over_value;
+  static constexpr int kStages = 2;  // of K and of V
+  // Tiles taken ahead of the one at hand: just the one whose loads begin early. More would leave
+  // the last tiles to CTAs that are not done yet.
+  static constexpr int kWorkStages = 1;
+
+  // One producer warpgroup (a warp loads, a warp schedules), then the consumers, 64 rows each.
+  static constexpr int kConsumerWarpgroups = kBlockM / 64;
+  static constexpr int kConsumerThreads = kConsumerWarpgroups * 128;
+  static constexpr int kThreads = 128 + kConsumerThreads;
+  static constexpr int kProducerRegisters = kConsumerWarpgroups == 2 ? 40 : 32;
+  static constexpr int kConsumerRegisters = kConsumerWarpgroups == 2 ? 232 : 160;
+  static_assert(kConsumerWarpgroups == 2 || kConsumerWarpgroups == 3);
+
+  // Columns of a swizzled slab: 128-byte rows, or 64-byte rows where 64 does not divide the width.
+  static constexpr int slab(int head_dim) { return head_dim % 64 == 0 ? 64 : 32; }
+  static constexpr int kSlab = slab(kHeadDim);
+  static constexpr int kSlabV = slab(kHeadDimV);
+
+  // GEMMs of one consumer warpgroup: S = Q K^T from shared memory, O += P V with P in registers.
+  static constexpr auto qk_operation() {
+    if constexpr (kBlockN == 80) {
+      return Wgmma64x80x16<Element>{};
+    } else {
+      return GMMA::ss_op_selector<Element, Element, float,
+                                  Shape<_64, Int<kBlockN>, Int<kHeadDim>>>();
+    }
+  }
+  using MmaQK =
+      decltype(make_tiled_mma(qk_operation(), Layout<Shape<Int<kConsumerWarpgroups>, _1, _1>>{}));
+  using MmaPV = decltype(make_tiled_mma(
+      GMMA::rs_op_selector<Element, Element, float, Shape<_64, Int<kHeadDimV>, Int<kBlockN>>,
+                           GMMA::Major::K, GMMA::Major::MN>(),
+      Layout<Shape<Int<kConsumerWarpgroups>, _1, _1>>{}));
+  static_assert(tile_size<1>(MmaQK{}) == kBlockN && tile_size<1>(MmaPV{}) == kHeadDimV,
+                "one wgmma must span the tile: declare its shape");
+
+  template <int kWidth>
+  using AtomK = std::conditional_t<kWidth == 64, GMMA::Layout_K_SW128_Atom<Element>,
+                                   GMMA::Layout_K_SW64_Atom<Element>>;
+  template <int kWidth>
+  using AtomMN = std::conditional_t<kWidth == 64, GMMA::Layout_MN_SW128_Atom<Element>,
+                                    GMMA::Layout_MN_SW64_Atom<Element>>;
+  using LayoutQ = decltype(tile_to_shape(AtomK<kSlab>{}, Shape<Int<kBlockM>, Int<kHeadDim>>{}));
+  using LayoutK =
+      decltype(tile_to_shape(AtomK<kSlab>{}, Shape<Int<kBlockN>, Int<kHeadDim>, Int<kStages>>{}));
+  // V^T: the same memory as V [n, v] in slabs, read as [v, n].
+  using LayoutVt = decltype(tile_to_shape(
+      AtomMN<kSlabV>{}, Shape<Int<kHeadDimV>, Int<kBlockN>, Int<kStages>>{}, Step<_2, _1, _3>{}));
+
+  static constexpr int kSizeQ = kBlockM * kHeadDim;
+  static constexpr int kSizeK = kBlockN * kHeadDim;  // of one stage
+  static constexpr int kSizeV = kBlockN * kHeadDimV;
+  static constexpr int kSizeOut = kBlockM * kHeadDimV;
+
+  struct SharedStorage {
+    alignas(1024) uint16_t query[kSizeQ];
+    alignas(1024) uint16_t key[kStages * kSizeK];
+    alignas(1024) uint16_t value[kStages * kSizeV];
+    alignas(1024) uint16_t own_out[kOutOverValue ? 1 : kSizeOut];
+    FullBarrier query_full[kConsumerWarpgroups];  // each warpgroup's 64 rows by themselves
+    EmptyBarrier query_empty[kConsumerWarpgroups];
+    EmptyBarrier out_stored;   // kOutOverValue: the output has left V's memory
+    FullBarrier value_staged;  // V has landed, its rows past the length are still to be zeroed
+    Pipeline<kStages> key_pipeline;
+    Pipeline<kStages> value_pipeline;
+    Pipeline<kWorkStages> work_pipeline;
+    Work work[kWorkStages];
+
+    CUTLASS_DEVICE uint16_t* out() {
+      if constexpr (kOutOverValue) {
+        return value;
+      } else {
+        return own_out;
+      }
+    }
+  };
+  static_assert(!kOutOverValue || kSizeOut <= kStages * kSizeV);
+  static_assert(sizeof(SharedStorage) <= 227 * 1024);
+};
+
+}  // namespace jax_fa3::fwd

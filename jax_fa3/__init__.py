@@ -1,0 +1,24 @@
+"""FlashAttention-3 for JAX on Hopper GPUs; the same function in plain JAX everywhere else."""
+
+from jax.export import DisabledSafetyCheck as _DisabledSafetyCheck
+
+from . import _ffi
+from ._attention import dot_product_attention, is_supported, qkv_dot_product_attention
+from ._autodiff import RESIDUAL_NAMES
+from ._mask import key_intervals
+
+__all__ = [
+    "DISABLE_JAX_EXPORT_CHECKS",
+    "RESIDUAL_NAMES",
+    "dot_product_attention",
+    "is_supported",
+    "key_intervals",
+    "qkv_dot_product_attention",
+]
+__version__ = "0.1.0"
+
+# For jax.export.export(..., disabled_checks=jax_fa3.DISABLE_JAX_EXPORT_CHECKS), which otherwise
+# refuses custom calls that are not JAX's own.
+DISABLE_JAX_EXPORT_CHECKS = tuple(map(_DisabledSafetyCheck.custom_call, _ffi.TARGETS))
+
+_ffi.register()

@@ -1,0 +1,220 @@
+"""The public functions. The docstring of dot_product_attention defines the semantics."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Unpack, overload
+
+import jax
+from jax import Array
+from jax.typing import ArrayLike
+
+from . import _arguments, _dispatch
+from ._arguments import Implementation, Options
+from ._autodiff import attend
+from ._checks import Integers
+
+
+@overload
+def dot_product_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    bias: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    *,
+    return_residual: Literal[False] = False,
+    **options: Unpack[Options],
+) -> Array: ...
+
+
+@overload
+def dot_product_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    bias: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    *,
+    return_residual: Literal[True],
+    **options: Unpack[Options],
+) -> tuple[Array, Array]: ...
+
+
+def dot_product_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    bias: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    *,
+    scale: ArrayLike | None = None,
+    is_causal: bool = False,
+    query_seq_lengths: Integers | None = None,
+    key_value_seq_lengths: Integers | None = None,
+    local_window_size: int | tuple[int, int] | None = None,
+    query_offset: Integers = 0,
+    query_segment_ids: Integers | None = None,
+    key_value_segment_ids: Integers | None = None,
+    key_begin: Integers | None = None,
+    key_end: Integers | None = None,
+    logits_soft_cap: float | None = None,
+    deterministic_backward: bool = False,
+    implementation: Implementation | None = None,
+    return_residual: bool = False,
+) -> Array | tuple[Array, Array]:
+    """softmax(scale * query key^T) value, exactly, over the keys that each query row sees.
+
+    FlashAttention-3 (Shah et al., arXiv 2407.08608) on Hopper GPUs, plain JAX elsewhere. The first
+    arguments are those of jax.nn.dot_product_attention, with its meanings.
+
+    Letters: B batch, T query length, S key length, N query heads, K key/value heads, H head dim of
+    query and key, V head dim of value. Query, key and value may all lack B; then the arguments per
+    batch entry lack it too (or have a leading 1). "int32" takes any integers that fit.
+
+    Args:
+        query, key, value: [B, T, N, H], [B, S, K, H], [B, S, K, V] of one floating dtype; N is a
+            multiple of K, and query head n reads key/value head n // (N // K). The kernels take
+            bfloat16 and float16, H and V multiples of 8 up to 256.
+        bias, mask: added to the scaled scores, and bool with False for hidden; broadcastable to
+            [B, N, T, S]. XLA only: they take memory T * S.
+        scale: of the scores; default 1 / sqrt(H). The kernels take a static float > 0, XLA any
+            real scalar, traced or not.
+        is_causal: row i sees key j only if j <= i + query_offset. With query_offset 0 the masks are
+            aligned top left, as in jax.nn (FlashAttention-2 and -3: bottom right, S - T).
+        query_seq_lengths, key_value_seq_lengths: int32 [B]; rows from the length on are padding.
+        local_window_size: w or (left, right), ints >= 0: row i sees key j only if
+            i + query_offset - left <= j <= i + query_offset + right.
+        query_offset: the position of query row 0 among the keys; an int of any size, or int32, []
+            or [B].
+        query_segment_ids, key_value_segment_ids: int32 [B, T] and [B, S], both or neither: rows see
+            keys of their own id. Among the keys each id >= 0 must be one contiguous run: a query
+            row whose id is not gets NaN, in results and gradients. The ids of the query may come in
+            any order. Negative ids are padding: such rows see no key, such keys are seen by nobody.
+        key_begin, key_end: int32 [B, T]: row i sees keys in [key_begin[i], key_end[i]); either may
+            be left out. `key_intervals` turns all of the mask arguments into these two.
+        logits_soft_cap: static float c > 0: the scaled scores become c * tanh(scores / c), before
+            bias and masks.
+        deterministic_backward: gradients that are equal bit by bit from run to run.
+        implementation: "fa3", the kernels, or "xla", plain JAX with memory linear in T and S; both
+            without fallback. None takes the kernels when lowered for CUDA if they can take the
+            arguments and a local device is a Hopper GPU or no local device is CUDA's; else XLA, with
+            a warning on a machine with a Hopper GPU.
+        return_residual: also return the log-sum-exp.
+
+    Returns:
+        [B, T, N, V] in query's dtype. With return_residual a tuple of it and the natural logarithm
+        of the sum of exp(scores) over the visible keys, fp32 (fp64 for fp64 inputs) [B, T, N],
+        which is differentiable.
+
+    A row sees the keys that all of the masks above let it see. One that sees none gives 0, its
+    log-sum-exp is -inf, its gradients are 0. Lengths and intervals are clamped to [0, T] and
+    [0, S]; positions, offsets and windows behave as exact integers. Padding past the lengths may
+    hold anything, NaN too; elsewhere inputs must be finite. Scores, softmax and sums are fp32
+    (fp64 for fp64 inputs); the softmax's weights are rounded to the inputs' dtype for their product
+    with value.
+
+    The kernels have first derivatives, in reverse mode; with "xla" every order and mode works.
+
+    Raises:
+        ValueError: shapes, dtypes or combinations that mean nothing, at trace time.
+        NotImplementedError: with "fa3", what the kernels do not support, and machines without a
+            Hopper GPU, at trace time; lowering for other platforms than CUDA, at lowering.
+            `is_supported` asks beforehand.
+    """
+    tensors, sizes, batched = _arguments.operands(query, key, value)
+    call = _arguments.parse(
+        sizes,
+        batched,
+        bias,
+        mask,
+        scale=scale,
+        is_causal=is_causal,
+        query_seq_lengths=query_seq_lengths,
+        key_value_seq_lengths=key_value_seq_lengths,
+        local_window_size=local_window_size,
+        query_offset=query_offset,
+        query_segment_ids=query_segment_ids,
+        key_value_segment_ids=key_value_segment_ids,
+        key_begin=key_begin,
+        key_end=key_end,
+        logits_soft_cap=logits_soft_cap,
+        deterministic_backward=deterministic_backward,
+        implementation=implementation,
+        return_residual=return_residual,
+    )
+    return attend(call, tensors)
+
+
+@overload
+def qkv_dot_product_attention(
+    qkv: ArrayLike,
+    num_kv_heads: int | None = None,
+    *,
+    bias: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    return_residual: Literal[False] = False,
+    **options: Unpack[Options],
+) -> Array: ...
+
+
+@overload
+def qkv_dot_product_attention(
+    qkv: ArrayLike,
+    num_kv_heads: int | None = None,
+    *,
+    bias: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    return_residual: Literal[True],
+    **options: Unpack[Options],
+) -> tuple[Array, Array]: ...
+
+
+def qkv_dot_product_attention(
+    qkv: ArrayLike, num_kv_heads: int | None = None, **options: Any
+) -> Array | tuple[Array, Array]:
+    """Self-attention of one packed array; its gradient is one packed array too.
+
+    Args:
+        qkv: [B, T, 3, N, H]; or with num_kv_heads = K, [B, T, N + 2K, H]: the heads of the queries,
+            then those of the keys, then those of the values. Either may lack B. The kernels read
+            it where it is, without copies.
+        num_kv_heads: K, a static int; None for the first form.
+        options: every other argument of `dot_product_attention`, by name.
+
+    Returns and raises as `dot_product_attention`; V = H.
+    """
+    packed, sizes, batched = _arguments.packed_operand(qkv, num_kv_heads)
+    return attend(_arguments.parse(sizes, batched, **options), (packed,))
+
+
+def is_supported(
+    query: ArrayLike | jax.ShapeDtypeStruct,
+    key: ArrayLike | jax.ShapeDtypeStruct,
+    value: ArrayLike | jax.ShapeDtypeStruct,
+    bias: ArrayLike | jax.ShapeDtypeStruct | None = None,
+    mask: ArrayLike | jax.ShapeDtypeStruct | None = None,
+    **options: Any,
+) -> str | None:
+    """None if the kernels run `dot_product_attention` of these arguments here, else why not.
+
+    Args: those of `dot_product_attention`; any array may be a jax.ShapeDtypeStruct. On a machine
+    without a CUDA device the reason is that; lowering for CUDA with "fa3" may work all the same.
+    """
+    arguments = dict(options, query=query, key=key, value=value, bias=bias, mask=mask)
+    shapes = {k: x for k, x in arguments.items() if isinstance(x, jax.ShapeDtypeStruct)}
+
+    def check(tracers: dict[str, Array]) -> None:
+        known: dict[str, Any] = arguments | tracers
+        tensors = (known.pop(k) for k in ("query", "key", "value"))
+        (q, _, _), sizes, batched = _arguments.operands(*tensors)
+        reason = _dispatch.refusal(_arguments.parse(sizes, batched, **known), q.dtype)
+        if reason is not None:
+            raise NotImplementedError(reason)
+
+    try:
+        jax.eval_shape(check, shapes)
+    except (ValueError, NotImplementedError) as error:
+        return str(error)
+    if not _dispatch.compute_capabilities():
+        return "device: got no CUDA device, wanted an NVIDIA Hopper GPU (sm_90)"
+    return _dispatch.machine_refusal()

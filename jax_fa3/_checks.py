@@ -1,0 +1,73 @@
+"""One value of one argument checked. Errors name the argument, what it was and what it should be."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import ArrayLike
+
+Integers = ArrayLike | Sequence[int]
+
+
+def wrong(name: str, found: object, wanted: object) -> ValueError:
+    return ValueError(f"{name}: got {found}, wanted {wanted}")
+
+
+def static_bool(name: str, x: Any) -> bool:
+    if not isinstance(x, (bool, np.bool_)):
+        raise wrong(name, repr(x), "True or False, a static bool")
+    return bool(x)
+
+
+def integer(name: str, x: Any) -> int:
+    """x as a Python int of any size, if it is static."""
+    try:
+        if not isinstance(x, (bool, np.bool_, Array)):
+            return operator.index(x)
+    except TypeError:
+        pass
+    raise wrong(name, repr(x), "a static int")
+
+
+def natural(name: str, x: Any) -> int:
+    if integer(name, x) < 0:
+        raise wrong(name, x, "an int >= 0")
+    return integer(name, x)
+
+
+def int32(name: str, x: Integers, shape: tuple[int, ...], batched: bool) -> Array:
+    """x as int32 of this shape, [B, ...]; arguments without a batch axis may leave B out.
+
+    Python's and NumPy's integers count if their values fit; of JAX's arrays, whose values are not
+    looked at, only the dtype.
+    """
+    if isinstance(x, (int, list, tuple, np.ndarray, np.generic)):
+        x = np.asarray(x)
+        if not x.size and x.dtype == float:  # an empty list
+            x = x.astype(np.int32)
+        fits = x.dtype.kind in "iu" and bool(((-(2**31) <= x) & (x < 2**31)).all())
+    else:
+        x = jnp.asarray(x)
+        fits = jnp.issubdtype(x.dtype, jnp.integer) and np.can_cast(x.dtype, np.int32)
+    if not fits:
+        raise wrong(name, f"values of dtype {x.dtype}", "integers that fit int32")
+    allowed = [shape] if batched else [shape[1:], shape]
+    if x.shape not in allowed:
+        raise wrong(name, f"shape {x.shape}", " or ".join(map(str, allowed)))
+    return jnp.asarray(x, jnp.int32).reshape(shape)
+
+
+def static_float(name: str, x: Any) -> float:
+    try:
+        number = float(x) if np.ndim(x) == 0 and not isinstance(x, (bool, str)) else math.nan
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise wrong(name, repr(x), "a finite real number")
+    return number

@@ -1,0 +1,133 @@
+"""Which code runs a call: the kernels, or plain JAX.
+
+Arguments and machine are judged at trace time (`choose`), the platform at lowering (`run`), so a
+program for CUDA can be lowered on a machine without a GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax import Array, lax
+
+from . import _ffi, _guards
+from ._arguments import Call, Implementation
+
+_T = TypeVar("_T")
+_ELSEWHERE = "use implementation='xla'"
+
+
+def refusal(call: Call, dtype: np.dtype, *, packed: bool = False) -> str | None:
+    """Why the kernels cannot take these arguments, and what to do about it; None if they can."""
+    for name, dense in (("bias", call.bias), ("mask", call.mask)):
+        if dense is not None:
+            return (
+                f"{name}: got a dense array, wanted None: the kernels' masks are is_causal, "
+                "local_window_size, query_seq_lengths, key_value_seq_lengths, query_segment_ids "
+                f"with key_value_segment_ids, key_begin and key_end; or {_ELSEWHERE}"
+            )
+    if isinstance(call.scale, Array):
+        wanted = "wanted a static float: multiply query by it and pass scale=1.0"
+        return f"scale: got a traced value, {wanted}, or {_ELSEWHERE}"
+    if not _is_positive_float32(call.scale):
+        wanted = "wanted a positive float32: multiply query instead"
+        return f"scale: got {call.scale}, {wanted}, or {_ELSEWHERE}"
+    cap = call.logits_soft_cap
+    if cap is not None and not _is_positive_float32(cap):
+        return f"logits_soft_cap: got {cap}, wanted a positive float32, or {_ELSEWHERE}"
+
+    query, value = ("qkv", "qkv") if packed else ("query", "value")
+    if dtype.name not in ("bfloat16", "float16"):
+        return f"{query}: got dtype {dtype}, wanted bfloat16 or float16: cast it, or {_ELSEWHERE}"
+    head_dim, head_dim_v = call.sizes.head_dim, call.sizes.head_dim_v
+    for name, dim in ((query, head_dim), (value, head_dim_v)):
+        if dim % 8 or dim > 256:
+            wanted = "wanted a multiple of 8 up to 256: pad it with zeros"
+            return f"{name}: got head dim {dim}, {wanted}, or {_ELSEWHERE}"
+    built = [(h, v) for name, h, v in _ffi.kernels() if name == dtype.name]
+    if not any(h >= head_dim and v >= head_dim_v for h, v in built):
+        found = f"head dims ({head_dim}, {head_dim_v}) in {dtype}"
+        return f"{query}: got {found}, wanted at most one of those built: {built}, or {_ELSEWHERE}"
+    return None
+
+
+def _is_positive_float32(x: float) -> bool:
+    limits = np.finfo(np.float32)
+    return float(limits.tiny) <= x <= float(limits.max)
+
+
+def machine_refusal() -> str | None:
+    """Why this machine's CUDA devices cannot run the kernels; None if one can, or there is none."""
+    capabilities = compute_capabilities()
+    if not capabilities:
+        return None
+    if "9.0" not in capabilities:
+        found = ", ".join(sorted(capabilities))
+        wanted = f"wanted an NVIDIA Hopper GPU (9.0, sm_90): {_ELSEWHERE}"
+        return f"device: got compute capability {found}, {wanted}"
+    if not _ffi.is_built():
+        wanted = f"wanted one with them: reinstall it on Linux, or {_ELSEWHERE}"
+        return f"jax_fa3: got an install without CUDA kernels, {wanted}"
+    return None
+
+
+def compute_capabilities() -> set[str]:
+    """Of this process's CUDA devices, such as {"9.0"}; initialises JAX's backends."""
+    try:
+        devices = jax.local_devices(backend="cuda")
+    except RuntimeError:  # JAX's answer where there is no such backend
+        return set()
+    return {str(device.compute_capability) for device in devices}
+
+
+def choose(
+    implementation: Implementation | None, refused: str | None = None, *, stacklevel: int = 1
+) -> Implementation | None:
+    """The implementation for `run`: the user's, but None becomes "xla" where kernels cannot run.
+
+    Args:
+        refused: why the arguments rule the kernels out, if they do.
+        stacklevel: of the warning that a Hopper GPU stays unused, as in warnings.warn.
+
+    Raises NotImplementedError if "fa3" was asked for and arguments or machine rule it out.
+    """
+    if implementation == "xla":
+        return "xla"
+    reason = refused or machine_refusal()
+    if reason is None:
+        return implementation
+    if implementation == "fa3":
+        raise NotImplementedError(f"implementation='fa3': {reason}")
+    if "9.0" in compute_capabilities():
+        text = f"jax_fa3 leaves its Hopper kernels unused and runs this on XLA. {reason}"
+        warnings.warn(text, stacklevel=stacklevel + 1)
+    return "xla"
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), inline=True)
+def run(
+    implementation: Implementation | None,
+    kernel: Callable[..., _T],
+    plain: Callable[..., _T],
+    static: tuple[Any, ...],
+    *operands: Any,
+) -> _T:
+    """kernel(*static, *operands) on CUDA and plain(*static, *operands) on all other platforms.
+
+    "xla" is plain everywhere; with "fa3" lowering for another platform raises. Jitted, for the
+    platform of an eager call is that of its operands, not JAX's default one.
+    """
+    kernel, plain = functools.partial(kernel, *static), functools.partial(plain, *static)
+    if implementation == "xla":
+        return plain(*operands)
+
+    def refused(*operands: Any) -> _T:
+        return plain(*jax.tree.map(_guards.never_lowered, operands))
+
+    default = plain if implementation is None else refused
+    return lax.platform_dependent(*operands, cuda=kernel, default=default)

@@ -1,0 +1,68 @@
+"""Identities that refuse a use which cannot work, with a message that says what to do instead.
+
+JAX's own errors would say "no lowering rule", or name custom_vjp, which the user never wrote.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+from jax import lax
+from jax.interpreters import ad, batching, mlir
+
+# Its public name is jax.extend.core.Primitive, but jax.extend imports Pallas, which takes longer
+# than all of jax_fa3.
+Primitive = type(lax.add_p)
+
+_ONLY_REVERSE = (
+    "jax_fa3's kernels have first derivatives in reverse mode only (jax.grad, jax.vjp); for forward "
+    "mode (jax.jvp, jax.jacfwd, jax.linearize) and second derivatives use implementation='xla'"
+)
+
+
+def _identity(name: str) -> Any:
+    primitive = Primitive(f"jax_fa3_{name}")
+    primitive.def_impl(lambda x: x)
+    primitive.def_abstract_eval(lambda x: x)
+    mlir.register_lowering(primitive, lambda ctx, x: [x])
+    batching.defvectorized(primitive)
+    return primitive
+
+
+def _refuse_derivative(*_: Any, **__: Any) -> NoReturn:
+    raise NotImplementedError(_ONLY_REVERSE)
+
+
+def _refuse_lowering(ctx: mlir.LoweringRuleContext, *_: Any) -> NoReturn:
+    raise NotImplementedError(
+        "implementation='fa3' needs an NVIDIA Hopper GPU (sm_90); this is being lowered for platform "
+        f"{' and '.join(ctx.module_context.platforms)}: use implementation='xla' or None"
+    )
+
+
+# Cannot be lowered: the branch of every platform but CUDA when the kernels are a must.
+_never_lowered = _identity("never_lowered")
+mlir.register_lowering(_never_lowered, _refuse_lowering)
+never_lowered = _never_lowered.bind
+
+# Cannot be differentiated: stands inside the custom_vjp's forward, so it meets the second order.
+_constant = _identity("not_differentiable")
+ad.primitive_jvps[_constant] = _refuse_derivative
+not_differentiable = _constant.bind
+
+# Can be differentiated in reverse mode only: its tangent can be transposed but not evaluated.
+_primal, _tangent = _identity("reverse_mode_only"), _identity("reverse_mode_only_tangent")
+_tangent.def_impl(_refuse_derivative)
+mlir.register_lowering(_tangent, _refuse_derivative)
+batching.primitive_batchers[_tangent] = _refuse_derivative
+ad.primitive_jvps[_tangent] = _refuse_derivative
+ad.primitive_transposes[_tangent] = lambda cotangent, _: [cotangent]
+reverse_mode_only = _primal.bind
+
+
+def _primal_jvp(primals: Any, tangents: Any) -> Any:
+    (x,), (t,) = primals, tangents
+    return _primal.bind(x), t if type(t) is ad.Zero else _tangent.bind(t)
+
+
+ad.primitive_jvps[_primal] = _primal_jvp

@@ -1,0 +1,249 @@
+"""Masks as key intervals: query row i sees the keys in [begin[i], end[i]).
+
+Every mask this library knows (causal, window, lengths, segments, per-row arrays) is one such
+interval per row, and masks combine by intersecting intervals. Positions, offsets and windows
+behave as exact integers would, though all arrays are int32 and jax_enable_x64 is not needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from . import _dispatch, _sharding
+from ._arguments import Implementation, parse_masks
+from ._checks import Integers, natural, wrong
+from ._ffi import vary_together
+from ._problem import Masks, Sizes, Window
+
+INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1
+
+# The interval of a query row whose segment is not one contiguous run of keys: the row becomes NaN.
+# max(begin, ...) and min(end, ...) leave it as it is, so it survives every intersection.
+BROKEN_BEGIN, BROKEN_END = INT32_MAX, INT32_MIN
+
+
+def is_broken(begin: Array, end: Array) -> Array:
+    """Where the interval is the reserved value of a broken segment."""
+    return (begin == BROKEN_BEGIN) & (end == BROKEN_END)
+
+
+def intersect(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array]:
+    """The keys in both intervals, elementwise; a broken interval stays broken."""
+    broken = is_broken(*a) | is_broken(*b)
+    begin, end = jnp.maximum(a[0], b[0]), jnp.minimum(a[1], b[1])
+    # Two empty intervals must not meet in the reserved value: an end of MIN + 1 is empty as well.
+    return begin, jnp.where(broken, BROKEN_END, jnp.maximum(end, BROKEN_END + 1))
+
+
+def _saturating_add(x: Array, c: int) -> Array:
+    """x + c, clamped to int32, for int32 x and any Python integer c."""
+    span = INT32_MAX - INT32_MIN
+    c = min(max(c, -span), span)  # adding +-span already saturates every x
+    x = jnp.clip(x, max(INT32_MIN - c, INT32_MIN), min(INT32_MAX - c, INT32_MAX))
+    # c itself may need 33 bits, but the clipped sum fits, so 32-bit wrap-around gives it exactly.
+    return x + jnp.int32((c - INT32_MIN) % 2**32 + INT32_MIN)
+
+
+def _window_edge(rows: Array, offset: Array, distance: int) -> Array:
+    """rows + offset + distance, clamped to int32; rows >= 0."""
+    edge = _saturating_add(offset, distance)
+    return rows + jnp.minimum(edge, INT32_MAX - rows)
+
+
+def row_intervals(
+    masks: Masks,
+    window: Window,
+    batch: int,
+    query_length: int,
+    key_length: int,
+) -> tuple[Array, Array, Array]:
+    """All of a call's masks as one interval per query row.
+
+    Args:
+        masks: the run-time arrays; any int32 values are in order.
+        window: (left, right), Python ints of any size or sign: row i sees key j only if
+            i + query_offset - left <= j <= i + query_offset + right. None: unbounded.
+        batch, query_length, key_length: B, T, S.
+
+    Returns:
+        begin, end: int32 [B, T] with 0 <= begin < end <= S, or 0, 0 for a row that sees no key.
+        broken: bool [B, T], the rows whose segment is broken; they see no key.
+    """
+    shape = (batch, query_length)
+    rows = jnp.arange(query_length, dtype=jnp.int32)  # [T]
+    offset = jnp.zeros(1, jnp.int32) if masks.query_offset is None else masks.query_offset
+    offset = offset[:, None]  # [B or 1, 1]
+    left, right = window
+
+    begin = jnp.zeros((1, 1), jnp.int32)
+    end = jnp.full((1, 1), key_length, jnp.int32)
+    if left is not None:
+        begin = jnp.maximum(begin, _window_edge(rows, offset, -left))
+    if right is not None:
+        end = jnp.minimum(end, _window_edge(rows, offset, right + 1))
+    if masks.key_value_seq_lengths is not None:
+        end = jnp.minimum(end, masks.key_value_seq_lengths[:, None])
+    if masks.key_begin is not None:
+        begin = jnp.maximum(begin, masks.key_begin)
+    if masks.key_end is not None:
+        end = jnp.minimum(end, masks.key_end)
+
+    broken = jnp.zeros((1, 1), bool)
+    if masks.key_begin is not None and masks.key_end is not None:
+        broken = is_broken(masks.key_begin, masks.key_end)
+    sees = begin < end
+    if masks.query_seq_lengths is not None:
+        inside = rows < masks.query_seq_lengths[:, None]
+        sees, broken = sees & inside, broken & inside
+    begin, end = jnp.where(sees, begin, 0), jnp.where(sees, end, 0)
+    begin, end, broken = (jnp.broadcast_to(x, shape) for x in (begin, end, broken))
+    return begin, end, broken
+
+
+def segment_intervals(
+    query_segment_ids: Array, key_value_segment_ids: Array
+) -> tuple[Array, Array]:
+    """The run of keys with each query row's segment id, in plain JAX, memory linear in T and S.
+
+    Args:
+        query_segment_ids: int32 [B, T], in any order; negative ids see no key.
+        key_value_segment_ids: int32 [B, S]; each id >= 0 should be one contiguous run, the runs
+            in any order; nobody sees the keys of negative ids.
+
+    Returns:
+        key_begin, key_end: int32 [B, T]; 0, 0 where the id is negative or not among the keys,
+        BROKEN_BEGIN, BROKEN_END where its keys are not one contiguous run.
+    """
+
+    def one_entry(query_ids: Array, key_ids: Array) -> tuple[Array, Array]:
+        key_ids = jnp.append(key_ids, jnp.int32(-1))  # so that there always is a key to gather
+        order = jnp.argsort(key_ids, stable=True).astype(jnp.int32)  # ascending within an id
+        sorted_ids = key_ids[order]
+        low = _count_while(lambda i: sorted_ids[i] < query_ids, query_ids, sorted_ids.shape[0])
+        high = _count_while(lambda i: sorted_ids[i] <= query_ids, query_ids, sorted_ids.shape[0])
+        begin = order.at[low].get(mode="clip")
+        end = order.at[high - 1].get(mode="clip") + 1
+        found = (query_ids >= 0) & (low < high)
+        broken = found & (end - begin != high - low)
+        begin = jnp.where(broken, BROKEN_BEGIN, jnp.where(found, begin, 0))
+        end = jnp.where(broken, BROKEN_END, jnp.where(found, end, 0))
+        return begin, end
+
+    return jax.vmap(one_entry)(*vary_together((query_segment_ids, key_value_segment_ids)))
+
+
+def _count_while(holds: Callable[[Array], Array], like: Array, size: int) -> Array:
+    """The number of i in [0, size) where holds(i), elementwise; it holds up to some i, and no more.
+
+    Binary search: jnp.searchsorted of jax 0.11 does not take symbolic sizes.
+    """
+
+    def halve(_: Any, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = bounds
+        middle = low + (high - low) // 2
+        further = (low < high) & holds(middle)
+        return jnp.where(further, middle + 1, low), jnp.where(further, high, middle)
+
+    bounds = jnp.zeros_like(like), jnp.full_like(like, size)
+    return jax.lax.fori_loop(0, 32, halve, bounds)[0]
+
+
+def with_segments(
+    masks: Masks, segment_ids: tuple[Array, Array], implementation: Implementation | None
+) -> Masks:
+    """The masks, and that rows see keys of their own segment only, in key_begin and key_end.
+
+    Args:
+        segment_ids: of the queries and of the keys, as for segment_intervals.
+        implementation: what _dispatch.choose gave.
+    """
+    kernel = _sharding.segment_intervals
+    intervals = _dispatch.run(implementation, kernel, segment_intervals, (), *segment_ids)
+    begin, end = masks.key_begin, masks.key_end
+    begin = jnp.zeros_like(intervals[0]) if begin is None else begin
+    end = jnp.full_like(intervals[1], INT32_MAX) if end is None else end
+    begin, end = intersect(intervals, (begin, end))
+    return masks._replace(key_begin=begin, key_end=end)
+
+
+def key_intervals(
+    query_length: int,
+    key_length: int,
+    *,
+    batch: int | None = None,
+    is_causal: bool = False,
+    query_seq_lengths: Integers | None = None,
+    key_value_seq_lengths: Integers | None = None,
+    local_window_size: int | tuple[int, int] | None = None,
+    query_offset: Integers = 0,
+    query_segment_ids: Integers | None = None,
+    key_value_segment_ids: Integers | None = None,
+    key_begin: Integers | None = None,
+    key_end: Integers | None = None,
+    implementation: Implementation | None = None,
+) -> tuple[Array, Array]:
+    """All masks of a call as two arrays, to be computed once per step and not in every layer.
+
+    Passing only the result, as `key_begin` and `key_end`, to `dot_product_attention` masks exactly
+    what passing the arguments given here would.
+
+    Args:
+        query_length, key_length: T and S.
+        batch: B; None takes it from the arguments that have a batch axis.
+        implementation: converts segment ids by the CUDA kernel ("fa3"), in plain JAX ("xla"), or by
+            whichever `dot_product_attention` would choose (None).
+        The others: as in `dot_product_attention`.
+
+    Returns:
+        key_begin, key_end: int32 [B, T], or [T] if batch is None and no argument has a batch axis.
+        Row i sees the keys in [key_begin[i], key_end[i]), 0 <= key_begin[i] < key_end[i] <= S; a
+        row that sees none has 0, 0; one whose segment id is not one contiguous run among the keys
+        has the reserved 2**31 - 1, -2**31, which makes its output NaN.
+
+    Raises:
+        ValueError: an argument has the wrong type, shape or value.
+        NotImplementedError: implementation is "fa3" and this machine's GPU cannot run the kernel.
+    """
+    if implementation not in (None, "fa3", "xla"):
+        raise wrong("implementation", repr(implementation), "None, 'fa3' or 'xla'")
+    query_length = _length("query_length", query_length)
+    key_length = _length("key_length", key_length)
+    per_entry = query_offset, query_seq_lengths, key_value_seq_lengths  # [B]
+    per_row = query_segment_ids, key_value_segment_ids, key_begin, key_end  # [B, ...]
+    shapes = [np.shape(x) for x in per_entry] + [np.shape(x)[:-1] for x in per_row]
+    batches = [
+        _length("batch", x)
+        for x in (batch, *(shape[0] for shape in shapes if shape))
+        if x is not None
+    ]
+    sizes = Sizes(batches[0] if batches else 1, query_length, key_length, 0, 0, 0, 0)
+    masks, window, segment_ids = parse_masks(
+        sizes,
+        bool(batches),
+        is_causal=is_causal,
+        query_seq_lengths=query_seq_lengths,
+        key_value_seq_lengths=key_value_seq_lengths,
+        local_window_size=local_window_size,
+        query_offset=query_offset,
+        query_segment_ids=query_segment_ids,
+        key_value_segment_ids=key_value_segment_ids,
+        key_begin=key_begin,
+        key_end=key_end,
+    )
+    if segment_ids is not None:
+        masks = with_segments(masks, segment_ids, _dispatch.choose(implementation))
+    begin, end, broken = row_intervals(masks, window, *sizes[:3])
+    begin = jnp.where(broken, BROKEN_BEGIN, begin)
+    end = jnp.where(broken, BROKEN_END, end)
+    return (begin, end) if batches else (begin[0], end[0])
+
+
+def _length(name: str, x: Any) -> Any:
+    """x, an int >= 0 or a symbolic size of jax.export."""
+    return x if jax.export.is_symbolic_dim(x) else natural(name, x)

@@ -1,0 +1,59 @@
+"""What one call computes, as the other modules pass it on. Twin of cpp/problem.h."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+from jax import Array
+
+Window = tuple[int | None, int | None]
+
+
+class Masks(NamedTuple):
+    """The run-time arrays that say which keys a row sees, each int32 or None. A pytree."""
+
+    query_offset: Array | None = None  # [1] or [B]; a static one is folded into Config.window
+    query_seq_lengths: Array | None = None  # [B]
+    key_value_seq_lengths: Array | None = None  # [B]
+    key_begin: Array | None = None  # [B, T]; segments are converted into these two
+    key_end: Array | None = None  # [B, T]
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The static part of one call to the kernels; hashable.
+
+    window: row i sees key j only if i + query_offset - left <= j <= i + query_offset + right;
+    None is unbounded. is_causal, local_window_size and a static query_offset are folded in as
+    Python integers of any size.
+    """
+
+    scale: float
+    window: Window
+    logits_soft_cap: float | None
+    deterministic_backward: bool
+
+
+class Sizes(NamedTuple):
+    """The sizes of one call; B is 1 where the arguments have no batch axis."""
+
+    batch: int
+    query_length: int
+    key_length: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    head_dim_v: int
+
+
+def fold_window(size: tuple[int, int] | None, is_causal: bool, query_offset: int | None) -> Window:
+    """Config.window of these arguments; query_offset is None if it is a run-time value."""
+    left, right = (None, None) if size is None else size
+    if is_causal:
+        right = 0 if right is None else min(right, 0)
+    offset = query_offset or 0
+    return (
+        None if left is None else left - offset,
+        None if right is None else right + offset,
+    )

@@ -1,0 +1,112 @@
+"""What attention means here, written to be read: dense, slow, the oracle of every test.
+
+The mask arguments must be concrete (Python or NumPy values): who sees whom is decided in NumPy's
+64-bit integers and Python's unbounded ones, so that it is exact for any value.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.typing import DTypeLike
+
+
+def visible_keys(
+    batch: int,
+    query_length: int,
+    key_length: int,
+    *,
+    is_causal: bool = False,
+    local_window_size: int | tuple[int, int] | None = None,
+    query_offset: Any = 0,
+    query_seq_lengths: Any = None,
+    key_value_seq_lengths: Any = None,
+    query_segment_ids: Any = None,
+    key_value_segment_ids: Any = None,
+    key_begin: Any = None,
+    key_end: Any = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """visible: bool [B, T, S], row i sees key j; broken: bool [B, T], the row's segment is broken."""
+    i, j = np.arange(query_length)[:, None], np.arange(key_length)  # [T, 1], [S]
+    visible = np.ones((batch, query_length, key_length), bool)
+    broken = np.zeros((batch, query_length), bool)
+    # Distance of a key from its row's diagonal, [1 or B, T, S]; object: Python's integers.
+    ahead = (j - i) - np.reshape(np.asarray(query_offset, object), (-1, 1, 1))
+    if is_causal:
+        visible &= (ahead <= 0).astype(bool)
+    if local_window_size is not None:
+        both = isinstance(local_window_size, int)
+        left, right = (local_window_size,) * 2 if both else local_window_size
+        visible &= (ahead >= -left).astype(bool) & (ahead <= right).astype(bool)
+    if key_value_seq_lengths is not None:
+        visible &= j < np.reshape(key_value_seq_lengths, (-1, 1, 1))
+    if key_begin is not None:
+        visible &= j >= np.asarray(key_begin)[..., None]
+    if key_end is not None:
+        visible &= j < np.asarray(key_end)[..., None]
+    if key_begin is not None and key_end is not None:  # what key_intervals says of broken rows
+        broken |= (np.asarray(key_begin) == 2**31 - 1) & (np.asarray(key_end) == -(2**31))
+    if query_segment_ids is not None:
+        ids = np.broadcast_to(query_segment_ids, (batch, query_length))[..., None]
+        same = (ids == np.asarray(key_value_segment_ids)[..., None, :]) & (ids >= 0)
+        # A segment is one run when its last key is as far from its first as it has keys.
+        last = np.where(same, j, -1).max(-1, initial=-1)
+        first = np.where(same, j, key_length).min(-1, initial=key_length)
+        broken |= same.any(-1) & (last - first + 1 != same.sum(-1))
+        visible &= same & ~broken[..., None]
+    if query_seq_lengths is not None:
+        inside = i < np.reshape(query_seq_lengths, (-1, 1, 1))  # [B, T, 1]
+        visible, broken = visible & inside, broken & inside[..., 0]
+    return visible, broken
+
+
+def attention(
+    query: Array,  # [B, T, N, H]
+    key: Array,  # [B, S, K, H]
+    value: Array,  # [B, S, K, V]
+    *,
+    scale: Any = None,
+    logits_soft_cap: float | None = None,
+    bias: Array | None = None,
+    mask: Array | None = None,
+    round_to: DTypeLike | None = None,
+    **mask_arguments: Any,
+) -> tuple[Array, Array]:
+    """out [B, T, N, V] and lse [B, T, N], in the inputs' dtype (fp32 or fp64 in the tests).
+
+    round_to: round scores, probabilities and output to this dtype, for the tolerance rule.
+    """
+
+    def rounded(x: Array) -> Array:
+        return x if round_to is None else x.astype(round_to).astype(x.dtype)
+
+    (b, t, n, h), s = query.shape, key.shape[1]
+    visible, broken = (jnp.asarray(x)[:, None] for x in visible_keys(b, t, s, **mask_arguments))
+    if mask is not None:
+        visible = visible & mask
+    if bias is not None:
+        visible = visible & (bias != -jnp.inf)
+    # What nobody sees may hold NaN, and 0 * NaN is NaN: it is taken out of the products.
+    used = visible.any((1, 3)) | broken[:, 0]
+    query = jnp.where(used[..., None, None], query, 0)
+    used = visible.any((1, 2))
+    key, value = (
+        jnp.where(used[..., None, None], x, 0).repeat(n // x.shape[2], axis=2) for x in (key, value)
+    )
+
+    scores = jnp.einsum("btnh,bsnh->bnts", query, key) * (h**-0.5 if scale is None else scale)
+    if logits_soft_cap is not None:
+        scores = logits_soft_cap * jnp.tanh(scores / logits_soft_cap)
+    scores = rounded(scores if bias is None else scores + bias)
+    sees = visible.any(-1, keepdims=True)  # [B, 1 or N, T, 1]
+    top = jnp.where(sees, scores.max(-1, keepdims=True, initial=-jnp.inf, where=visible), 0)
+    top = lax.stop_gradient(top)
+    weights = jnp.exp(jnp.where(visible, scores - top, -jnp.inf))
+    total = jnp.where(sees, weights.sum(-1, keepdims=True), 1)  # [B, N, T, 1]
+    out = rounded(jnp.einsum("bnts,bsnv->bntv", rounded(weights / total), value))
+    lse = jnp.where(sees, top + jnp.log(total), -jnp.inf)[..., 0]
+    # A broken row is NaN, and so is its gradient; any other row that sees nothing is 0, and so on.
+    nothing = jnp.where(broken, jnp.nan, 0) * query.sum(-1).swapaxes(1, 2)  # [B, N, T]
+    out = jnp.where(sees, out, nothing[..., None])
+    return out.swapaxes(1, 2), jnp.where(broken, nothing, lse).swapaxes(1, 2)

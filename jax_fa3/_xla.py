@@ -1,0 +1,222 @@
+"""Attention in plain JAX: every platform, every float dtype, every order of derivative.
+
+Blocks of query rows run one after the other, each over all keys, and are computed again for the
+derivative, so memory is linear in T and in S. Simple beats fast here: keys that a whole block does
+not see are computed and masked all the same.
+
+In this file a tensor per query row has the shape [B, K, G, T, ...], with N = K * G; inside a block
+[B, K, G, R, ...], R rows of the T.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from ._mask import row_intervals
+
+if TYPE_CHECKING:
+    from ._problem import Config, Masks
+
+# Scores held at a time, over batch, heads, the rows of a block and keys: 64 MiB in fp32.
+BLOCK_SCORES = 2**24
+MIN_ROWS, SYMBOLIC_ROWS = 16, 128
+
+
+def attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    masks: Masks,
+    window: tuple[int | None, int | None],
+    *,
+    scale: float | Array,
+    logits_soft_cap: float | None = None,
+    bias: Array | None = None,
+    mask: Array | None = None,
+) -> tuple[Array, Array]:
+    """Attention with memory linear in T and S (beside a dense bias or mask that is passed in).
+
+    Args:
+        query, key, value: [B, T, N, H], [B, S, K, H], [B, S, K, V], any float dtype.
+        masks, window: as for row_intervals.
+        scale: float or scalar array of any sign, traced or not.
+        logits_soft_cap: float > 0: c * tanh(score / c), after scale and before bias.
+        bias, mask: float and bool, broadcastable to [B, N, T, S]; -inf and False hide a key.
+
+    Returns:
+        out: [B, T, N, V] in query's dtype.
+        lse: [B, N, T], fp32, or fp64 for fp64 inputs.
+    """
+    batch, length, heads, _ = query.shape
+    intervals = row_intervals(masks, window, batch, length, key.shape[1])
+    groups, narrow = _groups(query, key), query.dtype
+    query, key, value = _widened(query, key, value, masks)
+    dense = {
+        name: x.reshape(x.shape[0], *((1, 1) if x.shape[1] == 1 else groups), *x.shape[2:])
+        for name, x in (("bias", bias), ("mask", mask))
+        if x is not None
+    }
+
+    def block(rows: tuple[Any, ...]) -> tuple[Array, Array]:
+        query, begin, end, broken, dense_rows = rows
+        tensors = dense | dense_rows
+        query = jnp.where(((begin < end) | broken)[..., None], query, 0)
+        scores = _scores(query, key, scale, logits_soft_cap)
+        visible = _visible(begin, end, key.shape[1])
+        if "bias" in tensors:
+            scores += tensors["bias"].astype(scores.dtype)
+            visible &= tensors["bias"] != -jnp.inf
+        if "mask" in tensors:
+            visible &= tensors["mask"]
+
+        sees = visible.any(-1, keepdims=True)  # not top > -inf: a NaN that is seen stays a NaN
+        top = jnp.max(scores, -1, keepdims=True, initial=-jnp.inf, where=visible)
+        top = lax.stop_gradient(jnp.where(sees, top, 0))
+        weights = jnp.exp(jnp.where(visible, scores - top, -jnp.inf))
+        total = jnp.where(sees, weights.sum(-1, keepdims=True), 1)
+        out = jnp.einsum("bkgrs,bskv->bkgrv", weights, value) / total
+        lse = top + jnp.log(total)
+        # NaN, and NaN gradients, where the row's segment is broken; 0, and 0, elsewhere.
+        nan = jnp.where(broken, jnp.nan, 0)[..., None] * query.sum(-1, keepdims=True)
+        out = jnp.where(sees, out, nan)
+        lse = jnp.where(sees, lse, jnp.where(broken[..., None], nan, -jnp.inf))
+        return out.astype(narrow), lse[..., 0]
+
+    by_row = {name: x for name, x in dense.items() if x.shape[3] == length}
+    operands = (_heads_first(query, groups), *(x[:, None, None] for x in intervals), by_row)
+    rows = _split(operands, _rows_per_block(query, key))
+    out, lse = _join(lax.map(jax.checkpoint(block, prevent_cse=False), rows), length)
+    return _heads_last(out), lse.reshape(batch, heads, length)
+
+
+def backward(
+    config: Config,
+    query: Array,
+    key: Array,
+    value: Array,
+    masks: Masks,
+    out: Array,
+    lse: Array,
+    dout: Array,
+    dlse: Array,
+) -> tuple[Array, Array, Array]:
+    """Gradients from the forward's residuals, as in FlashAttention-2 (Dao 2023), algorithm 2.
+
+    Args:
+        config, query, key, value, masks: the forward's arguments.
+        out, lse: the forward's results, [B, T, N, V] and fp32 [B, N, T].
+        dout, dlse: their cotangents.
+
+    Returns:
+        dq, dk, dv, in the shapes and dtypes of query, key, value. The dq of a row whose segment is
+        broken is NaN.
+    """
+    batch, length, _, _ = query.shape
+    intervals = row_intervals(masks, config.window, batch, length, key.shape[1])
+    groups, cap = _groups(query, key), config.logits_soft_cap
+    narrow = query.dtype, key.dtype, value.dtype
+    query, key, value = _widened(query, key, value, masks)
+
+    def block(sums: tuple[Array, Array], rows: tuple[Array, ...]) -> tuple[Any, Array]:
+        query, out, dout, lse, dlse, begin, end, broken = rows
+        sees = begin < end
+        query, out, dout = (jnp.where(sees[..., None], x, 0) for x in (query, out, dout))
+        dout = dout.astype(query.dtype)
+        lse, dlse = (jnp.where(sees, x, 0) for x in (lse, dlse))
+        visible = _visible(begin, end, key.shape[1])
+        scores = _scores(query, key, config.scale, cap)
+        weights = jnp.exp(jnp.where(visible, scores - lse[..., None], -jnp.inf))
+        # dlse enters as one more term of delta: d lse / d score is the probability itself.
+        delta = (out.astype(dout.dtype) * dout).sum(-1) - dlse
+        dweights = jnp.einsum("bkgrv,bskv->bkgrs", dout, value)
+        dscores = jnp.where(visible, weights * (dweights - delta[..., None]), 0)
+        if cap is not None:
+            dscores *= 1 - jnp.square(scores / cap)
+        dscores *= config.scale
+        dq = jnp.einsum("bkgrs,bskh->bkgrh", dscores, key)
+        dk = jnp.einsum("bkgrs,bkgrh->bskh", dscores, query)
+        dv = jnp.einsum("bkgrs,bkgrv->bskv", weights, dout)
+        dq = jnp.where(broken[..., None], jnp.nan, dq).astype(narrow[0])
+        return (sums[0] + dk, sums[1] + dv), dq
+
+    operands = (
+        *(_heads_first(x, groups) for x in (query, out, dout)),
+        *(x.reshape(batch, *groups, length) for x in (lse, dlse)),
+        *(x[:, None, None] for x in intervals),
+    )
+    sums = jnp.zeros_like(key), jnp.zeros_like(value)
+    (dk, dv), dq = lax.scan(block, sums, _split(operands, _rows_per_block(query, key)))
+    return _heads_last(_join(dq, length)), dk.astype(narrow[1]), dv.astype(narrow[2])
+
+
+def _widened(query: Array, key: Array, value: Array, masks: Masks) -> list[Array]:
+    """The operands in fp32 (fp64), in which everything is computed and summed; zeros in the keys
+    past their length, because 0 * NaN is NaN: masking the scores is not enough."""
+    if masks.key_value_seq_lengths is not None:
+        inside = jnp.arange(key.shape[1], dtype=jnp.int32) < masks.key_value_seq_lengths[:, None]
+        key, value = (jnp.where(inside[..., None, None], x, 0) for x in (key, value))
+    return [x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (query, key, value)]
+
+
+def _scores(query: Array, key: Array, scale: float | Array, soft_cap: float | None) -> Array:
+    """[B, K, G, R, S], fp32 or fp64."""
+    scores = jnp.einsum("bkgrh,bskh->bkgrs", query, key) * jnp.asarray(scale, query.dtype)
+    return scores if soft_cap is None else soft_cap * jnp.tanh(scores / soft_cap)
+
+
+def _visible(begin: Array, end: Array, key_length: int) -> Array:
+    """bool [B, 1, 1, R, S]."""
+    keys = jnp.arange(key_length, dtype=jnp.int32)
+    return (begin[..., None] <= keys) & (keys < end[..., None])
+
+
+def _groups(query: Array, key: Array) -> tuple[int, int]:
+    """(K, G)."""
+    return key.shape[2], query.shape[2] // max(key.shape[2], 1)
+
+
+def _heads_first(x: Array, groups: tuple[int, int]) -> Array:
+    """[B, T, N, ...] to [B, K, G, T, ...]."""
+    return x.reshape(*x.shape[:2], *groups, x.shape[3]).transpose(0, 2, 3, 1, 4)
+
+
+def _heads_last(x: Array) -> Array:
+    """[B, K, G, T, V] to [B, T, N, V]."""
+    batch, groups, group, length, dim = x.shape
+    return x.transpose(0, 3, 1, 2, 4).reshape(batch, length, groups * group, dim)
+
+
+def _rows_per_block(query: Array, key: Array) -> int:
+    """R, so that a block's scores are at most BLOCK_SCORES; sizes known at trace time only."""
+    sizes = batch, length, heads, key_length = *query.shape[:3], key.shape[1]
+    if not all(isinstance(size, int) for size in sizes):
+        return SYMBOLIC_ROWS
+    rows = max(MIN_ROWS, BLOCK_SCORES // max(1, batch * heads * key_length))
+    blocks = max(1, -(-length // rows))
+    return max(1, -(-length // blocks))  # blocks of equal size pad least
+
+
+def _split(tree: Any, rows: int) -> Any:
+    """[B, K, G, T, ...] to [T / R, B, K, G, R, ...]; the rows added to fill up see no key."""
+
+    def split(x: Array) -> Array:
+        blocks = (x.shape[3] + rows - 1) // rows
+        x = jnp.pad(x, [(0, blocks * rows - x.shape[3] if i == 3 else 0) for i in range(x.ndim)])
+        return jnp.moveaxis(x.reshape(*x.shape[:3], blocks, rows, *x.shape[4:]), 3, 0)
+
+    return jax.tree.map(split, tree)
+
+
+def _join(tree: Any, length: int) -> Any:
+    """The inverse of _split."""
+
+    def join(x: Array) -> Array:
+        x = jnp.moveaxis(x, 0, 3)
+        x = x.reshape(*x.shape[:3], x.shape[3] * x.shape[4], *x.shape[5:])
+        return x[:, :, :, :length]
+
+    return jax.tree.map(join, tree)

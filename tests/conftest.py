@@ -1,0 +1,39 @@
+"""Set up before jax is imported: 8 CPU devices, and programs that compile fast."""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+_FLAGS = ["--xla_force_host_platform_device_count=8", "--xla_gpu_autotune_level=0"]
+if shutil.which("nvidia-smi") is None:  # tests on CPU compile far longer than they run
+    _FLAGS.append("--xla_backend_optimization_level=0")
+os.environ["XLA_FLAGS"] = " ".join([*_FLAGS, os.environ.get("XLA_FLAGS", "")])  # the last one wins
+sys.path.append(str(Path(__file__).parent))  # tests import cases and helpers
+
+
+@pytest.fixture(scope="session")
+def hopper(pytestconfig: pytest.Config):
+    """A Hopper GPU, or the test is skipped. Keeps compiled programs from one run to the next."""
+    import jax
+
+    try:
+        devices = jax.local_devices(backend="cuda")
+    except RuntimeError:
+        devices = []
+    found = [device for device in devices if device.compute_capability == "9.0"]
+    if not found:
+        pytest.skip("needs a Hopper GPU (sm_90)")
+    cache = pytestconfig.cache
+    if cache is not None:  # None under -p no:cacheprovider
+        jax.config.update("jax_compilation_cache_dir", str(cache.mkdir("jax")))
+    return found[0]
+
+
+@pytest.fixture(autouse=True)
+def _gpu(request: pytest.FixtureRequest):
+    """Tests marked gpu skip themselves where there is none."""
+    if request.node.get_closest_marker("gpu"):
+        request.getfixturevalue("hopper")

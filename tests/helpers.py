@@ -1,0 +1,121 @@
+"""The oracle of a case, and the rule by which results are compared with it (design.md, tests)."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from cases import Case
+from jax import Array
+from jax.typing import DTypeLike
+
+from jax_fa3 import _reference
+
+ROWS = 64  # errors are compared per batch entry, head and this many rows
+
+
+class Results(NamedTuple):
+    """Of one case; without gradients these are None."""
+
+    out: Array  # [B, T, N, V]
+    lse: Array  # [B, T, N]
+    dq: Any = None  # [B, T, N, H]
+    dk: Any = None  # [B, S, K, H]
+    dv: Any = None  # [B, S, K, V]
+
+
+def with_gradients(function: Any, cotangents: tuple[Array, Array], *inputs: Array) -> Results:
+    """function(*inputs) -> (out, lse), and its gradients."""
+    results, pullback = jax.vjp(function, *inputs)
+    return Results(*results, *pullback(cotangents))
+
+
+def oracle(
+    case: Case, dtype: DTypeLike, inputs: Any, cotangents: Any = None, *, rounded: bool = False
+) -> Results:
+    """_reference in fp32 (fp64 for fp64 inputs), or with its steps rounded to dtype."""
+    wide = jnp.promote_types(dtype, jnp.float32)
+    inputs = [x.astype(wide) for x in inputs]
+
+    def function(*inputs: Array) -> tuple[Array, Array]:
+        round_to = dtype if rounded else None
+        return _reference.attention(*inputs, **case.arguments, round_to=round_to)
+
+    with jax.default_matmul_precision("highest"):
+        if cotangents is None:
+            return Results(*function(*inputs))
+        return with_gradients(function, tuple(x.astype(wide) for x in cotangents), *inputs)
+
+
+def both_oracles(
+    case: Case, dtype: DTypeLike, inputs: Any, cotangents: Any = None
+) -> tuple[Results, Results]:
+    """Exact, and rounded to dtype."""
+    exact = oracle(case, dtype, inputs, cotangents)
+    return exact, oracle(case, dtype, inputs, cotangents, rounded=True)
+
+
+def temporary_bytes(function: Any, *args: Any) -> int:
+    """Device memory that the compiled function needs beside arguments and results."""
+    memory = jax.jit(function).lower(*args).compile().memory_analysis()
+    assert memory is not None
+    return memory.temp_size_in_bytes
+
+
+def equal(x: Any, y: Any) -> bool:
+    """Whether two pytrees of 16-bit and 32-bit numbers are the same bit by bit."""
+    bits = {2: np.uint16, 4: np.uint32}
+    x, y = ([np.asarray(a) for a in jax.tree.leaves(tree)] for tree in (x, y))
+    x, y = ([a.view(bits[a.dtype.itemsize]) for a in leaves] for leaves in (x, y))
+    return all(np.array_equal(a, b) for a, b in zip(x, y, strict=True))
+
+
+def assert_same(found: Results, exact: Results, *, rtol: float) -> None:
+    """For fp32 and fp64, where rounding is not an issue: close, NaN and inf in the same places."""
+    for name, x, y in zip(Results._fields, found, exact, strict=True):
+        if x is not None and y is not None:
+            x, y = np.asarray(x), np.asarray(y)
+            scale = np.abs(y, where=np.isfinite(y), out=np.zeros_like(y)).max(initial=1)
+            np.testing.assert_allclose(x, y, rtol=0, atol=rtol * scale, err_msg=name)
+
+
+def assert_rounded(found: Results, exact: Results, rounded: Results, case: Case, eps: Any) -> None:
+    """The tolerance rule: an error at most twice that of the rounded oracle, group by group.
+
+    eps: of the inputs' dtype. The small absolute term is a quarter of a unit in the last place of
+    the head's largest number, for groups of a few numbers have small errors by luck; lse, which is
+    fp32, gets less.
+    """
+    factor = 2 if case.logits_soft_cap is None else 3
+    for name, *xs in zip(Results._fields, found, exact, rounded, strict=True):
+        if any(x is None for x in xs):
+            continue
+        x, y, z = (_grouped(np.asarray(a, np.float32)) for a in xs)
+        np.testing.assert_array_equal(np.isnan(x), np.isnan(y), err_msg=f"{case}: NaN in {name}")
+        infinite = np.isinf(y)
+        np.testing.assert_array_equal(np.isinf(x), infinite, err_msg=f"{case}: inf in {name}")
+        np.testing.assert_array_equal(x[infinite], y[infinite], err_msg=f"{case}: inf in {name}")
+        x, y, z = (np.nan_to_num(a, posinf=0, neginf=0) for a in (x, y, z))
+        size = np.abs(y).max((1, 2, 4), initial=0)[:, None]  # [B, 1, N]
+        limit = factor * _largest(z - y) + (1e-4 if name == "lse" else eps) / 4 * size
+        error = _largest(x - y)  # [B, T / ROWS, N]
+        bad = np.argwhere(~(error <= limit))
+        if len(bad):
+            where = tuple(bad[0])
+            batch, group, head = where
+            raise AssertionError(
+                f"{case}: {name} is off by {error[where]:.3g}, more than {limit[where]:.3g}, in "
+                f"{len(bad)} groups, the first: batch {batch}, head {head}, "
+                f"rows {group * ROWS} to {group * ROWS + ROWS - 1}"
+            )
+
+
+def _grouped(x: np.ndarray) -> np.ndarray:
+    """[B, T, N] or [B, T, N, D] as [B, T / ROWS, ROWS, N, D]."""
+    x = x if x.ndim == 4 else x[..., None]
+    x = np.pad(x, ((0, 0), (0, -x.shape[1] % ROWS), (0, 0), (0, 0)))
+    return x.reshape(x.shape[0], x.shape[1] // ROWS, ROWS, *x.shape[2:])
+
+
+def _largest(x: np.ndarray) -> np.ndarray:
+    return np.abs(x).max((2, 4), initial=0)  # [B, T / ROWS, N]

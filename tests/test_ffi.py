@@ -1,0 +1,122 @@
+"""The custom calls as they are lowered, and registration. What the handlers do: test_gpu_*."""
+
+import re
+import types
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from lowering import lower, operations, targets
+
+from jax_fa3 import _ffi
+from jax_fa3._problem import Config, Masks
+
+B, T, S, N, K, H, V = 2, 16, 24, 4, 2, 192, 128
+CONFIG = Config(0.5, (None, None), None, False)
+
+
+def struct(*shape: int, dtype: Any = jnp.bfloat16) -> Any:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+OPERANDS = struct(B, T, N, H), struct(B, S, K, H), struct(B, S, K, V)
+
+
+def attributes(config: Config) -> dict[str, str]:
+    text = lower(lambda q, k, v: _ffi.fwd(config, q, k, v, Masks()), *OPERANDS)
+    found = re.search(r"mhlo.backend_config = \{(.*?)\}", text)
+    assert found is not None
+    return dict(item.split(" = ") for item in found[1].split(", "))
+
+
+def test_fwd_operands_and_results():
+    masks = Masks(query_offset=struct(1, dtype=jnp.int32), key_end=struct(B, T, dtype=jnp.int32))
+    text = lower(lambda *operands: _ffi.fwd(CONFIG, *operands), *OPERANDS, masks)
+    assert targets(text) == ["jax_fa3.fwd.v1"]
+    assert operations(text) == {"custom_call", "broadcast_in_dim"}  # the latter: of no elements
+    shapes = (
+        "2x16x4x192xbf16, 2x24x2x192xbf16, 2x24x2x128xbf16, 1xi32, 0xi32, 0xi32, 0xi32, 2x16xi32"
+    )
+    operands = ", ".join(f"tensor<{shape}>" for shape in shapes.split(", "))
+    assert f": ({operands}) -> (tensor<2x16x4x128xbf16>, tensor<2x4x16xf32>)" in text
+    layouts = re.findall(r"dense<\[?([\d, ]+)\]?> : tensor<(\d)xindex>", text)
+    row_major = {"1": "0", "2": "1, 0", "3": "2, 1, 0", "4": "3, 2, 1, 0"}
+    assert [rank for _, rank in layouts] == list("4441111243")
+    assert all(layout == row_major[rank] for layout, rank in layouts)
+
+
+def test_fwd_attributes():
+    assert attributes(CONFIG) == {
+        "scale": "5.000000e-01 : f32",
+        "soft_cap": "0.000000e+00 : f32",
+        "window_left": f"{2**62} : i64",
+        "window_right": f"{2**62} : i64",
+        "num_heads_q": "4 : i64",
+        "num_heads_k": "2 : i64",
+        "first_head_q": "0 : i64",
+        "first_head_k": "0 : i64",
+        "first_head_v": "0 : i64",
+    }
+    found = attributes(Config(0.5, (7, -3), 30.0, False))
+    assert (found["window_left"], found["window_right"]) == ("7 : i64", "-3 : i64")
+    assert found["soft_cap"] == "3.000000e+01 : f32"
+    found = attributes(Config(0.5, (10**30, -(10**30)), None, False))
+    assert (found["window_left"], found["window_right"]) == (f"{2**61} : i64", f"{-(2**61)} : i64")
+
+
+def test_segment_intervals_operands_and_results():
+    ids = struct(B, T, dtype=jnp.int32), struct(B, S, dtype=jnp.int32)
+    text = lower(_ffi.segment_intervals, *ids)
+    assert targets(text) == ["jax_fa3.segment_intervals.v1"]
+    assert operations(text) == {"custom_call"}
+    assert ": (tensor<2x16xi32>, tensor<2x24xi32>) -> (tensor<2x16xi32>, tensor<2x16xi32>)" in text
+
+
+def test_api_versions():
+    assert _ffi.runtime_api_version() >= (0, 3)
+    _ffi.check_api_version((0, 3), (0, 3))
+    _ffi.check_api_version((0, 3), (0, 5))
+    for built in [(0, 4), (1, 0)]:
+        message = rf"built for XLA's FFI {built[0]}\.{built[1]}, but this jaxlib speaks 0\.3"
+        with pytest.raises(ImportError, match=message):
+            _ffi.check_api_version(built, (0, 3))
+
+
+def test_register(monkeypatch):
+    registered = []
+    monkeypatch.setattr(jax.ffi, "register_ffi_target", lambda *x, **k: registered.append((x, k)))
+    module = types.SimpleNamespace(ffi_api_version=lambda: (0, 3), ffi_targets=lambda: {"a.v1": 5})
+    monkeypatch.setattr(_ffi, "_C", module)
+    _ffi.register()
+    assert registered == [(("a.v1", 5), {"platform": "CUDA", "api_version": 1})]
+
+    module.ffi_api_version = lambda: (0, 99)
+    with pytest.raises(ImportError, match=r"FFI 0\.99"):
+        _ffi.register()
+    monkeypatch.setattr(_ffi, "_C", None)
+    _ffi.register()
+    assert len(registered) == 1
+
+
+def test_load(monkeypatch):
+    def fail(error):
+        def import_module(name):
+            raise error
+
+        monkeypatch.setattr(_ffi.importlib, "import_module", import_module)
+
+    fail(ModuleNotFoundError("No module named 'jax_fa3._C'", name="jax_fa3._C"))
+    assert _ffi._load() is None  # a Python-only install
+    for error in (ImportError("undefined symbol"), ModuleNotFoundError("x", name="x")):
+        fail(error)
+        with pytest.raises(ImportError):
+            _ffi._load()
+
+
+def test_the_compiled_module_has_what_is_called():
+    if _ffi._C is None:
+        assert not _ffi.is_built() and len(_ffi.kernels()) == 12
+    else:
+        assert set(_ffi.TARGETS) <= set(_ffi._C.ffi_targets())
+        assert all(dtype in ("bfloat16", "float16") for dtype, _, _ in _ffi.kernels())

@@ -1,0 +1,59 @@
+"""Operands with more than 2**31 elements, on a Hopper GPU."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from cases import CAUSAL, Case
+from helpers import Results, assert_rounded, both_oracles, equal
+from jax import Array
+from masks import ints
+
+import jax_fa3
+
+pytestmark = pytest.mark.gpu
+
+attention = functools.partial(
+    jax_fa3.dot_product_attention, implementation="fa3", return_residual=True
+)
+
+
+@jax.jit
+def _normal(keys: Array) -> Array:
+    """[len(keys), 4096, 32, 128], made entry by entry."""
+    return jax.lax.map(lambda key: jax.random.normal(key, (4096, 32, 128), jnp.bfloat16), keys)
+
+
+both = jax.jit(both_oracles, static_argnums=(0, 1))
+
+
+def test_more_than_2_to_the_31_elements():
+    """Entries on both sides of element 2**31, against themselves alone and against the oracle."""
+    q, k, v = (_normal(jax.random.split(jax.random.key(i), 130)) for i in range(3))
+    assert q.size > 2**31
+    call = jax.jit(functools.partial(attention, **CAUSAL))
+    out, lse = call(q, k, v)
+    case = Case("2**31", 4096, 4096, 2, 2, 128, B=1, mask=CAUSAL)
+    for entry in (0, 63, 127, 128, 129):
+        alone = [x[entry : entry + 1] for x in (q, k, v)]
+        found = out[entry : entry + 1], lse[entry : entry + 1]
+        assert equal(found, call(*alone))
+        heads = ints(0, 31)
+        exact, rounded = both(case, jnp.bfloat16, [x[:, :, heads] for x in alone])
+        results = Results(*(x[:, :, heads] for x in found))
+        assert_rounded(results, exact, rounded, case, jnp.finfo(jnp.bfloat16).eps)
+
+
+def test_more_than_2_to_the_31_elements_in_one_sequence():
+    """The last rows of 2**19 + 100, in a window, against the oracle of the last rows alone."""
+    length, last, window = 2**19 + 100, 200, 150
+    x = _normal(jax.random.split(jax.random.key(0), 129)).reshape(1, -1, 32, 128)[:, :length]
+    assert x.size > 2**31
+    out, lse = jax.jit(lambda x: attention(x, x, x, local_window_size=(window, 0)))(x)
+    found = Results(out[:, -last:, 30:], lse[:, -last:, 30:])
+    keys = x[:, -last - window :, 30:]
+    mask = {"local_window_size": (window, 0), "query_offset": window}
+    case = Case("long tail", last, last + window, 2, 2, 128, B=1, mask=mask)
+    exact, rounded = both(case, jnp.bfloat16, [x[:, -last:, 30:], keys, keys])
+    assert_rounded(found, exact, rounded, case, jnp.finfo(jnp.bfloat16).eps)

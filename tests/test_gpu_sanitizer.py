@@ -1,0 +1,83 @@
+"""The kernels under compute-sanitizer; as a script, the calls that it watches."""
+
+import functools
+import os
+import re
+import shutil
+import subprocess
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import TABLE
+from masks import ints
+
+import jax_fa3
+
+pytestmark = pytest.mark.gpu
+
+NAMES = [
+    "65x63",
+    "T = 0",
+    "soft cap, lengths",
+    "hostile offsets",
+    "hostile lengths",
+    "planted, all keys",
+    "documents, broken run, causal",
+    "out of range",
+    "head dims 40, 40",
+    "head dims 192, 128",
+    "head dims 256, 256",
+]
+attention = functools.partial(
+    jax_fa3.dot_product_attention, implementation="fa3", return_residual=True
+)
+
+
+@pytest.mark.parametrize(("what", "clean"), [("table", True), ("overrun", False)])
+def test_memcheck(what: str, clean: bool):
+    """No error in small cases; and where a buffer is too short on purpose, memcheck says so."""
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer is None:
+        pytest.skip("needs compute-sanitizer on the PATH")
+    command = [sanitizer, "--tool", "memcheck", sys.executable, __file__, what]
+    # One allocation per buffer: an overrun within XLA's pool would go unseen.
+    environment = {**os.environ, "XLA_PYTHON_CLIENT_ALLOCATOR": "address"}
+    run = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=280, check=False
+    )
+    summary = re.search(r"ERROR SUMMARY: (\d+) error", run.stdout)
+    assert summary is not None, run.stdout[-3000:] + run.stderr[-3000:]
+    if clean:
+        assert "all calls made" in run.stdout, run.stdout[-3000:] + run.stderr[-3000:]
+    assert (summary[1] == "0") == clean, run.stdout[-5000:]
+
+
+def call_table() -> None:
+    for case in TABLE:
+        if case.name in NAMES:
+            for dtype in (jnp.bfloat16, jnp.float16):
+                call = jax.jit(functools.partial(attention, **case.arguments))
+                jax.block_until_ready(call(*case.inputs(dtype)))
+    print("all calls made")
+
+
+def call_overrun() -> None:
+    """key_end is said to have 2048 numbers, but only 16 of them are its own."""
+    short = jax.device_put(np.full((1, 16), 9, np.int32))
+
+    class Longer:
+        @property
+        def __cuda_array_interface__(self) -> Any:
+            return {**short.__cuda_array_interface__, "shape": (1, 2048)}
+
+    x = jnp.zeros((1, 2048, 1, 64), jnp.bfloat16)
+    begin, end = ints([0] * 2048), jnp.asarray(Longer())
+    jax.block_until_ready(attention(x, x, x, key_begin=begin, key_end=end))
+
+
+if __name__ == "__main__":
+    {"table": call_table, "overrun": call_overrun}[sys.argv[1]]()

@@ -1,0 +1,50 @@
+"""What `import jax_fa3` offers, costs and leaves alone."""
+
+import importlib.metadata
+import pathlib
+import subprocess
+import sys
+
+import jax.export
+
+import jax_fa3
+
+
+def python(code: str) -> str:
+    command = [sys.executable, "-W", "error", "-c", code]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+def test_public_names():
+    assert all(hasattr(jax_fa3, name) for name in jax_fa3.__all__)
+    public = {name for name in vars(jax_fa3) if not name.startswith("_")}
+    assert public <= {*jax_fa3.__all__, "flax"}
+
+
+def test_version():
+    try:
+        assert importlib.metadata.version("jax_fa3") == jax_fa3.__version__
+    except importlib.metadata.PackageNotFoundError:  # run from the source tree
+        assert jax_fa3.__version__.count(".") == 2
+
+
+def test_is_typed():
+    assert (pathlib.Path(jax_fa3.__file__).parent / "py.typed").exists()
+
+
+def test_export_checks_name_the_targets():
+    checks = [jax.export.DisabledSafetyCheck.custom_call(x) for x in jax_fa3._ffi.TARGETS]
+    assert list(jax_fa3.DISABLE_JAX_EXPORT_CHECKS) == checks and len(checks) == 2
+
+
+def test_import_initialises_no_backend_and_is_quick():
+    """At most 100 ms over `import jax`: the best of three, for machines are busy."""
+    code = """
+import time, jax
+from jax._src import xla_bridge
+start = time.perf_counter()
+import jax_fa3
+print(time.perf_counter() - start)
+assert not xla_bridge.backends_are_initialized()
+"""
+    assert min(float(python(code)) for _ in range(3)) < 0.1

@@ -121,7 +121,6 @@ ffi::Error fwd_impl(cudaStream_t stream, ffi::AnyBuffer query, ffi::AnyBuffer ke
   if (q.size() != 4 || k.size() != 4 || v.size() != 4 || o.size() != 4 || l.size() != 3) {
     return invalid("query, key, value and out must have rank 4, lse rank 3");
   }
-  if (out->element_count() == 0) return ffi::Error::Success();
   int64_t const batch = q[0];
   int64_t const seqlen_q = q[1];
   int64_t const seqlen_k = k[1];
@@ -131,7 +130,9 @@ ffi::Error fwd_impl(cudaStream_t stream, ffi::AnyBuffer query, ffi::AnyBuffer ke
     return invalid("query " + shape_of(query) + ", key " + shape_of(key) + " and value " +
                    shape_of(value) + " do not fit together");
   }
-  if (num_heads_k <= 0 || num_heads_q <= 0 || num_heads_q % num_heads_k != 0) {
+  // Without heads there is nothing to compute, and nothing to divide by.
+  bool const no_heads = num_heads_q == 0 && num_heads_k == 0;
+  if (!no_heads && (num_heads_k <= 0 || num_heads_q <= 0 || num_heads_q % num_heads_k != 0)) {
     return invalid(std::to_string(num_heads_q) + " query heads are no multiple of " +
                    std::to_string(num_heads_k) + " key/value heads");
   }
@@ -148,9 +149,10 @@ ffi::Error fwd_impl(cudaStream_t stream, ffi::AnyBuffer query, ffi::AnyBuffer ke
                    shape_of(query) + " and value " + shape_of(value));
   }
   if (tile_counter->element_count() != 1) return invalid("tile_counter must have one element");
-  if (head_dim <= 0 || head_dim_v <= 0 || head_dim % 8 != 0 || head_dim_v % 8 != 0) {
-    return invalid("head dims must be positive multiples of 8, found " + std::to_string(head_dim) +
-                   " and " + std::to_string(head_dim_v));
+  if (head_dim <= 0 || head_dim_v <= 0 || head_dim % 8 != 0 || head_dim_v % 8 != 0 ||
+      head_dim > 256 || head_dim_v > 256) {
+    return invalid("head dims must be positive multiples of 8 up to 256, found " +
+                   std::to_string(head_dim) + " and " + std::to_string(head_dim_v));
   }
   auto const dtype = to_dtype(query.element_type());
   auto const out_dtype = to_dtype(out->element_type());
@@ -208,6 +210,7 @@ ffi::Error fwd_impl(cudaStream_t stream, ffi::AnyBuffer query, ffi::AnyBuffer ke
       optional_array(key_begin, "key_begin", batch * seqlen_q, &mask.key_begin));
   JAX_FA3_RETURN_IF_FAILED(optional_array(key_end, "key_end", batch * seqlen_q, &mask.key_end));
 
+  if (out->element_count() == 0) return ffi::Error::Success();
   cudaError_t error = cudaSuccess;
   if (!launch_fwd(problem, stream, &error)) {
     return ffi::Error(ffi::ErrorCode::kUnimplemented,
@@ -221,14 +224,18 @@ ffi::Error segment_intervals_impl(cudaStream_t stream, Int32Buffer query_segment
                                   Int32Buffer key_value_segment_ids,
                                   ffi::Result<Int32Buffer> key_begin,
                                   ffi::Result<Int32Buffer> key_end) {
+  JAX_FA3_RETURN_IF_FAILED(check_device());
   auto const q = query_segment_ids.dimensions();
   auto const k = key_value_segment_ids.dimensions();
-  if (q.size() != 2 || k.size() != 2 || q[0] != k[0] || q[0] > 65535 || q[1] > INT32_MAX ||
-      k[1] > INT32_MAX - 4096 || key_begin->element_count() != query_segment_ids.element_count() ||
+  if (q.size() != 2 || k.size() != 2 || q[0] != k[0] ||
+      key_begin->element_count() != query_segment_ids.element_count() ||
       key_end->element_count() != query_segment_ids.element_count()) {
     return invalid("query_segment_ids " + shape_of(query_segment_ids) +
                    " and key_value_segment_ids " + shape_of(key_value_segment_ids) +
-                   " must be [B, T] and [B, S] with B <= 65535, the results [B, T]");
+                   " must be [B, T] and [B, S], the results [B, T]");
+  }
+  if (q[1] > INT32_MAX - 4096 || k[1] > INT32_MAX - 4096 || q[0] > INT32_MAX / (q[1] / 256 + 1)) {
+    return invalid("query_segment_ids " + shape_of(query_segment_ids) + " is too large");
   }
   if (q[0] == 0 || q[1] == 0) return ffi::Error::Success();
   SegmentIntervals const problem{static_cast<int>(q[0]),

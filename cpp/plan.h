@@ -13,8 +13,8 @@ struct FwdTile {
   bool out_over_value;  // the output tile borrows V's shared memory: no room for one of its own
 };
 
-// The measured reasons stand in cpp/README.md. `few_keys`: rows of one tile see few keys and not
-// the same ones, so that a tall tile would mostly compute what is masked.
+// The measured reasons stand in cpp/README.md. `few_keys`: the mask leaves the rows of a tile few
+// keys, so that a tall tile would mostly compute what is masked.
 constexpr FwdTile fwd_tile(int head_dim, int head_dim_v, bool few_keys) {
   if (head_dim <= 64) return {few_keys ? 128 : 192, 128, false};
   if (head_dim <= 128) return {128, 128, false};
@@ -23,7 +23,7 @@ constexpr FwdTile fwd_tile(int head_dim, int head_dim_v, bool few_keys) {
   return {128, 80, true};
 }
 
-// Keys that a row sees at most, by lengths and window alone.
+// Keys that a row sees at most, by the sizes and the window alone.
 constexpr int64_t most_visible_keys(Mask const& mask) {
   if (mask.window_left == kUnbounded || mask.window_right == kUnbounded) return mask.seqlen_k;
   int64_t const window = mask.window_left + mask.window_right + 1;
@@ -38,13 +38,14 @@ constexpr int ceil_div(int64_t a, int64_t b) { return static_cast<int>((a + b - 
 
 // Query heads whose K and V fit into the part of the L2 cache that is counted on, as whole groups
 // of the query heads that share a KV head: tiles of those heads run next to each other.
-constexpr int heads_per_section(int64_t seqlen_k, int64_t head_dim, int64_t head_dim_v, int group) {
+constexpr int64_t heads_per_section(int64_t seqlen_k, int64_t head_dim, int64_t head_dim_v,
+                                    int group) {
   constexpr int64_t kL2Budget = int64_t{32} << 20;  // bytes, of the 50 MB of an H100 or H200
   int64_t const bytes = seqlen_k * (head_dim + head_dim_v) * 2;
   int64_t kv_heads = bytes == 0 ? kL2Budget : kL2Budget / bytes;
   if (kv_heads < 1) kv_heads = 1;
   if (kv_heads > 1024) kv_heads = 1024;
-  return static_cast<int>(kv_heads) * group;
+  return kv_heads * group;
 }
 
 }  // namespace jax_fa3

@@ -19,12 +19,14 @@ struct Run {
 // The keys pass by in chunks; each chunk is first compressed to its runs (a packed batch has few),
 // then every query row looks for its id among those. A run that goes on from one chunk to the next
 // is put together again by the row that it belongs to.
-__global__ void __launch_bounds__(kThreads) kernel(SegmentIntervals const problem) {
+__global__ void __launch_bounds__(kThreads)
+    segment_intervals_kernel(SegmentIntervals const problem) {
   __shared__ Run runs[kChunk];
   __shared__ int warp_starts[kThreads / 32];
 
-  int const batch = blockIdx.y;
-  int const row = blockIdx.x * kThreads + threadIdx.x;
+  int const blocks = ceil_div(problem.seqlen_q, kThreads);
+  int const batch = blockIdx.x / blocks;
+  int const row = blockIdx.x % blocks * kThreads + threadIdx.x;
   int const lane = threadIdx.x % 32;
   int const warp = threadIdx.x / 32;
   bool const inside = row < problem.seqlen_q;
@@ -90,9 +92,10 @@ __global__ void __launch_bounds__(kThreads) kernel(SegmentIntervals const proble
 }  // namespace
 
 cudaError_t launch(SegmentIntervals const& problem, cudaStream_t stream) {
-  dim3 const grid(ceil_div(problem.seqlen_q, kThreads), problem.batch);
-  kernel<<<grid, kThreads, 0, stream>>>(problem);
-  return cudaGetLastError();
+  dim3 const grid(ceil_div(problem.seqlen_q, kThreads) * problem.batch);
+  void* arguments[] = {const_cast<SegmentIntervals*>(&problem)};
+  return cudaLaunchKernel(reinterpret_cast<void const*>(&segment_intervals_kernel), grid,
+                          dim3(kThreads), arguments, 0, stream);
 }
 
 }  // namespace jax_fa3

@@ -108,8 +108,8 @@ def _backward(
     residuals: tuple[Operands, Masks, Array, Array],
     cotangents: tuple[Array, Array],
 ) -> tuple[Operands, None]:
-    operands, masks, out, lse = residuals
-    grads = _xla.backward(config, *_split(packed, operands), masks, out, lse, *cotangents)
+    operands, masks, _, lse = residuals
+    grads = _xla.backward(config, *_split(packed, operands), masks, lse, *cotangents)
     if packed is not None:
         grads = (jnp.concatenate(grads, axis=2),)
     return grads, None  # masks have no gradient

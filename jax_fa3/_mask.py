@@ -166,10 +166,11 @@ def with_segments(
     kernel = _sharding.segment_intervals
     intervals = _dispatch.run(implementation, kernel, segment_intervals, (), *segment_ids)
     begin, end = masks.key_begin, masks.key_end
-    begin = jnp.zeros_like(intervals[0]) if begin is None else begin
-    end = jnp.full_like(intervals[1], INT32_MAX) if end is None else end
-    begin, end = intersect(intervals, (begin, end))
-    return masks._replace(key_begin=begin, key_end=end)
+    if begin is not None or end is not None:  # else nothing stands between the two kernels
+        begin = jnp.zeros_like(intervals[0]) if begin is None else begin
+        end = jnp.full_like(intervals[1], INT32_MAX) if end is None else end
+        intervals = intersect(intervals, (begin, end))
+    return masks._replace(key_begin=intervals[0], key_end=intervals[1])
 
 
 def key_intervals(

@@ -79,7 +79,10 @@ def attention(
     """
 
     def rounded(x: Array) -> Array:
-        return x if round_to is None else x.astype(round_to).astype(x.dtype)
+        # The barrier keeps XLA from dropping both conversions, which it may do to be more exact.
+        return (
+            x if round_to is None else lax.optimization_barrier(x.astype(round_to)).astype(x.dtype)
+        )
 
     (b, t, n, h), s = query.shape, key.shape[1]
     visible, broken = (jnp.asarray(x)[:, None] for x in visible_keys(b, t, s, **mask_arguments))

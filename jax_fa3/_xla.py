@@ -10,6 +10,8 @@ In this file a tensor per query row has the shape [B, K, G, T, ...], with N = K 
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -53,7 +55,7 @@ def attention(
     """
     batch, length, heads, _ = query.shape
     intervals = row_intervals(masks, window, batch, length, key.shape[1])
-    groups, narrow = _groups(query, key), query.dtype
+    groups, narrow, einsum = _groups(query, key), query.dtype, _einsum_for(query.dtype)
     query, key, value = _widened(query, key, value, masks)
     dense = {
         name: x.reshape(x.shape[0], *((1, 1) if x.shape[1] == 1 else groups), *x.shape[2:])
@@ -65,7 +67,7 @@ def attention(
         query, begin, end, broken, dense_rows = rows
         tensors = dense | dense_rows
         query = jnp.where(((begin < end) | broken)[..., None], query, 0)
-        scores = _scores(query, key, scale, logits_soft_cap)
+        scores = _scores(einsum, query, key, scale, logits_soft_cap)
         visible = _visible(begin, end, key.shape[1])
         if "bias" in tensors:
             scores += tensors["bias"].astype(scores.dtype)
@@ -78,7 +80,7 @@ def attention(
         top = lax.stop_gradient(jnp.where(sees, top, 0))
         weights = jnp.exp(jnp.where(visible, scores - top, -jnp.inf))
         total = jnp.where(sees, weights.sum(-1, keepdims=True), 1)
-        out = jnp.einsum("bkgrs,bskv->bkgrv", weights, value) / total
+        out = einsum("bkgrs,bskv->bkgrv", weights, value) / total
         lse = top + jnp.log(total)
         # NaN, and NaN gradients, where the row's segment is broken; 0, and 0, elsewhere.
         nan = jnp.where(broken, jnp.nan, 0)[..., None] * query.sum(-1, keepdims=True)
@@ -99,17 +101,16 @@ def backward(
     key: Array,
     value: Array,
     masks: Masks,
-    out: Array,
     lse: Array,
     dout: Array,
     dlse: Array,
 ) -> tuple[Array, Array, Array]:
-    """Gradients from the forward's residuals, as in FlashAttention-2 (Dao 2023), algorithm 2.
+    """Gradients from the forward's log-sum-exp, as in FlashAttention-2 (Dao 2023), algorithm 2.
 
     Args:
         config, query, key, value, masks: the forward's arguments.
-        out, lse: the forward's results, [B, T, N, V] and fp32 [B, N, T].
-        dout, dlse: their cotangents.
+        lse: the forward's, fp32 [B, N, T].
+        dout, dlse: cotangents of out, [B, T, N, V], and of lse.
 
     Returns:
         dq, dk, dv, in the shapes and dtypes of query, key, value. The dq of a row whose segment is
@@ -117,34 +118,35 @@ def backward(
     """
     batch, length, _, _ = query.shape
     intervals = row_intervals(masks, config.window, batch, length, key.shape[1])
-    groups, cap = _groups(query, key), config.logits_soft_cap
+    groups, cap, einsum = _groups(query, key), config.logits_soft_cap, _einsum_for(query.dtype)
     narrow = query.dtype, key.dtype, value.dtype
     query, key, value = _widened(query, key, value, masks)
 
     def block(sums: tuple[Array, Array], rows: tuple[Array, ...]) -> tuple[Any, Array]:
-        query, out, dout, lse, dlse, begin, end, broken = rows
+        query, dout, lse, dlse, begin, end, broken = rows
         sees = begin < end
-        query, out, dout = (jnp.where(sees[..., None], x, 0) for x in (query, out, dout))
+        query, dout = (jnp.where(sees[..., None], x, 0) for x in (query, dout))
         dout = dout.astype(query.dtype)
         lse, dlse = (jnp.where(sees, x, 0) for x in (lse, dlse))
         visible = _visible(begin, end, key.shape[1])
-        scores = _scores(query, key, config.scale, cap)
+        scores = _scores(einsum, query, key, config.scale, cap)
         weights = jnp.exp(jnp.where(visible, scores - lse[..., None], -jnp.inf))
-        # dlse enters as one more term of delta: d lse / d score is the probability itself.
-        delta = (out.astype(dout.dtype) * dout).sum(-1) - dlse
-        dweights = jnp.einsum("bkgrv,bskv->bkgrs", dout, value)
+        dweights = einsum("bkgrv,bskv->bkgrs", dout, value)
+        # The row's sum of dout * out, from the row's own weights: out is rounded. dlse enters as
+        # one more term: d lse / d score is the probability itself.
+        delta = (weights * dweights).sum(-1) - dlse
         dscores = jnp.where(visible, weights * (dweights - delta[..., None]), 0)
         if cap is not None:
             dscores *= 1 - jnp.square(scores / cap)
         dscores *= config.scale
-        dq = jnp.einsum("bkgrs,bskh->bkgrh", dscores, key)
-        dk = jnp.einsum("bkgrs,bkgrh->bskh", dscores, query)
-        dv = jnp.einsum("bkgrs,bkgrv->bskv", weights, dout)
+        dq = einsum("bkgrs,bskh->bkgrh", dscores, key)
+        dk = einsum("bkgrs,bkgrh->bskh", dscores, query)
+        dv = einsum("bkgrs,bkgrv->bskv", weights, dout)
         dq = jnp.where(broken[..., None], jnp.nan, dq).astype(narrow[0])
         return (sums[0] + dk, sums[1] + dv), dq
 
     operands = (
-        *(_heads_first(x, groups) for x in (query, out, dout)),
+        *(_heads_first(x, groups) for x in (query, dout)),
         *(x.reshape(batch, *groups, length) for x in (lse, dlse)),
         *(x[:, None, None] for x in intervals),
     )
@@ -162,9 +164,21 @@ def _widened(query: Array, key: Array, value: Array, masks: Masks) -> list[Array
     return [x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (query, key, value)]
 
 
-def _scores(query: Array, key: Array, scale: float | Array, soft_cap: float | None) -> Array:
+def _einsum_for(dtype: jnp.dtype) -> Callable[..., Array]:
+    """Products of widened operands. GPUs multiply fp32 as TF32 by default, which rounds to as few
+    bits as fp16 has: too few for the steps in between of fp16 inputs."""
+    return functools.partial(jnp.einsum, precision="highest" if dtype == jnp.float16 else None)
+
+
+def _scores(
+    einsum: Callable[..., Array],
+    query: Array,
+    key: Array,
+    scale: float | Array,
+    soft_cap: float | None,
+) -> Array:
     """[B, K, G, R, S], fp32 or fp64."""
-    scores = jnp.einsum("bkgrh,bskh->bkgrs", query, key) * jnp.asarray(scale, query.dtype)
+    scores = einsum("bkgrh,bskh->bkgrs", query, key) * jnp.asarray(scale, query.dtype)
     return scores if soft_cap is None else soft_cap * jnp.tanh(scores / soft_cap)
 
 

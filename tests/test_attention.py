@@ -193,7 +193,10 @@ def test_segments_lower_to_their_kernel():
             *qkv, query_segment_ids=ids[0], key_value_segment_ids=ids[1]
         )
 
-    assert targets(lower(function, qkv, ids)) == [SEGMENTS, FWD]
+    text = lower(function, qkv, ids)
+    assert targets(text) == [SEGMENTS, FWD]
+    assert operations(text) == {"custom_call", "broadcast_in_dim"}  # nothing between the two
+    assert "-> tensor<0xi32>" in text and text.count("broadcast_in_dim") == 1
     assert targets(lower(function, qkv, ids, platform="cpu")) == []
 
 

@@ -45,7 +45,7 @@ def test_memcheck(what: str, clean: bool):
         pytest.skip("needs compute-sanitizer on the PATH")
     command = [sanitizer, "--tool", "memcheck", sys.executable, __file__, what]
     # One allocation per buffer: an overrun within XLA's pool would go unseen.
-    environment = {**os.environ, "XLA_PYTHON_CLIENT_ALLOCATOR": "address"}
+    environment = {**os.environ, "XLA_PYTHON_CLIENT_ALLOCATOR": "platform"}
     run = subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=280, check=False
     )

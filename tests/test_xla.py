@@ -36,10 +36,10 @@ def from_residuals(case: Case, inputs: Any, cotangents: Any, results: Results) -
     if segment_ids is not None:
         masks = _mask.with_segments(masks, segment_ids, "xla")
     config = Config(case.scale or case.H**-0.5, window, case.logits_soft_cap, False)
-    out, lse = results.out, results.lse.swapaxes(1, 2)
+    lse = results.lse.swapaxes(1, 2)
     dout, dlse = cotangents[0], cotangents[1].swapaxes(1, 2)
     query, key, value = inputs
-    grads = _xla.backward(config, query, key, value, masks, out, lse, dout, dlse)
+    grads = _xla.backward(config, query, key, value, masks, lse, dout, dlse)
     return Results(results.out, results.lse, *grads)
 
 

@@ -36,7 +36,7 @@ def test_memory_is_linear(axis: str):
         grads = jax.grad(lambda *x: attend(*x)[0].sum(dtype=jnp.float32), (0, 1, 2))
 
         def backward(q: Any, k: Any, v: Any, out: Any, lse: Any) -> Any:
-            return _xla.backward(config, q, k, v, Masks(), out, lse, out, lse)
+            return _xla.backward(config, q, k, v, Masks(), lse, out, lse)
 
         programs = ((attend, (q, k, v)), (grads, (q, k, v)), (backward, (q, k, v, out, lse)))
         return [temporary_bytes(f, *x) for f, x in programs]
@@ -70,7 +70,7 @@ def test_shard_map():
     def backward(q: Array, k: Array, v: Array) -> Any:
         k, v = (jax.lax.pcast(x, "data", to="varying") for x in (k, v))
         out, lse = _xla.attention(q, k, v, Masks(), config.window, scale=config.scale)
-        return _xla.backward(config, q, k, v, Masks(), out, lse, 2 * out, jnp.zeros_like(lse))
+        return _xla.backward(config, q, k, v, Masks(), lse, 2 * out, jnp.zeros_like(lse))
 
     def autodiff(q: Array, k: Array, v: Array) -> Any:
         return jax.grad(lambda *x: (attention(*x, is_causal=True)[0] ** 2).sum(), (0, 1, 2))(
@@ -82,9 +82,10 @@ def test_shard_map():
     each = jax.jit(jax.shard_map(backward, **specs, out_specs=(data, data, data)))(q, k, v)
     repeated = (jnp.repeat(x, 8, axis=0) for x in (k, v))
     for x, y, z in zip(once, each, autodiff(q, *repeated), strict=True):
-        np.testing.assert_allclose(y, z, atol=1e-5)
+        # Two ways to sum the same terms in fp32, of magnitude 10 before they cancel.
+        np.testing.assert_allclose(y, z, atol=2e-5)
         np.testing.assert_allclose(
-            x, z if x.shape == z.shape else z.sum(0, keepdims=True), atol=1e-5
+            x, z if x.shape == z.shape else z.sum(0, keepdims=True), atol=2e-5
         )
 
 

@@ -7,6 +7,7 @@
 #include <cutlass/numeric_types.h>
 
 #include <cute/atom/mma_traits_sm90_gmma.hpp>
+#include <type_traits>
 
 namespace jax_fa3 {
 

@@ -14,18 +14,19 @@ namespace jax_fa3::fwd {
 // without keys may have run through blocks that are full for its neighbours.
 template <class Out>
 CUTLASS_DEVICE void finalize(Interval const (&rows)[kRowsPerThread], float softmax_scale,
-                             Softmax& softmax, Out& tOrO, float (&lse)[kRowsPerThread]) {
+                             Softmax const& softmax, Out& tOrO, float (&lse)[kRowsPerThread]) {
+  float inverse_sum[kRowsPerThread];
   CUTLASS_PRAGMA_UNROLL
   for (int row = 0; row < kRowsPerThread; ++row) {
     float const sum = quad_sum(softmax.row_sum[row]);
-    softmax.rescale[row] = 1.f / sum;
+    inverse_sum[row] = 1.f / sum;
     lse[row] = softmax.row_max[row] * softmax_scale + logf(sum);
     if (rows[row].empty()) lse[row] = rows[row].broken() ? NAN : -INFINITY;
   }
   CUTLASS_PRAGMA_UNROLL
   for (int i = 0; i < size(tOrO); ++i) {
     int const row = fragment_row(i);
-    tOrO(i) *= softmax.rescale[row];
+    tOrO(i) *= inverse_sum[row];
     if (rows[row].empty()) tOrO(i) = rows[row].broken() ? NAN : 0.f;
   }
 }

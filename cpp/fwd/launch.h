@@ -5,7 +5,7 @@
 #include <cutlass/numeric_types.h>
 
 #include <algorithm>
-#include <cmath>
+#include <limits>
 
 #include "fwd/fwd.h"
 #include "fwd/kernel.h"
@@ -16,6 +16,8 @@ namespace jax_fa3::fwd {
   if (cudaError_t const error = (expression); error != cudaSuccess) { \
     return error;                                                     \
   }
+
+inline constexpr float kLog2E = 1.44269504f;
 
 template <class Traits>
 cudaError_t make_params(Problem const& problem, Params* params) {
@@ -47,13 +49,16 @@ cudaError_t make_params(Problem const& problem, Params* params) {
   // Without a mask all tiles are equally long: they are dealt out in fixed rounds, head by head.
   bool const masked = p.mask.restricts();
   params->tile_counter = masked ? p.tile_counter : nullptr;
-  int const section = masked
-                          ? heads_per_section(p.seqlen_k, p.head_dim, p.head_dim_v, params->group)
-                          : params->group;
-  params->order = {ceil_div(p.seqlen_q, Traits::kBlockM), p.num_heads_q, p.batch, section};
-  bool const capped = p.soft_cap != 0.f;
+  int64_t const section =
+      masked ? heads_per_section(p.seqlen_k, p.head_dim, p.head_dim_v, params->group)
+             : params->group;
+  params->order = {ceil_div(p.seqlen_q, Traits::kBlockM), p.num_heads_q, p.batch,
+                   static_cast<int>(std::min(section, int64_t{p.num_heads_q} * p.batch))};
+  // Beyond this cap tanh(x) is x for every score there is, and cap_scale would be flushed to 0.
+  bool const capped =
+      p.soft_cap != 0.f && p.softmax_scale / p.soft_cap >= std::numeric_limits<float>::min();
   params->softmax_scale = capped ? p.soft_cap : p.softmax_scale;
-  params->softmax_scale_log2 = params->softmax_scale * static_cast<float>(M_LOG2E);
+  params->softmax_scale_log2 = params->softmax_scale * kLog2E;
   params->cap_scale = capped ? p.softmax_scale / p.soft_cap : 0.f;
   return cudaSuccess;
 }
@@ -75,8 +80,10 @@ cudaError_t launch_tile(Problem const& problem, cudaStream_t stream) {
   if (params.tile_counter != nullptr) {
     JAX_FA3_RETURN_IF_ERROR(cudaMemsetAsync(params.tile_counter, 0, sizeof(int), stream));
   }
-  fwd_kernel<Traits><<<num_ctas, Traits::kThreads, kSharedBytes, stream>>>(params);
-  return cudaGetLastError();
+  // Not <<<>>>, after which an older call's error cannot be told from this one's.
+  void* arguments[] = {&params};
+  return cudaLaunchKernel(reinterpret_cast<void const*>(&fwd_kernel<Traits>), dim3(num_ctas),
+                          dim3(Traits::kThreads), arguments, kSharedBytes, stream);
 }
 
 template <DType kDType, int kHeadDim, int kHeadDimV>

@@ -131,8 +131,9 @@ CUTLASS_DEVICE void load(Params const& params, typename Traits::SharedStorage& s
       query_phase ^= 1;
     }
     if constexpr (Traits::kOutOverValue) {
-      // The previous tile's output still lies in V's memory.
-      storage.out_stored.wait(out_phase ^ 1);
+      // The previous tile's output still lies in V's memory. Only a tile with loads may wait: an
+      // empty one is finished without this warp, and the barrier could complete twice meanwhile.
+      if (visits) storage.out_stored.wait(out_phase ^ 1);
       out_phase ^= 1;
     }
     if (visits) {

@@ -36,6 +36,7 @@ struct ConsumerState {
 };
 
 // Sets scores outside [begin, end) to -inf; `column` is the key index of the thread's column 0.
+// A broken row may wrap around here: the epilogue overwrites it.
 template <class Scores>
 CUTLASS_DEVICE void mask_scores(Scores& scores, Interval const (&rows)[kRowsPerThread],
                                 int column) {

@@ -90,7 +90,7 @@ struct Traits {
     alignas(1024) uint16_t own_out[kOutOverValue ? 1 : kSizeOut];
     FullBarrier query_full[kConsumerWarpgroups];  // each warpgroup's 64 rows by themselves
     EmptyBarrier query_empty[kConsumerWarpgroups];
-    EmptyBarrier out_stored;   // kOutOverValue: the output has left V's memory
+    EmptyBarrier out_stored;   // kOutOverValue, once per tile: O has left V's memory
     FullBarrier value_staged;  // V has landed, its rows past the length are still to be zeroed
     Pipeline<kStages> key_pipeline;
     Pipeline<kStages> value_pipeline;
@@ -106,6 +106,7 @@ struct Traits {
     }
   };
   static_assert(!kOutOverValue || kSizeOut <= kStages * kSizeV);
+  static_assert(!kOutOverValue || kWorkStages == 1, "out_stored has one bit of phase");
   static_assert(sizeof(SharedStorage) <= 227 * 1024);
 };
 

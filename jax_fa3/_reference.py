@@ -31,8 +31,10 @@ def visible_keys(
     i, j = np.arange(query_length)[:, None], np.arange(key_length)  # [T, 1], [S]
     visible = np.ones((batch, query_length, key_length), bool)
     broken = np.zeros((batch, query_length), bool)
-    # Distance of a key from its row's diagonal, [1 or B, T, S]; object: Python's integers.
-    ahead = (j - i) - np.reshape(np.asarray(query_offset, object), (-1, 1, 1))
+    offset = np.reshape(np.asarray(query_offset, object), (-1, 1, 1))  # object: Python's integers
+    if all(abs(x) < 2**60 for x in offset.flat):
+        offset = offset.astype(np.int64)  # as exact, and fast
+    ahead = (j - i) - offset  # distance of a key from its row's diagonal, [1 or B, T, S]
     if is_causal:
         visible &= (ahead <= 0).astype(bool)
     if local_window_size is not None:

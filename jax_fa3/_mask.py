@@ -215,13 +215,8 @@ def key_intervals(
         raise wrong("implementation", repr(implementation), "None, 'fa3' or 'xla'")
     query_length = _length("query_length", query_length)
     key_length = _length("key_length", key_length)
-    per_entry: tuple[Any, ...] = query_offset, query_seq_lengths, key_value_seq_lengths  # [B]
-    per_row: tuple[Any, ...] = (
-        query_segment_ids,
-        key_value_segment_ids,
-        key_begin,
-        key_end,
-    )  # [B, ...]
+    per_entry: Any = query_offset, query_seq_lengths, key_value_seq_lengths  # [B]
+    per_row: Any = query_segment_ids, key_value_segment_ids, key_begin, key_end  # [B, ...]
     shapes = [np.shape(x) for x in per_entry] + [np.shape(x)[:-1] for x in per_row]
     batches = [
         _length("batch", x)

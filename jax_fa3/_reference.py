@@ -87,7 +87,9 @@ def attention(
         )
 
     (b, t, n, h), s = query.shape, key.shape[1]
-    visible, broken = (jnp.asarray(x)[:, None] for x in visible_keys(b, t, s, **mask_arguments))
+    seen = map(jnp.asarray, visible_keys(b, t, s, **mask_arguments))
+    # The barrier keeps XLA from folding constants of this size, for seconds.
+    visible, broken = (lax.optimization_barrier(x)[:, None] for x in seen)
     if mask is not None:
         visible = visible & mask
     if bias is not None:

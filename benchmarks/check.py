@@ -1,8 +1,11 @@
 """Is a result right? A slice of it against fp32 maths in NumPy, away from the GPU's own rounding."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from .points import Point
 
@@ -73,6 +76,60 @@ def check_forward(point: Point, inputs: tuple[jax.Array, ...], out: jax.Array) -
                         f"error {error:.2e}, allowed {allowed:.2e}"
                     )
                 worst = max(worst, float(error / allowed))
+    return worst
+
+
+@partial(jax.jit, static_argnames=("scale", "dtype"))
+def _gradients(query, key, value, dout, begin, end, *, scale, dtype):
+    """Of one head, fp32 on the device; scores, probabilities and gradients rounded to `dtype`."""
+
+    def rounded(x):
+        # The barrier keeps XLA from dropping both conversions.
+        return lax.optimization_barrier(x.astype(dtype)).astype(jnp.float32)
+
+    query, key, value, dout = (x.astype(jnp.float32) for x in (query, key, value, dout))
+    position = jnp.arange(key.shape[0])
+    visible = (position >= begin[:, None]) & (position < end[:, None])
+    weights = jax.nn.softmax(jnp.where(visible, rounded(query @ key.T * scale), -jnp.inf), axis=1)
+    dweights = dout @ value.T
+    delta = (weights * dweights).sum(1, keepdims=True)
+    dscores = rounded(weights * (dweights - delta)) * scale
+    return dscores @ key, dscores.T @ query, rounded(weights).T @ dout
+
+
+def check_backward(
+    point: Point, inputs: tuple[jax.Array, ...], grads: tuple[jax.Array, ...]
+) -> float:
+    """Compares dq, dk and dv of the last KV head of the last batch entry; otherwise check_forward."""
+    b, n = point.batch - 1, point.num_heads_k - 1
+    group = point.num_heads_q // point.num_heads_k
+    heads = [n * group + i for i in range(group)]
+    intervals = [jnp.asarray(x) for x in point.intervals()]
+
+    def expected(dtype: str) -> list[np.ndarray]:
+        key, value = (_head(x, b, n) for x in inputs[1:3])
+        with jax.default_matmul_precision("highest"):
+            found = [
+                _gradients(
+                    *(_head(inputs[0], b, head), key, value, _head(inputs[3], b, head), *intervals),
+                    scale=point.head_dim**-0.5,
+                    dtype=dtype,
+                )
+                for head in heads
+            ]
+        dq, dk, dv = ([np.asarray(x) for x in xs] for xs in zip(*found, strict=True))
+        return [np.stack(dq), sum(dk), sum(dv)]  # pyright: ignore
+
+    got = [np.stack([_fetch(grads[0], b, head) for head in heads])]
+    got += [_fetch(x, b, n) for x in grads[1:]]
+    worst = 0.0
+    cases = zip(("dq", "dk", "dv"), got, expected("float32"), expected(point.dtype), strict=True)
+    for name, x, truth, rounded in cases:
+        allowed = FACTOR * np.max(np.abs(rounded - truth)) + np.max(np.abs(truth)) * 2**-9
+        error = np.max(np.abs(x - truth))
+        if not error <= allowed:  # a NaN fails too
+            raise WrongResult(f"{point.name}: {name}: error {error:.2e}, allowed {allowed:.2e}")
+        worst = max(worst, float(error / allowed))
     return worst
 
 

@@ -38,7 +38,7 @@ def _with_intervals(query, key, value, key_begin, key_end):
     )
 
 
-def _fa3(point: Point) -> Attention:
+def _fa3(point: Point, **options: Any) -> Attention:
     if point.documents:
         intervals = _key_intervals(point, "fa3")(*_segments(point))
         return Attention(_with_intervals, intervals)
@@ -48,6 +48,7 @@ def _fa3(point: Point) -> Attention:
             is_causal=point.is_causal,
             local_window_size=_window(point),
             implementation="fa3",
+            **options,
         )
     )
 
@@ -83,6 +84,8 @@ def _pallas(point: Point) -> Attention:
         raise Refused("no masks other than causal")
     if point.head_dim != point.head_dim_v:
         raise Refused("no value head dim of its own")
+    if point.pass_name != "fwd":
+        raise Refused("its backward has no causal mask")
     from jax.experimental.pallas.ops.gpu import attention_mgpu
 
     # Two warpgroups of 64 rows; the widest key block whose scores, probabilities and output stay in
@@ -117,6 +120,7 @@ CONTENDERS: dict[str, Callable[[Point], Attention]] = {
     "fa3": _fa3,
     "fa3 arrays": _fa3_arrays,  # the same mask, said by key_begin and key_end
     "fa3 full": _fa3,  # the same shapes with no mask: see `problem`
+    "fa3 deterministic": partial(_fa3, deterministic_backward=True),
     "cudnn": _cudnn,
     "pallas": _pallas,
     "flash-attn3-jax": _flash_attn3_jax,
@@ -151,12 +155,13 @@ def _key_intervals(point: Point, implementation: Any) -> Callable[..., Any]:
 
 
 def _normal(point: Point) -> tuple[jax.Array, ...]:
-    heads = (point.num_heads_q, point.num_heads_k, point.num_heads_k)
-    dims = (point.head_dim, point.head_dim, point.head_dim_v)
-    keys = jax.random.split(jax.random.key(0), 3)
+    """query, key, value and, for the passes that take it, the cotangent of out."""
+    heads = (point.num_heads_q, point.num_heads_k, point.num_heads_k, point.num_heads_q)
+    dims = (point.head_dim, point.head_dim, point.head_dim_v, point.head_dim_v)
+    keys = jax.random.split(jax.random.key(0), 3 if point.pass_name == "fwd" else 4)
     return tuple(
         jax.random.normal(key, (point.batch, point.seqlen, n, d), point.dtype)
-        for key, n, d in zip(keys, heads, dims, strict=True)
+        for key, n, d in zip(keys, heads, dims, strict=False)
     )
 
 
@@ -168,8 +173,27 @@ def _forward(point: Point, name: str, inputs: tuple[jax.Array, ...]) -> Call:
     return Call(jax.jit(attention.fn), (*args, *attention.masks))
 
 
+def _backward(point: Point, name: str, inputs: tuple[jax.Array, ...]) -> Call:
+    """The vjp outside of jit leaves its residuals behind, so the call is the backward alone."""
+    attention = CONTENDERS[name](point)
+    *qkv, dout = inputs
+    _, pullback = jax.vjp(lambda *qkv: attention.fn(*qkv, *attention.masks), *qkv)
+    return Call(jax.jit(lambda pullback, dout: pullback(dout)), (pullback, dout))
+
+
+def _both(point: Point, name: str, inputs: tuple[jax.Array, ...]) -> Call:
+    attention = CONTENDERS[name](point)
+
+    def out_and_grads(query, key, value, dout):
+        qkv = query, key, value
+        out, pullback = jax.vjp(lambda *qkv: attention.fn(*qkv, *attention.masks), *qkv)
+        return out, *pullback(dout)
+
+    return Call(jax.jit(out_and_grads), inputs)
+
+
 class Pass(NamedTuple):
-    """One more pass (the backward) is one more of these, and its FLOPs in Point.flops."""
+    """One more pass is one more of these, and its FLOPs in Point.flops."""
 
     inputs: Callable[[Point], tuple[jax.Array, ...]]
     call: Callable[[Point, str, tuple[jax.Array, ...]], Call]  # of a contender, on those inputs
@@ -178,6 +202,12 @@ class Pass(NamedTuple):
 
 PASSES = {
     "fwd": Pass(_normal, _forward, check.check_forward),
+    "bwd": Pass(_normal, _backward, check.check_backward),
+    "fwd+bwd": Pass(
+        _normal,
+        _both,
+        lambda point, inputs, results: check.check_backward(point, inputs, results[1:]),
+    ),
     "intervals": Pass(
         _segments,
         lambda point, name, ids: Call(_key_intervals(point, name), ids),

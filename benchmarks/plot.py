@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+NAMES = {"fwd": "forward", "bwd": "backward", "fwd+bwd": "both"}
 COLOURS = {"fa3": "C3", "cudnn": "C0", "pallas": "C1", "flash-attn3-jax": "C2"}
 
 
@@ -30,8 +31,8 @@ def plot(report: dict[str, Any], folder: Path) -> list[Path]:
                 _panel(axes[row][column], sorted(chosen, key=lambda r: r["seqlen"]))
                 axes[row][column].set_title(f"head dim {dim}, {mask}")
         figure.legend(*_legend(axes), loc="outside lower center", ncols=4)
-        figure.suptitle(f"{pass_name}, {report['environment']['gpu']}")
-        path = folder / f"{pass_name}.png"
+        figure.suptitle(f"{NAMES[pass_name]}, {report['environment']['gpu']}")
+        path = folder / f"{NAMES[pass_name]}.png"
         figure.savefig(path, dpi=150)
         plt.close(figure)
         written.append(path)

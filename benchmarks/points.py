@@ -22,7 +22,8 @@ class Point:
     `window` is the number of keys that a row sees to its left besides its own (with is_causal);
     `documents` are the lengths of the documents packed into each row, None for one sequence.
     `contenders[0]` is the one that the figure is about, `baseline` the one it is divided by.
-    The pass "intervals" times the conversion of segment ids to key intervals alone.
+    Passes: "fwd"; "bwd", the gradients alone, from what the forward left behind; "fwd+bwd"; and
+    "intervals", the conversion of segment ids to key intervals alone.
     """
 
     suite: str
@@ -69,14 +70,16 @@ class Point:
 
     def flops(self) -> float:
         """Of one call: 4*b*h*sq*sk*d for the full mask, half of it for the plain causal one (as the
-        FlashAttention papers count), and the pairs that are really seen for every other mask."""
+        FlashAttention papers count), and the pairs that are really seen for every other mask; the
+        backward has 2.5 times as many."""
         if self.pass_name == "intervals":
             return 0.0
         begin, end = self.intervals()
         pairs = float(np.sum(end.astype(np.int64) - begin))
         if self.mask == "causal":
             pairs = self.seqlen**2 / 2
-        per_pair = {"fwd": 2 * (self.head_dim + self.head_dim_v)}[self.pass_name]
+        forwards = {"fwd": 1.0, "bwd": 2.5, "fwd+bwd": 3.5}[self.pass_name]
+        per_pair = 2 * (self.head_dim + self.head_dim_v) * forwards
         return self.batch * self.num_heads_q * pairs * per_pair
 
     def visible_share(self, block_m: int, block_n: int) -> float:
@@ -113,13 +116,25 @@ def point(suite: str, head_dim: int, seqlen: int, *, heads=None, **fields) -> Po
     return dataclasses.replace(made, name="-".join(filter(None, parts)))
 
 
-def _paper() -> list[Point]:
+def _paper(pass_name: str, *contenders: str) -> list[Point]:
     return [
-        point("paper", head_dim, seqlen, is_causal=is_causal)
+        point(
+            "paper",
+            head_dim,
+            seqlen,
+            is_causal=is_causal,
+            pass_name=pass_name,
+            contenders=("fa3", *contenders),
+        )
         for head_dim in (64, 128, 256)
         for is_causal in (False, True)
         for seqlen in LENGTHS
     ]
+
+
+def _all_passes() -> list[Point]:
+    backward = _paper("bwd", "cudnn", "flash-attn3-jax")
+    return [*_paper("fwd", *RIVALS), *backward, *_paper("fwd+bwd", "cudnn")]
 
 
 def _quick() -> list[Point]:
@@ -150,9 +165,21 @@ def _masks() -> list[Point]:
 
 def _gqa() -> list[Point]:
     return [
-        point("gqa", d, s, heads=heads, is_causal=is_causal)
+        point("gqa", d, s, heads=heads, is_causal=is_causal, pass_name=pass_name)
+        for pass_name in ("fwd", "bwd")
         for d, s, heads in ((128, 8192, (32, 8)), (128, 2048, (32, 8)), (128, 8192, (16, 1)))
         for is_causal in (False, True)
+    ]
+
+
+def _deterministic() -> list[Point]:
+    """What bit-equal gradients cost: against those that are summed in any order."""
+    names = {"contenders": ("fa3 deterministic", "fa3", "cudnn"), "baseline": "fa3"}
+    return [
+        point("deterministic", d, s, is_causal=is_causal, pass_name="bwd", **names)
+        for d in (64, 128, 256)
+        for is_causal in (False, True)
+        for s in (4096, 16384)
     ]
 
 
@@ -183,10 +210,11 @@ def _dims() -> list[Point]:
 
 
 SUITES = {
-    "paper": _paper,
+    "paper": _all_passes,
     "quick": _quick,
     "masks": _masks,
     "gqa": _gqa,
+    "deterministic": _deterministic,
     "window": _window,
     "fp16": _fp16,
     "dims": _dims,

@@ -67,7 +67,7 @@ def _grid(results: Iterable[dict[str, Any]]) -> list[str]:
             cell += "" if record["ratio"] is None else f" ({record['ratio']:.2f})"
         key = result["pass_name"], result["head_dim"], result["mask"]
         rows.setdefault(key, {})[result["seqlen"]] = cell
-    title = {"fwd": "forward"}
+    title = {"fwd": "forward", "bwd": "backward", "fwd+bwd": "both"}
     lines = ["| | " + " | ".join(str(n) for n in lengths) + " |", "|---" * (len(lengths) + 1) + "|"]
     for (pass_name, head_dim, mask), cells in rows.items():
         values = " | ".join(cells.get(n, "–") for n in lengths)
@@ -123,7 +123,7 @@ def markdown(report: dict[str, Any]) -> str:
         suites.setdefault(result["suite"], []).append(result)
     protocol = (
         f"Device time, {report['rounds']} rounds, one call of each contender in turn, L2 flushed and "
-        "a pause between calls. 4·b·h·s²·d FLOPs forward, half when causal."
+        "a pause between calls. 4·b·h·s²·d FLOPs forward, 2.5 times as many backward, half when causal."
     )
     blocks = [f"{_conditions(report)}. {protocol}"]
     for suite, results in suites.items():

@@ -24,6 +24,8 @@ nb::dict ffi_targets() {
   auto const capsule = [](auto* handler) { return nb::capsule(reinterpret_cast<void*>(handler)); };
   nb::dict targets;
   targets["jax_fa3.fwd.v1"] = capsule(jax_fa3_fwd);
+  targets["jax_fa3.bwd.v1"] = capsule(jax_fa3_bwd);
+  targets["jax_fa3.bwd_packed.v1"] = capsule(jax_fa3_bwd_packed);
   targets["jax_fa3.segment_intervals.v1"] = capsule(jax_fa3_segment_intervals);
   return targets;
 }
@@ -57,6 +59,10 @@ NB_MODULE(_C, module) {
   module.def("tile", [](int head_dim, int head_dim_v, bool few_keys) {
     auto const tile = jax_fa3::fwd_tile(head_dim, head_dim_v, few_keys);
     return std::pair{tile.block_m, tile.block_n};
+  });
+  module.def("bwd_workspace", [](int batch, int seqlen_q, int num_heads_q, int head_dim) {
+    auto const w = jax_fa3::bwd_workspace(batch, seqlen_q, num_heads_q, head_dim);
+    return std::tuple{w.row_stats, w.row_intervals, w.block_hulls, w.dq_accum, w.turns};
   });
   module.def("heads_per_section", &jax_fa3::heads_per_section);
   module.def("tile_order", [](int num_m_blocks, int num_heads, int batch, int section) {

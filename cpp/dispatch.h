@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <utility>
 
+#include "bwd/bwd.h"
 #include "fwd/fwd.h"
 #include "problem.h"
 
@@ -49,31 +50,52 @@ constexpr bool is_built([[maybe_unused]] DType dtype) {
   return false;
 }
 
+// The kernel that takes these head dims; {0, 0} if none was built.
+constexpr KernelSize kernel_size(int head_dim, int head_dim_v) {
+  for (KernelSize const& size : kKernelSizes) {
+    if (size.holds(head_dim, head_dim_v)) return size;
+  }
+  return {0, 0};
+}
+
 namespace detail {
 
-template <DType kDType, std::size_t... kIndex>
-bool launch_fwd(Problem const& problem, cudaStream_t stream, cudaError_t* error,
-                std::index_sequence<kIndex...>) {
+// Calls `launch` with the dtype and the index of the kernel that holds the problem; false if none
+// does.
+template <DType kDType, class Launch, std::size_t... kIndex>
+bool select(Problem const& problem, Launch const& launch, std::index_sequence<kIndex...>) {
   if constexpr (is_built(kDType)) {
-    return (
-        (kKernelSizes[kIndex].holds(problem.head_dim, problem.head_dim_v) &&
-         (*error =
-              fwd::launch<kDType, kKernelSizes[kIndex].head_dim, kKernelSizes[kIndex].head_dim_v>(
-                  problem, stream),
-          true)) ||
-        ...);
+    return ((kKernelSizes[kIndex].holds(problem.head_dim, problem.head_dim_v) &&
+             (launch(std::integral_constant<DType, kDType>{},
+                     std::integral_constant<std::size_t, kIndex>{}),
+              true)) ||
+            ...);
   }
   return false;
 }
 
+template <class Launch>
+bool select(Problem const& problem, Launch const& launch) {
+  constexpr auto kAll = std::make_index_sequence<kNumKernelSizes>{};
+  return problem.dtype == DType::kBFloat16 ? select<DType::kBFloat16>(problem, launch, kAll)
+                                           : select<DType::kFloat16>(problem, launch, kAll);
+}
+
 }  // namespace detail
 
-// Launches the forward kernel; false if no built kernel holds the problem.
+// Launch a pass; false if no built kernel holds the problem.
 inline bool launch_fwd(Problem const& problem, cudaStream_t stream, cudaError_t* error) {
-  constexpr auto kAll = std::make_index_sequence<kNumKernelSizes>{};
-  return problem.dtype == DType::kBFloat16
-             ? detail::launch_fwd<DType::kBFloat16>(problem, stream, error, kAll)
-             : detail::launch_fwd<DType::kFloat16>(problem, stream, error, kAll);
+  return detail::select(problem, [&](auto dtype, auto index) {
+    constexpr KernelSize kSize = kKernelSizes[decltype(index)::value];
+    *error = fwd::launch<decltype(dtype)::value, kSize.head_dim, kSize.head_dim_v>(problem, stream);
+  });
+}
+
+inline bool launch_bwd(BackwardProblem const& problem, cudaStream_t stream, cudaError_t* error) {
+  return detail::select(problem.forward, [&](auto dtype, auto index) {
+    constexpr KernelSize kSize = kKernelSizes[decltype(index)::value];
+    *error = bwd::launch<decltype(dtype)::value, kSize.head_dim, kSize.head_dim_v>(problem, stream);
+  });
 }
 
 }  // namespace jax_fa3

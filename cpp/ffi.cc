@@ -1,223 +1,168 @@
 // XLA's calls: buffers and attributes become a Problem, which is launched on XLA's stream.
-//
-// Python has checked everything already; what is checked again here keeps a caller of the bare
-// custom call from reading out of bounds. An error is returned, never thrown, never an abort.
-#include "xla/ffi/api/ffi.h"
-
-#include <cuda_runtime_api.h>
-
-#include <cmath>
-#include <cstdint>
-#include <optional>
-#include <string>
+#include "ffi.h"
 
 #include "dispatch.h"
-#include "ffi.h"
-#include "problem.h"
+#include "ffi_call.h"
+#include "plan.h"
 #include "segment_intervals.h"
-
-namespace ffi = xla::ffi;
 
 namespace jax_fa3 {
 namespace {
 
-ffi::Error invalid(std::string const& message) {
-  return ffi::Error::InvalidArgument("jax_fa3: " + message);
-}
+using FloatResult = ffi::Result<FloatBuffer>;
+using Int32Result = ffi::Result<Int32Buffer>;
+using AnyResult = ffi::Result<ffi::AnyBuffer>;
 
-ffi::Error cuda_status(cudaError_t error) {
-  if (error == cudaSuccess) return ffi::Error::Success();
-  return ffi::Error::Internal(std::string("jax_fa3: CUDA: ") + cudaGetErrorString(error));
-}
-
-// The kernels hold machine code for sm_90a alone.
-ffi::Error check_device() {
-  int device = 0;
-  int major = 0;
-  int minor = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  }
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-  }
-  if (error != cudaSuccess) return cuda_status(error);
-  if (major == 9 && minor == 0) return ffi::Error::Success();
+ffi::Error not_built(Problem const& problem) {
   return ffi::Error(ffi::ErrorCode::kUnimplemented,
-                    "jax_fa3: the kernels need a Hopper GPU (sm_90), this device is sm_" +
-                        std::to_string(major) + std::to_string(minor) +
-                        "; use implementation=\"xla\"");
+                    "jax_fa3: no kernel was built for this dtype and head dims " +
+                        std::to_string(problem.head_dim) + " and " +
+                        std::to_string(problem.head_dim_v));
 }
-
-std::optional<DType> to_dtype(ffi::DataType type) {
-  switch (type) {
-    case ffi::DataType::BF16:
-      return DType::kBFloat16;
-    case ffi::DataType::F16:
-      return DType::kFloat16;
-    case ffi::DataType::F32:
-      return DType::kFloat32;
-    default:
-      return std::nullopt;
-  }
-}
-
-template <class Buffer>
-std::string shape_of(Buffer const& buffer) {
-  std::string text;
-  for (int64_t const dim : buffer.dimensions()) {
-    text += (text.empty() ? "[" : ", ") + std::to_string(dim);
-  }
-  return text.empty() ? "[]" : text + "]";
-}
-
-// A [b, t, n, h] operand in row-major order, from head `first_head` on.
-template <class Buffer>
-Operand to_operand(Buffer& buffer, int64_t first_head, int64_t element_size) {
-  auto const dims = buffer.dimensions();
-  int64_t const heads = dims[2];
-  int64_t const head_dim = dims[3];
-  return {static_cast<char*>(buffer.untyped_data()) + first_head * head_dim * element_size,
-          dims[1] * heads * head_dim, heads * head_dim, head_dim};
-}
-
-using Int32Buffer = ffi::Buffer<ffi::DataType::S32>;
-
-// Optional operands have no elements when absent.
-ffi::Error optional_array(Int32Buffer const& buffer, char const* name, int64_t expected,
-                          int const** data) {
-  *data = nullptr;
-  auto const count = static_cast<int64_t>(buffer.element_count());
-  if (count == 0) return ffi::Error::Success();
-  if (count != expected) {
-    return invalid(std::string(name) + " has shape " + shape_of(buffer) + ", expected " +
-                   std::to_string(expected) + " elements");
-  }
-  *data = buffer.typed_data();
-  return ffi::Error::Success();
-}
-
-#define JAX_FA3_RETURN_IF_FAILED(expression)              \
-  if (ffi::Error error = (expression); error.failure()) { \
-    return error;                                         \
-  }
 
 ffi::Error fwd_impl(cudaStream_t stream, ffi::AnyBuffer query, ffi::AnyBuffer key,
                     ffi::AnyBuffer value, Int32Buffer query_offset, Int32Buffer query_seq_lengths,
                     Int32Buffer key_value_seq_lengths, Int32Buffer key_begin, Int32Buffer key_end,
-                    ffi::Result<ffi::AnyBuffer> out,
-                    ffi::Result<ffi::Buffer<ffi::DataType::F32>> lse,
-                    ffi::Result<Int32Buffer> tile_counter, float scale, float soft_cap,
-                    int64_t window_left, int64_t window_right, int64_t num_heads_q,
-                    int64_t num_heads_k, int64_t first_head_q, int64_t first_head_k,
-                    int64_t first_head_v) {
+                    AnyResult out, FloatResult lse, Int32Result tile_counter,
+                    Attributes attributes) {
   JAX_FA3_RETURN_IF_FAILED(check_device());
-  auto const q = query.dimensions();
-  auto const k = key.dimensions();
-  auto const v = value.dimensions();
-  auto const o = out->dimensions();
-  auto const l = lse->dimensions();
-  if (q.size() != 4 || k.size() != 4 || v.size() != 4 || o.size() != 4 || l.size() != 3) {
-    return invalid("query, key, value and out must have rank 4, lse rank 3");
-  }
-  int64_t const batch = q[0];
-  int64_t const seqlen_q = q[1];
-  int64_t const seqlen_k = k[1];
-  int64_t const head_dim = q[3];
-  int64_t const head_dim_v = v[3];
-  if (k[0] != batch || v[0] != batch || v[1] != seqlen_k || k[3] != head_dim) {
-    return invalid("query " + shape_of(query) + ", key " + shape_of(key) + " and value " +
-                   shape_of(value) + " do not fit together");
-  }
-  // Without heads there is nothing to compute, and nothing to divide by.
-  bool const no_heads = num_heads_q == 0 && num_heads_k == 0;
-  if (!no_heads && (num_heads_k <= 0 || num_heads_q <= 0 || num_heads_q % num_heads_k != 0)) {
-    return invalid(std::to_string(num_heads_q) + " query heads are no multiple of " +
-                   std::to_string(num_heads_k) + " key/value heads");
-  }
-  auto const heads_fit = [](int64_t first, int64_t count, int64_t available) {
-    return first >= 0 && first <= available && count <= available - first;
-  };
-  if (!heads_fit(first_head_q, num_heads_q, q[2]) || !heads_fit(first_head_k, num_heads_k, k[2]) ||
-      !heads_fit(first_head_v, num_heads_k, v[2])) {
-    return invalid("the heads asked for are not all in query, key and value");
-  }
-  if (o[0] != batch || o[1] != seqlen_q || o[2] != num_heads_q || o[3] != head_dim_v ||
-      l[0] != batch || l[1] != num_heads_q || l[2] != seqlen_q) {
+  Inputs inputs{query,     key,    value, query_offset, query_seq_lengths, key_value_seq_lengths,
+                key_begin, key_end};
+  Problem problem{};
+  JAX_FA3_RETURN_IF_FAILED(to_problem(inputs, attributes, &problem));
+  if (!out_fits(problem, *out, *lse)) {
     return invalid("out " + shape_of(*out) + " or lse " + shape_of(*lse) + " does not fit query " +
                    shape_of(query) + " and value " + shape_of(value));
   }
   if (tile_counter->element_count() != 1) return invalid("tile_counter must have one element");
-  if (head_dim <= 0 || head_dim_v <= 0 || head_dim % 8 != 0 || head_dim_v % 8 != 0 ||
-      head_dim > 256 || head_dim_v > 256) {
-    return invalid("head dims must be positive multiples of 8 up to 256, found " +
-                   std::to_string(head_dim) + " and " + std::to_string(head_dim_v));
-  }
-  auto const dtype = to_dtype(query.element_type());
   auto const out_dtype = to_dtype(out->element_type());
-  if (!dtype || *dtype == DType::kFloat32 || key.element_type() != query.element_type() ||
-      value.element_type() != query.element_type()) {
-    return invalid("query, key and value must all be bfloat16 or all float16");
-  }
-  if (!out_dtype || (*out_dtype != *dtype && *out_dtype != DType::kFloat32)) {
+  if (!out_dtype || (*out_dtype != problem.dtype && *out_dtype != DType::kFloat32)) {
     return invalid("out must have query's dtype or float32");
   }
-  if (!(scale > 0.f) || !std::isfinite(scale) || !(soft_cap >= 0.f) || !std::isfinite(soft_cap)) {
-    return invalid("scale must be positive and finite, soft_cap finite and not negative");
-  }
-  constexpr int64_t kMaxTiles = int64_t{1} << 30;  // tiles and rounds are counted in 32 bits
-  if (seqlen_q > INT32_MAX - 256 || seqlen_k > INT32_MAX - 256 || batch > INT32_MAX ||
-      batch * num_heads_q > kMaxTiles / (seqlen_q / 64 + 1)) {
-    return invalid("query " + shape_of(query) + " or key " + shape_of(key) + " is too large");
-  }
-
-  Problem problem{};
-  problem.batch = static_cast<int>(batch);
-  problem.seqlen_q = static_cast<int>(seqlen_q);
-  problem.seqlen_k = static_cast<int>(seqlen_k);
-  problem.num_heads_q = static_cast<int>(num_heads_q);
-  problem.num_heads_k = static_cast<int>(num_heads_k);
-  problem.head_dim = static_cast<int>(head_dim);
-  problem.head_dim_v = static_cast<int>(head_dim_v);
-  problem.dtype = *dtype;
   problem.out_dtype = *out_dtype;
-  problem.softmax_scale = scale;
-  problem.soft_cap = soft_cap;
-  problem.query = to_operand(query, first_head_q, 2);
-  problem.key = to_operand(key, first_head_k, 2);
-  problem.value = to_operand(value, first_head_v, 2);
   problem.out = to_operand(*out, 0, 0);
   problem.lse = lse->typed_data();
   problem.tile_counter = tile_counter->typed_data();
-
-  Mask& mask = problem.mask;
-  mask.seqlen_q = problem.seqlen_q;
-  mask.seqlen_k = problem.seqlen_k;
-  auto const bounded = [](int64_t side) {
-    return side > kUnbounded ? kUnbounded : (side < -kUnbounded ? -kUnbounded : side);
-  };
-  mask.window_left = bounded(window_left);
-  mask.window_right = bounded(window_right);
-  mask.query_offset_stride = query_offset.element_count() == 1 ? 0 : 1;
-  JAX_FA3_RETURN_IF_FAILED(optional_array(
-      query_offset, "query_offset", mask.query_offset_stride == 0 ? 1 : batch, &mask.query_offset));
-  JAX_FA3_RETURN_IF_FAILED(
-      optional_array(query_seq_lengths, "query_seq_lengths", batch, &mask.seqlens_q));
-  JAX_FA3_RETURN_IF_FAILED(
-      optional_array(key_value_seq_lengths, "key_value_seq_lengths", batch, &mask.seqlens_k));
-  JAX_FA3_RETURN_IF_FAILED(
-      optional_array(key_begin, "key_begin", batch * seqlen_q, &mask.key_begin));
-  JAX_FA3_RETURN_IF_FAILED(optional_array(key_end, "key_end", batch * seqlen_q, &mask.key_end));
-
   if (out->element_count() == 0) return ffi::Error::Success();
   cudaError_t error = cudaSuccess;
-  if (!launch_fwd(problem, stream, &error)) {
-    return ffi::Error(ffi::ErrorCode::kUnimplemented,
-                      "jax_fa3: no kernel was built for this dtype and head dims " +
-                          std::to_string(head_dim) + " and " + std::to_string(head_dim_v));
+  return launch_fwd(problem, stream, &error) ? cuda_status(error) : not_built(problem);
+}
+
+// Gradients, each from its own head on: of three arrays, or of one.
+struct Gradients {
+  AnyResult query, key, value;
+  int64_t first_head_q, first_head_k, first_head_v;
+};
+
+struct BackwardInputs {
+  ffi::AnyBuffer out;
+  FloatBuffer lse;
+  ffi::AnyBuffer dout;
+  FloatBuffer dlse;
+};
+
+struct Workspace {
+  FloatResult row_stats;
+  Int32Result row_intervals, block_hulls;
+  FloatResult dq_accum;
+  Int32Result turns;
+};
+
+ffi::Error check_workspace(Problem const& p, Workspace& workspace) {
+  BwdWorkspace const needed = bwd_workspace(p.batch, p.seqlen_q, p.num_heads_q,
+                                            kernel_size(p.head_dim, p.head_dim_v).head_dim);
+  auto const holds = [](auto& buffer, int64_t count) {
+    return static_cast<int64_t>(buffer->element_count()) >= count;
+  };
+  if (holds(workspace.row_stats, needed.row_stats) &&
+      holds(workspace.row_intervals, needed.row_intervals) &&
+      holds(workspace.block_hulls, needed.block_hulls) &&
+      holds(workspace.dq_accum, needed.dq_accum) &&
+      (workspace.turns->element_count() == 0 || holds(workspace.turns, needed.turns))) {
+    return ffi::Error::Success();
   }
-  return cuda_status(error);
+  return invalid("the workspace is too small: was this program exported for other kernels?");
+}
+
+ffi::Error launch_backward(cudaStream_t stream, Inputs inputs, BackwardInputs backward,
+                           Gradients grads, Workspace workspace, Attributes attributes) {
+  JAX_FA3_RETURN_IF_FAILED(check_device());
+  BackwardProblem problem{};
+  Problem& forward = problem.forward;
+  JAX_FA3_RETURN_IF_FAILED(to_problem(inputs, attributes, &forward));
+  ffi::DataType const dtype = inputs.query.element_type();
+  if (!out_fits(forward, backward.out, backward.lse) ||
+      !out_fits(forward, backward.dout, backward.dlse) || backward.out.element_type() != dtype ||
+      backward.dout.element_type() != dtype) {
+    return invalid("out " + shape_of(backward.out) + ", lse " + shape_of(backward.lse) +
+                   ", dout or dlse does not fit query " + shape_of(inputs.query) + " and value " +
+                   shape_of(inputs.value));
+  }
+  auto const same_shape = [](auto const& x, auto const& y) { return shape_of(x) == shape_of(y); };
+  auto const grad_dtype = to_dtype(grads.query->element_type());
+  if (!same_shape(*grads.query, inputs.query) || !same_shape(*grads.key, inputs.key) ||
+      !same_shape(*grads.value, inputs.value) || !grad_dtype ||
+      (*grad_dtype != forward.dtype && *grad_dtype != DType::kFloat32) ||
+      grads.key->element_type() != grads.query->element_type() ||
+      grads.value->element_type() != grads.query->element_type()) {
+    return invalid("the gradients must have the operands' shapes, and their dtype or float32");
+  }
+  if (!is_built(forward.dtype) || kernel_size(forward.head_dim, forward.head_dim_v).head_dim == 0) {
+    return not_built(forward);
+  }
+  JAX_FA3_RETURN_IF_FAILED(check_workspace(forward, workspace));
+
+  forward.out = to_operand(backward.out, 0, 0);
+  forward.lse = backward.lse.typed_data();
+  problem.dout = to_operand(backward.dout, 0, 0);
+  problem.dlse = backward.dlse.typed_data();
+  int64_t const size = *grad_dtype == DType::kFloat32 ? 4 : 2;
+  problem.dquery = to_operand(*grads.query, grads.first_head_q, size);
+  problem.dkey = to_operand(*grads.key, grads.first_head_k, size);
+  problem.dvalue = to_operand(*grads.value, grads.first_head_v, size);
+  problem.grad_dtype = *grad_dtype;
+  problem.row_stats = workspace.row_stats->typed_data();
+  problem.row_intervals = workspace.row_intervals->typed_data();
+  problem.block_hulls = workspace.block_hulls->typed_data();
+  problem.dq_accum = workspace.dq_accum->typed_data();
+  problem.turns = workspace.turns->element_count() == 0 ? nullptr : workspace.turns->typed_data();
+  if (forward.batch == 0 || forward.num_heads_q == 0) return ffi::Error::Success();
+  cudaError_t error = cudaSuccess;
+  return launch_bwd(problem, stream, &error) ? cuda_status(error) : not_built(forward);
+}
+
+ffi::Error bwd_impl(cudaStream_t stream, ffi::AnyBuffer query, ffi::AnyBuffer key,
+                    ffi::AnyBuffer value, Int32Buffer query_offset, Int32Buffer query_seq_lengths,
+                    Int32Buffer key_value_seq_lengths, Int32Buffer key_begin, Int32Buffer key_end,
+                    ffi::AnyBuffer out, FloatBuffer lse, ffi::AnyBuffer dout, FloatBuffer dlse,
+                    AnyResult dquery, AnyResult dkey, AnyResult dvalue, FloatResult row_stats,
+                    Int32Result row_intervals, Int32Result block_hulls, FloatResult dq_accum,
+                    Int32Result turns, Attributes attributes) {
+  return launch_backward(stream,
+                         {query, key, value, query_offset, query_seq_lengths, key_value_seq_lengths,
+                          key_begin, key_end},
+                         {out, lse, dout, dlse}, {dquery, dkey, dvalue, 0, 0, 0},
+                         {row_stats, row_intervals, block_hulls, dq_accum, turns}, attributes);
+}
+
+// query, key and value are heads of one array, and so are their gradients.
+ffi::Error bwd_packed_impl(cudaStream_t stream, ffi::AnyBuffer qkv, Int32Buffer query_offset,
+                           Int32Buffer query_seq_lengths, Int32Buffer key_value_seq_lengths,
+                           Int32Buffer key_begin, Int32Buffer key_end, ffi::AnyBuffer out,
+                           FloatBuffer lse, ffi::AnyBuffer dout, FloatBuffer dlse, AnyResult dqkv,
+                           FloatResult row_stats, Int32Result row_intervals,
+                           Int32Result block_hulls, FloatResult dq_accum, Int32Result turns,
+                           Attributes attributes) {
+  auto const dims = qkv.dimensions();
+  if (dims.size() != 4 || dims[2] != attributes.num_heads_q + 2 * attributes.num_heads_k) {
+    return invalid("qkv " + shape_of(qkv) + " must be [b, t, n + 2 k, h]");
+  }
+  return launch_backward(
+      stream,
+      {qkv, qkv, qkv, query_offset, query_seq_lengths, key_value_seq_lengths, key_begin, key_end},
+      {out, lse, dout, dlse},
+      {dqkv, dqkv, dqkv, attributes.first_head_q, attributes.first_head_k, attributes.first_head_v},
+      {row_stats, row_intervals, block_hulls, dq_accum, turns}, attributes);
 }
 
 ffi::Error segment_intervals_impl(cudaStream_t stream, Int32Buffer query_segment_ids,
@@ -251,36 +196,68 @@ ffi::Error segment_intervals_impl(cudaStream_t stream, Int32Buffer query_segment
 }  // namespace
 }  // namespace jax_fa3
 
+XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(jax_fa3::Attributes, xla::ffi::StructMember<float>("scale"),
+                                      xla::ffi::StructMember<float>("soft_cap"),
+                                      xla::ffi::StructMember<int64_t>("window_left"),
+                                      xla::ffi::StructMember<int64_t>("window_right"),
+                                      xla::ffi::StructMember<int64_t>("num_heads_q"),
+                                      xla::ffi::StructMember<int64_t>("num_heads_k"),
+                                      xla::ffi::StructMember<int64_t>("first_head_q"),
+                                      xla::ffi::StructMember<int64_t>("first_head_k"),
+                                      xla::ffi::StructMember<int64_t>("first_head_v"));
+
+// The mask's arrays: query_offset, query_seq_lengths, key_value_seq_lengths, key_begin, key_end.
+#define JAX_FA3_MASKS              \
+  .Arg<jax_fa3::Int32Buffer>()     \
+      .Arg<jax_fa3::Int32Buffer>() \
+      .Arg<jax_fa3::Int32Buffer>() \
+      .Arg<jax_fa3::Int32Buffer>() \
+      .Arg<jax_fa3::Int32Buffer>()
+// out, lse, dout, dlse.
+#define JAX_FA3_COTANGENTS         \
+  .Arg<xla::ffi::AnyBuffer>()      \
+      .Arg<jax_fa3::FloatBuffer>() \
+      .Arg<xla::ffi::AnyBuffer>()  \
+      .Arg<jax_fa3::FloatBuffer>()
+// row_stats, row_intervals, block_hulls, dq_accum, turns.
+#define JAX_FA3_WORKSPACE          \
+  .Ret<jax_fa3::FloatBuffer>()     \
+      .Ret<jax_fa3::Int32Buffer>() \
+      .Ret<jax_fa3::Int32Buffer>() \
+      .Ret<jax_fa3::FloatBuffer>() \
+      .Ret<jax_fa3::Int32Buffer>()
+#define JAX_FA3_BIND xla::ffi::Ffi::Bind().Ctx<xla::ffi::PlatformStream<cudaStream_t>>()
+
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_fa3_fwd, jax_fa3::fwd_impl,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::PlatformStream<cudaStream_t>>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<jax_fa3::Int32Buffer>()
-                                  .Arg<jax_fa3::Int32Buffer>()
-                                  .Arg<jax_fa3::Int32Buffer>()
-                                  .Arg<jax_fa3::Int32Buffer>()
-                                  .Arg<jax_fa3::Int32Buffer>()
-                                  .Ret<ffi::AnyBuffer>()
-                                  .Ret<ffi::Buffer<ffi::DataType::F32>>()
+                              JAX_FA3_BIND.Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                      JAX_FA3_MASKS.Ret<xla::ffi::AnyBuffer>()
+                                  .Ret<jax_fa3::FloatBuffer>()
                                   .Ret<jax_fa3::Int32Buffer>()
-                                  .Attr<float>("scale")
-                                  .Attr<float>("soft_cap")
-                                  .Attr<int64_t>("window_left")
-                                  .Attr<int64_t>("window_right")
-                                  .Attr<int64_t>("num_heads_q")
-                                  .Attr<int64_t>("num_heads_k")
-                                  .Attr<int64_t>("first_head_q")
-                                  .Attr<int64_t>("first_head_k")
-                                  .Attr<int64_t>("first_head_v"),
-                              {ffi::Traits::kCmdBufferCompatible});
+                                  .Attrs<jax_fa3::Attributes>(),
+                              {xla::ffi::Traits::kCmdBufferCompatible});
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_fa3_bwd, jax_fa3::bwd_impl,
+                              JAX_FA3_BIND.Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                      JAX_FA3_MASKS JAX_FA3_COTANGENTS.Ret<xla::ffi::AnyBuffer>()
+                                  .Ret<xla::ffi::AnyBuffer>()
+                                  .Ret<xla::ffi::AnyBuffer>()
+                                      JAX_FA3_WORKSPACE.Attrs<jax_fa3::Attributes>(),
+                              {xla::ffi::Traits::kCmdBufferCompatible});
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    jax_fa3_bwd_packed, jax_fa3::bwd_packed_impl,
+    JAX_FA3_BIND.Arg<xla::ffi::AnyBuffer>()
+        JAX_FA3_MASKS JAX_FA3_COTANGENTS.Ret<xla::ffi::AnyBuffer>()
+            JAX_FA3_WORKSPACE.Attrs<jax_fa3::Attributes>(),
+    {xla::ffi::Traits::kCmdBufferCompatible});
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_fa3_segment_intervals, jax_fa3::segment_intervals_impl,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::PlatformStream<cudaStream_t>>()
-                                  .Arg<jax_fa3::Int32Buffer>()
+                              JAX_FA3_BIND.Arg<jax_fa3::Int32Buffer>()
                                   .Arg<jax_fa3::Int32Buffer>()
                                   .Ret<jax_fa3::Int32Buffer>()
                                   .Ret<jax_fa3::Int32Buffer>(),
-                              {ffi::Traits::kCmdBufferCompatible});
+                              {xla::ffi::Traits::kCmdBufferCompatible});

@@ -5,5 +5,7 @@
 
 extern "C" {
 XLA_FFI_Error* jax_fa3_fwd(XLA_FFI_CallFrame* call_frame);
+XLA_FFI_Error* jax_fa3_bwd(XLA_FFI_CallFrame* call_frame);
+XLA_FFI_Error* jax_fa3_bwd_packed(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* jax_fa3_segment_intervals(XLA_FFI_CallFrame* call_frame);
 }

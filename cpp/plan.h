@@ -7,6 +7,8 @@
 
 namespace jax_fa3 {
 
+constexpr int ceil_div(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
+
 struct FwdTile {
   int block_m;
   int block_n;
@@ -23,6 +25,41 @@ constexpr FwdTile fwd_tile(int head_dim, int head_dim_v, bool few_keys) {
   return {128, 80, true};
 }
 
+struct BwdTile {
+  int block_m;
+  int block_n;
+  bool fused;  // one kernel computes all three gradients and sums dQ in fp32 in global memory;
+               // else dQ has a kernel of its own
+};
+
+// The head dim that the backward kernel for `head_dim` computes with.
+constexpr int bwd_width(int head_dim) {
+  if (head_dim <= 64) return 64;
+  if (head_dim <= 128) return 128;
+  return head_dim <= 192 ? 192 : 256;
+}
+
+constexpr BwdTile bwd_tile(int head_dim) {
+  if (head_dim <= 64) return {128, 128, true};
+  if (head_dim <= 128) return {64, 128, true};
+  return {64, 64, false};
+}
+
+// Elements of the backward's workspace (problem.h).
+struct BwdWorkspace {
+  int64_t row_stats, row_intervals, block_hulls, dq_accum, turns;
+};
+
+constexpr BwdWorkspace bwd_workspace(int64_t batch, int64_t seqlen_q, int64_t num_heads_q,
+                                     int head_dim) {
+  BwdTile const tile = bwd_tile(head_dim);
+  int64_t const blocks = ceil_div(seqlen_q, tile.block_m);
+  int64_t const rows = blocks * tile.block_m;
+  int64_t const heads = batch * num_heads_q;
+  return {heads * rows * 2, batch * rows * 2, batch * blocks * 4,
+          tile.fused ? heads * rows * bwd_width(head_dim) : 0, tile.fused ? heads * blocks : 0};
+}
+
 // Keys that a row sees at most, by the sizes and the window alone.
 constexpr int64_t most_visible_keys(Mask const& mask) {
   if (mask.window_left == kUnbounded || mask.window_right == kUnbounded) return mask.seqlen_k;
@@ -33,8 +70,6 @@ constexpr int64_t most_visible_keys(Mask const& mask) {
 constexpr bool few_keys(Mask const& mask) {
   return mask.restricts() && most_visible_keys(mask) <= 1024;
 }
-
-constexpr int ceil_div(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
 
 // Query heads whose K and V fit into the part of the L2 cache that is counted on, as whole groups
 // of the query heads that share a KV head: tiles of those heads run next to each other.

@@ -72,12 +72,7 @@ def _primal(
 def _kernel(
     config: Config, packed: Packed, operands: Operands, masks: Masks
 ) -> tuple[Array, Array]:
-    if packed is None:
-        query, key, value = operands
-        return _sharding.fwd(config, None, (0, 0, 0), query, key, value, masks)
-    (qkv,), (num_heads, num_kv_heads) = operands, packed
-    first_head = 0, num_heads, num_heads + num_kv_heads
-    return _sharding.fwd(config, packed, first_head, qkv, qkv, qkv, masks)
+    return _sharding.fwd(config, *_heads_of(packed, operands), masks)
 
 
 def _portable(
@@ -100,7 +95,6 @@ def _forward(
     return (out, lse), (operands, masks, out, lse)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), inline=True)
 def _backward(
     implementation: Implementation | None,
     config: Config,
@@ -108,15 +102,43 @@ def _backward(
     residuals: tuple[Operands, Masks, Array, Array],
     cotangents: tuple[Array, Array],
 ) -> tuple[Operands, None]:
-    operands, masks, _, lse = residuals
-    grads = _xla.backward(config, *_split(packed, operands), masks, lse, *cotangents)
-    if packed is not None:
-        grads = (jnp.concatenate(grads, axis=2),)
+    static = config, packed
+    grads = _dispatch.run(
+        implementation, _kernel_backward, _portable_backward, static, *residuals, *cotangents
+    )
     return grads, None  # masks have no gradient
+
+
+def _kernel_backward(
+    config: Config, packed: Packed, operands: Operands, masks: Masks, *results: Array
+) -> Operands:
+    return _sharding.bwd(config, *_heads_of(packed, operands), masks, *results)
+
+
+def _portable_backward(
+    config: Config,
+    packed: Packed,
+    operands: Operands,
+    masks: Masks,
+    out: Array,
+    lse: Array,
+    dout: Array,
+    dlse: Array,
+) -> Operands:
+    grads = _xla.backward(config, *_split(packed, operands), masks, lse, dout, dlse)
+    return grads if packed is None else (jnp.concatenate(grads, axis=2),)
 
 
 _with_vjp = jax.custom_vjp(_primal, nondiff_argnums=(0, 1, 2))
 _with_vjp.defvjp(_forward, _backward)
+
+
+def _heads_of(packed: Packed, operands: Operands) -> tuple[Any, ...]:
+    """What a kernel is told of them: (N, K) and the first heads, then query, key and value."""
+    if packed is None:
+        return None, (0, 0, 0), *operands
+    (qkv,), (num_heads, num_kv_heads) = operands, packed
+    return packed, (0, num_heads, num_heads + num_kv_heads), qkv, qkv, qkv
 
 
 def _split(packed: Packed, operands: Operands) -> tuple[Array, Array, Array]:

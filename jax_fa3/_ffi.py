@@ -21,11 +21,16 @@ from ._problem import Config, Masks
 _Tree = TypeVar("_Tree")
 
 FWD = "jax_fa3.fwd.v1"
+BWD = "jax_fa3.bwd.v1"
+BWD_PACKED = "jax_fa3.bwd_packed.v1"
 SEGMENT_INTERVALS = "jax_fa3.segment_intervals.v1"
-TARGETS = (FWD, SEGMENT_INTERVALS)
+TARGETS = (FWD, BWD, BWD_PACKED, SEGMENT_INTERVALS)
 
 _UNBOUNDED = 2**62
 _FARTHEST = 2**61  # far beyond every int32 position, and sums with one still fit int64
+
+# Query rows of a backward tile: at least, and a common multiple (cpp/plan.h).
+_FEWEST_ROWS, _ROWS = 64, 128
 
 # What an install without kernels lowers for: the default build, (dtype, head_dim, head_dim_v).
 _HEAD_DIMS = ((64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
@@ -51,7 +56,7 @@ def is_built() -> bool:
 
 
 def kernels() -> list[tuple[str, int, int]]:
-    """The forward kernels as (dtype, greatest head_dim, greatest head_dim_v)."""
+    """The kernels as (dtype, greatest head_dim, greatest head_dim_v), in the order of choice."""
     return _DEFAULT_KERNELS if _C is None else _C.kernels()
 
 
@@ -101,45 +106,110 @@ def fwd(
             heads that are meant from first_head on; the same packed array may stand for all three.
         num_heads: (N, K); as many as query and key have if None.
     """
-    num_heads_q, num_heads_k = num_heads or (query.shape[2], key.shape[2])
+    heads = num_heads or (query.shape[2], key.shape[2])
     batch, query_length = query.shape[:2]
-    absent = jnp.zeros(0, jnp.int32)
-    operands = vary_together(
-        [query, key, value, *(absent if mask is None else mask for mask in masks)]
+    results = (
+        jax.ShapeDtypeStruct((batch, query_length, heads[0], value.shape[3]), query.dtype),
+        jax.ShapeDtypeStruct((batch, heads[0], query_length), jnp.float32),
+        jax.ShapeDtypeStruct((1,), jnp.int32),  # workspace: the counter of tiles
     )
-    left, right = map(_window_attribute, config.window)
-    results = jax.ffi.ffi_call(
-        FWD,
-        (
-            jax.ShapeDtypeStruct((batch, query_length, num_heads_q, value.shape[3]), query.dtype),
-            jax.ShapeDtypeStruct((batch, num_heads_q, query_length), jnp.float32),
-            jax.ShapeDtypeStruct((1,), jnp.int32),  # workspace: the counter of tiles
-        ),
-    )(
-        *operands,
-        scale=np.float32(config.scale),
-        soft_cap=np.float32(config.logits_soft_cap or 0),
-        window_left=left,
-        window_right=right,
-        num_heads_q=num_heads_q,
-        num_heads_k=num_heads_k,
-        first_head_q=first_head[0],
-        first_head_k=first_head[1],
-        first_head_v=first_head[2],
-    )
-    out, lse = (_vary(x, _varying(operands[0])) for x in results[:2])
+    attributes = _attributes(config, heads, first_head)
+    out, lse, _ = _call(FWD, results, attributes, query, key, value, *_mask_operands(masks))
     return out, lse
+
+
+def bwd(
+    config: Config,
+    query: Array,
+    key: Array,
+    value: Array,
+    masks: Masks,
+    out: Array,
+    lse: Array,
+    dout: Array,
+    dlse: Array,
+    *,
+    num_heads: tuple[int, int] | None = None,
+    first_head: tuple[int, int, int] = (0, 0, 0),
+) -> tuple[Array, ...]:
+    """The backward kernels: (dq, dk, dv), or with num_heads the gradient of the packed array alone.
+
+    Args:
+        query, key, value, masks, num_heads, first_head: as for fwd.
+        out, lse: what fwd gave.
+        dout, dlse: their cotangents, in their dtypes.
+    """
+    heads = num_heads or (query.shape[2], key.shape[2])
+    batch, query_length = query.shape[:2]
+    operands = (query, key, value) if num_heads is None else (query,)
+    grads = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands]
+    # Rows of whole tiles, of whichever height.
+    rows = (query_length + _ROWS - 1) // _ROWS * _ROWS
+    width = _summed_width(query.dtype.name, query.shape[3], value.shape[3])
+    turns = batch * heads[0] * rows // _FEWEST_ROWS if config.deterministic_backward else 0
+    workspace = (  # cpp/problem.h
+        jax.ShapeDtypeStruct((batch, heads[0], rows, 2), jnp.float32),  # log-sum-exp, delta
+        jax.ShapeDtypeStruct((batch, rows, 2), jnp.int32),  # key intervals
+        jax.ShapeDtypeStruct((batch, rows // _FEWEST_ROWS, 4), jnp.int32),  # their hulls
+        jax.ShapeDtypeStruct((batch, heads[0], rows, width), jnp.float32),  # the sum of dq
+        jax.ShapeDtypeStruct((turns,), jnp.int32),
+    )
+    results = _call(
+        BWD if num_heads is None else BWD_PACKED,
+        (*grads, *workspace),
+        _attributes(config, heads, first_head),
+        *operands,
+        *_mask_operands(masks),
+        out,
+        lse,
+        dout,
+        dlse,
+    )
+    return tuple(results[: len(grads)])
 
 
 def segment_intervals(
     query_segment_ids: Array, key_value_segment_ids: Array
 ) -> tuple[Array, Array]:
     """The kernel for _mask.segment_intervals: key_begin and key_end, int32 [B, T]."""
-    operands = vary_together([query_segment_ids, key_value_segment_ids])
     result = jax.ShapeDtypeStruct(query_segment_ids.shape, jnp.int32)
-    results = jax.ffi.ffi_call(SEGMENT_INTERVALS, (result, result))(*operands)
-    key_begin, key_end = (_vary(x, _varying(operands[0])) for x in results)
+    operands = query_segment_ids, key_value_segment_ids
+    key_begin, key_end = _call(SEGMENT_INTERVALS, (result, result), {}, *operands)
     return key_begin, key_end
+
+
+def _call(target: str, results: Any, attributes: dict[str, Any], *operands: Array) -> list[Array]:
+    varying = vary_together(operands)
+    found = jax.ffi.ffi_call(target, results)(*varying, **attributes)
+    return [_vary(x, _varying(varying[0])) for x in found]
+
+
+def _mask_operands(masks: Masks) -> list[Array]:
+    return [jnp.zeros(0, jnp.int32) if mask is None else mask for mask in masks]
+
+
+def _attributes(
+    config: Config, num_heads: tuple[int, int], first_head: tuple[int, int, int]
+) -> dict[str, Any]:
+    left, right = map(_window_attribute, config.window)
+    return {
+        "scale": np.float32(config.scale),
+        "soft_cap": np.float32(config.logits_soft_cap or 0),
+        "window_left": left,
+        "window_right": right,
+        "num_heads_q": num_heads[0],
+        "num_heads_k": num_heads[1],
+        "first_head_q": first_head[0],
+        "first_head_k": first_head[1],
+        "first_head_v": first_head[2],
+    }
+
+
+def _summed_width(dtype: str, head_dim: int, head_dim_v: int) -> int:
+    """Columns of the fp32 sum of dq in global memory; wide heads have a kernel without one."""
+    fits = (h for name, h, v in kernels() if name == dtype and h >= head_dim and v >= head_dim_v)
+    kernel = next(fits)
+    return 0 if kernel > 128 else 64 if kernel <= 64 else 128
 
 
 def _window_attribute(distance: int | None) -> int:

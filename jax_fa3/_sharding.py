@@ -41,6 +41,26 @@ def fwd(
     return _vmap_as_batch(call)(query, key, value, masks)
 
 
+def bwd(
+    config: Config,
+    num_heads: tuple[int, int] | None,
+    first_head: tuple[int, int, int],
+    query: Array,
+    key: Array,
+    value: Array,
+    masks: Masks,
+    *results: Array,
+) -> tuple[Array, ...]:
+    """_ffi.bwd under vmap and shard_map; results: out, lse, dout, dlse."""
+
+    def call(query: Array, key: Array, value: Array, masks: Masks, *results: Array) -> Any:
+        out, lse, dout, dlse = results
+        heads = {"num_heads": num_heads, "first_head": first_head}
+        return _ffi.bwd(config, query, key, value, masks, out, lse, dout, dlse, **heads)
+
+    return _vmap_as_batch(call)(query, key, value, masks, *results)
+
+
 def segment_intervals(
     query_segment_ids: Array, key_value_segment_ids: Array
 ) -> tuple[Array, Array]:

@@ -33,7 +33,11 @@ def with_gradients(function: Any, cotangents: tuple[Array, Array], *inputs: Arra
 def oracle(
     case: Case, dtype: DTypeLike, inputs: Any, cotangents: Any = None, *, rounded: bool = False
 ) -> Results:
-    """_reference in fp32 (fp64 for fp64 inputs), or with its steps rounded to dtype."""
+    """_reference in fp32 (fp64 for fp64 inputs), or with its steps rounded to dtype.
+
+    In the gradients, too, out is rounded where the maths has it: in the row's sum of dout * out,
+    which enters as the cotangent of lse does, with the other sign (FlashAttention-2, algorithm 2).
+    """
     wide = jnp.promote_types(dtype, jnp.float32)
     inputs = [x.astype(wide) for x in inputs]
 
@@ -44,7 +48,12 @@ def oracle(
     with jax.default_matmul_precision("highest"):
         if cotangents is None:
             return Results(*function(*inputs))
-        return with_gradients(function, tuple(x.astype(wide) for x in cotangents), *inputs)
+        dout, dlse = (x.astype(wide) for x in cotangents)
+        if rounded:
+            out, exact = function(*inputs)[0], _reference.attention(*inputs, **case.arguments)[0]
+            change = jnp.nan_to_num(dout) * jnp.nan_to_num(out - exact)
+            dlse -= change.sum(-1)
+        return with_gradients(function, (dout, dlse), *inputs)
 
 
 def both_oracles(

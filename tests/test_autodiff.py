@@ -14,7 +14,7 @@ from lowering import hide_gpus, lower, targets
 import jax_fa3
 
 B, T, S, N, K, H, V = 2, 10, 14, 4, 2, 16, 8
-FWD = "jax_fa3.fwd.v1"
+FWD, BWD = "jax_fa3.fwd.v1", "jax_fa3.bwd.v1"
 SEGMENTS = {
     "query_segment_ids": np.array([[0, 0, 1, 1, 1, 2, 2, -1, 3, 3], [5, 4] * 5]),
     "key_value_segment_ids": np.array([[2] * 4 + [1] * 5 + [0] * 4 + [-1], [4] * 7 + [5] * 7]),
@@ -171,4 +171,4 @@ def test_residual_names_save_the_second_forward():
 def test_backward_does_not_run_the_forward_again():
     operands = [jax.ShapeDtypeStruct(x.shape, jnp.bfloat16) for x in QKV]
     text = lower(jax.grad(loss("fa3", is_causal=True), (0, 1, 2)), *operands)
-    assert targets(text) == [FWD]
+    assert targets(text) == [FWD, BWD]

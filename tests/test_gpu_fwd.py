@@ -1,4 +1,4 @@
-"""The forward kernels on a Hopper GPU."""
+"""The kernels on a Hopper GPU: results and gradients of the whole table, and the forward by itself."""
 
 import functools
 import re
@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from cases import CAUSAL, LONG, TABLE, Case
 from helpers import (
-    Results,
     assert_rounded,
     both_oracles,
     equal,
@@ -53,21 +52,11 @@ oracles = jax.jit(both_oracles, static_argnums=(0, 1))
     ids=str,
 )
 def test_table(case: Case, dtype: Any):
-    inputs = case.inputs(dtype)
-    poison(case, dtype)
-    out, lse = jax.jit(functools.partial(attention, **case.arguments))(*inputs)
-    assert out.dtype == dtype and lse.dtype == jnp.float32
-    exact, rounded = oracles(case, dtype, inputs)
-    assert_rounded(Results(out, lse), exact, rounded, case, jnp.finfo(dtype).eps)
-
-
-@pytest.mark.parametrize("case", ALL[4::11], ids=str)
-def test_gradients(case: Case):
-    """Of the kernels' results, in bf16 and fp16 by turns."""
-    dtype = (jnp.bfloat16, jnp.float16)[ALL.index(case) % 2]
     inputs, cotangents = case.inputs(dtype), case.cotangents(dtype)
+    poison(case, dtype)
     call = functools.partial(attention, **case.arguments)
     found = jax.jit(functools.partial(with_gradients, call))(cotangents, *inputs)
+    assert found.out.dtype == found.dq.dtype == dtype and found.lse.dtype == jnp.float32
     exact, rounded = oracles(case, dtype, inputs, cotangents)
     assert_rounded(found, exact, rounded, case, jnp.finfo(dtype).eps)
 

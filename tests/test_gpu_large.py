@@ -57,3 +57,24 @@ def test_more_than_2_to_the_31_elements_in_one_sequence():
     case = Case("long tail", last, last + window, 2, 2, 128, B=1, mask=mask)
     exact, rounded = both(case, jnp.bfloat16, [x[:, -last:, 30:], keys, keys])
     assert_rounded(found, exact, rounded, case, jnp.finfo(jnp.bfloat16).eps)
+
+
+def test_gradients_of_more_than_2_to_the_31_elements():
+    """cuDNN 9.19's are silently wrong here, past element 2**31."""
+    q, k, v = (_normal(jax.random.split(jax.random.key(i), 130)) for i in range(3))
+
+    @jax.jit
+    def gradients(q: Array, k: Array, v: Array) -> tuple[Array, ...]:
+        def loss(q: Array, k: Array, v: Array) -> Array:
+            out = jax_fa3.dot_product_attention(q, k, v, is_causal=True, implementation="fa3")
+            return (out.astype(jnp.float32) ** 2).sum()
+
+        return jax.grad(loss, (0, 1, 2))(q, k, v)
+
+    found = gradients(q, k, v)
+    for entry in (0, 127, 128, 129):
+        alone = gradients(*(x[entry : entry + 1] for x in (q, k, v)))
+        for i in (1, 2):  # dq is summed in any order
+            assert equal(found[i][entry : entry + 1], alone[i])
+        error = jnp.abs(found[0][entry].astype(jnp.float32) - alone[0][0].astype(jnp.float32))
+        assert error.max() <= 0.01 * jnp.abs(alone[0]).max().astype(jnp.float32)

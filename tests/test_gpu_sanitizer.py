@@ -13,6 +13,7 @@ import jax.dlpack
 import jax.numpy as jnp
 import pytest
 from cases import TABLE
+from helpers import with_gradients
 from masks import ints
 
 import jax_fa3
@@ -62,8 +63,9 @@ def call_table() -> None:
     for case in TABLE:
         if case.name in NAMES:
             for dtype in (jnp.bfloat16, jnp.float16):
-                call = jax.jit(functools.partial(attention, **case.arguments))
-                jax.block_until_ready(call(*case.inputs(dtype)))
+                call = functools.partial(attention, **case.arguments)
+                run = jax.jit(functools.partial(with_gradients, call))
+                jax.block_until_ready(run(case.cotangents(dtype), *case.inputs(dtype)))
     print("all calls made")
 
 

@@ -110,6 +110,23 @@ struct IntervalHull {
     max_end = interval.end > max_end ? interval.end : max_end;
   }
 
+  JAX_FA3_HOST_DEVICE void merge(IntervalHull const& other) {
+    min_begin = other.min_begin < min_begin ? other.min_begin : min_begin;
+    max_begin = other.max_begin > max_begin ? other.max_begin : max_begin;
+    min_end = other.min_end < min_end ? other.min_end : min_end;
+    max_end = other.max_end > max_end ? other.max_end : max_end;
+  }
+
+#ifdef __CUDACC__
+  // Of the rows of all lanes.
+  __device__ __forceinline__ void reduce_warp() {
+    min_begin = __reduce_min_sync(~0u, min_begin);
+    max_begin = __reduce_max_sync(~0u, max_begin);
+    min_end = __reduce_min_sync(~0u, min_end);
+    max_end = __reduce_max_sync(~0u, max_end);
+  }
+#endif
+
   JAX_FA3_HOST_DEVICE BlockRange blocks(int block) const {
     if (max_end == 0) return {0, 0, 0, 0};
     return {min_begin / block, (max_begin + block - 1) / block, min_end / block,

@@ -1,19 +1,10 @@
 // Online softmax of one consumer thread: parts of two rows of a warpgroup's 64-row tile.
-//
-// Accumulators of wgmma m64nN: a thread of lane l in warp w holds rows 16 w + l / 4 and that + 8,
-// at columns 8 j + 2 (l % 4) + {0, 1}: element i has row (i / 2) % 2 and column 8 (i / 4) + i % 2.
 #pragma once
 
-#include <cutlass/numeric_conversion.h>
-
-#include <cute/tensor.hpp>
+#include "common/fragment.h"
+#include "common/mask.h"
 
 namespace jax_fa3 {
-
-inline constexpr int kRowsPerThread = 2;
-
-CUTLASS_DEVICE constexpr int fragment_row(int i) { return (i / 2) % 2; }
-CUTLASS_DEVICE constexpr int fragment_column(int i) { return i / 4 * 8 + i % 2; }
 
 // The four lanes that share a row are neighbours.
 CUTLASS_DEVICE float quad_max(float x) {
@@ -25,12 +16,33 @@ CUTLASS_DEVICE float quad_sum(float x) {
   return x + __shfl_xor_sync(~0u, x, 2);
 }
 
-// Two fp32 values as neighbouring 16-bit elements of one register.
-template <class Element>
-CUTLASS_DEVICE uint32_t pack(float low, float high) {
-  cutlass::Array<float, 2> const pair{low, high};
-  auto const converted = cutlass::NumericArrayConverter<Element, float, 2>::convert(pair);
-  return reinterpret_cast<uint32_t const&>(converted);
+CUTLASS_DEVICE float tanh_approx(float x) {
+  float y;
+  asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Sets scores outside [begin, end) to -inf; `column` is the key index of the thread's column 0. One
+// bit per element of a row is made first: testing it costs a third of comparing the column twice.
+// A broken row may wrap around here: the epilogue overwrites it.
+template <class Scores>
+CUTLASS_DEVICE void mask_scores(Scores& scores, Interval const (&rows)[kRowsPerThread],
+                                int column) {
+  static_assert(decltype(size(scores))::value <= 32 * kRowsPerThread);
+  auto const bits_before = [](int key) {  // a row's elements before a key: columns 0, 1, 8, 9, ...
+    int const elements = key <= 0 ? 0 : key / 8 * 2 + min(key % 8, 2);
+    return elements >= 32 ? ~0u : (1u << elements) - 1;
+  };
+  uint32_t visible[kRowsPerThread];
+  CUTLASS_PRAGMA_UNROLL
+  for (int row = 0; row < kRowsPerThread; ++row) {
+    visible[row] = bits_before(rows[row].end - column) & ~bits_before(rows[row].begin - column);
+  }
+  CUTLASS_PRAGMA_UNROLL
+  for (int i = 0; i < size(scores); ++i) {
+    int const element = i / 4 * 2 + i % 2;
+    scores(i) = visible[fragment_row(i)] >> element & 1 ? scores(i) : -INFINITY;
+  }
 }
 
 struct Softmax {

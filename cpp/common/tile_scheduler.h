@@ -12,12 +12,14 @@ struct TileCoord {
 };
 
 // A fixed order of all tiles: heads in sections whose K and V share the L2 cache; within a section
-// the last rows first, so that under a causal mask the longest tiles start first.
+// the last rows first (or the first, where tiles are of keys), so that under a causal mask the
+// longest tiles start first.
 struct TileOrder {
   int num_m_blocks;
   int num_heads;
   int batch;
   int section;  // heads of one section, counted over (batch, head)
+  bool ascending = false;
 
   JAX_FA3_HOST_DEVICE int num_tiles() const { return num_m_blocks * num_heads * batch; }
 
@@ -27,7 +29,8 @@ struct TileOrder {
     int const width = rows - first < section ? rows - first : section;
     int const rest = index - first * num_m_blocks;
     int const row = first + rest % width;
-    return {num_m_blocks - 1 - rest / width, row % num_heads, row / num_heads};
+    int const m_block = rest / width;
+    return {ascending ? m_block : num_m_blocks - 1 - m_block, row % num_heads, row / num_heads};
   }
 };
 

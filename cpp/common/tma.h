@@ -6,6 +6,7 @@
 
 #include <cuda.h>
 #include <cuda_runtime_api.h>
+#include <cutlass/arch/barrier.h>
 
 #include <cute/arch/copy_sm90_desc.hpp>
 #include <cute/arch/copy_sm90_tma.hpp>
@@ -63,6 +64,21 @@ CUTLASS_DEVICE void tma_load_rows(CUtensorMap const& map, uint64_t* full,
   }
 }
 
+// Zeroes a loaded tile's rows from `first` on, by one warp, before wgmma reads them. A row is
+// contiguous within its slab, whatever the swizzle.
+template <int kRows, int kColumns, int kSlab>
+CUTLASS_DEVICE void zero_rows_from(uint16_t* smem, int first) {
+  constexpr int kVectors = kSlab / 8;
+  for (int slab = 0; slab < kColumns / kSlab; ++slab) {
+    auto* const rows = reinterpret_cast<uint4*>(smem + slab * kRows * kSlab);
+    for (int i = max(first, 0) * kVectors + threadIdx.x % 32; i < kRows * kVectors; i += 32) {
+      rows[i] = uint4{0, 0, 0, 0};
+    }
+  }
+  cutlass::arch::fence_view_async_shared();
+  __syncwarp();
+}
+
 // Stores one box of rows, likewise.
 template <int kRows, int kColumns, int kSlab>
 CUTLASS_DEVICE void tma_store_rows(CUtensorMap const& map, uint16_t const* smem, int row, int head,
@@ -71,6 +87,19 @@ CUTLASS_DEVICE void tma_store_rows(CUtensorMap const& map, uint16_t const* smem,
   for (int column = 0; column < kColumns; column += kSlab) {
     cute::SM90_TMA_STORE_4D::copy(&map, smem + column * kRows, column, row, head, batch);
   }
+}
+
+// Adds `bytes` of fp32 in shared memory to those in global memory, as one bulk group's member.
+CUTLASS_DEVICE void bulk_add_fp32(float* global, float const* smem, int bytes) {
+  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;"
+               :
+               : "l"(global), "r"(cute::cast_smem_ptr_to_uint(smem)), "r"(bytes)
+               : "memory");
+}
+
+// Waits until all bulk groups of this thread are done with global memory, too.
+CUTLASS_DEVICE void bulk_wait_written() {
+  asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
 }
 
 }  // namespace jax_fa3

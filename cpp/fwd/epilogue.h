@@ -1,8 +1,7 @@
 // The end of a tile: divide by the row sums, write the output and the log-sum-exp.
 #pragma once
 
-#include <cute/arch/copy_sm90.hpp>
-
+#include "common/fragment.h"
 #include "common/softmax.h"
 #include "common/tma.h"
 #include "fwd/params.h"
@@ -31,48 +30,6 @@ CUTLASS_DEVICE void finalize(Interval const (&rows)[kRowsPerThread], float softm
   }
 }
 
-// Registers to shared memory in the swizzled slabs that TMA stores from: each warp its 16 rows.
-template <class Traits, class Out>
-CUTLASS_DEVICE void stage_out(Out const& tOrO, uint16_t* smem, int warp) {
-  constexpr int kSlab = Traits::kSlabV;
-  int const lane = threadIdx.x % 32;
-  int const row = warp * 16 + lane % 16;
-  // 16-byte vectors are permuted within a row by the row's index: over 8 rows of 128 bytes, over
-  // 4 pairs of rows of 64 bytes.
-  int const swizzle = kSlab == 64 ? row % 8 : row / 2 % 4;
-  CUTLASS_PRAGMA_UNROLL
-  for (int column = 0; column < Traits::kHeadDimV; column += 16) {
-    uint32_t packed[4];
-    CUTLASS_PRAGMA_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      packed[i] =
-          pack<typename Traits::Element>(tOrO(column / 2 + 2 * i), tOrO(column / 2 + 2 * i + 1));
-    }
-    // Lanes 0-15 address the first 8 columns of 16 rows, lanes 16-31 the other 8.
-    int const vector = (column % kSlab) / 8 + lane / 16;
-    auto* const target = reinterpret_cast<uint128_t*>(
-        smem + column / kSlab * (Traits::kBlockM * kSlab) + row * kSlab + (vector ^ swizzle) * 8);
-    SM90_U32x4_STSM_N::copy(packed[0], packed[1], packed[2], packed[3], *target);
-  }
-}
-
-// Straight from registers, for fp32 partial results.
-template <class Out>
-CUTLASS_DEVICE void store_out_fp32(Params const& params, TileCoord tile, int first_row,
-                                   Out const& tOrO) {
-  float* const out =
-      params.out_fp32 + tile.batch * params.out_batch_stride + tile.head * params.out_head_stride;
-  CUTLASS_PRAGMA_UNROLL
-  for (int i = 0; i < size(tOrO); i += 2) {
-    int const row = first_row + fragment_row(i) * 8;
-    int const column = fragment_column(i) + threadIdx.x % 4 * 2;
-    if (row < params.mask.seqlen_q && column < params.head_dim_v) {
-      *reinterpret_cast<float2*>(out + row * params.out_seqlen_stride + column) =
-          float2{tOrO(i), tOrO(i + 1)};
-    }
-  }
-}
-
 template <class Traits, class Out>
 CUTLASS_DEVICE void store(Params const& params, typename Traits::SharedStorage& storage,
                           TileCoord tile, int warpgroup, Interval const (&rows)[kRowsPerThread],
@@ -84,7 +41,10 @@ CUTLASS_DEVICE void store(Params const& params, typename Traits::SharedStorage& 
   finalize(rows, params.softmax_scale, softmax, tOrO, lse);
 
   if (params.out_fp32 != nullptr) {
-    store_out_fp32(params, tile, first_row, tOrO);
+    store_fp32(
+        tOrO,
+        params.out_fp32 + tile.batch * params.out_batch_stride + tile.head * params.out_head_stride,
+        params.out_seqlen_stride, first_row, params.mask.seqlen_q, params.head_dim_v);
     if constexpr (Traits::kOutOverValue) {
       if (thread % 32 == 0) storage.out_stored.arrive();
     }
@@ -99,7 +59,9 @@ CUTLASS_DEVICE void store(Params const& params, typename Traits::SharedStorage& 
       if (thread == 0) tma_store_wait<0>();
       cutlass::arch::NamedBarrier::sync(128, barrier);
     }
-    stage_out<Traits>(tOrO, smem, thread / 32);
+    // `smem` is the warpgroup's part: the tile's rows are a stride there, its own are 64.
+    stage_packed<Traits::kBlockM, Traits::kHeadDimV, Traits::kSlabV>(
+        packed<typename Traits::Element>(tOrO), smem, thread / 32 * 16);
     tma_store_fence();
     cutlass::arch::NamedBarrier::sync(128, barrier);
     if (thread == 0) {

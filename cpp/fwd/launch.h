@@ -1,23 +1,15 @@
-// Host side of the forward kernel: Problem -> descriptors and scalars -> launch. Nothing here
-// allocates, synchronises or reads device memory; CUDA graphs can capture it.
+// Host side of the forward kernel: Problem -> descriptors and scalars -> launch.
 #pragma once
 
 #include <cutlass/numeric_types.h>
 
 #include <algorithm>
-#include <limits>
 
+#include "common/launch.h"
 #include "fwd/fwd.h"
 #include "fwd/kernel.h"
 
 namespace jax_fa3::fwd {
-
-#define JAX_FA3_RETURN_IF_ERROR(expression)                           \
-  if (cudaError_t const error = (expression); error != cudaSuccess) { \
-    return error;                                                     \
-  }
-
-inline constexpr float kLog2E = 1.44269504f;
 
 template <class Traits>
 cudaError_t make_params(Problem const& problem, Params* params) {
@@ -54,12 +46,10 @@ cudaError_t make_params(Problem const& problem, Params* params) {
              : params->group;
   params->order = {ceil_div(p.seqlen_q, Traits::kBlockM), p.num_heads_q, p.batch,
                    static_cast<int>(std::min(section, int64_t{p.num_heads_q} * p.batch))};
-  // Beyond this cap tanh(x) is x for every score there is, and cap_scale would be flushed to 0.
-  bool const capped =
-      p.soft_cap != 0.f && p.softmax_scale / p.soft_cap >= std::numeric_limits<float>::min();
-  params->softmax_scale = capped ? p.soft_cap : p.softmax_scale;
-  params->softmax_scale_log2 = params->softmax_scale * kLog2E;
-  params->cap_scale = capped ? p.softmax_scale / p.soft_cap : 0.f;
+  ScoreScale const scale = score_scale(p);
+  params->softmax_scale = scale.scale;
+  params->softmax_scale_log2 = scale.scale * kLog2E;
+  params->cap_scale = scale.cap_scale;
   return cudaSuccess;
 }
 
@@ -68,22 +58,15 @@ cudaError_t launch_tile(Problem const& problem, cudaStream_t stream) {
   Params params{};
   JAX_FA3_RETURN_IF_ERROR(make_params<Traits>(problem, &params));
 
-  // Per device, so not remembered across calls: one process may hold several devices.
   int device = 0;
   int num_sms = 0;
   JAX_FA3_RETURN_IF_ERROR(cudaGetDevice(&device));
   JAX_FA3_RETURN_IF_ERROR(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device));
-  constexpr int kSharedBytes = sizeof(typename Traits::SharedStorage);
-  JAX_FA3_RETURN_IF_ERROR(cudaFuncSetAttribute(
-      fwd_kernel<Traits>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
-  int const num_ctas = std::min(num_sms, params.order.num_tiles());
   if (params.tile_counter != nullptr) {
     JAX_FA3_RETURN_IF_ERROR(cudaMemsetAsync(params.tile_counter, 0, sizeof(int), stream));
   }
-  // Not <<<>>>, after which an older call's error cannot be told from this one's.
-  void* arguments[] = {&params};
-  return cudaLaunchKernel(reinterpret_cast<void const*>(&fwd_kernel<Traits>), dim3(num_ctas),
-                          dim3(Traits::kThreads), arguments, kSharedBytes, stream);
+  return launch_kernel(fwd_kernel<Traits>, std::min(num_sms, params.order.num_tiles()),
+                       Traits::kThreads, sizeof(typename Traits::SharedStorage), params, stream);
 }
 
 template <DType kDType, int kHeadDim, int kHeadDimV>

@@ -27,10 +27,7 @@ CUTLASS_DEVICE void schedule(Params const& params, typename Traits::SharedStorag
         hull.add(params.mask.row_interval(work.tile.batch,
                                           work.tile.m_block * Traits::kBlockM + row + lane));
       }
-      hull.min_begin = __reduce_min_sync(~0u, hull.min_begin);
-      hull.max_begin = __reduce_max_sync(~0u, hull.max_begin);
-      hull.min_end = __reduce_min_sync(~0u, hull.min_end);
-      hull.max_end = __reduce_max_sync(~0u, hull.max_end);
+      hull.reduce_warp();
       work.blocks = hull.blocks(Traits::kBlockN);
       // The soft cap is applied where the mask is: every block takes that way.
       if (params.cap_scale != 0.f) work.blocks.full_end = work.blocks.full_begin;
@@ -99,16 +96,7 @@ CUTLASS_DEVICE void load(Params const& params, typename Traits::SharedStorage& s
         __syncwarp();
         storage.value_staged.wait(staged_phase);
         staged_phase ^= 1;
-        // A row is contiguous within its slab, whatever the swizzle.
-        constexpr int kVectors = Traits::kSlabV / 8;
-        for (int slab = 0; slab < Traits::kHeadDimV / Traits::kSlabV; ++slab) {
-          auto* const rows = reinterpret_cast<uint4*>(smem + slab * kBlockN * Traits::kSlabV);
-          for (int i = valid_rows * kVectors + lane; i < kBlockN * kVectors; i += 32) {
-            rows[i] = uint4{0, 0, 0, 0};
-          }
-        }
-        cutlass::arch::fence_view_async_shared();
-        __syncwarp();
+        zero_rows_from<kBlockN, Traits::kHeadDimV, Traits::kSlabV>(smem, valid_rows);
         if (lane == 0) pipeline.full[value_state.stage].arrive();
       }
       value_state.advance();

@@ -5,26 +5,12 @@
 // together with P V of the last, whose softmax is already done.
 #pragma once
 
+#include "common/gemm.h"
 #include "common/softmax.h"
 #include "fwd/params.h"
 #include "fwd/traits.h"
 
 namespace jax_fa3::fwd {
-
-// Issues C += A B as one group of wgmmas. C (and A, if in registers) must rest until the wait.
-template <class Mma, class A, class B, class C>
-CUTLASS_DEVICE void issue_gemm(Mma mma, A const& a, B const& b, C& c) {
-  constexpr bool kRegistersA = !is_base_of<GMMA::DescriptorIterator, typename Mma::FrgTypeA>::value;
-  if constexpr (kRegistersA) warpgroup_fence_operand(const_cast<A&>(a));
-  warpgroup_fence_operand(c);
-  warpgroup_arrive();
-  CUTLASS_PRAGMA_UNROLL
-  for (int k = 0; k < size<2>(a); ++k) {
-    cute::gemm(mma, a(_, _, k), b(_, _, k), c);
-    mma.accumulate_ = GMMA::ScaleOut::One;
-  }
-  warpgroup_commit_batch();
-}
 
 // Positions in the pipelines, kept from tile to tile.
 template <class Traits>
@@ -34,31 +20,6 @@ struct ConsumerState {
   PipelineState<Traits::kWorkStages> work;
   uint32_t query_phase = 0;
 };
-
-// Sets scores outside [begin, end) to -inf; `column` is the key index of the thread's column 0.
-// A broken row may wrap around here: the epilogue overwrites it.
-template <class Scores>
-CUTLASS_DEVICE void mask_scores(Scores& scores, Interval const (&rows)[kRowsPerThread],
-                                int column) {
-  int begin[kRowsPerThread], end[kRowsPerThread];
-  CUTLASS_PRAGMA_UNROLL
-  for (int row = 0; row < kRowsPerThread; ++row) {
-    begin[row] = rows[row].begin - column;
-    end[row] = rows[row].end - column;
-  }
-  CUTLASS_PRAGMA_UNROLL
-  for (int i = 0; i < size(scores); ++i) {
-    int const row = fragment_row(i);
-    bool const visible = fragment_column(i) >= begin[row] && fragment_column(i) < end[row];
-    scores(i) = visible ? scores(i) : -INFINITY;
-  }
-}
-
-CUTLASS_DEVICE float tanh_approx(float x) {
-  float y;
-  asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
 
 // Computes O (not yet divided by the row sums) and the softmax statistics of one tile, from the
 // last key block to the first. `find_rows` tells the thread's rows their intervals; it is called
@@ -83,7 +44,7 @@ CUTLASS_DEVICE void mma(Params const& params, typename Traits::SharedStorage& st
   // The warpgroup's first thread stands for all: descriptors are the same across a warpgroup.
   auto const group_qk = mma_qk.get_slice(turns.warpgroup * 128);
   auto const group_pv = mma_pv.get_slice(turns.warpgroup * 128);
-  Tensor tSrQ = group_qk.partition_fragment_A(sQ);
+  Tensor tSrQ = group_qk.partition_fragment_A(sQ)(_, _, _, 0);
   Tensor tSrK = group_qk.partition_fragment_B(sK);
   Tensor tOrV = group_pv.partition_fragment_B(sVt);
   Tensor tSrS = partition_fragment_C(mma_qk, Shape<Int<Traits::kBlockM>, Int<kBlockN>>{});
@@ -98,8 +59,7 @@ CUTLASS_DEVICE void mma(Params const& params, typename Traits::SharedStorage& st
   auto& values = storage.value_pipeline;
 
   auto const issue_scores = [&] {
-    mma_qk.accumulate_ = GMMA::ScaleOut::Zero;
-    issue_gemm(mma_qk, tSrQ, tSrK(_, _, _, state.key.stage), tSrS);
+    issue_gemm_zero(mma_qk, tSrQ, tSrK(_, _, _, state.key.stage), tSrS);
   };
   auto const issue_out = [&] { issue_gemm(mma_pv, tOrP, tOrV(_, _, _, state.value.stage), tOrO); };
   auto const release = [&](auto& pipeline, auto& position) {

@@ -4,6 +4,7 @@
 #include <cute/tensor.hpp>
 
 #include "common/barriers.h"
+#include "common/layouts.h"
 #include "common/mask.h"
 #include "common/tile_scheduler.h"
 #include "common/wgmma_64x80.h"
@@ -42,8 +43,6 @@ struct Traits {
   static constexpr int kConsumerRegisters = kConsumerWarpgroups == 2 ? 232 : 160;
   static_assert(kConsumerWarpgroups == 2 || kConsumerWarpgroups == 3);
 
-  // Columns of a swizzled slab: 128-byte rows, or 64-byte rows where 64 does not divide the width.
-  static constexpr int slab(int head_dim) { return head_dim % 64 == 0 ? 64 : 32; }
   static constexpr int kSlab = slab(kHeadDim);
   static constexpr int kSlabV = slab(kHeadDimV);
 
@@ -65,18 +64,9 @@ struct Traits {
   static_assert(tile_size<1>(MmaQK{}) == kBlockN && tile_size<1>(MmaPV{}) == kHeadDimV,
                 "one wgmma must span the tile: declare its shape");
 
-  template <int kWidth>
-  using AtomK = std::conditional_t<kWidth == 64, GMMA::Layout_K_SW128_Atom<Element>,
-                                   GMMA::Layout_K_SW64_Atom<Element>>;
-  template <int kWidth>
-  using AtomMN = std::conditional_t<kWidth == 64, GMMA::Layout_MN_SW128_Atom<Element>,
-                                    GMMA::Layout_MN_SW64_Atom<Element>>;
-  using LayoutQ = decltype(tile_to_shape(AtomK<kSlab>{}, Shape<Int<kBlockM>, Int<kHeadDim>>{}));
-  using LayoutK =
-      decltype(tile_to_shape(AtomK<kSlab>{}, Shape<Int<kBlockN>, Int<kHeadDim>, Int<kStages>>{}));
-  // V^T: the same memory as V [n, v] in slabs, read as [v, n].
-  using LayoutVt = decltype(tile_to_shape(
-      AtomMN<kSlabV>{}, Shape<Int<kHeadDimV>, Int<kBlockN>, Int<kStages>>{}, Step<_2, _1, _3>{}));
+  using LayoutQ = LayoutRows<kBlockM, kHeadDim, 1>;
+  using LayoutK = LayoutRows<kBlockN, kHeadDim, kStages>;
+  using LayoutVt = LayoutColumns<kBlockN, kHeadDimV, kStages>;
 
   static constexpr int kSizeQ = kBlockM * kHeadDim;
   static constexpr int kSizeK = kBlockN * kHeadDim;  // of one stage

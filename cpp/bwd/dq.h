@@ -1,0 +1,276 @@
+// dQ of wide heads, in a kernel of its own: a CTA owns 128 query rows and walks over the keys, as
+// the forward does. S and dP are computed a second time; in return no dQ is summed in global
+// memory.
+#pragma once
+
+#include <cutlass/arch/reg_reconfig.h>
+#include <cutlass/cutlass.h>
+
+#include "bwd/load.h"
+#include "bwd/postprocess.h"
+#include "common/gemm.h"
+#include "common/softmax.h"
+
+namespace jax_fa3::bwd {
+
+template <class Element_, int kHeadDim_, int kHeadDimV_>
+struct QueryTraits {
+  using Element = Element_;
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kHeadDimV = kHeadDimV_;
+  static constexpr int kBlockM = 128;
+  static constexpr int kBlockN = 64;
+  static constexpr int kStages = 2;                               // of K
+  static constexpr int kStagesV = kHeadDim > 192 ? 1 : 2;         // of V: there is no room for more
+  static constexpr int kRecordRows = bwd_tile(kHeadDim).block_m;  // of preprocess's records
+  static constexpr int kConsumerThreads = 256;
+  static constexpr int kThreads = 128 + kConsumerThreads;
+  static constexpr int kProducerRegisters = 24;
+  static constexpr int kConsumerRegisters = 240;
+
+  using LayoutQ = LayoutRows<kBlockM, kHeadDim, 1>;
+  using LayoutdO = LayoutRows<kBlockM, kHeadDimV, 1>;
+  using LayoutK = LayoutRows<kBlockN, kHeadDim, kStages>;
+  using LayoutKt = LayoutColumns<kBlockN, kHeadDim, kStages>;
+  using LayoutV = LayoutRows<kBlockN, kHeadDimV, kStagesV>;
+  using TileM = Layout<Shape<_2, _1, _1>>;
+  template <int kDim>
+  using MmaScores = decltype(make_tiled_mma(
+      GMMA::ss_op_selector<Element, Element, float, Shape<_64, Int<kBlockN>, Int<kDim>>>(),
+      TileM{}));
+  using MmadQ = decltype(make_tiled_mma(
+      GMMA::rs_op_selector<Element, Element, float, Shape<_64, Int<kHeadDim>, Int<kBlockN>>,
+                           GMMA::Major::K, GMMA::Major::MN>(),
+      TileM{}));
+  static constexpr int kSizeQ = kBlockM * kHeadDim;
+  static constexpr int kSizeK = kBlockN * kHeadDim;  // of one stage
+  static constexpr int kSizeV = kBlockN * kHeadDimV;
+
+  struct SharedStorage {
+    alignas(1024) uint16_t query[kSizeQ];
+    alignas(1024) uint16_t dout[kBlockM * kHeadDimV];
+    alignas(1024) uint16_t key[kStages * kSizeK];
+    alignas(1024) uint16_t value[kStagesV * kSizeV];
+    FullBarrier query_full;
+    FullBarrier dout_full;
+    FullBarrier staged;
+    Pipeline<kStages> key_pipeline;
+    Pipeline<kStagesV> value_pipeline;
+  };
+  static_assert(sizeof(SharedStorage) <= 227 * 1024);
+};
+
+// The key blocks that a tile visits.
+template <class Traits>
+CUTLASS_DEVICE BlockRange visited_blocks(Params const& params, TileCoord tile) {
+  constexpr int kRecords = Traits::kBlockM / Traits::kRecordRows;
+  IntervalHull hull;
+  CUTLASS_PRAGMA_UNROLL
+  for (int i = 0; i < kRecords; ++i) {
+    int const record = tile.m_block * kRecords + i;
+    if (record >= params.num_m_blocks) break;
+    int4 const bounds = params.block_hulls[int64_t{tile.batch} * params.num_m_blocks + record];
+    hull.merge(IntervalHull{bounds.x, bounds.y, bounds.z, bounds.w});
+  }
+  BlockRange blocks = hull.blocks(Traits::kBlockN);
+  if (params.cap_scale != 0.f) blocks.full_end = blocks.full_begin;  // applied where the mask is
+  return blocks;
+}
+
+template <class Traits>
+CUTLASS_DEVICE void load_dq(Params const& params, typename Traits::SharedStorage& storage,
+                            TileCoord tile, BlockRange blocks) {
+  constexpr int kBlockM = Traits::kBlockM;
+  constexpr int kBlockN = Traits::kBlockN;
+  constexpr auto kKeep = TMA::CacheHintSm90::EVICT_LAST;
+  constexpr auto kReadOnce = TMA::CacheHintSm90::EVICT_FIRST;
+  Mask const& mask = params.mask;
+  int const batch = tile.batch;
+  int const head_k = tile.head / params.group;
+  int const row = tile.m_block * kBlockM;
+  int const length_q = mask.length_q(batch);
+  int const length_k = mask.length_k(batch);
+  int const valid_rows = length_q < mask.seqlen_q ? length_q - row : kBlockM;
+  PipelineState<Traits::kStages> key_state;
+  PipelineState<Traits::kStagesV> value_state;
+  uint32_t staged_phase = 0;
+  auto const valid_keys = [&](int n_block) {
+    return length_k < mask.seqlen_k ? length_k - n_block * kBlockN : kBlockN;
+  };
+
+  for (int n_block = blocks.end - 1; n_block >= blocks.begin; --n_block) {
+    storage.key_pipeline.empty[key_state.stage].wait(key_state.phase ^ 1);
+    load_tile<kBlockN, Traits::kHeadDim>(params.key, storage.key_pipeline.full[key_state.stage],
+                                         storage.staged, staged_phase, kKeep,
+                                         storage.key + key_state.stage * Traits::kSizeK,
+                                         n_block * kBlockN, head_k, batch, valid_keys(n_block));
+    key_state.advance();
+    if (n_block == blocks.end - 1) {
+      load_tile<kBlockM, Traits::kHeadDim>(params.query, storage.query_full, storage.staged,
+                                           staged_phase, kReadOnce, storage.query, row, tile.head,
+                                           batch, valid_rows);
+      load_tile<kBlockM, Traits::kHeadDimV>(params.dout, storage.dout_full, storage.staged,
+                                            staged_phase, kReadOnce, storage.dout, row, tile.head,
+                                            batch, valid_rows);
+    }
+    storage.value_pipeline.empty[value_state.stage].wait(value_state.phase ^ 1);
+    load_tile<kBlockN, Traits::kHeadDimV>(
+        params.value, storage.value_pipeline.full[value_state.stage], storage.staged, staged_phase,
+        kKeep, storage.value + value_state.stage * Traits::kSizeV, n_block * kBlockN, head_k, batch,
+        valid_keys(n_block));
+    value_state.advance();
+  }
+}
+
+template <class Traits>
+CUTLASS_DEVICE void consume_dq(Params const& params, typename Traits::SharedStorage& storage,
+                               TileCoord tile, BlockRange blocks, int warpgroup) {
+  using Element = typename Traits::Element;
+  constexpr int kBlockM = Traits::kBlockM;
+  constexpr int kBlockN = Traits::kBlockN;
+  typename Traits::template MmaScores<Traits::kHeadDim> mma_s;
+  typename Traits::template MmaScores<Traits::kHeadDimV> mma_dp;
+  typename Traits::MmadQ mma_dq;
+  auto const tensor = [](uint16_t* p, auto layout) {
+    return make_tensor(make_smem_ptr(reinterpret_cast<Element*>(p)), layout);
+  };
+  int const slice = warpgroup * 128;
+  auto const group_s = mma_s.get_slice(slice);
+  auto const group_dp = mma_dp.get_slice(slice);
+  auto const group_dq = mma_dq.get_slice(slice);
+  Tensor tSrQ =
+      group_s.partition_fragment_A(tensor(storage.query, typename Traits::LayoutQ{}))(_, _, _, 0);
+  Tensor tSrK = group_s.partition_fragment_B(tensor(storage.key, typename Traits::LayoutK{}));
+  Tensor tdPrdO =
+      group_dp.partition_fragment_A(tensor(storage.dout, typename Traits::LayoutdO{}))(_, _, _, 0);
+  Tensor tdPrV = group_dp.partition_fragment_B(tensor(storage.value, typename Traits::LayoutV{}));
+  Tensor tdQrK = group_dq.partition_fragment_B(tensor(storage.key, typename Traits::LayoutKt{}));
+  constexpr Shape<Int<kBlockM>, Int<kBlockN>> kShapeS{};
+  Tensor tS = partition_fragment_C(mma_s, kShapeS);
+  Tensor tdP = partition_fragment_C(mma_dp, kShapeS);
+  Tensor tdQ = partition_fragment_C(mma_dq, Shape<Int<kBlockM>, Int<Traits::kHeadDim>>{});
+  Tensor tdQrdS = make_fragment_like<Element>(group_dq.partition_A(make_tensor<Element>(kShapeS)));
+  clear(tdQ);
+
+  int const thread = threadIdx.x % 128;
+  int const first_row = tile.m_block * kBlockM + warpgroup * 64;
+  int const row = first_row + thread / 32 * 16 + thread % 32 / 4;  // the thread's first
+  Interval rows[kRowsPerThread];
+  float lse[kRowsPerThread];
+  float delta[kRowsPerThread];
+  CUTLASS_PRAGMA_UNROLL
+  for (int r = 0; r < kRowsPerThread; ++r) {
+    int const record = (row + r * 8) / Traits::kRecordRows;
+    bool const exists = record < params.num_m_blocks;  // the tile may reach beyond the records
+    float const* const stats =
+        params.row_stats +
+        params.m_block_index(tile.batch, tile.head, record) * (2 * Traits::kRecordRows) +
+        (row + r * 8) % Traits::kRecordRows;
+    lse[r] = exists ? stats[0] : INFINITY;
+    delta[r] = exists ? stats[Traits::kRecordRows] : 0.f;
+    rows[r] = params.mask.row_interval(tile.batch, row + r * 8);
+  }
+  bool const elected = threadIdx.x % 32 == 0;
+  auto& keys = storage.key_pipeline;
+  auto& values = storage.value_pipeline;
+  PipelineState<Traits::kStages> key_state;
+  PipelineState<Traits::kStagesV> value_state;
+
+  auto const issue_s = [&] {
+    keys.full[key_state.stage].wait(key_state.phase);
+    issue_gemm_zero(mma_s, tSrQ, tSrK(_, _, _, key_state.stage), tS);
+  };
+  auto const issue_dp = [&] {
+    values.full[value_state.stage].wait(value_state.phase);
+    issue_gemm_zero(mma_dp, tdPrdO, tdPrV(_, _, _, value_state.stage), tdP);
+  };
+  // dS of a block, whose S and dP are there; then dQ beside S and dP of the next.
+  auto const score_grad = [&](int n_block) {
+    warpgroup_fence_operand(tS);
+    warpgroup_fence_operand(tdP);
+    if (elected) values.empty[value_state.stage].arrive();
+    value_state.advance();
+    float factor[kRowsPerThread] = {1.f, 1.f};
+    bool const capped = params.cap_scale != 0.f;
+    if (capped) {
+      CUTLASS_PRAGMA_UNROLL
+      for (int i = 0; i < size(tS); ++i) {
+        float const t = tanh_approx(tS(i) * params.cap_scale);
+        tdP(i) = (1.f - t * t) * (tdP(i) - delta[fragment_row(i)]);
+        tS(i) = t;
+      }
+      factor[0] = factor[1] = 0.f;  // of delta, which is in already
+    }
+    if (n_block < blocks.full_begin || n_block >= blocks.full_end) {
+      mask_scores(tS, rows, n_block * kBlockN + threadIdx.x % 4 * 2);
+    }
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < size(tS); ++i) {
+      int const r = fragment_row(i);
+      tS(i) = exp2f(tS(i) * params.exponent_scale - lse[r]) * (tdP(i) - factor[r] * delta[r]);
+    }
+    copy(packed<Element>(tS), recast<uint32_t>(tdQrdS));
+  };
+
+  if (blocks.begin < blocks.end) {
+    storage.query_full.wait(0);
+    storage.dout_full.wait(0);
+    issue_s();
+    issue_dp();
+    warpgroup_wait<0>();
+    for (int n_block = blocks.end - 1; n_block > blocks.begin; --n_block) {
+      score_grad(n_block);
+      issue_gemm(mma_dq, tdQrdS, tdQrK(_, _, _, key_state.stage), tdQ);
+      int const last_stage = key_state.stage;
+      key_state.advance();
+      issue_s();
+      warpgroup_wait<1>();
+      warpgroup_fence_operand(tdQ);
+      if (elected) keys.empty[last_stage].arrive();
+      issue_dp();
+      warpgroup_wait<0>();
+    }
+    score_grad(blocks.begin);
+    issue_gemm(mma_dq, tdQrdS, tdQrK(_, _, _, key_state.stage), tdQ);
+    warpgroup_wait<0>();
+    warpgroup_fence_operand(tdQ);
+  }
+
+  mark_broken_rows(params.mask, tile.batch, row, tdQ);
+  // dQ takes the place of Q, of which a warpgroup reads just its own rows.
+  store_grad<Element, kBlockM, Traits::kHeadDim>(
+      tdQ, params.softmax_scale, params.dquery, params.dquery_fp32, params.grads_fp32,
+      storage.query, warpgroup * 64, tile.m_block * kBlockM, tile.head, tile.batch,
+      params.mask.seqlen_q, params.head_dim,
+      barrier_id(NamedBarrier::kGradOfWarpgroup0, warpgroup));
+}
+
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads, 1)
+    dq_kernel(__grid_constant__ Params const params) {
+  extern __shared__ char memory[];
+  auto& storage = *reinterpret_cast<typename Traits::SharedStorage*>(memory);
+  int const warp = cutlass::canonical_warp_idx_sync();
+  TileCoord const tile = params.dq_order(blockIdx.x);
+  BlockRange const blocks = visited_blocks<Traits>(params, tile);
+  if (warp == 0 && elect_one_sync()) {
+    constexpr int kConsumerWarps = Traits::kConsumerThreads / 32;
+    storage.query_full.init(1);
+    storage.dout_full.init(1);
+    storage.staged.init(1);
+    storage.key_pipeline.init(kConsumerWarps);
+    storage.value_pipeline.init(kConsumerWarps);
+    cutlass::arch::fence_barrier_init();
+  }
+  __syncthreads();
+  if (warp < 4) {
+    cutlass::arch::warpgroup_reg_dealloc<Traits::kProducerRegisters>();
+    if (warp == 0) load_dq<Traits>(params, storage, tile, blocks);
+  } else {
+    cutlass::arch::warpgroup_reg_alloc<Traits::kConsumerRegisters>();
+    consume_dq<Traits>(params, storage, tile, blocks, warp / 4 - 1);
+    tma_store_wait<0>();
+  }
+}
+
+}  // namespace jax_fa3::bwd

@@ -1,0 +1,90 @@
+// The main backward kernel: a CTA owns a block of keys of one KV head, and walks over the query
+// rows of that head's whole group, so that dK and dV are written once.
+#pragma once
+
+#include <cutlass/arch/reg_reconfig.h>
+#include <cutlass/cutlass.h>
+
+#include "bwd/epilogue.h"
+#include "bwd/load.h"
+#include "bwd/mma.h"
+#include "bwd/wide.h"
+#include "bwd/write_dq.h"
+
+namespace jax_fa3::bwd {
+
+template <class Traits>
+CUTLASS_DEVICE void init_barriers(typename Traits::SharedStorage& storage) {
+  constexpr int kConsumerWarps = Traits::kConsumerThreads / 32;
+  storage.key_full.init(1);
+  storage.value_full.init(1);
+  storage.staged.init(1);
+  storage.query_pipeline.init(kConsumerWarps + Traits::kFused);  // and the dQ writer
+  storage.dout_pipeline.init(kConsumerWarps);
+  cutlass::arch::fence_barrier_init();
+}
+
+template <class Traits>
+CUTLASS_DEVICE void consume_fused(Params const& params, typename Traits::SharedStorage& storage,
+                                  TileCoord tile, int warpgroup) {
+  using Element = typename Traits::Element;
+  constexpr int kBlockN = Traits::kBlockN;
+  Tensor tdK = partition_fragment_C(typename Traits::template MmaGrad<Traits::kHeadDim>{},
+                                    Shape<Int<kBlockN>, Int<Traits::kHeadDim>>{});
+  Tensor tdV = partition_fragment_C(typename Traits::template MmaGrad<Traits::kHeadDimV>{},
+                                    Shape<Int<kBlockN>, Int<Traits::kHeadDimV>>{});
+  clear(tdK);
+  clear(tdV);
+  mma<Traits>(params, storage, tile, warpgroup, tdK, tdV);
+  // The gradients take the place of K and V. A warpgroup reads just its own rows of V, but all of
+  // K.
+  uint32_t const barrier = barrier_id(NamedBarrier::kGradOfWarpgroup0, warpgroup);
+  int const rows = params.mask.seqlen_k;
+  store_grad<Element, kBlockN, Traits::kHeadDimV>(
+      tdV, 1.f, params.dvalue, params.dvalue_fp32, params.grads_fp32, storage.value, warpgroup * 64,
+      tile.m_block * kBlockN, tile.head, tile.batch, rows, params.head_dim_v, barrier);
+  cutlass::arch::NamedBarrier::sync(Traits::kConsumerThreads, barrier_id(NamedBarrier::kKeysRead));
+  store_grad<Element, kBlockN, Traits::kHeadDim>(tdK, params.softmax_scale, params.dkey,
+                                                 params.dkey_fp32, params.grads_fp32, storage.key,
+                                                 warpgroup * 64, tile.m_block * kBlockN, tile.head,
+                                                 tile.batch, rows, params.head_dim, barrier);
+}
+
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads, 1)
+    bwd_kernel(__grid_constant__ Params const params) {
+  extern __shared__ char memory[];
+  auto& storage = *reinterpret_cast<typename Traits::SharedStorage*>(memory);
+  int const warp = cutlass::canonical_warp_idx_sync();
+  TileCoord const tile = params.order(blockIdx.x);
+
+  if (warp == 0 && elect_one_sync()) {
+    prefetch_tma_descriptor(&params.query);
+    prefetch_tma_descriptor(&params.key);
+    prefetch_tma_descriptor(&params.value);
+    prefetch_tma_descriptor(&params.dout);
+    init_barriers<Traits>(storage);
+  }
+  __syncthreads();
+
+  if (warp < 4) {
+    cutlass::arch::warpgroup_reg_dealloc<Traits::kProducerRegisters>();
+    if (warp == 0) {
+      load<Traits>(params, storage, tile);
+    } else if (warp == 1) {
+      if constexpr (Traits::kFused) write_dq<Traits>(params, storage, tile);
+    }
+  } else {
+    cutlass::arch::warpgroup_reg_alloc<Traits::kConsumerRegisters>();
+    if constexpr (Traits::kFused) {
+      consume_fused<Traits>(params, storage, tile, warp / 4 - 1);
+    } else if (warp < 8) {
+      consume_value<Traits>(params, storage, tile);
+    } else {
+      consume_key<Traits>(params, storage, tile);
+    }
+    tma_store_wait<0>();
+  }
+}
+
+}  // namespace jax_fa3::bwd

@@ -1,0 +1,116 @@
+// Host side of the backward kernels: BackwardProblem -> descriptors and scalars -> launches.
+#pragma once
+
+#include <cutlass/numeric_types.h>
+
+#include <algorithm>
+
+#include "bwd/bwd.h"
+#include "bwd/dq.h"
+#include "bwd/kernel.h"
+#include "bwd/postprocess.h"
+#include "bwd/preprocess.h"
+#include "common/launch.h"
+
+namespace jax_fa3::bwd {
+
+// Traits: of the kernel that is to be launched, whose tiles the descriptors load.
+template <class Traits>
+cudaError_t make_params(BackwardProblem const& problem, Params* params) {
+  Problem const& p = problem.forward;
+  auto const map = [&](CUtensorMap* map, Operand operand, bool of_keys, bool of_value, int box) {
+    // Without rows nothing is read, but a descriptor must point somewhere.
+    if (operand.data == nullptr) operand.data = problem.row_stats;
+    return make_tensor_map(map, operand, of_value ? p.head_dim_v : p.head_dim,
+                           of_keys ? p.seqlen_k : p.seqlen_q,
+                           of_keys ? p.num_heads_k : p.num_heads_q, p.batch,
+                           slab(of_value ? Traits::kHeadDimV : Traits::kHeadDim), box);
+  };
+  constexpr int kBlockM = Traits::kBlockM;
+  constexpr int kBlockN = Traits::kBlockN;
+  JAX_FA3_RETURN_IF_ERROR(map(&params->query, p.query, false, false, kBlockM));
+  JAX_FA3_RETURN_IF_ERROR(map(&params->dout, problem.dout, false, true, kBlockM));
+  JAX_FA3_RETURN_IF_ERROR(map(&params->key, p.key, true, false, kBlockN));
+  JAX_FA3_RETURN_IF_ERROR(map(&params->value, p.value, true, true, kBlockN));
+  params->grads_fp32 = problem.grad_dtype == DType::kFloat32;
+  if (params->grads_fp32) {
+    params->dquery_fp32 = problem.dquery;
+    params->dkey_fp32 = problem.dkey;
+    params->dvalue_fp32 = problem.dvalue;
+  } else {  // stored by warpgroups, 64 rows each
+    JAX_FA3_RETURN_IF_ERROR(map(&params->dquery, problem.dquery, false, false, 64));
+    JAX_FA3_RETURN_IF_ERROR(map(&params->dkey, problem.dkey, true, false, 64));
+    JAX_FA3_RETURN_IF_ERROR(map(&params->dvalue, problem.dvalue, true, true, 64));
+  }
+  params->out = p.out;
+  params->dout_rows = problem.dout;
+  params->lse = p.lse;
+  params->dlse = problem.dlse;
+  params->row_stats = problem.row_stats;
+  params->row_intervals = reinterpret_cast<int2*>(problem.row_intervals);
+  params->block_hulls = reinterpret_cast<int4*>(problem.block_hulls);
+  params->dq_accum = problem.dq_accum;
+  params->turns = problem.turns;
+  params->mask = p.mask;
+  BwdTile const tile = bwd_tile(Traits::kHeadDim);
+  params->num_m_blocks = ceil_div(p.seqlen_q, tile.block_m);
+  params->num_heads_q = p.num_heads_q;
+  params->group = p.num_heads_q / p.num_heads_k;
+  params->head_dim = p.head_dim;
+  params->head_dim_v = p.head_dim_v;
+  ScoreScale const scale = score_scale(p);
+  params->exponent_scale = scale.scale * kLog2E;
+  params->cap_scale = scale.cap_scale;
+  params->softmax_scale = p.softmax_scale;
+
+  // Heads whose operands share the L2 cache; without a mask, tiles of one KV head.
+  bool const masked = p.mask.restricts();
+  int const group = params->group;
+  auto const section = [&](int64_t heads, int total) {
+    return static_cast<int>(std::min(heads, int64_t{total} * p.batch));
+  };
+  int64_t const heads =  // Q, dO and the sum of dQ in fp32
+      heads_per_section(int64_t{p.seqlen_q} * group, 3 * p.head_dim, p.head_dim_v, 1);
+  params->order = {ceil_div(p.seqlen_k, tile.block_n), p.num_heads_k, p.batch,
+                   section(masked ? heads : 1, p.num_heads_k), true};
+  int64_t const heads_q = heads_per_section(p.seqlen_k, p.head_dim, p.head_dim_v, group);
+  params->dq_order = {ceil_div(p.seqlen_q, kBlockM), p.num_heads_q, p.batch,
+                      section(masked ? heads_q : group, p.num_heads_q)};
+  return cudaSuccess;
+}
+
+template <class Kernel>
+cudaError_t launch_if_any(Kernel kernel, int64_t num_ctas, int num_threads, int shared_bytes,
+                          Params& params, cudaStream_t stream) {
+  if (num_ctas == 0) return cudaSuccess;
+  return launch_kernel(kernel, num_ctas, num_threads, shared_bytes, params, stream);
+}
+
+template <DType kDType, int kHeadDim, int kHeadDimV>
+cudaError_t launch(BackwardProblem const& problem, cudaStream_t stream) {
+  using Element =
+      std::conditional_t<kDType == DType::kBFloat16, cutlass::bfloat16_t, cutlass::half_t>;
+  // Half of 96 columns of dQ is no whole number of slabs: such heads take the next kernel.
+  constexpr int kWidth = bwd_width(kHeadDim);
+  constexpr int kWidthV = kHeadDimV == kHeadDim ? kWidth : kHeadDimV;
+  using Main = Traits<Element, kWidth, kWidthV>;
+  Params params{};
+  JAX_FA3_RETURN_IF_ERROR(make_params<Main>(problem, &params));
+  int64_t const blocks = int64_t{params.num_m_blocks} * params.num_heads_q * problem.forward.batch;
+  JAX_FA3_RETURN_IF_ERROR(launch_if_any(preprocess_kernel < Element, Main::kBlockM, kWidthV,
+                                        Main::kFused ? Main::kSizeQ : 0 >, blocks,
+                                        kPreprocessThreads, 0, params, stream));
+  JAX_FA3_RETURN_IF_ERROR(launch_if_any(bwd_kernel<Main>, params.order.num_tiles(), Main::kThreads,
+                                        sizeof(typename Main::SharedStorage), params, stream));
+  if constexpr (Main::kFused) {
+    return launch_if_any(postprocess_kernel<Main>, blocks, Main::kConsumerThreads, 0, params,
+                         stream);
+  } else {
+    using Query = QueryTraits<Element, kWidth, kWidthV>;
+    JAX_FA3_RETURN_IF_ERROR(make_params<Query>(problem, &params));
+    return launch_if_any(dq_kernel<Query>, params.dq_order.num_tiles(), Query::kThreads,
+                         sizeof(typename Query::SharedStorage), params, stream);
+  }
+}
+
+}  // namespace jax_fa3::bwd

@@ -1,0 +1,79 @@
+// The sum of dQ, fp32 in the order of the accumulators, to the gradient.
+#pragma once
+
+#include "bwd/epilogue.h"
+
+namespace jax_fa3::bwd {
+
+// Rows of a broken segment (mask.h) get NaN. The thread's rows are `row` and `row` + 8.
+template <class Fragment>
+CUTLASS_DEVICE void mark_broken_rows(Mask const& mask, int batch, int row, Fragment& grad) {
+  CUTLASS_PRAGMA_UNROLL
+  for (int r = 0; r < kRowsPerThread; ++r) {
+    if (!mask.row_interval(batch, row + r * 8).broken()) continue;
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < size(grad); ++i) {
+      if (fragment_row(i) == r) grad(i) = NAN;
+    }
+  }
+}
+
+// One CTA per block of query rows and head, its threads where those of the main kernel were.
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kConsumerThreads)
+    postprocess_kernel(__grid_constant__ Params const params) {
+  constexpr int kBlockM = Traits::kBlockM;
+  constexpr int kColumns = Traits::kColumnsdQ;
+  __shared__ alignas(1024) uint16_t memory[Traits::kSizeQ];
+  int const m_block = blockIdx.x % params.num_m_blocks;
+  int const head = blockIdx.x / params.num_m_blocks % params.num_heads_q;
+  int const batch = blockIdx.x / params.num_m_blocks / params.num_heads_q;
+  int const warpgroup = threadIdx.x / 128;
+
+  Tensor grad = make_tensor<float>(Int<Traits::kSizeQ / Traits::kConsumerThreads>{});
+  auto const* const sum = reinterpret_cast<float4 const*>(
+      params.dq_accum + params.m_block_index(batch, head, m_block) * Traits::kSizeQ +
+      warpgroup * Traits::kSizeQ / 2);
+  CUTLASS_PRAGMA_UNROLL
+  for (int i = 0; i < size(grad); i += 4) {
+    float4 const vector = sum[i / 4 * 128 + threadIdx.x % 128];
+    grad(i) = vector.x;
+    grad(i + 1) = vector.y;
+    grad(i + 2) = vector.z;
+    grad(i + 3) = vector.w;
+  }
+  // The warpgroups share the rows, or the columns.
+  int const first_row = Traits::kWarpgroupsM == 2 ? warpgroup * 64 : 0;
+  int const first_column = Traits::kWarpgroupsM == 2 ? 0 : warpgroup * kColumns;
+  mark_broken_rows(
+      params.mask, batch,
+      m_block * kBlockM + first_row + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4, grad);
+  CUTLASS_PRAGMA_UNROLL
+  for (int i = 0; i < size(grad); ++i) grad(i) *= params.softmax_scale;
+
+  int const row = m_block * kBlockM + first_row;
+  if (params.grads_fp32) {
+    Operand const& out = params.dquery_fp32;
+    store_fp32(grad,
+               static_cast<float*>(out.data) + batch * out.batch_stride + head * out.head_stride +
+                   first_column,
+               out.seqlen_stride, row + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4,
+               params.mask.seqlen_q, params.head_dim - first_column);
+    return;
+  }
+  constexpr int kSlab = slab(Traits::kHeadDim);
+  stage_packed<kBlockM, kColumns, kSlab>(packed<typename Traits::Element>(grad), memory,
+                                         first_row + threadIdx.x % 128 / 32 * 16, first_column);
+  tma_store_fence();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    for (int box = 0; box < kBlockM; box += 64) {
+      tma_store_rows<kBlockM, Traits::kHeadDim, kSlab>(params.dquery, memory + box * kSlab,
+                                                       m_block * kBlockM + box, head, batch);
+    }
+    tma_store_arrive();
+    tma_store_wait<0>();
+  }
+}
+
+}  // namespace jax_fa3::bwd

@@ -1,0 +1,76 @@
+// From S^T and dP^T to P^T and dS^T, in the registers of a consumer thread: two keys (rows of the
+// accumulator) and, for each 8 columns, two query rows.
+#pragma once
+
+#include "bwd/params.h"
+#include "common/softmax.h"
+
+namespace jax_fa3::bwd {
+
+// What a step knows of its query rows, in shared memory.
+struct RowRecords {
+  float const* lse;  // in base 2; inf where the row sees nothing, so that P is 0
+  float const* delta;
+  int2 const* rows;  // the keys that they see
+  int key;           // the thread's first
+  int quad = threadIdx.x % 4 * 2;
+
+  // The values of elements i to i + 3: those of two query rows, twice.
+  CUTLASS_DEVICE static float of(float2 pair, int e) { return e % 2 == 0 ? pair.x : pair.y; }
+  CUTLASS_DEVICE float2 lse_of(int i) const { return load(lse, i); }
+  CUTLASS_DEVICE float2 delta_of(int i) const { return load(delta, i); }
+  CUTLASS_DEVICE int4 interval_of(int i) const {
+    return *reinterpret_cast<int4 const*>(rows + fragment_column(i) + quad);
+  }
+  CUTLASS_DEVICE bool visible(int4 interval, int e) const {
+    int const index = key + fragment_row(e) * 8;
+    return e % 2 == 0 ? index >= interval.x && index < interval.y
+                      : index >= interval.z && index < interval.w;
+  }
+
+ private:
+  CUTLASS_DEVICE float2 load(float const* values, int i) const {
+    return *reinterpret_cast<float2 const*>(values + fragment_column(i) + quad);
+  }
+};
+
+// P from scores (or from the soft cap's tanh), in place.
+template <bool kMasked, class Scores>
+CUTLASS_DEVICE void probabilities(Params const& params, RowRecords const& records, Scores& scores) {
+  CUTLASS_PRAGMA_UNROLL
+  for (int i = 0; i < size(scores); i += 4) {
+    float2 const lse = records.lse_of(i);
+    CUTLASS_PRAGMA_UNROLL
+    for (int e = 0; e < 4; ++e) {
+      scores(i + e) = exp2f(scores(i + e) * params.exponent_scale - RowRecords::of(lse, e));
+    }
+    if constexpr (kMasked) {
+      int4 const interval = records.interval_of(i);
+      CUTLASS_PRAGMA_UNROLL
+      for (int e = 0; e < 4; ++e)
+        scores(i + e) = records.visible(interval, e) ? scores(i + e) : 0.f;
+    }
+  }
+}
+
+template <class Scores>
+CUTLASS_DEVICE void soft_cap(Params const& params, Scores& scores) {
+  CUTLASS_PRAGMA_UNROLL
+  for (int i = 0; i < size(scores); ++i) scores(i) = tanh_approx(scores(i) * params.cap_scale);
+}
+
+// dS = P (dP - delta), in place of dP.
+template <class Scores>
+CUTLASS_DEVICE void score_grads(RowRecords const& records, Scores const& p, Scores& dp) {
+  CUTLASS_PRAGMA_UNROLL
+  for (int i = 0; i < size(dp); i += 4) {
+    float2 const delta = records.delta_of(i);
+    CUTLASS_PRAGMA_UNROLL
+    for (int e = 0; e < 4; ++e) dp(i + e) = p(i + e) * (dp(i + e) - RowRecords::of(delta, e));
+  }
+}
+
+// The soft cap's derivative at tanh = t.
+CUTLASS_DEVICE float soft_cap_grad(float t) { return 1.f - t * t; }
+
+}  // namespace jax_fa3::bwd

@@ -1,0 +1,220 @@
+// The consumers of wide heads, where dK and dV of 64 keys fill two warpgroups: one computes S, P
+// and dV, hands P over through shared memory, and the other computes dP, dS and dK.
+#pragma once
+
+#include "bwd/epilogue.h"
+#include "bwd/scores.h"
+#include "bwd/traits.h"
+#include "common/gemm.h"
+
+namespace jax_fa3::bwd {
+
+// P between the warpgroups: each thread's own elements, a 16-byte vector of all threads after
+// another.
+template <class Traits>
+CUTLASS_DEVICE uint4* handover(typename Traits::SharedStorage& storage, int buffer) {
+  return reinterpret_cast<uint4*>(storage.exchange + buffer * Traits::kSizedS) + threadIdx.x % 128;
+}
+
+CUTLASS_DEVICE void named_sync(NamedBarrier first, int buffer) {
+  cutlass::arch::NamedBarrier::sync(256, barrier_id(first, buffer));
+}
+CUTLASS_DEVICE void named_arrive(NamedBarrier first, int buffer) {
+  cutlass::arch::NamedBarrier::arrive(256, barrier_id(first, buffer));
+}
+
+template <class Traits>
+CUTLASS_DEVICE void consume_value(Params const& params, typename Traits::SharedStorage& storage,
+                                  TileCoord tile) {
+  using Element = typename Traits::Element;
+  constexpr int kBlockM = Traits::kBlockM;
+  constexpr int kBlockN = Traits::kBlockN;
+  typename Traits::template MmaScores<Traits::kHeadDim> mma_s;
+  typename Traits::template MmaGrad<Traits::kHeadDimV> mma_dv;
+  auto const tensor = [](uint16_t* p, auto layout) {
+    return make_tensor(make_smem_ptr(reinterpret_cast<Element*>(p)), layout);
+  };
+  Tensor tSrK = mma_s.get_slice(0).partition_fragment_A(
+      tensor(storage.key, typename Traits::LayoutK{}))(_, _, _, 0);
+  Tensor tSrQ =
+      mma_s.get_slice(0).partition_fragment_B(tensor(storage.query, typename Traits::LayoutQ{}));
+  Tensor tdVrdO =
+      mma_dv.get_slice(0).partition_fragment_B(tensor(storage.dout, typename Traits::LayoutdOt{}));
+  constexpr Shape<Int<kBlockN>, Int<kBlockM>> kShapeS{};
+  Tensor tS = partition_fragment_C(mma_s, kShapeS);
+  Tensor tdV = partition_fragment_C(mma_dv, Shape<Int<kBlockN>, Int<Traits::kHeadDimV>>{});
+  Tensor tdVrP =
+      make_fragment_like<Element>(mma_dv.get_slice(0).partition_A(make_tensor<Element>(kShapeS)));
+  Tensor p_for_dv = recast<uint32_t>(tdVrP);
+  clear(tdV);
+
+  int const key = tile.m_block * kBlockN + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
+  bool const elected = threadIdx.x % 32 == 0;
+  auto& queries = storage.query_pipeline;
+  auto& douts = storage.dout_pipeline;
+  PipelineState<Traits::kStages> state;
+  auto const issue_s = [&] { issue_gemm_zero(mma_s, tSrK, tSrQ(_, _, _, state.stage), tS); };
+  auto const issue_dv = [&](int stage) { issue_gemm(mma_dv, tdVrP, tdVrdO(_, _, _, stage), tdV); };
+  // S^T to P^T, of which the other warpgroup gets what dS takes: with a soft cap that is one factor
+  // more.
+  auto const make_p = [&](Step const& step) {
+    warpgroup_fence_operand(tS);
+    float const* const stats = storage.stats + state.stage * 2 * kBlockM;
+    RowRecords const records{stats, stats + kBlockM, storage.intervals + state.stage * kBlockM,
+                             key};
+    auto p_for_ds = make_tensor<uint32_t>(Int<decltype(size(p_for_dv))::value>{});
+    if (params.cap_scale != 0.f) {
+      soft_cap(params, tS);
+      Tensor factor = make_fragment_like(tS);
+      CUTLASS_PRAGMA_UNROLL
+      for (int i = 0; i < size(tS); ++i) factor(i) = soft_cap_grad(tS(i));
+      probabilities<true>(params, records, tS);
+      CUTLASS_PRAGMA_UNROLL
+      for (int i = 0; i < size(tS); ++i) factor(i) *= tS(i);
+      copy(packed<Element>(factor), p_for_ds);
+    } else {
+      if (step.masked) {
+        probabilities<true>(params, records, tS);
+      } else {
+        probabilities<false>(params, records, tS);
+      }
+      copy(packed<Element>(tS), p_for_ds);
+    }
+    if (elected) queries.empty[state.stage].arrive();
+    named_sync(NamedBarrier::kProbabilitiesEmpty0, state.stage);
+    uint4* const out = handover<Traits>(storage, state.stage);
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < size(p_for_ds); i += 4) {
+      out[i / 4 * 128] = uint4{p_for_ds(i), p_for_ds(i + 1), p_for_ds(i + 2), p_for_ds(i + 3)};
+    }
+    named_arrive(NamedBarrier::kProbabilitiesFull0, state.stage);
+  };
+
+  queries.full[0].wait(0);
+  Step step = storage.steps[0];
+  if (step.m_block >= 0) {
+    storage.key_full.wait(0);
+    issue_s();
+    warpgroup_wait<0>();
+    make_p(step);
+    copy(packed<Element>(tS), p_for_dv);
+    while (!step.last) {
+      int const last_stage = state.stage;
+      uint32_t const last_phase = state.phase;
+      // dV before S: the sooner its dO is free, the sooner that of the step after next arrives.
+      douts.full[last_stage].wait(last_phase);
+      issue_dv(last_stage);
+      state.advance();
+      queries.full[state.stage].wait(state.phase);
+      step = storage.steps[state.stage];
+      issue_s();
+      warpgroup_wait<1>();
+      warpgroup_fence_operand(tdV);
+      if (elected) douts.empty[last_stage].arrive();
+      warpgroup_wait<0>();
+      make_p(step);
+      copy(packed<Element>(tS), p_for_dv);
+    }
+    douts.full[state.stage].wait(state.phase);
+    issue_dv(state.stage);
+    warpgroup_wait<0>();
+    warpgroup_fence_operand(tdV);
+  }
+  // dV takes the place of V, which the other warpgroup has read when it needs no more dP.
+  cutlass::arch::NamedBarrier::sync(256, barrier_id(NamedBarrier::kDScoresWritten));
+  store_grad<Element, kBlockN, Traits::kHeadDimV>(
+      tdV, 1.f, params.dvalue, params.dvalue_fp32, params.grads_fp32, storage.value, 0,
+      tile.m_block * kBlockN, tile.head, tile.batch, params.mask.seqlen_k, params.head_dim_v,
+      barrier_id(NamedBarrier::kGradOfWarpgroup0));
+}
+
+template <class Traits>
+CUTLASS_DEVICE void consume_key(Params const& params, typename Traits::SharedStorage& storage,
+                                TileCoord tile) {
+  using Element = typename Traits::Element;
+  constexpr int kBlockM = Traits::kBlockM;
+  constexpr int kBlockN = Traits::kBlockN;
+  typename Traits::template MmaScores<Traits::kHeadDimV> mma_dp;
+  typename Traits::template MmaGrad<Traits::kHeadDim> mma_dk;
+  auto const tensor = [](uint16_t* p, auto layout) {
+    return make_tensor(make_smem_ptr(reinterpret_cast<Element*>(p)), layout);
+  };
+  Tensor tdPrV = mma_dp.get_slice(0).partition_fragment_A(
+      tensor(storage.value, typename Traits::LayoutV{}))(_, _, _, 0);
+  Tensor tdPrdO =
+      mma_dp.get_slice(0).partition_fragment_B(tensor(storage.dout, typename Traits::LayoutdO{}));
+  Tensor tdKrQ =
+      mma_dk.get_slice(0).partition_fragment_B(tensor(storage.query, typename Traits::LayoutQt{}));
+  constexpr Shape<Int<kBlockN>, Int<kBlockM>> kShapeS{};
+  Tensor tdP = partition_fragment_C(mma_dp, kShapeS);
+  Tensor tdK = partition_fragment_C(mma_dk, Shape<Int<kBlockN>, Int<Traits::kHeadDim>>{});
+  Tensor tdKrdS =
+      make_fragment_like<Element>(mma_dk.get_slice(0).partition_A(make_tensor<Element>(kShapeS)));
+  Tensor packed_ds = recast<uint32_t>(tdKrdS);
+  clear(tdK);
+
+  bool const elected = threadIdx.x % 32 == 0;
+  auto& queries = storage.query_pipeline;
+  auto& douts = storage.dout_pipeline;
+  PipelineState<Traits::kStages> state;
+  auto const issue_dp = [&] { issue_gemm_zero(mma_dp, tdPrV, tdPrdO(_, _, _, state.stage), tdP); };
+  auto const issue_dk = [&](int stage) { issue_gemm(mma_dk, tdKrdS, tdKrQ(_, _, _, stage), tdK); };
+  auto const take_p = [&](auto& p) {
+    named_sync(NamedBarrier::kProbabilitiesFull0, state.stage);
+    uint4 const* const in = handover<Traits>(storage, state.stage);
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < size(p); i += 8) {
+      uint4 const vector = in[i / 8 * 128];
+      uint32_t const pairs[] = {vector.x, vector.y, vector.z, vector.w};
+      CUTLASS_PRAGMA_UNROLL
+      for (int e = 0; e < 8; ++e) p(i + e) = unpack<Element>(pairs[e / 2], e % 2);
+    }
+    named_arrive(NamedBarrier::kProbabilitiesEmpty0, state.stage);
+  };
+  auto const make_ds = [&] {
+    warpgroup_fence_operand(tdP);
+    if (elected) douts.empty[state.stage].arrive();
+    float const* const stats = storage.stats + state.stage * 2 * kBlockM;
+    Tensor p = make_fragment_like(tdP);
+    take_p(p);
+    score_grads(RowRecords{stats, stats + kBlockM, nullptr, 0}, p, tdP);
+  };
+
+  named_arrive(NamedBarrier::kProbabilitiesEmpty0, 0);
+  named_arrive(NamedBarrier::kProbabilitiesEmpty0, 1);
+  queries.full[0].wait(0);
+  Step step = storage.steps[0];
+  if (step.m_block >= 0) {
+    storage.value_full.wait(0);
+    douts.full[0].wait(0);
+    issue_dp();
+    warpgroup_wait<0>();
+    make_ds();
+    copy(packed<Element>(tdP), packed_ds);
+    while (!step.last) {
+      int const last_stage = state.stage;
+      issue_dk(last_stage);
+      state.advance();
+      queries.full[state.stage].wait(state.phase);
+      step = storage.steps[state.stage];
+      douts.full[state.stage].wait(state.phase);
+      issue_dp();
+      warpgroup_wait<1>();
+      warpgroup_fence_operand(tdK);
+      if (elected) queries.empty[last_stage].arrive();
+      warpgroup_wait<0>();
+      make_ds();
+      copy(packed<Element>(tdP), packed_ds);
+    }
+    issue_dk(state.stage);
+    warpgroup_wait<0>();
+    warpgroup_fence_operand(tdK);
+  }
+  cutlass::arch::NamedBarrier::sync(256, barrier_id(NamedBarrier::kDScoresWritten));
+  store_grad<Element, kBlockN, Traits::kHeadDim>(
+      tdK, params.softmax_scale, params.dkey, params.dkey_fp32, params.grads_fp32, storage.key, 0,
+      tile.m_block * kBlockN, tile.head, tile.batch, params.mask.seqlen_k, params.head_dim,
+      barrier_id(NamedBarrier::kGradOfWarpgroup1));
+}
+
+}  // namespace jax_fa3::bwd

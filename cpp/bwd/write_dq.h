@@ -1,0 +1,77 @@
+// The warp that adds dQ, from shared memory, to the sum in global memory.
+#pragma once
+
+#include "bwd/params.h"
+#include "bwd/traits.h"
+#include "common/tma.h"
+
+namespace jax_fa3::bwd {
+
+// Turns make the order of a sum that of the key blocks, which makes it the same in every run. A CTA
+// waits only for CTAs that were launched before it.
+CUTLASS_DEVICE void wait_for_turn(int const* turns, int turn) {
+  int reached;
+  do {
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(reached) : "l"(turns) : "memory");
+  } while (reached != turn);
+  asm volatile("fence.proxy.async;" ::: "memory");
+}
+
+CUTLASS_DEVICE void pass_turn(int* turns, int turn) {
+  bulk_wait_written();
+  asm volatile("fence.proxy.async;" ::: "memory");
+  asm volatile("st.release.gpu.global.s32 [%0], %1;" : : "l"(turns), "r"(turn + 1) : "memory");
+}
+
+template <class Traits>
+CUTLASS_DEVICE void write_dq(Params const& params, typename Traits::SharedStorage& storage,
+                             TileCoord tile) {
+  constexpr int kPart = Traits::kSizeQ / 2;  // of one warpgroup
+  PipelineState<Traits::kStages> state;
+  bool const elected = threadIdx.x % 32 == 0;
+  auto const wait_full = [](int warpgroup) {
+    cutlass::arch::NamedBarrier::sync(128 + 32, barrier_id(NamedBarrier::kDQueryFull0, warpgroup));
+  };
+  auto const release = [](int warpgroup) {
+    cutlass::arch::NamedBarrier::arrive(128 + 32,
+                                        barrier_id(NamedBarrier::kDQueryEmpty0, warpgroup));
+  };
+  release(0);
+  release(1);
+  for (;; state.advance()) {
+    storage.query_pipeline.full[state.stage].wait(state.phase);
+    Step const step = storage.steps[state.stage];
+    __syncwarp();
+    if (step.m_block < 0) return;
+    if (elected) storage.query_pipeline.empty[state.stage].arrive();
+    int64_t const index = params.m_block_index(tile.batch, step.head, step.m_block);
+    float* const sum = params.dq_accum + index * Traits::kSizeQ;
+    bool const in_turn = params.turns != nullptr && elected;
+    int turn = 0;
+    if (in_turn) {
+      int4 const hull =
+          params.block_hulls[int64_t{tile.batch} * params.num_m_blocks + step.m_block];
+      turn = tile.m_block - hull.x / Traits::kBlockN;  // key blocks that see these rows earlier
+      wait_for_turn(params.turns + index, turn);
+    }
+    CUTLASS_PRAGMA_UNROLL
+    for (int warpgroup = 0; warpgroup < 2; ++warpgroup) {
+      wait_full(warpgroup);
+      if (elected) {
+        bulk_add_fp32(sum + warpgroup * kPart, storage.dquery + warpgroup * kPart, kPart * 4);
+        cute::tma_store_arrive();
+      }
+    }
+    if (elected) cute::tma_store_wait<1>();
+    __syncwarp();
+    release(0);
+    if (elected) cute::tma_store_wait<0>();
+    __syncwarp();
+    release(1);
+    if (in_turn) pass_turn(params.turns + index, turn);
+    if (step.last) break;
+  }
+  if (elected) bulk_wait_written();
+}
+
+}  // namespace jax_fa3::bwd

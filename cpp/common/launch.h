@@ -1,0 +1,47 @@
+// Host side of every launch. Nothing here allocates, synchronises or reads device memory; CUDA
+// graphs can capture it.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <limits>
+
+#include "problem.h"
+
+namespace jax_fa3 {
+
+#define JAX_FA3_RETURN_IF_ERROR(expression)                           \
+  if (cudaError_t const error = (expression); error != cudaSuccess) { \
+    return error;                                                     \
+  }
+
+inline constexpr float kLog2E = 1.44269504f;
+
+// How scores x = q.k become exponents: scale * x, or with a soft cap scale * tanh(cap_scale * x).
+struct ScoreScale {
+  float scale;
+  float cap_scale;  // 0: no soft cap
+};
+
+inline ScoreScale score_scale(Problem const& problem) {
+  // Beyond this cap tanh(x) is x for every score there is, and cap_scale would be flushed to 0.
+  float const cap_scale = problem.soft_cap == 0.f ? 0.f : problem.softmax_scale / problem.soft_cap;
+  bool const capped = cap_scale >= std::numeric_limits<float>::min();
+  return capped ? ScoreScale{problem.soft_cap, cap_scale} : ScoreScale{problem.softmax_scale, 0.f};
+}
+
+// Not <<<>>>, after which an older call's error cannot be told from this one's.
+template <class Params>
+cudaError_t launch_kernel(void (*kernel)(Params), int64_t num_ctas, int num_threads,
+                          int shared_bytes, Params& params, cudaStream_t stream) {
+  auto const* const function = reinterpret_cast<void const*>(kernel);
+  if (shared_bytes > 0) {  // per device, so not remembered across calls
+    JAX_FA3_RETURN_IF_ERROR(
+        cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
+  }
+  void* arguments[] = {&params};
+  return cudaLaunchKernel(function, dim3(static_cast<unsigned>(num_ctas)), dim3(num_threads),
+                          arguments, shared_bytes, stream);
+}
+
+}  // namespace jax_fa3

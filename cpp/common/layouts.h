@@ -1,0 +1,38 @@
+// Tiles in shared memory as wgmma reads them: rows of a [rows, columns] operand in swizzled slabs
+// of 64 columns (128 bytes), or of 32 where 64 does not divide the width.
+#pragma once
+
+#include <cute/atom/mma_traits_sm90_gmma.hpp>
+#include <cute/tensor.hpp>
+
+namespace jax_fa3 {
+
+constexpr int slab(int columns) { return columns % 64 == 0 ? 64 : 32; }
+
+namespace detail {
+
+using namespace cute;
+
+template <int kSlab>
+using AtomK = std::conditional_t<kSlab == 64, GMMA::Layout_K_SW128_Atom<uint16_t>,
+                                 GMMA::Layout_K_SW64_Atom<uint16_t>>;
+template <int kSlab>
+using AtomMN = std::conditional_t<kSlab == 64, GMMA::Layout_MN_SW128_Atom<uint16_t>,
+                                  GMMA::Layout_MN_SW64_Atom<uint16_t>>;
+
+}  // namespace detail
+
+// [rows, columns, stages] of 16-bit elements.
+template <int kRows, int kColumns, int kStages>
+using LayoutRows = decltype(cute::tile_to_shape(
+    detail::AtomK<slab(kColumns)>{},
+    cute::Shape<cute::Int<kRows>, cute::Int<kColumns>, cute::Int<kStages>>{}));
+
+// The same memory as [columns, rows, stages].
+template <int kRows, int kColumns, int kStages>
+using LayoutColumns = decltype(cute::tile_to_shape(
+    detail::AtomMN<slab(kColumns)>{},
+    cute::Shape<cute::Int<kColumns>, cute::Int<kRows>, cute::Int<kStages>>{},
+    cute::Step<cute::_2, cute::_1, cute::_3>{}));
+
+}  // namespace jax_fa3

@@ -1,0 +1,130 @@
+"""The backward kernels on a Hopper GPU; the whole table is in test_gpu_fwd.py."""
+
+import functools
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import CAUSAL, LONG, TABLE, Case, key_lengths
+from helpers import equal, temporary_bytes, with_gradients
+from jax import Array
+from masks import documents, ints, packed
+
+import jax_fa3
+
+pytestmark = pytest.mark.gpu
+
+CASES = {case.name: case for case in [*TABLE, *LONG]}
+attention = functools.partial(
+    jax_fa3.dot_product_attention, implementation="fa3", return_residual=True
+)
+
+
+def gradients(case: Case, dtype: Any = jnp.bfloat16, **options: Any) -> tuple[Any, Any]:
+    """A jitted function of cotangents and inputs to (out, lse, dq, dk, dv), and its arguments."""
+    call = functools.partial(attention, **case.arguments, **options)
+    arguments = case.cotangents(dtype), *case.inputs(dtype)
+    return jax.jit(functools.partial(with_gradients, call)), arguments
+
+
+def bits(x: Array) -> np.ndarray:
+    return np.asarray(x).view(np.uint16)
+
+
+DETERMINISTIC = [
+    *("long, causal", "long, documents", "long, full", "any intervals", "planted, causal"),
+    *("long, prefix-LM", "long, 192 and 128", "long, window", "head dims 40, 40", "K = 1"),
+]
+
+
+@pytest.mark.parametrize("name", DETERMINISTIC)
+def test_deterministic(name: str):
+    """Bit-equal, 100 times over."""
+    call, arguments = gradients(CASES[name], deterministic_backward=True)
+    first = call(*arguments)
+
+    @jax.jit
+    def same(x: Any, y: Any) -> Array:
+        pairs = zip(x, y, strict=True)
+        return jnp.array([jnp.array_equal(a, b, equal_nan=True) for a, b in pairs]).all()
+
+    repeats = [same(first, call(*arguments)) for _ in range(100)]
+    assert all(repeats)
+    assert equal(first, call(*arguments))
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_dk_and_dv_are_always_bit_equal(head_dim: int):
+    call, arguments = gradients(Case("repeats", 1024, 1024, 4, 4, head_dim, B=4, mask=CAUSAL))
+    first = call(*arguments)
+
+    @jax.jit
+    def same(x: Any, y: Any) -> Array:
+        return jnp.array_equal(x.dk, y.dk) & jnp.array_equal(x.dv, y.dv)
+
+    repeats = [same(first, call(*arguments)) for _ in range(1000)]
+    assert all(repeats)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 192, 256])
+@pytest.mark.parametrize("planted", [False, True])
+def test_what_nobody_sees_has_no_gradient(head_dim: int, planted: bool):
+    """Exactly 0: padding, rows that see nothing, keys that nobody sees; NaN there changes nothing."""
+    mask = {"query_seq_lengths": ints(100, 200), **key_lengths(70, 150)}
+    case = Case("zeros", 200, 200, 4, 2, head_dim, mask=mask, planted=planted)
+    call, arguments = gradients(case)
+    found = call(*arguments)
+    for i, (rows, keys) in enumerate([(100, 70), (200, 150)]):
+        assert not np.any(bits(found.dq[i, rows:]) & 0x7FFF)
+        assert not np.any(bits(found.dk[i, keys:]) & 0x7FFF)
+        assert not np.any(bits(found.dv[i, keys:]) & 0x7FFF)
+        assert np.isfinite(np.asarray(found.dq, np.float32)).all() and np.any(bits(found.dq[i]))
+
+    ids = documents(50, 60, 90, ids=(3, -1, 5))
+    other = documents(80, 40, 80, ids=(3, 7, 5))  # nobody asks for 7
+    case = Case("segments", 200, 200, 2, 2, head_dim, B=1, mask=packed(ids, other))
+    call, arguments = gradients(case)
+    found = call(*arguments)
+    assert not np.any(bits(found.dq[:, 50:110]) & 0x7FFF)
+    assert not np.any(bits(found.dk[:, 80:120]) & 0x7FFF)
+    assert not np.any(bits(found.dv[:, 80:120]) & 0x7FFF)
+
+
+def loss(qkv: Array, num_kv_heads: int) -> Array:
+    out = jax_fa3.qkv_dot_product_attention(qkv, num_kv_heads, is_causal=True, implementation="fa3")
+    return out.sum(dtype=jnp.float32)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_packed_is_one_gradient_without_copies(head_dim: int):
+    qkv = jax.random.normal(jax.random.key(0), (2, 300, 8, head_dim), jnp.bfloat16)
+    text = jax.jit(jax.grad(loss), static_argnums=1).lower(qkv, 2).compile().as_text()
+    assert text.count('custom_call_target="jax_fa3.bwd_packed.v1"') == 1
+    # Nothing else makes, moves or copies an array of the gradient's shape.
+    shape = rf"bf16\[2,300,8,{head_dim}\]"
+    made = re.findall(rf"= {shape}\S* ([a-z-]+)\(", text)
+    assert set(made) <= {"parameter", "get-tuple-element", "bitcast"}
+
+
+def test_memory_is_linear():
+    def temporaries(length: int, head_dim: int) -> int:
+        case = Case("memory", length, length, 8, 2, head_dim, B=1)
+        inputs = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in case.shapes[:3]]
+        call = functools.partial(attention, **CAUSAL)
+        return temporary_bytes(
+            jax.grad(lambda *x: call(*x)[0].sum(dtype=jnp.float32), (0, 1, 2)), *inputs
+        )
+
+    for head_dim in (64, 128, 256):
+        once, twice = (temporaries(length, head_dim) for length in (2**14, 2**15))
+        assert twice < 2.1 * once + 2**20
+
+
+def test_second_derivatives_are_refused():
+    q, k, v = CASES["causal"].inputs(jnp.bfloat16)
+    call = functools.partial(jax_fa3.dot_product_attention, implementation="fa3")
+    with pytest.raises(Exception, match="implementation='xla'"):
+        jax.jit(jax.grad(lambda q: jax.grad(lambda q: call(q, k, v).sum())(q).sum()))(q)

@@ -10,6 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
 Integers = ArrayLike | Sequence[int]
@@ -71,3 +72,14 @@ def static_float(name: str, x: Any) -> float:
     if not math.isfinite(number):
         raise wrong(name, repr(x), "a finite real number")
     return number
+
+
+def static_sharding(name: str, x: Any, batched: bool) -> NamedSharding | PartitionSpec | None:
+    """x, of an array with a batch axis even where the arguments have none."""
+    if not isinstance(x, (NamedSharding, PartitionSpec, type(None))):
+        raise wrong(name, repr(x), "a jax.sharding.NamedSharding or PartitionSpec")
+    if x is None or batched:
+        return x
+    if isinstance(x, PartitionSpec):
+        return PartitionSpec(None, *x)
+    return NamedSharding(x.mesh, PartitionSpec(None, *x.spec))

@@ -18,6 +18,11 @@ _ONLY_REVERSE = (
     "jax_fa3's kernels have first derivatives in reverse mode only (jax.grad, jax.vjp); for forward "
     "mode (jax.jvp, jax.jacfwd, jax.linearize) and second derivatives use implementation='xla'"
 )
+_NO_EXPORT = (
+    "jax_fa3: a program over several devices with automatic mesh axes cannot be exported, for how it "
+    "is split is decided only when it is compiled: pass sharding=NamedSharding(mesh, spec of query), "
+    "use explicit axes, or call inside jax.shard_map"
+)
 
 
 def _identity(name: str) -> Any:
@@ -40,10 +45,26 @@ def _refuse_lowering(ctx: mlir.LoweringRuleContext, *_: Any) -> NoReturn:
     )
 
 
+def _refuse_export(ctx: mlir.LoweringRuleContext, x: Any) -> Any:
+    axes: Any = ctx.module_context.axis_context
+    mesh = getattr(axes, "mesh", None)
+    devices = axes.num_devices if mesh is None else mesh.size
+    manual = mesh is not None and set(mesh.axis_names) == set(axes.manual_axes)
+    if ctx.module_context.lowering_parameters.for_export and devices > 1 and not manual:
+        raise NotImplementedError(_NO_EXPORT)
+    return [x]
+
+
 # Cannot be lowered: the branch of every platform but CUDA when the kernels are a must.
 _never_lowered = _identity("never_lowered")
 mlir.register_lowering(_never_lowered, _refuse_lowering)
 never_lowered = _never_lowered.bind
+
+
+# Cannot be exported for several devices: the mark of a custom_partitioning.
+_not_exported = _identity("not_exported_over_devices")
+mlir.register_lowering(_not_exported, _refuse_export)
+not_exported_over_devices = _not_exported.bind
 
 # Cannot be differentiated: stands inside the custom_vjp's forward, so it meets the second order.
 _constant = _identity("not_differentiable")

@@ -64,8 +64,15 @@ def over_named_axes(
             return function(*operands)
 
         out_specs = tuple(spec(dims, plan.axes) for dims in results)
+        # Inside another shard_map JAX (0.10 to 0.12) differentiates one wrongly, and notices, unless
+        # it keeps nothing for the backward but the operands: then the forward runs twice.
+        nested = _axes(plan.mesh, AxisType.Manual)
         mapped = jax.shard_map(
-            local, mesh=plan.mesh, in_specs=specs, out_specs=out_specs, axis_names=plan.names
+            jax.checkpoint(local) if nested else local,
+            mesh=plan.mesh,
+            in_specs=specs,
+            out_specs=out_specs,
+            axis_names=plan.names,
         )
         return mapped(*(_reshard(x, plan.mesh, s) for x, s in zip(operands, specs, strict=True)))
 
@@ -93,7 +100,7 @@ def own_kv_heads(x: Array, axis_name: str | Axes, axis: int = -2) -> Array:
         wanted = f"a divisor or a multiple of the {heads} key/value heads"
         raise wrong("axis_name", f"{axis_name!r} of size {devices}", wanted)
     count = max(1, heads // devices)
-    start = lax.axis_index(axis_name) * heads // devices
+    start = lax.div(lax.axis_index(axis_name) * heads, devices)
     return lax.dynamic_slice_in_dim(x, start, count, axis)
 
 

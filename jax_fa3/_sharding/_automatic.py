@@ -12,11 +12,12 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.experimental.custom_partitioning import custom_partitioning
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from .. import _guards
 from ._letters import CONTEXT_PARALLEL, Axes, ByLetter, sizes, spec, split_kv_heads
@@ -36,7 +37,7 @@ def partitioned(
         split = custom_partitioning(function)
         split.def_partition(partition, sharding_rule=rule, decode_shardings=False, **factors)
         first, *others = operands
-        return split(_guards.not_exported_over_devices(first), *others)
+        return split(_guards.partitionable(first), *others)
 
     def partition(_: Any, operands: Any, found: Any) -> Any:
         every = (*operands, *found)
@@ -49,10 +50,12 @@ def partitioned(
         _warn_of_gathers(axes_of[: len(letters)], letters, axes)
 
         def local(*operands: Array) -> tuple[Array, ...]:
-            return tuple(
-                _sum(x, shared) if shared and "k" in dims else x
-                for x, dims in zip(function(*operands), results, strict=True)
-            )
+            # On one device's part: the axes of a jax.set_mesh around the compilation mean nothing.
+            with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
+                return tuple(
+                    _sum(x, shared) if shared and "k" in dims else x
+                    for x, dims in zip(function(*operands), results, strict=True)
+                )
 
         given, made = (
             tuple(NamedSharding(mesh, spec(dims, axes)) for dims in group)

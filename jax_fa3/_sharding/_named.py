@@ -72,7 +72,8 @@ def over_named_axes(
             mesh=plan.mesh,
             in_specs=specs,
             out_specs=out_specs,
-            axis_names=plan.names,
+            # All of them go without saying: without those that vmap maps over, which only JAX knows.
+            axis_names=set() if plan.names == set(plan.mesh.axis_names) else plan.names,
         )
         return mapped(*(_reshard(x, plan.mesh, s) for x, s in zip(operands, specs, strict=True)))
 
@@ -109,7 +110,9 @@ def _from_types(
 ) -> _Plan | None:
     """The plan of the explicit axes, if there are any."""
     types = [jax.typeof(x).sharding for x in operands]
-    mesh = next((t.mesh for t in types if _axes(t.mesh, AxisType.Explicit)), None)
+    context = jax.sharding.get_abstract_mesh()  # under vmap over a split axis, it lacks that
+    meshes = [context] if not context.empty else [t.mesh for t in types]
+    mesh = next((mesh for mesh in meshes if _axes(mesh, AxisType.Explicit)), None)
     if mesh is None:
         return None
     axes: ByLetter = {}
@@ -121,6 +124,8 @@ def _from_types(
             elif found and axes.setdefault(letter, found) != found:
                 name = _NAMES.get(letter, "batch entries")
                 raise wrong("sharding", f"{name} split over {axes[letter]} and {found}", "the same")
+    if not axes and _axes(mesh, AxisType.Manual):
+        return None  # whole on each device; and the axis of a vmap around this cannot be named
     return _complete(mesh, _axes(mesh, AxisType.Explicit), axes, size)
 
 
@@ -197,13 +202,12 @@ def _as_axes(entry: Any) -> Axes:
 
 def _reshard(x: Array, mesh: Any, wanted: PartitionSpec) -> Array:
     """x with that type, where axes are explicit; shard_map itself moves what automatic ones hold."""
-    explicit = set(_axes(mesh, AxisType.Explicit))
-    if not explicit.intersection(axis for entry in wanted for axis in _as_axes(entry)):
-        wanted = PartitionSpec()
-    found = jax.typeof(x).sharding.spec
-    if [*map(_as_axes, found)] == [*map(_as_axes, (*wanted, *[None] * (len(found) - len(wanted))))]:
+    explicit = _axes(mesh, AxisType.Explicit)
+    entries = [tuple(a for a in _as_axes(entry) if a in explicit) for entry in wanted]
+    found = [*map(_as_axes, jax.typeof(x).sharding.spec)]
+    if found == entries + [()] * (len(found) - len(entries)):
         return x
-    return jax.sharding.reshard(x, NamedSharding(mesh, wanted))
+    return jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec(*entries)))
 
 
 def _warn_of_gather(axes: Axes) -> None:

@@ -1,4 +1,4 @@
-"""For tests on 8 virtual CPU devices: cases, where their arrays go, and what came of it."""
+"""For tests on 8 virtual CPU devices, or on GPUs: cases, where their arrays go, and what came of it."""
 
 import dataclasses
 import functools
@@ -23,9 +23,9 @@ _COLLECTIVE = re.compile(
 )
 
 
-def make_mesh(kind: AxisType, **axes: int) -> Mesh:
-    cpus = jax.local_devices(backend="cpu")[: int(np.prod([*axes.values()]))]
-    return Mesh(np.reshape(cpus, [*axes.values()]), tuple(axes), axis_types=(kind,) * len(axes))
+def make_mesh(kind: AxisType, platform: str = "cpu", **axes: int) -> Mesh:
+    devices = jax.local_devices(backend=platform)[: int(np.prod([*axes.values()]))]
+    return Mesh(np.reshape(devices, [*axes.values()]), tuple(axes), axis_types=(kind,) * len(axes))
 
 
 def small(kv_heads: int, **fields: Any) -> Case:

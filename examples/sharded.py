@@ -24,7 +24,7 @@ from jax.sharding import PartitionSpec as P
 
 import jax_fa3
 
-BATCH, LENGTH, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 8, 256, 8, 4, 64
+BATCH, LENGTH, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 8, 128, 8, 4, 64
 CPU_DEVICES = 8
 SPEC = P("data", None, "model", None)  # of query, key, value: [B, T, heads, head dim]
 COLLECTIVES = r"\b(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("

@@ -42,7 +42,7 @@ def test_sharded(processes):
         assert lines[1] == "mesh       {'data': 2, 'model': 4}"
         assert [line.split()[0] for line in lines[3:]] == WAYS
         for line in lines[3:]:
-            assert "(4, 256, 2, 64) of (8, 256, 8, 64); exchanged: nothing; max error" in line
+            assert "(4, 128, 2, 64) of (8, 128, 8, 64); exchanged: nothing; max error" in line
 
 
 def _free_port() -> int:

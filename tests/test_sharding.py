@@ -70,7 +70,7 @@ def inputs(*lead: int, offsets: int = B) -> tuple[jax.Array, jax.Array, jax.Arra
     return q, k, v, masks
 
 
-@pytest.mark.parametrize("axes", [*itertools.product([0, None], repeat=4)][:-1])
+@pytest.mark.parametrize("axes", [*itertools.product([0, None], repeat=4)][:-1:3])
 def test_vmap_of_any_operands_is_one_call(batches, axes):
     offsets = B if axes[0] is None else 1  # of the batch, or one for all
     batched, single = inputs(3, offsets=offsets), inputs(offsets=offsets)

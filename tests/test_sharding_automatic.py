@@ -44,13 +44,10 @@ LINE, PLANE, CUBE = {"x": 8}, {"x": 2, "y": 4}, {"x": 2, "y": 2, "z": 2}
 @pytest.mark.parametrize(
     ("axes", "batch", "heads", "case"),
     [
-        (LINE, "x", None, GQA),
+        (LINE, "x", None, MQA),
         (LINE, None, "x", MHA),
-        (PLANE, "x", "y", GQA),
-        (PLANE, "y", "x", MHA),
-        (PLANE, ("y", "x"), None, MQA),
+        (PLANE, "y", "x", GQA),
         (CUBE, "x", ("z", "y"), GQA),
-        (CUBE, ("x", "z"), "y", PAIR),
     ],
 )
 def test_batch_and_heads(axes, batch, heads, case):

@@ -7,7 +7,6 @@ take is refused here with a ValueError; what only the kernels cannot take, _disp
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any, Literal, TypedDict
 
 import jax.numpy as jnp
@@ -21,8 +20,9 @@ from ._checks import (
     int32,
     integer,
     natural,
+    score_scale,
+    soft_cap,
     static_bool,
-    static_float,
     static_sharding,
     wrong,
 )
@@ -146,9 +146,9 @@ def parse(
     return Call(
         sizes,
         batched,
-        _scale(scale, sizes.head_dim),
+        score_scale(scale, sizes.head_dim),
         window,
-        _soft_cap(logits_soft_cap),
+        soft_cap(logits_soft_cap),
         static_bool("deterministic_backward", deterministic_backward),
         masks,
         segment_ids,
@@ -228,25 +228,6 @@ def _offset(offset: Any, batch: int, batched: bool) -> tuple[int | None, Array |
     if isinstance(offset, Array):
         return None, int32("query_offset", offset, (), True).reshape(1)
     return integer("query_offset", offset), None
-
-
-def _scale(scale: Any, head_dim: int) -> float | Array:
-    if scale is None:
-        return 1 / math.sqrt(head_dim)
-    if isinstance(scale, Array):
-        real = jnp.issubdtype(scale.dtype, jnp.floating) or jnp.issubdtype(scale.dtype, jnp.integer)
-        if scale.shape != () or not real:
-            raise wrong("scale", f"an array {scale.dtype}{list(scale.shape)}", "a real scalar")
-        return scale
-    return static_float("scale", scale)
-
-
-def _soft_cap(cap: Any) -> float | None:
-    if cap is None:
-        return None
-    if isinstance(cap, Array) or static_float("logits_soft_cap", cap) <= 0:
-        raise wrong("logits_soft_cap", repr(cap), "a static float > 0")
-    return float(cap)
 
 
 def _dense(name: str, x: ArrayLike | None, sizes: Sizes) -> Array | None:

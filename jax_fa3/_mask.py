@@ -163,10 +163,8 @@ def with_segments(
         segment_ids: of the queries and of the keys, as for segment_intervals.
         implementation: what _dispatch.choose gave.
     """
-    kernel, letters = _ffi.segment_intervals, ("b.", "b.")
-    intervals = _dispatch.run(
-        implementation, kernel, segment_intervals, (), letters, letters, *segment_ids
-    )
+    functions, letters = (_ffi.segment_intervals, segment_intervals), ("b.", "b.")
+    intervals = _dispatch.run(implementation, *functions, (), letters, letters, *segment_ids)
     begin, end = masks.key_begin, masks.key_end
     if begin is not None or end is not None:  # else nothing stands between the two kernels
         begin = jnp.zeros_like(intervals[0]) if begin is None else begin

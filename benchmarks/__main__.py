@@ -31,7 +31,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--suite",
         default="paper",
-        help=f"comma-separated: {', '.join(SUITES)}, or all (default: paper)",
+        help=f"comma-separated: {', '.join(SUITES)}, or all (default: paper); or scaling, on 2 and 4 GPUs",
     )
     add(
         "--points",
@@ -64,7 +64,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     args = parser.parse_args(argv)
     suites = [s for s in SUITES if s != "quick"] if args.suite == "all" else args.suite.split(",")
-    unknown = [s for s in suites if s not in SUITES]
+    unknown = [s for s in suites if s not in SUITES and suites != ["scaling"]]
     if unknown:
         parser.error(f"--suite: unknown {', '.join(unknown)}; there are {', '.join(SUITES)}")
     args.suites = ["quick"] if args.quick else suites
@@ -123,8 +123,37 @@ def _measure(points: list[Point], rounds: int, file: Path | None) -> dict[str, A
     return report
 
 
+def _scaling(rounds: int, file: Path | None) -> int:
+    reason = _why_not_here()
+    if reason:
+        print(reason, file=sys.stderr)
+        return NO_GPU
+    import jax
+
+    from . import scaling
+    from .timing import environment, flusher
+
+    devices = jax.local_devices(backend="gpu")
+    if len(devices) < min(scaling.COUNTS):
+        print(f"{len(devices)} GPU: scaling needs {min(scaling.COUNTS)}", file=sys.stderr)
+        return NO_GPU
+    results = []
+    for result in scaling.measure(devices, rounds, flusher()):
+        results.append(result)
+        print(
+            result["gpus"], result["pass"], result["split"], f"{result['of_ideal']:.3f}", flush=True
+        )
+        if file:
+            report = {"environment": environment(), "rounds": rounds, "scaling": results}
+            file.write_text(json.dumps(report, indent=1), encoding="utf-8")
+    print(f"\n{scaling.markdown(results)}", end="")
+    return 0
+
+
 def main(argv: list[str] | None = None) -> int:
     args = _arguments(argv)
+    if args.suites == ["scaling"]:
+        return _scaling(args.rounds, args.json)
     points = [_only(p, args.contenders) for p in select(args.suites, args.points.split(","))]
     if args.list:
         print("\n".join(f"{p.suite:<8}{p.name}" for p in points))

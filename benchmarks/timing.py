@@ -36,8 +36,9 @@ class Timing(NamedTuple):
     kernels: tuple[str, ...]
 
 
-def device_time(call: Call, repeats: int = 1) -> Timing:
-    """Times `repeats` calls, launched one after the other; the mean of one call is returned.
+def kernel_records(call: Call, repeats: int = 1) -> list[tuple[str, float]]:
+    """Names and milliseconds of all kernels, of all GPUs, in `repeats` calls launched one after the
+    other.
 
     This is what `jax.experimental.mosaic.gpu.profiler.measure` does, without the call that it makes
     to warm up: directly before the timed one, that call would fill the L2 again.
@@ -52,6 +53,12 @@ def device_time(call: Call, repeats: int = 1) -> Timing:
         records = cupti._cupti_get_timings(True)
     if not records:
         raise RuntimeError("CUPTI recorded no kernel: is another profiler attached?")
+    return list(records)
+
+
+def device_time(call: Call, repeats: int = 1) -> Timing:
+    """Times `repeats` calls, launched one after the other; the mean of one call is returned."""
+    records = kernel_records(call, repeats)
     names = tuple(name for name, _ in records[: len(records) // repeats])
     return Timing(sum(ms for _, ms in records) / repeats, names)
 

@@ -6,6 +6,7 @@ from . import _ffi
 from ._attention import dot_product_attention, is_supported, qkv_dot_product_attention
 from ._autodiff import RESIDUAL_NAMES
 from ._mask import key_intervals
+from ._sharding import own_kv_heads
 
 __all__ = [
     "DISABLE_JAX_EXPORT_CHECKS",
@@ -13,6 +14,7 @@ __all__ = [
     "dot_product_attention",
     "is_supported",
     "key_intervals",
+    "own_kv_heads",
     "qkv_dot_product_attention",
 ]
 __version__ = "0.1.0"

@@ -7,15 +7,25 @@ take is refused here with a ValueError; what only the kernels cannot take, _disp
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any, Literal, TypedDict
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
-from ._checks import Integers, int32, integer, natural, static_bool, static_float, wrong
+from ._checks import (
+    Integers,
+    int32,
+    integer,
+    natural,
+    score_scale,
+    soft_cap,
+    static_bool,
+    static_sharding,
+    wrong,
+)
 from ._problem import Masks, Sizes, Window, fold_window
 
 Implementation = Literal["fa3", "xla"]
@@ -37,6 +47,7 @@ class Options(TypedDict, total=False):
     logits_soft_cap: float | None
     deterministic_backward: bool
     implementation: Implementation | None
+    sharding: NamedSharding | PartitionSpec | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +65,7 @@ class Call:
     bias: Array | None  # [B or 1, N or 1, T or 1, S or 1], and so is mask
     mask: Array | None
     implementation: Implementation | None
+    sharding: NamedSharding | PartitionSpec | None
     return_residual: bool
 
 
@@ -88,25 +100,26 @@ def operands(
 
 
 def packed_operand(qkv: ArrayLike, num_kv_heads: int | None) -> tuple[Array, Sizes, bool]:
-    """qkv as [B, T, N + 2K, H], its sizes, and whether it had a batch axis."""
+    """qkv as [B, T, 3, N, H] or [B, T, N + 2K, H], its sizes, and whether it had a batch axis."""
     x = jnp.asarray(qkv)
     _check_float("qkv", x)
     if num_kv_heads is None:
         if x.ndim not in (4, 5) or x.shape[-3] != 3:
             wanted = "(B, T, 3, N, H), or (T, 3, N, H), as num_kv_heads is None"
             raise wrong("qkv", f"shape {x.shape}", wanted)
-        num_kv_heads = x.shape[-2]
-        x = x.reshape(*x.shape[:-3], 3 * num_kv_heads, x.shape[-1])
+        batched = x.ndim == 5
+        num_heads = num_kv_heads = x.shape[-2]
     elif x.ndim not in (3, 4):
         wanted = "(B, T, N + 2K, H), or (T, N + 2K, H), as num_kv_heads is given"
         raise wrong("qkv", f"shape {x.shape}", wanted)
-    num_kv_heads = natural("num_kv_heads", num_kv_heads)
-    batched = x.ndim == 4
+    else:
+        num_kv_heads = natural("num_kv_heads", num_kv_heads)
+        batched, heads = x.ndim == 4, x.shape[-2]
+        num_heads = heads - 2 * num_kv_heads
+        if num_heads < 0:
+            raise wrong("qkv", f"{heads} heads", f"at least 2 * num_kv_heads = {2 * num_kv_heads}")
     x = x if batched else x[None]
-    batch, length, heads, head_dim = x.shape
-    num_heads = heads - 2 * num_kv_heads
-    if num_heads < 0:
-        raise wrong("qkv", f"{heads} heads", f"at least 2 * num_kv_heads = {2 * num_kv_heads}")
+    batch, length, head_dim = *x.shape[:2], x.shape[-1]
     sizes = Sizes(batch, length, length, num_heads, num_kv_heads, head_dim, head_dim)
     _check_heads("qkv", sizes)
     return x, sizes, batched
@@ -122,6 +135,7 @@ def parse(
     logits_soft_cap: float | None = None,
     deterministic_backward: bool = False,
     implementation: Implementation | None = None,
+    sharding: NamedSharding | PartitionSpec | None = None,
     return_residual: bool = False,
     **mask_arguments: Any,
 ) -> Call:
@@ -132,15 +146,16 @@ def parse(
     return Call(
         sizes,
         batched,
-        _scale(scale, sizes.head_dim),
+        score_scale(scale, sizes.head_dim),
         window,
-        _soft_cap(logits_soft_cap),
+        soft_cap(logits_soft_cap),
         static_bool("deterministic_backward", deterministic_backward),
         masks,
         segment_ids,
         _dense("bias", bias, sizes),
         _dense("mask", mask, sizes),
         implementation,
+        static_sharding("sharding", sharding, batched),
         static_bool("return_residual", return_residual),
     )
 
@@ -213,25 +228,6 @@ def _offset(offset: Any, batch: int, batched: bool) -> tuple[int | None, Array |
     if isinstance(offset, Array):
         return None, int32("query_offset", offset, (), True).reshape(1)
     return integer("query_offset", offset), None
-
-
-def _scale(scale: Any, head_dim: int) -> float | Array:
-    if scale is None:
-        return 1 / math.sqrt(head_dim)
-    if isinstance(scale, Array):
-        real = jnp.issubdtype(scale.dtype, jnp.floating) or jnp.issubdtype(scale.dtype, jnp.integer)
-        if scale.shape != () or not real:
-            raise wrong("scale", f"an array {scale.dtype}{list(scale.shape)}", "a real scalar")
-        return scale
-    return static_float("scale", scale)
-
-
-def _soft_cap(cap: Any) -> float | None:
-    if cap is None:
-        return None
-    if isinstance(cap, Array) or static_float("logits_soft_cap", cap) <= 0:
-        raise wrong("logits_soft_cap", repr(cap), "a static float > 0")
-    return float(cap)
 
 
 def _dense(name: str, x: ArrayLike | None, sizes: Sizes) -> Array | None:

@@ -6,6 +6,7 @@ from typing import Any, Literal, Unpack, overload
 
 import jax
 from jax import Array
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
 from . import _arguments, _dispatch
@@ -60,6 +61,7 @@ def dot_product_attention(
     logits_soft_cap: float | None = None,
     deterministic_backward: bool = False,
     implementation: Implementation | None = None,
+    sharding: NamedSharding | PartitionSpec | None = None,
     return_residual: bool = False,
 ) -> Array | tuple[Array, Array]:
     """softmax(scale * query key^T) value, exactly, over the keys that each query row sees.
@@ -99,6 +101,11 @@ def dot_product_attention(
             without fallback. None takes the kernels when lowered for CUDA if they can take the
             arguments and a local device is a Hopper GPU or no local device is CUDA's; else XLA, with
             a warning on a machine with a Hopper GPU.
+        sharding: of query (of a packed qkv), over batch and heads, where its mesh axes are automatic:
+            each device then computes its own part by jax.shard_map, with key, value and masks split
+            alike. Without it XLA decides, which works as well, but such a program over several
+            devices is not exported and misses the persistent compilation cache. A PartitionSpec
+            takes the mesh of jax.set_mesh.
         return_residual: also return the log-sum-exp.
 
     Returns:
@@ -140,6 +147,7 @@ def dot_product_attention(
         logits_soft_cap=logits_soft_cap,
         deterministic_backward=deterministic_backward,
         implementation=implementation,
+        sharding=sharding,
         return_residual=return_residual,
     )
     return attend(call, tensors)

@@ -10,6 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
 Integers = ArrayLike | Sequence[int]
@@ -71,3 +72,33 @@ def static_float(name: str, x: Any) -> float:
     if not math.isfinite(number):
         raise wrong(name, repr(x), "a finite real number")
     return number
+
+
+def static_sharding(name: str, x: Any, batched: bool) -> NamedSharding | PartitionSpec | None:
+    """x, of an array with a batch axis even where the arguments have none."""
+    if not isinstance(x, (NamedSharding, PartitionSpec, type(None))):
+        raise wrong(name, repr(x), "a jax.sharding.NamedSharding or PartitionSpec")
+    if x is None or batched:
+        return x
+    if isinstance(x, PartitionSpec):
+        return PartitionSpec(None, *x)
+    return NamedSharding(x.mesh, PartitionSpec(None, *x.spec))
+
+
+def score_scale(scale: Any, head_dim: int) -> float | Array:
+    if scale is None:
+        return 1 / math.sqrt(head_dim)
+    if isinstance(scale, Array):
+        real = jnp.issubdtype(scale.dtype, jnp.floating) or jnp.issubdtype(scale.dtype, jnp.integer)
+        if scale.shape != () or not real:
+            raise wrong("scale", f"an array {scale.dtype}{list(scale.shape)}", "a real scalar")
+        return scale
+    return static_float("scale", scale)
+
+
+def soft_cap(cap: Any) -> float | None:
+    if cap is None:
+        return None
+    if isinstance(cap, Array) or static_float("logits_soft_cap", cap) <= 0:
+        raise wrong("logits_soft_cap", repr(cap), "a static float > 0")
+    return float(cap)

@@ -9,16 +9,15 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import numpy as np
 from jax import Array, lax
 
-from . import _ffi, _guards
+from . import _ffi, _guards, _sharding
 from ._arguments import Call, Implementation
 
-_T = TypeVar("_T")
 _ELSEWHERE = "use implementation='xla'"
 
 
@@ -109,25 +108,35 @@ def choose(
     return "xla"
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), inline=True)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5), inline=True)
 def run(
     implementation: Implementation | None,
-    kernel: Callable[..., _T],
-    plain: Callable[..., _T],
+    kernel: Callable[..., Any],
+    plain: Callable[..., Any],
     static: tuple[Any, ...],
+    letters: tuple[Any, ...],
+    results: tuple[str, ...],
     *operands: Any,
-) -> _T:
-    """kernel(*static, *operands) on CUDA and plain(*static, *operands) on all other platforms.
+) -> tuple[Array, ...]:
+    """kernel(*static, *operands) on CUDA and plain(*static, *operands) on all other platforms, run
+    by each device on its own part.
 
     "xla" is plain everywhere; with "fa3" lowering for another platform raises. Jitted, for the
     platform of an eager call is that of its operands, not JAX's default one.
+
+    Args:
+        letters, results: of operands and results, as for _sharding.per_device.
     """
     kernel, plain = functools.partial(kernel, *static), functools.partial(plain, *static)
     if implementation == "xla":
         return plain(*operands)
 
-    def refused(*operands: Any) -> _T:
+    def refused(*operands: Any) -> Any:
         return plain(*jax.tree.map(_guards.never_lowered, operands))
 
     default = plain if implementation is None else refused
-    return lax.platform_dependent(*operands, cuda=kernel, default=default)
+
+    def call(*operands: Any) -> tuple[Array, ...]:
+        return lax.platform_dependent(*operands, cuda=kernel, default=default)
+
+    return _sharding.per_device(call, letters, results)(*operands)

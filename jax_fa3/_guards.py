@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 from jax import lax
 from jax.interpreters import ad, batching, mlir
+from jax.sharding import AbstractMesh
 
 # Its public name is jax.extend.core.Primitive, but jax.extend imports Pallas, which takes longer
 # than all of jax_fa3.
@@ -17,6 +18,15 @@ Primitive = type(lax.add_p)
 _ONLY_REVERSE = (
     "jax_fa3's kernels have first derivatives in reverse mode only (jax.grad, jax.vjp); for forward "
     "mode (jax.jvp, jax.jacfwd, jax.linearize) and second derivatives use implementation='xla'"
+)
+_NO_EXPORT = (
+    "jax_fa3: a program over several devices with automatic mesh axes cannot be exported, for how it "
+    "is split is decided only when it is compiled: pass sharding=NamedSharding(mesh, spec of query), "
+    "use explicit axes, or call inside jax.shard_map"
+)
+_NO_DEVICES = (
+    "jax_fa3: automatic mesh axes beside manual or explicit ones need a mesh with devices: pass "
+    "sharding=, or use jax.set_mesh, or jax.shard_map(mesh=) with a jax.sharding.Mesh"
 )
 
 
@@ -40,10 +50,29 @@ def _refuse_lowering(ctx: mlir.LoweringRuleContext, *_: Any) -> NoReturn:
     )
 
 
+def _check_partitioning(ctx: mlir.LoweringRuleContext, x: Any) -> Any:
+    axes: Any = ctx.module_context.axis_context
+    mesh = getattr(axes, "mesh", None)
+    if mesh is not None and set(mesh.axis_names) == set(axes.manual_axes):
+        return [x]
+    devices = axes.num_devices if mesh is None else mesh.size
+    if ctx.module_context.lowering_parameters.for_export and devices > 1:
+        raise NotImplementedError(_NO_EXPORT)
+    if isinstance(mesh, AbstractMesh):
+        raise NotImplementedError(_NO_DEVICES)
+    return [x]
+
+
 # Cannot be lowered: the branch of every platform but CUDA when the kernels are a must.
 _never_lowered = _identity("never_lowered")
 mlir.register_lowering(_never_lowered, _refuse_lowering)
 never_lowered = _never_lowered.bind
+
+
+# Cannot be lowered where a custom_partitioning cannot: stands in front of one.
+_partitionable = _identity("partitionable")
+mlir.register_lowering(_partitionable, _check_partitioning)
+partitionable = _partitionable.bind
 
 # Cannot be differentiated: stands inside the custom_vjp's forward, so it meets the second order.
 _constant = _identity("not_differentiable")

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from . import _dispatch, _sharding
+from . import _dispatch, _ffi
 from ._arguments import Implementation, parse_masks
 from ._checks import Integers, natural, wrong
 from ._ffi import vary_together
@@ -163,8 +163,8 @@ def with_segments(
         segment_ids: of the queries and of the keys, as for segment_intervals.
         implementation: what _dispatch.choose gave.
     """
-    kernel = _sharding.segment_intervals
-    intervals = _dispatch.run(implementation, kernel, segment_intervals, (), *segment_ids)
+    functions, letters = (_ffi.segment_intervals, segment_intervals), ("b.", "b.")
+    intervals = _dispatch.run(implementation, *functions, (), letters, letters, *segment_ids)
     begin, end = masks.key_begin, masks.key_end
     if begin is not None or end is not None:  # else nothing stands between the two kernels
         begin = jnp.zeros_like(intervals[0]) if begin is None else begin

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from lowering import hide_gpus, lower, operations, targets
 
@@ -159,13 +160,13 @@ def test_compute_capabilities(monkeypatch):
 
 def test_run_in_an_eager_call_follows_its_operands():
     """Not JAX's default platform."""
-    x = jax.device_put(1.0, jax.local_devices(backend="cpu")[0])
-    assert _dispatch.run(None, _add, _subtract, (3,), x) == 2.0
+    x = jax.device_put(np.ones(1), jax.local_devices(backend="cpu")[0])
+    assert _dispatch.run(None, _add, _subtract, (3,), ("b",), ("b",), x)[0] == 2.0
 
 
 def _add(static: int, x: Any) -> Any:
-    return static + x
+    return (static + x,)
 
 
 def _subtract(static: int, x: Any) -> Any:
-    return static - x
+    return (static - x,)

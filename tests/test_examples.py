@@ -23,8 +23,9 @@ def test_quickstart(capsys):
     assert re.search(r"^max error +\S+e-\d+ against fp32", printed, re.MULTILINE)
 
 
-def test_quickstart_is_short():
-    lines = (ROOT / "examples" / "quickstart.py").read_text(encoding="utf-8").splitlines()
+@pytest.mark.parametrize("name", ["quickstart", "sharded"])
+def test_examples_are_short(name):
+    lines = (ROOT / "examples" / f"{name}.py").read_text(encoding="utf-8").splitlines()
     assert len(lines) <= 200
 
 

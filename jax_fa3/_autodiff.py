@@ -41,16 +41,29 @@ def attend(call: Call, operands: Operands) -> Array | tuple[Array, Array]:
     else:
         assert isinstance(call.scale, float)  # else refused
         config = Config(call.scale, call.window, call.logits_soft_cap, call.deterministic_backward)
-        operands, masks = vary_together((operands, masks))
-        operands = tuple(map(_guards.reverse_mode_only, operands))
-        out, lse = _with_vjp(implementation, config, packed, operands, masks)
+        out, lse = differentiable(implementation, config, packed, operands, masks)
     if not call.batched:
         out, lse = out[0], lse[0]
     return (out, jnp.swapaxes(lse, -1, -2)) if call.return_residual else out
 
 
+def differentiable(
+    implementation: Implementation | None,
+    config: Config,
+    packed: Packed,
+    operands: Operands,
+    masks: Masks,
+) -> tuple[Array, Array]:
+    """out [B, T, N, V] and lse [B, N, T], with first derivatives in reverse mode."""
+    operands, masks = vary_together((operands, masks))
+    operands = tuple(map(_guards.reverse_mode_only, operands))
+    return _with_vjp(implementation, config, packed, operands, masks)
+
+
 # Jitted as _dispatch.run is: an eager call would otherwise compile its loops anew each time.
-@functools.partial(jax.jit, static_argnums=(0, 1), static_argnames="logits_soft_cap", inline=True)
+@functools.partial(
+    jax.jit, static_argnums=(0, 1), static_argnames=("logits_soft_cap", "partial"), inline=True
+)
 def _plain(
     window: Any, packed: Packed, operands: Operands, masks: Masks, scale: Any, **options: Any
 ) -> tuple[Array, Array]:
@@ -83,7 +96,7 @@ def _kernel(
 def _portable(
     config: Config, packed: Packed, operands: Operands, masks: Masks
 ) -> tuple[Array, Array]:
-    options = {"logits_soft_cap": config.logits_soft_cap}
+    options = {"logits_soft_cap": config.logits_soft_cap, "partial": config.partial}
     return _plain(config.window, packed, operands, masks, config.scale, **options)
 
 
@@ -108,8 +121,8 @@ def _backward(
     residuals: tuple[Operands, Masks, Array, Array],
     cotangents: tuple[Array, Array],
 ) -> tuple[Operands, None]:
-    operands, masks, _, lse = residuals
-    grads = _xla.backward(config, *_split(packed, operands), masks, lse, *cotangents)
+    operands, masks, out, lse = residuals
+    grads = _xla.backward(config, *_split(packed, operands), masks, lse, *cotangents, out)
     if packed is not None:
         grads = (jnp.concatenate(grads, axis=2),)
     return grads, None  # masks have no gradient

@@ -94,7 +94,8 @@ def fwd(
     num_heads: tuple[int, int] | None = None,
     first_head: tuple[int, int, int] = (0, 0, 0),
 ) -> tuple[Array, Array]:
-    """The forward kernel: out [B, T, N, V] in query's dtype and lse, fp32 [B, N, T].
+    """The forward kernel: out [B, T, N, V] in query's dtype, or fp32 if config.partial, and lse,
+    fp32 [B, N, T].
 
     Args:
         query, key, value: bf16 or fp16 [B, T, *, H], [B, S, *, H], [B, S, *, V], each with the
@@ -103,6 +104,7 @@ def fwd(
     """
     num_heads_q, num_heads_k = num_heads or (query.shape[2], key.shape[2])
     batch, query_length = query.shape[:2]
+    out_dtype = jnp.float32 if config.partial else query.dtype
     absent = jnp.zeros(0, jnp.int32)
     operands = vary_together(
         [query, key, value, *(absent if mask is None else mask for mask in masks)]
@@ -111,7 +113,7 @@ def fwd(
     results = jax.ffi.ffi_call(
         FWD,
         (
-            jax.ShapeDtypeStruct((batch, query_length, num_heads_q, value.shape[3]), query.dtype),
+            jax.ShapeDtypeStruct((batch, query_length, num_heads_q, value.shape[3]), out_dtype),
             jax.ShapeDtypeStruct((batch, num_heads_q, query_length), jnp.float32),
             jax.ShapeDtypeStruct((1,), jnp.int32),  # workspace: the counter of tiles
         ),

@@ -58,18 +58,18 @@ def of_one_part(layout: Layout, masks: Masks, device: Array, key_length: int) ->
     One interval per row again, in zigzag order too: see Layout.
     """
 
-    def local(positions: Array | None) -> Array | None:
-        return None if positions is None else layout.rows_before(positions, device, key_length)
+    def local(positions: Array) -> Array:
+        return layout.rows_before(positions, device, key_length)
 
-    begin, end = local(masks.key_begin), local(masks.key_end)
-    if masks.key_begin is not None and masks.key_end is not None:
-        broken = _mask.is_broken(masks.key_begin, masks.key_end)
-        begin, end = _marked(broken, begin, end)
-    lengths = local(masks.key_value_seq_lengths)
+    lengths, begin, end = masks.key_value_seq_lengths, masks.key_begin, masks.key_end
+    if lengths is not None:
+        lengths = local(lengths)
+    if begin is not None and end is not None:  # both, or neither
+        begin, end = _marked(_mask.is_broken(begin, end), local(begin), local(end))
     return masks._replace(key_value_seq_lengths=lengths, key_begin=begin, key_end=end)
 
 
-def _marked(broken: Array, begin: Array | None, end: Array | None) -> tuple[Array, Array]:
+def _marked(broken: Array, begin: Array, end: Array) -> tuple[Array, Array]:
     return (
         jnp.where(broken, _mask.BROKEN_BEGIN, begin),
         jnp.where(broken, _mask.BROKEN_END, end),

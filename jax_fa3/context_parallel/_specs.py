@@ -52,8 +52,10 @@ class Specs(NamedTuple):
         rows = P(batch, sequence)
         offset = masks.query_offset
         one_offset = offset is not None and offset.shape[0] == 1
-        specs = Masks(P() if one_offset else P(batch), P(batch), P(batch), rows, rows)
-        present = [None if x is None else spec for x, spec in zip(masks, specs, strict=True)]
+        each = P() if one_offset else P(batch), P(batch), P(batch), rows, rows
+        present: list[Any] = [
+            None if x is None else spec for x, spec in zip(masks, each, strict=True)
+        ]
         tensors = (P(batch, sequence, heads),) * 3
         return tensors, Masks(*present), None if segment_ids is None else (rows, rows)
 

@@ -31,7 +31,8 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--suite",
         default="paper",
-        help=f"comma-separated: {', '.join(SUITES)}, or all (default: paper)",
+        help=f"comma-separated: {', '.join(SUITES)}, or all (default: paper); or ring, alone: one "
+        "sequence over several GPUs",
     )
     add(
         "--points",
@@ -64,7 +65,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     args = parser.parse_args(argv)
     suites = [s for s in SUITES if s != "quick"] if args.suite == "all" else args.suite.split(",")
-    unknown = [s for s in suites if s not in SUITES]
+    unknown = [s for s in suites if s not in SUITES and suites != ["ring"]]
     if unknown:
         parser.error(f"--suite: unknown {', '.join(unknown)}; there are {', '.join(SUITES)}")
     args.suites = ["quick"] if args.quick else suites
@@ -123,8 +124,33 @@ def _measure(points: list[Point], rounds: int, file: Path | None) -> dict[str, A
     return report
 
 
+def _ring(args: argparse.Namespace) -> int:
+    from . import ring
+    from .check import WrongResult
+
+    points = ring.points(args.points.split(","))
+    if args.list:
+        print("\n".join(p.name for p in points))
+        return 0
+    if args.table:
+        print(ring.markdown(json.loads(args.table.read_text(encoding="utf-8"))), end="")
+        return 0
+    reason = _why_not_here()
+    if reason:
+        print(reason, file=sys.stderr)
+        return NO_GPU
+    try:
+        ring.main(points, args.rounds, args.json)
+    except WrongResult as error:
+        print(f"wrong result: {error}", file=sys.stderr)
+        return WRONG
+    return 0
+
+
 def main(argv: list[str] | None = None) -> int:
     args = _arguments(argv)
+    if args.suites == ["ring"]:
+        return _ring(args)
     points = [_only(p, args.contenders) for p in select(args.suites, args.points.split(","))]
     if args.list:
         print("\n".join(f"{p.suite:<8}{p.name}" for p in points))

@@ -39,10 +39,14 @@ class Split:
         return " ".join(str(x) for x in dataclasses.astuple(self))
 
     @property
+    def devices(self) -> int:
+        return math.prod(np.atleast_1d(MESHES[self.mesh]))
+
+    @property
     def sharding(self) -> NamedSharding:
         shape = np.atleast_1d(MESHES[self.mesh])
         names = {1: ("sp",), 2: ("data", "sp"), 3: ("data", "sp", "model")}[len(shape)]
-        devices = np.reshape(jax.devices()[: math.prod(shape)], shape)
+        devices = np.reshape(jax.devices()[: self.devices], shape)
         return NamedSharding(Mesh(devices, names), AXES[self.mesh])
 
     def ordered(self, x: Any) -> Any:

@@ -1,6 +1,7 @@
 """Attention over a split sequence equals that of one device, forward and gradients, by every
 strategy. On virtual CPU devices, where plain JAX stands in for the kernels."""
 
+import functools
 import re
 from typing import Any
 
@@ -14,10 +15,11 @@ from jax import Array
 from jax.sharding import PartitionSpec as P
 from lowering import hide_gpus, lower, targets
 from masks import documents, ints, key_lengths, packed, scattered
-from sequences import Split
+from sequences import PER_ROW, Split
 
 import jax_fa3
 from jax_fa3 import _xla, context_parallel
+from jax_fa3.context_parallel import to_zigzag
 
 
 @pytest.fixture(autouse=True)
@@ -88,6 +90,20 @@ def test_bfloat16(strategy: str):
     exact, rounded = both_oracles(problem, jnp.bfloat16, inputs, cotangents)
     assert found.dq.dtype == found.out.dtype == jnp.bfloat16
     assert_rounded(found, exact, rounded, problem, jnp.finfo(jnp.bfloat16).eps)
+
+
+@pytest.mark.parametrize("strategy", ["ring", "all_gather", "all_to_all"])
+def test_segments_in_another_order_give_nan(strategy: str):
+    """Ids in natural order where zigzag is said, or the other way round, are broken runs."""
+    ids = np.arange(32)[None] // 16
+    q, k, v = CAUSAL_CASE.inputs("float32")
+    call = functools.partial(context_parallel.dot_product_attention, q, k, v, axis_name="sp")
+    split = Split(strategy, mesh="two")
+    for zigzag in (True, False):
+        told = ids if zigzag else to_zigzag(ids, 2)
+        segments: Any = dict.fromkeys(PER_ROW & set(DOCUMENTS), told)
+        options: Any = {"strategy": strategy, "sharding": split.sharding, "zigzag": zigzag}
+        assert jnp.isnan(call(**segments, **options, implementation="xla")).all()
 
 
 def loss(split: Split, **arguments: Any) -> Any:

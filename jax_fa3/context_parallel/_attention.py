@@ -26,6 +26,7 @@ from ._masks import SegmentIds, of_this_device
 from ._specs import Specs
 
 Strategy = Literal["ring", "all_gather", "all_to_all"]
+Operands = tuple[Array, ...]
 
 
 @overload
@@ -128,7 +129,7 @@ def dot_product_attention(
         out, lse = _attend(*static, tensors, call.masks, call.segment_ids)
     else:
         specs = Specs.of(sharding, layout, sizes, batched)
-        out, lse = _attend_over(sharding, specs, *static, tensors, call.masks, call.segment_ids)
+        out, lse = _attend_over(sharding, specs, static, tensors, call.masks, call.segment_ids)
     if not batched:
         out, lse = out[0], lse[0]
     return (out, jnp.swapaxes(lse, -1, -2)) if call.return_residual else out
@@ -141,7 +142,7 @@ def _attend(
     implementation: Implementation | None,
     config: Config,
     layout: Layout,
-    operands: tuple[Array, ...],
+    operands: Operands,
     masks: Masks,
     segment_ids: SegmentIds,
 ) -> tuple[Array, Array]:
@@ -158,39 +159,69 @@ def _attend(
     return _with_vjp(strategy, implementation, config, layout, operands, masks)
 
 
-@functools.partial(jax.jit, static_argnums=range(6), inline=True)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), inline=True)
 def _attend_over(
-    sharding: NamedSharding, specs: Specs, *static_and_arrays: Any
+    sharding: NamedSharding,
+    specs: Specs,
+    static: tuple[Strategy, Implementation | None, Config, Layout],
+    operands: Operands,
+    masks: Masks,
+    segment_ids: SegmentIds,
 ) -> tuple[Array, Array]:
     """_attend of whole arrays."""
-    static, arrays = static_and_arrays[:4], static_and_arrays[4:]
-    local = jax.shard_map(
-        functools.partial(_attend, *static),
+
+    def local(operands: Operands, masks: Masks, segment_ids: SegmentIds) -> tuple[Array, Array]:
+        return _attend(*static, operands, masks, segment_ids)
+
+    return jax.shard_map(
+        local,
         mesh=sharding.mesh,
-        in_specs=specs.arguments(*arrays[1:]),
+        in_specs=specs.arguments(masks, segment_ids),
         out_specs=specs.results,
-    )
-    return local(*arrays)
+    )(operands, masks, segment_ids)
 
 
 # Their forward and backward are written out, so that what is saved is of one device.
 _SAVING_PARTS: Any = {"ring": _ring, "all_gather": _all_gather}
 
 
-def _primal(strategy: Strategy, *arguments: Any) -> tuple[Array, Array]:
-    return _SAVING_PARTS[strategy].forward(*arguments)
+def _primal(
+    strategy: Strategy,
+    implementation: Implementation | None,
+    config: Config,
+    layout: Layout,
+    operands: Operands,
+    masks: Masks,
+) -> tuple[Array, Array]:
+    module = _SAVING_PARTS[strategy]
+    return module.forward(implementation, config, layout, operands, masks)
 
 
-def _forward(strategy: Strategy, *arguments: Any) -> tuple[tuple[Array, Array], Any]:
-    *static, operands, masks = arguments
+def _forward(
+    strategy: Strategy,
+    implementation: Implementation | None,
+    config: Config,
+    layout: Layout,
+    operands: Operands,
+    masks: Masks,
+) -> tuple[tuple[Array, Array], Any]:
     constants = tuple(map(_guards.not_differentiable, operands))
-    results = _primal(strategy, *static, constants, masks)
+    results = _primal(strategy, implementation, config, layout, constants, masks)
     out, lse = map(checkpoint_name, results, RESIDUAL_NAMES)
     return (out, lse), (operands, masks, out, lse)
 
 
-def _backward(strategy: Strategy, *arguments: Any) -> tuple[tuple[Array, ...], None]:
-    return _SAVING_PARTS[strategy].backward(*arguments), None  # masks have no gradient
+def _backward(
+    strategy: Strategy,
+    implementation: Implementation | None,
+    config: Config,
+    layout: Layout,
+    residuals: tuple[Operands, Masks, Array, Array],
+    cotangents: tuple[Array, Array],
+) -> tuple[Operands, None]:
+    module = _SAVING_PARTS[strategy]
+    grads = module.backward(implementation, config, layout, residuals, cotangents)
+    return grads, None  # masks have no gradient
 
 
 _with_vjp = jax.custom_vjp(_primal, nondiff_argnums=(0, 1, 2, 3))

@@ -100,8 +100,8 @@ def dot_product_attention(
         saved for them are query, key, value, out and the log-sum-exp, of this device alone
         ("all_to_all": the exchanged ones as well), by the names jax_fa3.RESIDUAL_NAMES.
 
-    Segment ids of all keys (4 bytes each) are gathered. Ids in another order than `zigzag` says are
-    broken runs, and give NaN. Results for parts of the keys are merged in fp32.
+    Segment ids of all keys (4 bytes each) are gathered. In another order than `zigzag` says, runs of
+    them are torn apart, which gives NaN; other arrays do not show their order. Results for parts of the keys are merged in fp32.
 
     Raises:
         ValueError: as jax_fa3.dot_product_attention; no such axis; lengths or heads that the axis
@@ -151,9 +151,9 @@ def _attend(
     operands, masks, segment_ids, _ = vary_together((operands, masks, segment_ids, device))
     if strategy == "all_to_all":
         return _all_to_all.attend(implementation, config, layout, operands, masks, segment_ids)
-    (batch, *lengths), key_length = operands[0].shape[:2], operands[1].shape[1]
-    sizes = Sizes(batch, *lengths, key_length, 0, 0, 0, 0)
-    masks = of_this_device(implementation, layout, masks, config.window, segment_ids, sizes)
+    (batch, query_length, _, _), key_length = operands[0].shape, operands[1].shape[1]
+    lengths = Sizes(batch, query_length, key_length, 0, 0, 0, 0)
+    masks = of_this_device(implementation, layout, masks, config.window, segment_ids, lengths)
     config = dataclasses.replace(config, window=(None, None))  # which now is in the masks
     operands = tuple(map(_guards.reverse_mode_only, operands))
     return _with_vjp(strategy, implementation, config, layout, operands, masks)

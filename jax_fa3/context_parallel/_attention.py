@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
 from jax.typing import ArrayLike
 
 from .. import _arguments, _dispatch, _guards
@@ -173,12 +173,12 @@ def _attend_over(
     def local(operands: Operands, masks: Masks, segment_ids: SegmentIds) -> tuple[Array, Array]:
         return _attend(*static, operands, masks, segment_ids)
 
-    return jax.shard_map(
-        local,
-        mesh=sharding.mesh,
-        in_specs=specs.arguments(masks, segment_ids),
-        out_specs=specs.results,
-    )(operands, masks, segment_ids)
+    mesh, in_specs = sharding.mesh, specs.arguments(masks, segment_ids)
+    if AxisType.Explicit in mesh.axis_types:  # else shard_map moves them by itself
+        at = jax.tree.map(functools.partial(NamedSharding, mesh), in_specs[1:])
+        masks, segment_ids = jax.tree.map(jax.sharding.reshard, (masks, segment_ids), at)
+    call = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=specs.results)
+    return call(operands, masks, segment_ids)
 
 
 # Their forward and backward are written out, so that what is saved is of one device.

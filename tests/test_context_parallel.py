@@ -146,7 +146,7 @@ def test_ring_sends_before_it_computes():
     scheduled; on CPUs before."""
     text = lower(loss(Split(mesh="four"), query_segment_ids=IDS, key_value_segment_ids=IDS), *QKV)
     assert targets(text) == ["jax_fa3.segment_intervals.v1"] + ["jax_fa3.fwd.v1"] * 4
-    assert re.findall("|".join({*SEND, *STEP}), text) == [*SEND, *STEP] * 3 + STEP
+    assert re.findall("|".join({*SEND, *STEP}), text) == [*SEND, *STEP] * 3 + STEP[:1]
     calls = re.findall(r"@jax_fa3.fwd.v1\(.*-> \((.*)\)", text)
     assert calls == ["tensor<1x32x4x64xf32>, tensor<1x4x32xf32>, tensor<1xi32>"] * 4
 

@@ -36,13 +36,15 @@ def forward(
     query, *part = operands
     total: Any = None
     for step in range(layout.size):
-        arriving = layout.send(part) if step + 1 < layout.size else part
+        is_last = step + 1 == layout.size
+        arriving = None if is_last else layout.send(part)
         keys = of_one_part(layout, masks, layout.device(step), part[0].shape[1])
         call = vary_together(((query, *part), keys))
         out, lse = _autodiff._primal(implementation, config, None, *call)
         result = out, jnp.swapaxes(lse, 1, 2)
         total = result if total is None else merge(*zip(total, result, strict=True))
-        part, total = _in_step(arriving, total)
+        if not is_last:
+            part, total = _when_done(arriving, total)
     out, lse = total
     return out.astype(query.dtype), jnp.swapaxes(lse, 1, 2)
 
@@ -61,19 +63,21 @@ def backward(
     dquery: Any = None
     dpart: Any = None
     for step in range(layout.size):
-        arriving = layout.send(part) if step + 1 < layout.size else part
+        is_last = step + 1 == layout.size
+        arriving = None if is_last else layout.send(part)
         sums = None if dpart is None else layout.send(dpart)  # for the part that is here now
         keys = of_one_part(layout, masks, layout.device(step), part[0].shape[1])
         call = vary_together(((query, *part), keys, out, lse))
         (dq, *dpart), _ = _autodiff._backward(implementation, config, None, call, cotangents)
         dquery = dq if dquery is None else dquery + dq
         dpart = dpart if sums is None else jax.tree.map(jnp.add, sums, dpart)
-        part, (dquery, dpart) = _in_step(arriving, (dquery, dpart))
+        if not is_last:
+            part, (dquery, dpart) = _when_done(arriving, (dquery, dpart))
     grads = dquery, *(layout.send(dpart) if layout.size > 1 else dpart)  # the last hop leads home
     return tuple(x.astype(dtype) for x, dtype in zip(grads, dtypes, strict=True))
 
 
-def _in_step(arriving: Any, done: Any) -> Any:
-    """Holds the next step back until this one is done: two parts at most are in memory, however
-    early XLA could send the others."""
-    return lax.optimization_barrier((arriving, done))
+def _when_done(arriving: Any, results: Any) -> Any:
+    """Both, the next part only when this step's results are there: else XLA could send all parts at
+    once, and hold as many. (On GPUs; XLA for CPUs takes barriers out before it schedules.)"""
+    return lax.optimization_barrier((arriving, results))

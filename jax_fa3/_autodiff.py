@@ -125,6 +125,7 @@ def _backward(
     grads = _xla.backward(config, *_split(packed, operands), masks, lse, *cotangents, out)
     if packed is not None:
         grads = (jnp.concatenate(grads, axis=2),)
+    grads, _ = vary_together((grads, operands))  # without elements they are constants
     return grads, None  # masks have no gradient
 
 

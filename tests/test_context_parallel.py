@@ -49,6 +49,7 @@ LONGER_KEYS = case("S > T", {**CAUSAL, "query_offset": 11}, S=48)
 WINDOW = case("window", {"local_window_size": (9, 3), "query_offset": ints(-4, 2)})
 TEXT = case("documents", {**DOCUMENTS, **CAUSAL})
 BROKEN_TEXT = case("broken run, window", {**BROKEN, "local_window_size": 10, **key_lengths(29, 32)})
+NO_BATCH = case("batch 0", CAUSAL, B=0)
 PLANTED = case("planted", {**PAST, **CAUSAL}, S=48, planted=True)
 INTERVALS = case("intervals", scattered(2, 32, 32, 9), logits_soft_cap=2.0, scale=0.4)
 
@@ -74,6 +75,8 @@ INTERVALS = case("intervals", scattered(2, 32, 32, 9), logits_soft_cap=2.0, scal
         (BROKEN_TEXT, Split("all_to_all", True, "batch", inside=False)),
         (PLANTED, Split("all_to_all", False, "batch")),
         (INTERVALS, Split("all_to_all", True, "two")),
+        (NO_BATCH, Split("ring", True, "two")),
+        (NO_BATCH, Split("all_to_all", False, "two")),
     ],
     ids=str,
 )

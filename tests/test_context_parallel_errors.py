@@ -97,13 +97,19 @@ def test_not_implemented(name):
             "wanted 'sp' in T of query [B, T, N, H] and no",
         ),
         (P("data", "sp"), Q[1:], KV[1:], {}, "wanted 'sp' in T of query [T, N, H] and nothing"),
-        (SPLIT, (2, 9, 4, 16), KV, {}, "query: got length 9, wanted a multiple of 2 for the 2 dev"),
+        (
+            SPLIT,
+            (2, 9, 4, 16),
+            KV,
+            {},
+            "query: got length 9, wanted a positive multiple of 2 for the 2 dev",
+        ),
         (
             SPLIT,
             Q,
             (2, 9, 4, 16),
             {},
-            "key: got length 9, wanted a multiple of 2 for the 2 devices ",
+            "key: got length 9, wanted a positive multiple of 2 for the 2 devices ",
         ),
         (
             SPLIT,
@@ -140,6 +146,7 @@ def test_not_implemented(name):
             {},
             "query: got length 4294967296, wanted less than 2**31 pos",
         ),
+        (SPLIT, (2, 0, 4, 16), KV, {}, "query: got length 0, wanted a positive multiple of 2 for"),
     ],
 )
 def test_sharding(spec, query, key, options, message):
@@ -161,7 +168,7 @@ def test_sharding(spec, query, key, options, message):
             SPLIT,
             (2, 10, 4, 16),
             {"zigzag": True},
-            "query: got length 5, wanted a multiple of 2 for",
+            "query: got length 5, wanted a positive multiple of 2 for",
         ),
         (
             (SPLIT, P("data"), P("data")),

@@ -50,9 +50,11 @@ def check_lengths(layout: Layout, sizes: Sizes, *, devices: int = 1) -> None:
     chunks = devices * (2 if layout.zigzag else 1)
     for name, length in (("query", sizes.query_length), ("key", sizes.key_length)):
         over = f"the {layout.size} devices of axis {layout.axis_name!r}"
-        if length % chunks:
+        if length % chunks or not length:
             order = " in zigzag order, two chunks each" if layout.zigzag else ""
-            raise wrong(name, f"length {length}", f"a multiple of {chunks} for {over}{order}")
+            raise wrong(
+                name, f"length {length}", f"a positive multiple of {chunks} for {over}{order}"
+            )
         if length // devices * layout.size >= 2**31:
             raise wrong(name, f"length {length}", f"less than 2**31 positions on {over}")
 

@@ -70,17 +70,15 @@ def row_intervals(
         masks: the run-time arrays; any int32 values are in order.
         window: (left, right), Python ints of any size or sign: row i sees key j only if
             i + query_offset - left <= j <= i + query_offset + right. None: unbounded.
-        batch, query_length, key_length: B, T, S.
-        rows: int32 [T], the query rows' positions, if not 0, 1, 2 ...
+        batch, query_length, key_length, rows: B, T, S, and the rows' positions if not 0, 1, 2 ...
 
     Returns:
         begin, end: int32 [B, T] with 0 <= begin < end <= S, or 0, 0 for a row that sees no key.
         broken: bool [B, T], the rows whose segment is broken; they see no key.
     """
     rows = jnp.arange(query_length, dtype=jnp.int32) if rows is None else rows
-    offset = (jnp.zeros(1, jnp.int32) if masks.query_offset is None else masks.query_offset)[
-        :, None
-    ]
+    offset = jnp.zeros(1, jnp.int32) if masks.query_offset is None else masks.query_offset
+    offset = offset[:, None]  # [B or 1, 1]
     left, right = window
 
     begin = jnp.zeros((1, 1), jnp.int32)

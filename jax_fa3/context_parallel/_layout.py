@@ -28,16 +28,18 @@ def to_zigzag(x: Any, axis_size: int, *, axis: int = 1) -> Any:
 
     Raises ValueError where 2 * axis_size does not divide the sequence.
     """
-    numpy, axis, size, lead = _cut(x, axis_size, axis)
-    chunks = x.reshape(*x.shape[:axis], 2, size, -1, *x.shape[axis + 1 :])
+    numpy, axis, size, chunk = _cut(x, axis_size, axis)
+    chunks = x.reshape(*x.shape[:axis], 2, size, chunk, *x.shape[axis + 1 :])
+    lead = (slice(None),) * axis
     low, high = chunks[*lead, 0], numpy.flip(chunks[*lead, 1], axis)
     return numpy.stack([low, high], axis + 1).reshape(x.shape)
 
 
 def from_zigzag(x: Any, axis_size: int, *, axis: int = 1) -> Any:
     """The inverse of `to_zigzag`; its arguments and errors."""
-    numpy, axis, size, lead = _cut(x, axis_size, axis)
-    chunks = x.reshape(*x.shape[:axis], size, 2, -1, *x.shape[axis + 1 :])
+    numpy, axis, size, chunk = _cut(x, axis_size, axis)
+    chunks = x.reshape(*x.shape[:axis], size, 2, chunk, *x.shape[axis + 1 :])
+    lead = (slice(None),) * axis
     low, high = chunks[*lead, :, 0], numpy.flip(chunks[*lead, :, 1], axis)
     return numpy.stack([low, high], axis).reshape(x.shape)
 
@@ -48,8 +50,8 @@ def zigzag_positions(length: int, axis_size: int) -> Array:
     return to_zigzag(jnp.arange(length, dtype=jnp.int32), axis_size, axis=0)
 
 
-def _cut(x: Any, axis_size: int, axis: int) -> tuple[ModuleType, int, int, tuple[slice, ...]]:
-    """NumPy or its twin, axis and axis_size checked, and what indexes the axes before."""
+def _cut(x: Any, axis_size: int, axis: int) -> tuple[ModuleType, int, int, int]:
+    """NumPy or its twin, axis and axis_size checked, and the length of a chunk."""
     size = natural("axis_size", axis_size)
     if not -x.ndim <= axis < x.ndim:
         raise wrong("axis", axis, f"one of the {x.ndim} axes of x {x.shape}")
@@ -57,7 +59,7 @@ def _cut(x: Any, axis_size: int, axis: int) -> tuple[ModuleType, int, int, tuple
     if not size or x.shape[axis] % (2 * size):
         wanted = f"a multiple of 2 * axis_size = {2 * size}, as zigzag order needs"
         raise wrong("x", f"length {x.shape[axis]} along axis {axis}", wanted)
-    return (np if isinstance(x, np.ndarray) else jnp), axis, size, (slice(None),) * axis
+    return (np if isinstance(x, np.ndarray) else jnp), axis, size, x.shape[axis] // (2 * size)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,7 +31,8 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--suite",
         default="paper",
-        help=f"comma-separated: {', '.join(SUITES)}, or all (default: paper); or scaling, on 2 and 4 GPUs",
+        help=f"comma-separated: {', '.join(SUITES)}, or all (default: paper); or one of these alone, on "
+        "several GPUs: scaling, ring",
     )
     add(
         "--points",
@@ -64,7 +65,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     args = parser.parse_args(argv)
     suites = [s for s in SUITES if s != "quick"] if args.suite == "all" else args.suite.split(",")
-    unknown = [s for s in suites if s not in SUITES and suites != ["scaling"]]
+    unknown = [s for s in suites if s not in SUITES and suites not in (["scaling"], ["ring"])]
     if unknown:
         parser.error(f"--suite: unknown {', '.join(unknown)}; there are {', '.join(SUITES)}")
     args.suites = ["quick"] if args.quick else suites
@@ -150,10 +151,35 @@ def _scaling(rounds: int, file: Path | None) -> int:
     return 0
 
 
+def _ring(args: argparse.Namespace) -> int:
+    from . import ring
+    from .check import WrongResult
+
+    points = ring.points(args.points.split(","))
+    if args.list:
+        print("\n".join(p.name for p in points))
+        return 0
+    if args.table:
+        print(ring.markdown(json.loads(args.table.read_text(encoding="utf-8"))), end="")
+        return 0
+    reason = _why_not_here()
+    if reason:
+        print(reason, file=sys.stderr)
+        return NO_GPU
+    try:
+        ring.main(points, args.rounds, args.json)
+    except WrongResult as error:
+        print(f"wrong result: {error}", file=sys.stderr)
+        return WRONG
+    return 0
+
+
 def main(argv: list[str] | None = None) -> int:
     args = _arguments(argv)
     if args.suites == ["scaling"]:
         return _scaling(args.rounds, args.json)
+    if args.suites == ["ring"]:
+        return _ring(args)
     points = [_only(p, args.contenders) for p in select(args.suites, args.points.split(","))]
     if args.list:
         print("\n".join(f"{p.suite:<8}{p.name}" for p in points))

@@ -2,7 +2,7 @@
 
 from jax.export import DisabledSafetyCheck as _DisabledSafetyCheck
 
-from . import _ffi
+from . import _ffi, context_parallel
 from ._attention import dot_product_attention, is_supported, qkv_dot_product_attention
 from ._autodiff import RESIDUAL_NAMES
 from ._mask import key_intervals
@@ -11,6 +11,7 @@ from ._sharding import own_kv_heads
 __all__ = [
     "DISABLE_JAX_EXPORT_CHECKS",
     "RESIDUAL_NAMES",
+    "context_parallel",
     "dot_product_attention",
     "is_supported",
     "key_intervals",

@@ -45,6 +45,19 @@ def attend(call: Call, operands: Operands) -> Array | tuple[Array, Array]:
     return (out, jnp.swapaxes(lse, -1, -2)) if call.return_residual else out
 
 
+def differentiable(
+    implementation: Implementation | None,
+    config: Config,
+    packed: Packed,
+    operands: Operands,
+    masks: Masks,
+) -> tuple[Array, Array]:
+    """out [B, T, N, V] and lse [B, N, T], with first derivatives in reverse mode."""
+    operands, masks = vary_together((operands, masks))
+    operands = tuple(map(_guards.reverse_mode_only, operands))
+    return _with_vjp(implementation, config, packed, operands, masks)
+
+
 # Jitted as _dispatch.run is: an eager call would otherwise compile its loops anew each time.
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), inline=True)
 def _attend(
@@ -62,9 +75,7 @@ def _attend(
             masks = _mask.with_segments(masks, segment_ids, implementation)
         if implementation == "xla":
             return _plain(config, packed, operands, masks, **traced)
-        operands, masks = vary_together((operands, masks))
-        operands = tuple(map(_guards.reverse_mode_only, operands))
-        return _with_vjp(implementation, config, packed, operands, masks)
+        return differentiable(implementation, config, packed, operands, masks)
 
     tensors, per_mask, results = _letters(operands, masks)
     per_id = None if segment_ids is None else ("b.", "b.")
@@ -110,7 +121,7 @@ def _plain(
 ) -> tuple[Array, Array]:
     query, key, value = _split(packed, operands)
     options: Any = {"logits_soft_cap": config.logits_soft_cap, **dense}
-    options["scale"] = config.scale if scale is None else scale
+    options |= {"scale": config.scale if scale is None else scale, "partial": config.partial}
     return _xla.attention(query, key, value, masks, config.window, **options)
 
 
@@ -181,11 +192,10 @@ def _plain_backward(
     dout: Array,
     dlse: Array,
 ) -> Operands:
-    del out
-    grads = _xla.backward(config, *_split(packed, operands), masks, lse, dout, dlse)
-    if packed is None:
-        return grads
-    return (jnp.concatenate(grads, axis=2).reshape(operands[0].shape),)
+    grads = _xla.backward(config, *_split(packed, operands), masks, lse, dout, dlse, out)
+    if packed is not None:
+        grads = (jnp.concatenate(grads, axis=2).reshape(operands[0].shape),)
+    return vary_together((grads, operands))[0]  # without elements they are constants
 
 
 _with_vjp = jax.custom_vjp(_primal, nondiff_argnums=(0, 1, 2))

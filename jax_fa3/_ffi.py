@@ -99,7 +99,8 @@ def fwd(
     num_heads: tuple[int, int] | None = None,
     first_head: tuple[int, int, int] = (0, 0, 0),
 ) -> tuple[Array, Array]:
-    """The forward kernel: out [B, T, N, V] in query's dtype and lse, fp32 [B, N, T].
+    """The forward kernel: out [B, T, N, V] in query's dtype, or fp32 if config.partial, and lse,
+    fp32 [B, N, T].
 
     Args:
         query, key, value: bf16 or fp16 [B, T, *, H], [B, S, *, H], [B, S, *, V], each with the
@@ -109,7 +110,9 @@ def fwd(
     heads = num_heads or (query.shape[2], key.shape[2])
     batch, query_length = query.shape[:2]
     results = (
-        jax.ShapeDtypeStruct((batch, query_length, heads[0], value.shape[3]), query.dtype),
+        jax.ShapeDtypeStruct(
+            (batch, query_length, heads[0], value.shape[3]), _result_dtype(config, query)
+        ),
         jax.ShapeDtypeStruct((batch, heads[0], query_length), jnp.float32),
         jax.ShapeDtypeStruct((1,), jnp.int32),  # workspace: the counter of tiles
     )
@@ -132,17 +135,18 @@ def bwd(
     num_heads: tuple[int, int] | None = None,
     first_head: tuple[int, int, int] = (0, 0, 0),
 ) -> tuple[Array, ...]:
-    """The backward kernels: (dq, dk, dv), or with num_heads the gradient of the packed array alone.
+    """The backward kernels: (dq, dk, dv), or with num_heads the gradient of the packed array alone;
+    in the operands' dtype, or fp32 if config.partial.
 
     Args:
         query, key, value, masks, num_heads, first_head: as for fwd.
-        out, lse: what fwd gave.
+        out, lse: what fwd gave, or what was made of it, in query's dtype and fp32.
         dout, dlse: their cotangents, in their dtypes.
     """
     heads = num_heads or (query.shape[2], key.shape[2])
     batch, query_length = query.shape[:2]
     operands = (query, key, value) if num_heads is None else (query,)
-    grads = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands]
+    grads = [jax.ShapeDtypeStruct(x.shape, _result_dtype(config, x)) for x in operands]
     # Rows of whole tiles, of whichever height.
     rows = (query_length + _ROWS - 1) // _ROWS * _ROWS
     width = _summed_width(query.dtype.name, query.shape[3], value.shape[3])
@@ -176,6 +180,10 @@ def segment_intervals(
     operands = query_segment_ids, key_value_segment_ids
     key_begin, key_end = _call(SEGMENT_INTERVALS, (result, result), {}, *operands)
     return key_begin, key_end
+
+
+def _result_dtype(config: Config, operand: Array) -> Any:
+    return jnp.float32 if config.partial else operand.dtype
 
 
 def _call(target: str, results: Any, attributes: dict[str, Any], *operands: Array) -> list[Array]:

@@ -16,8 +16,9 @@ from jax.sharding import AbstractMesh
 Primitive = type(lax.add_p)
 
 _ONLY_REVERSE = (
-    "jax_fa3's kernels have first derivatives in reverse mode only (jax.grad, jax.vjp); for forward "
-    "mode (jax.jvp, jax.jacfwd, jax.linearize) and second derivatives use implementation='xla'"
+    "jax_fa3's kernels and jax_fa3.context_parallel have first derivatives in reverse mode only "
+    "(jax.grad, jax.vjp); for forward mode (jax.jvp, jax.jacfwd, jax.linearize) and second derivatives "
+    "use implementation='xla', outside jax_fa3.context_parallel"
 )
 _NO_EXPORT = (
     "jax_fa3: a program over several devices with automatic mesh axes cannot be exported, for how it "

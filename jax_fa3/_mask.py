@@ -62,6 +62,7 @@ def row_intervals(
     batch: int,
     query_length: int,
     key_length: int,
+    rows: Array | None = None,
 ) -> tuple[Array, Array, Array]:
     """All of a call's masks as one interval per query row.
 
@@ -69,14 +70,13 @@ def row_intervals(
         masks: the run-time arrays; any int32 values are in order.
         window: (left, right), Python ints of any size or sign: row i sees key j only if
             i + query_offset - left <= j <= i + query_offset + right. None: unbounded.
-        batch, query_length, key_length: B, T, S.
+        batch, query_length, key_length, rows: B, T, S, and the rows' positions if not 0, 1, 2 ...
 
     Returns:
         begin, end: int32 [B, T] with 0 <= begin < end <= S, or 0, 0 for a row that sees no key.
         broken: bool [B, T], the rows whose segment is broken; they see no key.
     """
-    shape = (batch, query_length)
-    rows = jnp.arange(query_length, dtype=jnp.int32)  # [T]
+    rows = jnp.arange(query_length, dtype=jnp.int32) if rows is None else rows
     offset = jnp.zeros(1, jnp.int32) if masks.query_offset is None else masks.query_offset
     offset = offset[:, None]  # [B or 1, 1]
     left, right = window
@@ -102,7 +102,7 @@ def row_intervals(
         inside = rows < masks.query_seq_lengths[:, None]
         sees, broken = sees & inside, broken & inside
     begin, end = jnp.where(sees, begin, 0), jnp.where(sees, end, 0)
-    begin, end, broken = (jnp.broadcast_to(x, shape) for x in (begin, end, broken))
+    begin, end, broken = (jnp.broadcast_to(x, (batch, query_length)) for x in (begin, end, broken))
     return begin, end, broken
 
 

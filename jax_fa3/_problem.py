@@ -27,12 +27,15 @@ class Config:
     window: row i sees key j only if i + query_offset - left <= j <= i + query_offset + right;
     None is unbounded. is_causal, local_window_size and a static query_offset are folded in as
     Python integers of any size.
+    partial: the keys are only a part of those that the rows see. Results, out or gradients, are fp32,
+    to be summed elsewhere; what the backward is given of the forward, out and lse, is of all keys.
     """
 
     scale: float
     window: Window
     logits_soft_cap: float | None
     deterministic_backward: bool
+    partial: bool = False
 
 
 class Sizes(NamedTuple):

@@ -37,6 +37,7 @@ def attention(
     *,
     scale: float | Array,
     logits_soft_cap: float | None = None,
+    partial: bool = False,
     bias: Array | None = None,
     mask: Array | None = None,
 ) -> tuple[Array, Array]:
@@ -47,10 +48,11 @@ def attention(
         masks, window: as for row_intervals.
         scale: float or scalar array of any sign, traced or not.
         logits_soft_cap: float > 0: c * tanh(score / c), after scale and before bias.
+        partial: out is to be summed elsewhere.
         bias, mask: float and bool, broadcastable to [B, N, T, S]; -inf and False hide a key.
 
     Returns:
-        out: [B, T, N, V] in query's dtype.
+        out: [B, T, N, V] in query's dtype, or lse's if partial.
         lse: [B, N, T], fp32, or fp64 for fp64 inputs.
     """
     batch, length, heads, _ = query.shape
@@ -86,7 +88,7 @@ def attention(
         nan = jnp.where(broken, jnp.nan, 0)[..., None] * query.sum(-1, keepdims=True)
         out = jnp.where(sees, out, nan)
         lse = jnp.where(sees, lse, jnp.where(broken[..., None], nan, -jnp.inf))
-        return out.astype(narrow), lse[..., 0]
+        return out if partial else out.astype(narrow), lse[..., 0]
 
     by_row = {name: x for name, x in dense.items() if x.shape[3] == length}
     operands = (_heads_first(query, groups), *(x[:, None, None] for x in intervals), by_row)
@@ -104,6 +106,7 @@ def backward(
     lse: Array,
     dout: Array,
     dlse: Array,
+    out: Array | None = None,
 ) -> tuple[Array, Array, Array]:
     """Gradients from the forward's log-sum-exp, as in FlashAttention-2 (Dao 2023), algorithm 2.
 
@@ -111,16 +114,21 @@ def backward(
         config, query, key, value, masks: the forward's arguments.
         lse: the forward's, fp32 [B, N, T].
         dout, dlse: cotangents of out, [B, T, N, V], and of lse.
+        out: the forward's, needed if config.partial.
 
     Returns:
-        dq, dk, dv, in the shapes and dtypes of query, key, value. The dq of a row whose segment is
-        broken is NaN.
+        dq, dk, dv, in the shapes of query, key, value and their dtypes, or lse's if config.partial.
+        The dq of a row whose segment is broken is NaN.
     """
     batch, length, _, _ = query.shape
     intervals = row_intervals(masks, config.window, batch, length, key.shape[1])
     groups, cap, einsum = _groups(query, key), config.logits_soft_cap, _einsum_for(query.dtype)
     narrow = query.dtype, key.dtype, value.dtype
     query, key, value = _widened(query, key, value, masks)
+    if config.partial:
+        assert out is not None
+        narrow = (query.dtype,) * 3
+        dlse -= jnp.swapaxes((dout.astype(query.dtype) * out).sum(-1), 1, 2)
 
     def block(sums: tuple[Array, Array], rows: tuple[Array, ...]) -> tuple[Any, Array]:
         query, dout, lse, dlse, begin, end, broken = rows
@@ -132,10 +140,11 @@ def backward(
         scores = _scores(einsum, query, key, config.scale, cap)
         weights = jnp.exp(jnp.where(visible, scores - lse[..., None], -jnp.inf))
         dweights = einsum("bkgrv,bskv->bkgrs", dout, value)
-        # The row's sum of dout * out, from the row's own weights: out is rounded. dlse enters as
-        # one more term: d lse / d score is the probability itself.
-        delta = (weights * dweights).sum(-1) - dlse
-        dscores = jnp.where(visible, weights * (dweights - delta[..., None]), 0)
+        # dlse enters as one more term: d lse / d score is the probability itself. So does the row's
+        # sum of dout * out, from its own weights if they are all here: out is rounded.
+        if not config.partial:
+            dlse -= (weights * dweights).sum(-1)
+        dscores = jnp.where(visible, weights * (dweights + dlse[..., None]), 0)
         if cap is not None:
             dscores *= 1 - jnp.square(scores / cap)
         dscores *= config.scale

@@ -1,0 +1,83 @@
+"""Ring attention (Liu et al., arXiv 2310.01889): K and V go from device to device, and while one
+part is worked on the next one is under way. Memory is linear in the length of one device's part.
+
+Each step's result, for one device's keys, is merged in fp32. The backward goes round the ring as
+well: with the log-sum-exp and out of all keys, each step gives its own part of every gradient; those
+of K and V travel with them, in fp32.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from .. import _autodiff
+from .._arguments import Implementation
+from .._ffi import vary_together
+from .._problem import Config, Masks
+from ._layout import Layout
+from ._masks import of_one_part
+from ._merge import merge
+
+
+def forward(
+    implementation: Implementation | None,
+    config: Config,
+    layout: Layout,
+    operands: tuple[Array, ...],
+    masks: Masks,
+) -> tuple[Array, Array]:
+    """out [B, T, N, V] and lse [B, N, T]; everything of one device, masks from of_this_device."""
+    config = dataclasses.replace(config, partial=True)
+    query, *part = operands
+    total: Any = None
+    for step in range(layout.size):
+        is_last = step + 1 == layout.size
+        arriving = None if is_last else layout.send(part)
+        keys = of_one_part(layout, masks, layout.device(step), part[0].shape[1])
+        call = vary_together(((query, *part), keys))
+        out, lse = _autodiff._primal(implementation, config, None, *call)
+        result = out, jnp.swapaxes(lse, 1, 2)
+        total = result if total is None else merge(*zip(total, result, strict=True))
+        if not is_last:
+            part, total = _when_done(arriving, total)
+    out, lse = total
+    return out.astype(query.dtype), jnp.swapaxes(lse, 1, 2)
+
+
+def backward(
+    implementation: Implementation | None,
+    config: Config,
+    layout: Layout,
+    residuals: tuple[tuple[Array, ...], Masks, Array, Array],
+    cotangents: tuple[Array, Array],
+) -> tuple[Array, ...]:
+    """dq, dk, dv."""
+    config = dataclasses.replace(config, partial=True)
+    (query, *part), masks, out, lse = residuals
+    dtypes = [x.dtype for x in (query, *part)]
+    dquery: Any = None
+    dpart: Any = None
+    for step in range(layout.size):
+        is_last = step + 1 == layout.size
+        arriving = None if is_last else layout.send(part)
+        sums = None if dpart is None else layout.send(dpart)  # for the part that is here now
+        keys = of_one_part(layout, masks, layout.device(step), part[0].shape[1])
+        call = vary_together(((query, *part), keys, out, lse))
+        (dq, *dpart), _ = _autodiff._backward(implementation, config, None, call, cotangents)
+        dquery = dq if dquery is None else dquery + dq
+        dpart = dpart if sums is None else jax.tree.map(jnp.add, sums, dpart)
+        if not is_last:
+            part, (dquery, dpart) = _when_done(arriving, (dquery, dpart))
+    grads = dquery, *(layout.send(dpart) if layout.size > 1 else dpart)  # the last hop leads home
+    return tuple(x.astype(dtype) for x, dtype in zip(grads, dtypes, strict=True))
+
+
+def _when_done(arriving: Any, results: Any) -> Any:
+    """Both, the next part only when this step's results are there: else XLA could send all parts at
+    once, and hold as many. (On GPUs; XLA for CPUs takes barriers out before it schedules.)"""
+    return lax.optimization_barrier((arriving, results))

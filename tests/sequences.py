@@ -1,0 +1,111 @@
+"""Cases of cases.py over a mesh axis: what the tests of context parallelism share."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import numpy as np
+from cases import Case
+from helpers import Results, with_gradients
+from jax import Array
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jax_fa3 import context_parallel
+
+MESHES = {"sequence": 8, "batch": (2, 4), "heads": (2, 2, 2), "two": 2, "four": 4}
+AXES = {
+    "sequence": P(None, "sp"),
+    "batch": P("data", "sp"),
+    "heads": P("data", "sp", "model"),
+    "two": P(None, "sp"),
+    "four": P(None, "sp"),
+}
+PER_ROW = {"query_segment_ids", "key_value_segment_ids", "key_begin", "key_end"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """A way to split a sequence."""
+
+    strategy: str = "ring"
+    zigzag: bool = True
+    mesh: str = "batch"
+    inside: bool = True  # of shard_map; else by the argument `sharding`
+    check_vma: bool = True
+
+    def __str__(self) -> str:
+        return " ".join(str(x) for x in dataclasses.astuple(self))
+
+    @property
+    def devices(self) -> int:
+        return math.prod(np.atleast_1d(MESHES[self.mesh]))
+
+    @property
+    def sharding(self) -> NamedSharding:
+        shape = np.atleast_1d(MESHES[self.mesh])
+        names = {1: ("sp",), 2: ("data", "sp"), 3: ("data", "sp", "model")}[len(shape)]
+        devices = np.reshape(jax.devices()[: self.devices], shape)
+        return NamedSharding(Mesh(devices, names), AXES[self.mesh])
+
+    def ordered(self, x: Any) -> Any:
+        """A whole array [B, T, ...] as this split has it."""
+        return context_parallel.to_zigzag(x, self.size) if self.zigzag else x
+
+    def natural(self, x: Any) -> Any:
+        return context_parallel.from_zigzag(x, self.size) if self.zigzag else x
+
+    @property
+    def size(self) -> int:
+        return self.sharding.mesh.shape["sp"]
+
+    def attention(self, *qkv: Array, **arguments: Any) -> tuple[Array, Array]:
+        """jax_fa3's dot_product_attention of whole arrays in natural order, with its arguments."""
+        arguments |= {k: self.ordered(x) for k, x in arguments.items() if k in PER_ROW}
+        arguments |= {"axis_name": "sp", "strategy": self.strategy, "zigzag": self.zigzag}
+        arguments |= {"return_residual": True}
+        qkv = tuple(map(self.ordered, qkv))
+        if self.inside:
+            results = self._inside(qkv, arguments)
+        else:
+            results = context_parallel.dot_product_attention(
+                *qkv, sharding=self.sharding, **arguments
+            )
+        out, lse = map(self.natural, results)
+        return out, lse
+
+    def _inside(self, qkv: Any, arguments: dict[str, Any]) -> Any:
+        arrays = {k: x for k, x in arguments.items() if isinstance(x, np.ndarray)}
+        static = {k: x for k, x in arguments.items() if k not in arrays}
+        spec = self.sharding.spec
+        # A batch of one stands for all entries.
+        specs = {
+            k: P(spec[0] if x.shape[0] > 1 else None, "sp" if k in PER_ROW else None)
+            if x.ndim > 1
+            else P(spec[0] if x.ndim and x.shape[0] > 1 else None)
+            for k, x in arrays.items()
+        }
+
+        def local(qkv: Any, arrays: Any) -> Any:
+            return context_parallel.dot_product_attention(*qkv, **static, **arrays)
+
+        return jax.shard_map(
+            local,
+            mesh=self.sharding.mesh,
+            in_specs=(spec, specs),
+            out_specs=(spec, spec),
+            check_vma=self.check_vma,
+        )(qkv, arrays)
+
+    def results(self, case: Case, dtype: Any, **arguments: Any) -> Results:
+        """The case's results and gradients."""
+
+        def attention(*qkv: Array) -> tuple[Array, Array]:
+            return self.attention(*qkv, **case.arguments, **arguments)
+
+        @jax.jit
+        def call(cotangents: Any, inputs: Any) -> Results:
+            return with_gradients(attention, cotangents, *inputs)
+
+        return call(case.cotangents(dtype), case.inputs(dtype))

@@ -193,7 +193,8 @@ def _call(target: str, results: Any, attributes: dict[str, Any], *operands: Arra
 
 
 def _mask_operands(masks: Masks) -> list[Array]:
-    return [jnp.zeros(0, jnp.int32) if mask is None else mask for mask in masks]
+    absent = jnp.zeros(0, jnp.int32)
+    return [absent if mask is None else mask for mask in masks]
 
 
 def _attributes(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import Case
-from helpers import Results, assert_rounded, assert_same
+from helpers import Results, assert_rounded
 from lowering import lower, targets
 
 pytest.importorskip("flax")
@@ -199,87 +199,6 @@ def test_lowers_to_the_kernel():
     for options in ({}, {"mask": mask}):
         text = lower(lambda v, x, o: layer.apply(v, x, **o), variables, x, options)
         assert targets(text) == ["jax_fa3.fwd.v1"]
-
-
-FA3 = {"implementation": "fa3"}
-REFUSED: dict[str, tuple[Any, Any, type[Exception], str]] = {
-    "dropout": (
-        {},
-        {"dropout_rate": 0.1},
-        NotImplementedError,
-        r"^dropout_rate: got 0.1, wanted 0, or",
-    ),
-    "sow": (
-        {},
-        {"module": nn.Module()},
-        NotImplementedError,
-        "^sow_weights: got True, wanted False",
-    ),
-    "precision": (
-        {},
-        {"precision": "highest"},
-        NotImplementedError,
-        "^precision: got highest, wanted",
-    ),
-    "einsum": (
-        {},
-        {"qk_attn_weights_einsum": jnp.einsum},
-        NotImplementedError,
-        "^qk_attn_weights_einsum: got .*, wanted None",
-    ),
-    "einsum of the values": (
-        {},
-        {"attn_weights_value_einsum": jnp.einsum},
-        NotImplementedError,
-        "^attn_weights_value_einsum: got .*, wanted None",
-    ),
-    "positions": (
-        {},
-        {"input_positions": 3},
-        NotImplementedError,
-        "^input_positions: got 3, wanted None: jax_fa3.flax.nnx.MultiHeadAttention",
-    ),
-    "float32": (FA3, {}, NotImplementedError, "got float32, wanted .* compute_dtype=jnp.bfloat16"),
-    "dense": (
-        FA3 | {"compute_dtype": jnp.bfloat16},
-        {"mask": CAUSAL},
-        NotImplementedError,
-        "^mask: got a dense array, wanted None: .* or mask_to_intervals=True",
-    ),
-    "mask per head": (
-        {"mask_to_intervals": True},
-        {"mask": jnp.ones((B, N, T, T))},
-        ValueError,
-        "^mask: got shape .*, wanted .* one mask for all heads",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_refuses(name):
-    options, arguments, error, match = REFUSED[name]
-    q = jnp.ones((B, T, N, H))
-    with pytest.raises(error, match=match):
-        make_attention_fn(**options)(q, q, q, **arguments)
-
-
-@pytest.mark.parametrize("options", [{"is_causal": True}, {"local_window_size": 3}])
-def test_refuses_to_guess_the_alignment(options):
-    """A layer that decodes passes one query and all keys: aligned at the top it would see key 0."""
-    q, k = jnp.ones((B, 1, N, H)), jnp.ones((B, T, N, H))
-    with pytest.raises(ValueError, match=f"^{next(iter(options))}: got 1 queries and 12 keys"):
-        make_attention_fn(**options)(q, k, k)
-    aligned = make_attention_fn(**options, query_offset=T - 1)(q, k, k)
-    assert_same(Results(aligned, None), Results(jnp.ones_like(q), None), rtol=1e-5)  # type: ignore
-
-
-def test_refuses_at_once():
-    with pytest.raises(TypeError, match="^make_attention_fn: got causal, wanted options of"):
-        make_attention_fn(causal=True)  # type: ignore[call-arg]
-    with pytest.raises(
-        ValueError, match="^mask_to_intervals: got True beside key_begin or key_end"
-    ):
-        make_attention_fn(mask_to_intervals=True, key_begin=[0])
 
 
 def test_dropout_in_evaluation():

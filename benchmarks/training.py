@@ -109,9 +109,8 @@ def main(argv: list[str] | None = None) -> None:
         parser.add_argument(f"--{name}", type=int, help="instead of the size's own")
     args = parser.parse_args(argv)
     changes = {x: getattr(args, x) for x in ("steps", "length", "rows") if getattr(args, x)}
-    names: list[str] = (args.implementations or ("fa3,xla" if args.curves else "fa3,cudnn")).split(
-        ","
-    )
+    default = "fa3,xla" if args.curves else "fa3,cudnn"
+    names = str(args.implementations or default).split(",")
     models = contenders(args.size, names, **changes)
     report: dict[str, Any] = {
         "gpu": jax.devices()[0].device_kind,

@@ -41,7 +41,7 @@ def make_attention_fn(
             function made inside the model's __call__ may hold those of the step.
 
     Returns:
-        attention_fn(query, key, value, *, mask=None, ...) with [..., T, N, H], [..., S, K, H],
+        `attention_fn(query, key, value, *, mask=None, ...)` with [..., T, N, H], [..., S, K, H],
         [..., S, K, V] -> [..., T, N, V]. It names every argument that either layer passes, for
         linen drops those that it does not find in the signature.
 

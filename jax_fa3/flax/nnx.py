@@ -33,10 +33,10 @@ class MultiHeadAttention(nnx.Module):
         in_kv_features: of inputs_k and inputs_v; None is in_features.
         dtype: of the computation; None takes that of inputs and parameters. The kernels need
             bfloat16 or float16.
-        param_dtype, precision, use_bias, kernel_init, bias_init, out_kernel_init, out_bias_init,
-            normalize_qk, rngs: as in Flax's layer.
-        is_causal, local_window_size, logits_soft_cap, scale, deterministic_backward,
-            implementation: as in `jax_fa3.dot_product_attention`.
+        param_dtype, precision, use_bias, normalize_qk, rngs: as in Flax's layer.
+        kernel_init, bias_init, out_kernel_init, out_bias_init: as in Flax's layer.
+        is_causal, local_window_size, logits_soft_cap, scale: as in `jax_fa3.dot_product_attention`.
+        deterministic_backward, implementation: as in `jax_fa3.dot_product_attention`.
         rotary_base: rotates query and key by their positions, with this base (10000 in the paper);
             None does not.
         kernel_axes: names of the axes (features, heads) of all kernels and biases, for

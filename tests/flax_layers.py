@@ -24,7 +24,7 @@ class Linen:
 
     def __init__(self, layer: Any, inputs: Any = X):
         self.layer = layer
-        self.variables = layer.init(jax.random.key(1), inputs)
+        self.variables = jax.jit(layer.init)(jax.random.key(1), inputs)
 
     def __call__(self, *inputs: Any, **options: Any) -> Any:
         out, changed = self.layer.apply(self.variables, *inputs, **options, mutable=["cache"])

@@ -24,11 +24,11 @@ Contender = tuple[str, Any]  # its name and its example.Config
 
 
 def contenders(size: str, implementations: list[str], **changes: Any) -> list[Contender]:
-    """The plain model of each implementation, and the packed one of the first."""
+    """The plain model of each implementation, and the packed one of the first that has such a mask."""
     config = dataclasses.replace(example.SIZES[size], packed=False, **changes)
     plain = [(name, dataclasses.replace(config, implementation=name)) for name in implementations]
-    name, first = plain[0]
-    return [*plain, (f"{name}, packed", dataclasses.replace(first, packed=True))]
+    packed = [(f"{name}, packed", dataclasses.replace(x, packed=True)) for name, x in plain]
+    return plain + [(name, x) for name, x in packed if x.implementation != "cudnn"][:1]
 
 
 def time_steps(models: list[Contender], rounds: int) -> dict[str, dict[str, Any]]:
@@ -52,7 +52,7 @@ def time_steps(models: list[Contender], rounds: int) -> dict[str, dict[str, Any]
 def table(models: list[Contender], results: dict[str, dict[str, Any]]) -> str:
     """Markdown: tokens/s, MFU, and the median over the rounds of the speed relative to the last
     plain contender's (cuDNN, in the default order)."""
-    baseline = models[-2][0]
+    baseline = [name for name, config in models if not config.packed][-1]
     lines = [f"| | tokens/s | MFU | speed of {baseline} = 1 |", "|---|---|---|---|"]
     for name, config in models:
         seconds = results[name]["seconds"]
@@ -119,7 +119,7 @@ def main(argv: list[str] | None = None) -> None:
     }
     if args.curves:
         # Packed, as the example is by default.
-        packed = [(name, dataclasses.replace(c, packed=True)) for name, c in models[:-1]]
+        packed = [(n, dataclasses.replace(c, packed=True)) for n, c in models if not c.packed]
         report["losses"] = curves(packed)
         if args.plot:
             plot(report["losses"], args.plot)

@@ -33,7 +33,8 @@ def optimizer(config: Config) -> optax.GradientTransformation:
 
 @functools.partial(jax.jit, static_argnums=0)
 def initialize(config: Config) -> dict[str, Any]:
-    params = Transformer(config).init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
+    model = Transformer(dataclasses.replace(config, implementation=None))
+    params = model.init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
     return {"params": params, "optimizer": optimizer(config).init(params), "step": jnp.int32(0)}
 
 
@@ -88,6 +89,7 @@ def resume(checkpointer: ocp.StandardCheckpointer, directory: Path, state: Any) 
 
 def generate(config: Config, params: Any, text: Text, prompt: str, length: int) -> str:
     """The prompt continued: all of it into the cache at once, then token after token."""
+    config = dataclasses.replace(config, implementation=None)  # cuDNN has no query_offset
     model, tokens = Transformer(config, decode=True), jnp.asarray([text.encode(prompt)])
     whole = jnp.zeros((1, tokens.shape[1] + length), jnp.int32)
     shapes = jax.eval_shape(model.init, jax.random.key(0), whole)["cache"]

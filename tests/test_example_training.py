@@ -1,5 +1,6 @@
 """examples/train_transformer.py, small: it trains, resumes, writes, and spares what is there."""
 
+import functools
 import importlib
 import re
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from lowering import lower, targets
 
 for name in ("flax", "optax", "orbax.checkpoint"):
     pytest.importorskip(name)
@@ -109,3 +111,18 @@ def test_text(example):
     tokens, documents = text.batch(example.SIZES["small"], 0)
     assert tokens.shape == documents.shape == (6, 257)
     assert (np.diff(documents) >= 0).all() and tokens.max() < 2048
+
+
+def test_full_size_lowers_to_the_kernels(example):
+    """350M parameters; remat keeps what the forward kernel leaves, so it runs once per layer."""
+    for packed in (True, False):
+        config = example.dataclasses.replace(
+            example.SIZES["350m"], implementation="fa3", packed=packed
+        )
+        state = jax.eval_shape(lambda config=config: example.initialize(config))
+        assert 350e6 < sum(x.size for x in jax.tree.leaves(state["params"])) < 355e6
+        tokens = jax.ShapeDtypeStruct((config.rows, config.length + 1), jax.numpy.int32)
+        step = functools.partial(example.train_step, config)
+        found = targets(lower(step, state, tokens, tokens))
+        assert found.count("jax_fa3.fwd.v1") == config.layers == 24
+        assert found.count("jax_fa3.segment_intervals.v1") == packed

@@ -109,8 +109,8 @@ def test_text(example):
     for sample in ("The default is Ω,\n  or  xyzzyplugh.", "", "def f(x): ..."):
         assert text.decode(text.encode(sample)) == sample
     tokens, documents = text.batch(example.SIZES["small"], 0)
-    assert tokens.shape == documents.shape == (6, 257)
-    assert (np.diff(documents) >= 0).all() and tokens.max() < 2048
+    assert tokens.shape == documents.shape == (8, 257)
+    assert (np.diff(documents) >= 0).all() and tokens.max() < 4096
 
 
 def test_full_size_lowers_to_the_kernels(example):

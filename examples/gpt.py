@@ -37,7 +37,7 @@ class Config:
 
 SIZES = {
     "tiny": Config(1, 64, 2, 512, 32, 2, 3, 3e-3),  # only to see that it runs
-    "small": Config(2, 128, 2, 4096, 256, 8, 250, 5e-3),
+    "small": Config(2, 128, 2, 4096, 256, 8, 150, 5e-3),
     "350m": Config(24, 1024, 8, 49152, 8192, 4, 200, 6e-4),  # 352M parameters, head dim 128
 }
 

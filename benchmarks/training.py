@@ -1,0 +1,134 @@
+"""`python -m benchmarks.training`: whole training steps of examples/train_transformer.py.
+
+Speed: one step of each contender in turn, wall time, the same plain causal model and batch with each
+implementation, and with packed documents by this library. `--curves` trains one model after the
+other instead, on the same batches from the same parameters, and draws the losses in one plot.
+"""
+
+import argparse
+import dataclasses
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
+
+import train_transformer as example  # pyright: ignore[reportMissingImports]
+
+Contender = tuple[str, Any]  # its name and its example.Config
+
+
+def contenders(size: str, implementations: list[str], **changes: Any) -> list[Contender]:
+    """The plain model of each implementation, and the packed one of the first that has such a mask."""
+    config = dataclasses.replace(example.SIZES[size], packed=False, **changes)
+    plain = [(name, dataclasses.replace(config, implementation=name)) for name in implementations]
+    packed = [(f"{name}, packed", dataclasses.replace(x, packed=True)) for name, x in plain]
+    return plain + [(name, x) for name, x in packed if x.implementation != "cudnn"][:1]
+
+
+def time_steps(models: list[Contender], rounds: int) -> dict[str, dict[str, Any]]:
+    """Seconds of each round's step, and the operations of one, after a step to compile and one more."""
+    text = example.Text(models[0][1])
+    states = {name: example.initialize(config) for name, config in models}
+    results: dict[str, dict[str, Any]] = {name: {"seconds": []} for name, _ in models}
+    for step in range(-2, rounds):
+        for name, config in models:
+            batch = jax.device_put(text.batch(config, step + 2))
+            jax.block_until_ready((batch, states[name]))
+            start = time.perf_counter()
+            states[name], loss, flops = example.train_step(config, states[name], *batch)
+            jax.block_until_ready((loss, states[name]))
+            if step >= 0:
+                results[name]["seconds"].append(time.perf_counter() - start)
+                results[name] |= {"flops": float(flops), "loss": float(loss)}
+    return results
+
+
+def table(models: list[Contender], results: dict[str, dict[str, Any]]) -> str:
+    """Markdown: tokens/s, MFU, and the median over the rounds of the speed relative to the last
+    plain contender's (cuDNN, in the default order)."""
+    baseline = [name for name, config in models if not config.packed][-1]
+    lines = [f"| | tokens/s | MFU | speed of {baseline} = 1 |", "|---|---|---|---|"]
+    for name, config in models:
+        seconds = results[name]["seconds"]
+        middle = statistics.median(seconds)
+        peak = example.peak_flops()
+        mfu = f"{results[name]['flops'] / middle / peak:.1%}" if peak else "-"
+        pairs = zip(results[baseline]["seconds"], seconds, strict=True)
+        ratio = statistics.median(theirs / ours for theirs, ours in pairs)
+        lines.append(
+            f"| {name} | {config.rows * config.length / middle:,.0f} | {mfu} | {ratio:.3f} |"
+        )
+    return "\n".join(lines)
+
+
+def curves(models: list[Contender]) -> dict[str, list[float]]:
+    """Every step's loss."""
+    losses = {}
+    for name, config in models:
+        print(name)
+        text = example.Text(config)
+        every = max(1, config.steps // 10)
+        _, losses[name] = example.train(config, example.initialize(config), text, every)
+    return losses
+
+
+def plot(losses: dict[str, list[float]], file: Path) -> None:
+    from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for i, (name, values) in enumerate(losses.items()):
+        axes.plot(values, label=name, linestyle=("-", "--", ":")[i % 3])
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss")
+    axes.legend()
+    figure.savefig(file, dpi=150)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.training",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--size", choices=example.SIZES, default="350m")
+    parser.add_argument(
+        "--implementations", help="comma-separated; default fa3,cudnn, with --curves fa3,xla"
+    )
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--curves", action="store_true")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="with --curves (matplotlib)")
+    for name in ("steps", "length", "rows"):
+        parser.add_argument(f"--{name}", type=int, help="instead of the size's own")
+    args = parser.parse_args(argv)
+    changes = {x: getattr(args, x) for x in ("steps", "length", "rows") if getattr(args, x)}
+    default = "fa3,xla" if args.curves else "fa3,cudnn"
+    names = str(args.implementations or default).split(",")
+    models = contenders(args.size, names, **changes)
+    report: dict[str, Any] = {
+        "gpu": jax.devices()[0].device_kind,
+        "size": args.size,
+        "versions": {"jax": jax.__version__, "jax_fa3": example.jax_fa3.__version__},
+    }
+    if args.curves:
+        # Packed, as the example is by default.
+        packed = [(n, dataclasses.replace(c, packed=True)) for n, c in models if not c.packed]
+        report["losses"] = curves(packed)
+        if args.plot:
+            plot(report["losses"], args.plot)
+    else:
+        report["steps"] = time_steps(models, args.rounds)
+        print(f"{report['gpu']}, {args.size}: {models[0][1]}\n\n{table(models, report['steps'])}")
+    if args.json:
+        args.json.write_text(json.dumps(report, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,212 @@
+"""What the linen and the nnx layer share: everything between their projections."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol, TypedDict
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.ad_checkpoint import checkpoint_name
+from jax.core import Tracer
+
+from .._arguments import Implementation
+from .._checks import Integers, static_float, wrong
+
+# What the projections leave for the attention's backward. jax.checkpoint with the policy
+# save_only_these_names(*PROJECTION_NAMES, *jax_fa3.RESIDUAL_NAMES) computes neither again.
+PROJECTION_NAMES = ("jax_fa3_query", "jax_fa3_key", "jax_fa3_value")
+
+KernelAxes = tuple[str | None, str | None] | None
+
+
+class MaskArguments(TypedDict, total=False):
+    """What a layer's call passes on to `jax_fa3.dot_product_attention`."""
+
+    query_offset: Integers
+    query_seq_lengths: Integers | None
+    key_value_seq_lengths: Integers | None
+    query_segment_ids: Integers | None
+    key_value_segment_ids: Integers | None
+    key_begin: Integers | None
+    key_end: Integers | None
+
+
+class Layer(Protocol):
+    """Attributes that both layers have."""
+
+    is_causal: bool
+    local_window_size: int | tuple[int, int] | None
+    logits_soft_cap: float | None
+    scale: float | None
+    rotary_base: float | None
+    deterministic_backward: bool
+    implementation: Implementation | None
+    attention_fn: Callable[..., Any]
+
+
+class Cache(NamedTuple):
+    """Keys and values seen so far, with Flax's names for them."""
+
+    cached_key: Array  # [B, L, K, H], and so is cached_value; L positions, of which
+    cached_value: Array
+    cache_index: Array  # int32 [], this many are filled
+
+
+def check_heads(
+    num_heads: int, num_kv_heads: int | None, qkv_features: int, rotary_base: float | None
+) -> tuple[int, int]:
+    """(K, H) of a layer with these sizes."""
+    if num_heads < 1 or qkv_features % num_heads:
+        raise wrong("qkv_features", qkv_features, f"a multiple of num_heads = {num_heads}")
+    num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+    if num_kv_heads < 1 or num_heads % num_kv_heads:
+        raise wrong("num_kv_heads", num_kv_heads, f"a divisor of num_heads = {num_heads}")
+    head_dim = qkv_features // num_heads
+    if rotary_base is not None:
+        if static_float("rotary_base", rotary_base) <= 0:
+            raise wrong("rotary_base", rotary_base, "a float > 0, such as 10000")
+        if head_dim % 2:
+            wanted = "an even one for rotary embeddings: change qkv_features or num_heads"
+            raise wrong("rotary_base", f"head dim {head_dim}", wanted)
+    return num_kv_heads, head_dim
+
+
+def keys_and_values(
+    inputs_q: Array, inputs_k: Array | None, inputs_v: Array | None
+) -> tuple[Array, Array]:
+    """The inputs of the key and of the value projection, by Flax's rules."""
+    if inputs_k is None and inputs_v is not None:
+        raise wrong(
+            "inputs_k", None, "an array where inputs_v is one: pass inputs_k alone for both"
+        )
+    inputs_k = inputs_q if inputs_k is None else inputs_k
+    inputs_v = inputs_k if inputs_v is None else inputs_v
+    if inputs_q.ndim not in (2, 3):
+        raise wrong("inputs_q", f"shape {inputs_q.shape}", "(B, T, features), or (T, features)")
+    return inputs_k, inputs_v
+
+
+def attend(
+    layer: Layer,
+    query: Array,
+    key: Array,
+    value: Array,
+    positions: Integers | None,
+    masks: MaskArguments,
+    cache: Cache | None = None,
+) -> tuple[Array, Cache | None]:
+    """The layer from projection to projection: [..., T, N, H], and the cache with these T keys.
+
+    With a cache the rows are the T positions after those that it holds, and see causally what it
+    holds and themselves. If it has no room for them: ValueError, or under jit, where cache_index is
+    not known, NaN in all of this and every later call's rows.
+    """
+    unknown = masks.keys() - MaskArguments.__annotations__.keys()
+    if unknown:
+        wanted = f"one of {', '.join(MaskArguments.__annotations__)}"
+        if "mask" in unknown:
+            wanted = "key_begin and key_end: jax_fa3.flax.mask_to_intervals(mask) gives both"
+        raise TypeError(f"{min(unknown)}: not an argument of this layer, wanted {wanted}")
+    if cache is not None:
+        _check_step(layer, query, key, value, masks, cache)
+    if layer.rotary_base is not None:
+        start = 0 if cache is None else cache.cache_index
+        where = _positions(positions, query, key, start)
+        query, key = (rotate(x, where, layer.rotary_base) for x in (query, key))
+    elif positions is not None:
+        raise wrong("positions", "an array", "None, as the layer has rotary_base=None")
+    query, key, value = map(checkpoint_name, (query, key, value), PROJECTION_NAMES)
+
+    arguments: dict[str, Any] = {
+        "is_causal": layer.is_causal,
+        "local_window_size": layer.local_window_size,
+        "logits_soft_cap": layer.logits_soft_cap,
+        "scale": layer.scale,
+        "deterministic_backward": layer.deterministic_backward,
+        "implementation": layer.implementation,
+        **masks,
+    }
+    if cache is None:
+        return _call(layer.attention_fn, query, key, value, arguments), None
+    arguments["query_offset"] = cache.cache_index
+    # Where the cache is too short this overwrites its end; nobody sees that, for cache_index stays
+    # past the end and so every later result is NaN as well.
+    filled = cache.cache_index + query.shape[-3]
+    old = cache.cached_key, cache.cached_value
+    cached_key, cached_value = (
+        lax.dynamic_update_slice_in_dim(x, new, cache.cache_index, axis=x.ndim - 3)
+        for x, new in zip(old, (key, value), strict=True)
+    )
+    out = _call(layer.attention_fn, query, cached_key, cached_value, arguments)
+    out = jnp.where(filled <= cached_key.shape[-3], out, jnp.nan)
+    return out, Cache(cached_key, cached_value, filled)
+
+
+def rotate(x: Array, positions: Integers, base: float) -> Array:
+    """Rotary position embedding (Su et al., arXiv 2104.09864), in the form that rotates halves.
+
+    Args:
+        x: [..., T, N, H], H even.
+        positions: integers [..., T] or [T].
+        base: of the wavelengths; 10000 in the paper.
+
+    Returns x's shape and dtype; the angles are in fp32.
+    """
+    half = x.shape[-1] // 2
+    frequencies = base ** -(jnp.arange(half, dtype=jnp.float32) / half)
+    angles = jnp.asarray(positions, jnp.float32)[..., None, None] * frequencies  # [..., T, 1, H/2]
+    sin, cos = jnp.sin(angles), jnp.cos(angles)
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
+
+
+def _positions(positions: Integers | None, query: Array, key: Array, start: int | Array) -> Array:
+    """Of the rows, [T] or [B, T]."""
+    *batch, length, _, _ = query.shape
+    if length != key.shape[-3]:
+        found = f"{length} queries and {key.shape[-3]} keys"
+        raise wrong("inputs_k", found, "as many of both: rotary_base is for self-attention")
+    if positions is None:
+        return start + jnp.arange(length)
+    positions = jnp.asarray(positions)
+    if positions.shape not in ((length,), (*batch, length)):
+        raise wrong("positions", f"shape {positions.shape}", f"{(length,)} or {(*batch, length)}")
+    return positions
+
+
+def _check_step(
+    layer: Layer, query: Array, key: Array, value: Array, masks: MaskArguments, cache: Cache
+) -> None:
+    if not layer.is_causal:
+        raise wrong("is_causal", False, "True for a layer that decodes")
+    for name, x in masks.items():
+        if x is not None and name not in ("key_begin", "key_end"):
+            wanted = "None: decoding takes key_begin and key_end alone, positions in the cache"
+            raise wrong(name, "an array", wanted)
+    *batch, length, num_heads, head_dim = cache.cached_key.shape
+    new = query.shape[-3]
+    wanted = (*batch, new, num_heads, head_dim)
+    for name, x in (("key", key), ("value", value)):
+        if x.shape != wanted:
+            reason = f"the cache's {wanted}: make it again for this batch"
+            raise wrong(f"cached_{name}", f"new entries of shape {x.shape}", reason)
+        if x.dtype != cache.cached_key.dtype:
+            reason = f"the cache's {cache.cached_key.dtype}: make it with dtype {x.dtype}"
+            raise wrong(f"cached_{name}", f"new entries of dtype {x.dtype}", reason)
+    index = cache.cache_index
+    if not isinstance(index, Tracer) and int(index) + new > length:
+        wanted = f"room for {new} more: make the cache for a longer input, or start a new one"
+        raise wrong("cache_index", f"{int(index)} of {length} positions filled", wanted)
+
+
+def _call(
+    attention_fn: Callable[..., Any],
+    query: Array,
+    key: Array,
+    value: Array,
+    arguments: dict[str, Any],
+) -> Array:
+    """attention_fn with only what is not its default, so that jax.nn's function can stand in."""
+    given = {k: x for k, x in arguments.items() if x is not None and x is not False}
+    return attention_fn(query, key, value, **given)

@@ -1,0 +1,46 @@
+"""Flax's masks, which are arrays, as this library's, which are one interval of keys per row."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from .._checks import wrong
+from .._mask import BROKEN_BEGIN, BROKEN_END
+
+
+def mask_to_intervals(mask: ArrayLike) -> tuple[Array, Array]:
+    """The keys that each row of a mask sees, for masks in which they are one interval.
+
+    Such are the results of flax.linen.make_causal_mask, of make_attention_mask for padding left or
+    right, of combine_masks of the two, and the masks with which Flax's layers decode.
+
+    Args:
+        mask: [..., 1, T, S] as Flax has it: bool, or numbers 0 and 1; 0 hides. T may be 1 to stand
+            for every row.
+
+    Returns:
+        key_begin, key_end: int32 [..., T], to be passed to `dot_product_attention` by name. Row i
+        sees the keys in [key_begin[i], key_end[i]); 0, 0 where it sees none: it gives 0, unlike in
+        Flax, which gives the mean of all values. A row that sees several intervals, or has another
+        number than 0 and 1, gets the reserved 2**31 - 1, -2**31, which makes its output and its
+        gradients NaN.
+
+    Raises:
+        ValueError: the mask has less than three axes, or differs from head to head.
+    """
+    mask = jnp.asarray(mask)
+    if mask.ndim < 3 or mask.shape[-3] != 1:
+        raise wrong("mask", f"shape {mask.shape}", "[..., 1, T, S], one mask for all heads")
+    mask = mask[..., 0, :, :]
+    visible = mask != 0
+    keys = jnp.arange(mask.shape[-1], dtype=jnp.int32)
+    begin = jnp.where(visible, keys, mask.shape[-1]).min(-1, initial=mask.shape[-1])
+    end = jnp.where(visible, keys + 1, 0).max(-1, initial=0)
+    count = visible.sum(-1, dtype=jnp.int32)
+    broken = (count > 0) & (count != end - begin)
+    if mask.dtype != bool:
+        broken |= (visible & (mask != 1)).any(-1)
+    begin = jnp.where(broken, BROKEN_BEGIN, jnp.where(count > 0, begin, 0))
+    return begin, jnp.where(broken, BROKEN_END, end)

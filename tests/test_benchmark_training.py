@@ -1,0 +1,44 @@
+"""benchmarks/training.py on a CPU, with a tiny model."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+for name in ("flax", "optax", "orbax.checkpoint"):
+    pytest.importorskip(name)
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # behind an installed jax_fa3
+
+from benchmarks import training
+
+
+def test_speed(tmp_path, capsys):
+    file = tmp_path / "training.json"
+    training.main(
+        ["--size", "tiny", "--implementations", "xla", "--rounds", "2", "--json", str(file)]
+    )
+    report = json.loads(file.read_text())
+    assert set(report["steps"]) == {"xla", "xla, packed"}
+    plain, packed = report["steps"]["xla"], report["steps"]["xla, packed"]
+    assert len(plain["seconds"]) == len(packed["seconds"]) == 2
+    config = training.example.SIZES["tiny"]
+    pairs = config.rows * config.length * (config.length + 1) / 2
+    attention = 12 * pairs * config.width * config.layers
+    assert attention < plain["flops"] and packed["flops"] <= plain["flops"]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2].startswith("| xla | ") and lines[-2].endswith("| - | 1.000 |")
+    assert lines[-1].startswith("| xla, packed | ")
+
+
+def test_curves(tmp_path):
+    pytest.importorskip("matplotlib")
+    file, picture = tmp_path / "curves.json", tmp_path / "curves.png"
+    training.main(
+        ["--curves", "--size", "tiny", "--implementations", "xla"]
+        + ["--json", str(file), "--plot", str(picture)]
+    )
+    losses = json.loads(file.read_text())["losses"]
+    assert [len(x) for x in losses.values()] == [3]
+    assert picture.read_bytes().startswith(b"\x89PNG")

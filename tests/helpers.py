@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from cases import Case
-from jax import Array
+from jax import Array, lax
 from jax.typing import DTypeLike
 
 from jax_fa3 import _reference
@@ -35,8 +35,8 @@ def oracle(
 ) -> Results:
     """_reference in fp32 (fp64 for fp64 inputs), or with its steps rounded to dtype.
 
-    In the gradients, too, out is rounded where the maths has it: in the row's sum of dout * out,
-    which enters as the cotangent of lse does, with the other sign (FlashAttention-2, algorithm 2).
+    So are the gradients, and out where their maths has it: in the row's sum of dout * out, which
+    enters as the cotangent of lse does, with the other sign (FlashAttention-2, algorithm 2).
     """
     wide = jnp.promote_types(dtype, jnp.float32)
     inputs = [x.astype(wide) for x in inputs]
@@ -53,7 +53,11 @@ def oracle(
             out, exact = function(*inputs)[0], _reference.attention(*inputs, **case.arguments)[0]
             change = jnp.nan_to_num(dout) * jnp.nan_to_num(out - exact)
             dlse -= change.sum(-1)
-        return with_gradients(function, (dout, dlse), *inputs)
+        results = with_gradients(function, (dout, dlse), *inputs)
+        if not rounded:
+            return results
+        narrow = (lax.optimization_barrier(x.astype(dtype)).astype(wide) for x in results[2:])
+        return Results(*results[:2], *narrow)
 
 
 def both_oracles(

@@ -163,15 +163,17 @@ CUTLASS_DEVICE void mma(Params const& params, typename Traits::SharedStorage& st
   make_p(step);
   warpgroup_wait<0>();
   make_ds();
+  if constexpr (Traits::kNarrow) share_ds();
 
   // dV, dK and dQ of a step, S and dP of the next. Nothing is in flight between iterations.
   while (!step.last) {
     int const last_stage = state.stage;
-    issue_dv(last_stage);
-    share_ds();
     if constexpr (Traits::kNarrow) {
+      // A fence waits for the wgmmas in flight (README.md): dS and dQ leave while there are none.
       // dQ waits for the other warpgroup last, behind all that does not, and runs beside the
       // exponentials.
+      share_ds();
+      issue_dv(last_stage);
       issue_dk(last_stage);
       take_next();
       warpgroup_wait<1>();
@@ -186,6 +188,8 @@ CUTLASS_DEVICE void mma(Params const& params, typename Traits::SharedStorage& st
       issue_dp();
     } else {
       // Fewer registers: dQ has left them when S comes. dP runs beside the exponentials.
+      issue_dv(last_stage);
+      share_ds();
       issue_dq(last_stage);
       issue_dk(last_stage);
       warpgroup_wait<1>();
@@ -201,10 +205,12 @@ CUTLASS_DEVICE void mma(Params const& params, typename Traits::SharedStorage& st
     }
     warpgroup_wait<0>();
     make_ds();
+    // A fence waits for the wgmmas in flight: here there are none.
+    if constexpr (Traits::kNarrow) share_ds();
   }
 
   issue_dv(state.stage);
-  share_ds();
+  if constexpr (!Traits::kNarrow) share_ds();
   issue_dq(state.stage);
   issue_dk(state.stage);
   warpgroup_wait<1>();

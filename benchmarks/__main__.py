@@ -54,9 +54,8 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     add(
         "--table",
-        type=Path,
-        metavar="FILE",
-        help="measure nothing: print the tables of that JSON file",
+        metavar="FILES",
+        help="measure nothing: print the tables of these JSON files, comma-separated",
     )
     add(
         "--write-readme",
@@ -160,7 +159,7 @@ def _ring(args: argparse.Namespace) -> int:
         print("\n".join(p.name for p in points))
         return 0
     if args.table:
-        print(ring.markdown(json.loads(args.table.read_text(encoding="utf-8"))), end="")
+        print(ring.markdown(json.loads(Path(args.table).read_text(encoding="utf-8"))), end="")
         return 0
     reason = _why_not_here()
     if reason:
@@ -185,7 +184,8 @@ def main(argv: list[str] | None = None) -> int:
         print("\n".join(f"{p.suite:<8}{p.name}" for p in points))
         return 0
     if args.table:
-        report = json.loads(args.table.read_text(encoding="utf-8"))
+        files = [Path(name) for name in args.table.split(",")]
+        report = reports.joined([json.loads(x.read_text(encoding="utf-8")) for x in files])
         print(reports.markdown(report), end="")
     else:
         if not points:

@@ -111,7 +111,7 @@ def point(suite: str, head_dim: int, seqlen: int, *, heads=None, **fields) -> Po
         f"s{seqlen}",
         f"h{heads_q}-{heads_k}" if heads_q != heads_k else "",
         "fp16" if made.dtype == "float16" else "",
-        "arrays" if made.contenders[0] == "fa3 arrays" else "",
+        made.contenders[0].removeprefix("fa3").strip(),  # arrays, deterministic
     ]
     return dataclasses.replace(made, name="-".join(filter(None, parts)))
 

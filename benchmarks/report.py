@@ -116,6 +116,13 @@ def _conditions(report: dict[str, Any]) -> str:
     return "; ".join(parts)
 
 
+def joined(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One report of several runs; the first one's environment and rounds, every one's conditions."""
+    first, *others = reports
+    points = [point for report in reports for point in report["points"]]
+    return {**first, "points": points, "others": others}
+
+
 def markdown(report: dict[str, Any]) -> str:
     """The README's tables from a JSON report."""
     suites: dict[str, list[dict[str, Any]]] = {}
@@ -125,7 +132,8 @@ def markdown(report: dict[str, Any]) -> str:
         f"Device time, {report['rounds']} rounds, one call of each contender in turn, L2 flushed and "
         "a pause between calls. 4·b·h·s²·d FLOPs forward, 2.5 times as many backward, half when causal."
     )
-    blocks = [f"{_conditions(report)}. {protocol}"]
+    runs = [_conditions(run) for run in (report, *report.get("others", ()))]
+    blocks = [f"{'. Then: '.join(runs)}. {protocol}"]
     for suite, results in suites.items():
         if suite in ("paper", "quick"):
             intro = (

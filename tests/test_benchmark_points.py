@@ -13,10 +13,11 @@ from benchmarks.points import DOCUMENTS, LENGTHS, SUITES, TOKENS, point, select
 
 def test_paper_points():
     points = select(["paper"])
-    assert len(points) == 36
+    assert len(points) == 3 * 36
     for p in points:
         assert p.batch * p.seqlen == TOKENS and p.num_heads_q * p.head_dim == 2048
     assert {p.seqlen for p in points} == set(LENGTHS)
+    assert {p.pass_name for p in points} == {"fwd", "bwd", "fwd+bwd"}
     assert len(select(["quick"])) == 8
 
 

@@ -200,7 +200,7 @@ def test_plot(tmp_path):
     from benchmarks.plot import plot
 
     written = plot(fake_report(), tmp_path / "plots")
-    assert [path.name for path in written] == ["fwd.png"]
+    assert [path.name for path in written] == ["forward.png"]
     assert written[0].stat().st_size > 0
 
 

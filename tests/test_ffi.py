@@ -1,5 +1,6 @@
 """The custom calls as they are lowered, and registration. What the handlers do: test_gpu_*."""
 
+import math
 import re
 import types
 from typing import Any
@@ -64,6 +65,60 @@ def test_fwd_attributes():
     assert found["soft_cap"] == "3.000000e+01 : f32"
     found = attributes(Config(0.5, (10**30, -(10**30)), None, False))
     assert (found["window_left"], found["window_right"]) == (f"{2**61} : i64", f"{-(2**61)} : i64")
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_bwd_operands_and_results(deterministic):
+    """dq, dk, dv, then workspace: log-sum-exp and delta, intervals, their hulls, the sum of dq (which
+    head dim 192 has not), turns."""
+    config = Config(0.5, (None, None), None, deterministic)
+    results = struct(B, T, N, V), struct(B, N, T, dtype=jnp.float32)
+
+    def backward(*operands):
+        return _ffi.bwd(config, *operands[:3], Masks(), *operands[3:])
+
+    text = lower(backward, *OPERANDS, *results, *results)
+    assert targets(text) == ["jax_fa3.bwd.v1"]
+    assert operations(text) == {"custom_call", "broadcast_in_dim"}
+    shapes = "2x16x4x192xbf16, 2x24x2x192xbf16, 2x24x2x128xbf16, 2x4x128x2xf32, 2x128x2xi32, "
+    shapes += f"2x2x4xi32, 2x4x128x0xf32, {16 if deterministic else 0}xi32"
+    made = ", ".join(f"tensor<{shape}>" for shape in shapes.split(", "))
+    assert f"-> ({made})" in text
+
+
+def test_bwd_of_packed_is_one_gradient():
+    qkv = struct(B, T, N + 2 * K, H)
+    results = struct(B, T, N, H), struct(B, N, T, dtype=jnp.float32)
+    heads = {"num_heads": (N, K), "first_head": (0, N, N + K)}
+
+    def backward(qkv, *results):
+        return _ffi.bwd(CONFIG, qkv, qkv, qkv, Masks(), *results, **heads)
+
+    text = lower(backward, qkv, *results, *results)
+    assert targets(text) == ["jax_fa3.bwd_packed.v1"]
+    assert operations(text) == {"custom_call", "broadcast_in_dim"}
+    assert "-> (tensor<2x16x8x192xbf16>, " in text
+
+
+@pytest.mark.skipif(_ffi._C is None, reason="Python-only install")
+@pytest.mark.parametrize("head_dim", [8, 64, 72, 96, 128, 160, 192, 256])
+@pytest.mark.parametrize("length", [0, 1, 63, 64, 65, 129, 4096])
+def test_bwd_workspace_is_large_enough(head_dim, length):
+    config = Config(0.5, (None, None), None, True)
+    q, lse = struct(B, length, N, head_dim), struct(B, N, length, dtype=jnp.float32)
+    kv = struct(B, S, K, head_dim)
+
+    def backward(*operands):
+        return _ffi.bwd(config, *operands[:3], Masks(), *operands[3:])
+
+    text = lower(backward, q, kv, kv, q, lse, q, lse)
+    made = re.findall(r"tensor<([\dx]+)x(?:f32|i32)>", text[text.rindex("-> (") :])
+    sizes = [math.prod(map(int, shape.split("x"))) for shape in made[:5]]
+    built = [(h, v) for name, h, v in _ffi.kernels() if name == "bfloat16"]
+    kernel = next(h for h, v in built if h >= head_dim and v >= head_dim)
+    assert _ffi._C is not None
+    needed = _ffi._C.bwd_workspace(B, length, N, kernel)
+    assert all(x >= y for x, y in zip(sizes, needed, strict=True))
 
 
 def test_segment_intervals_operands_and_results():

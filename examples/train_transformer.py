@@ -145,7 +145,7 @@ def train(config: Config, state: Any, text: Text, every: int) -> tuple[Any, list
 
 def plot(losses: list[float], file: Path) -> None:
     try:
-        from matplotlib.figure import Figure
+        from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise SystemExit("--plot: needs matplotlib: pip install matplotlib") from None
     figure = Figure()

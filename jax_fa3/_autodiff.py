@@ -175,10 +175,17 @@ def _backward(
 
 
 def _kernel_backward(
-    config: Config, packed: Packed, operands: Operands, masks: Masks, *results: Array
+    config: Config,
+    packed: Packed,
+    operands: Operands,
+    masks: Masks,
+    out: Array,
+    lse: Array,
+    dout: Array,
+    dlse: Array,
 ) -> Operands:
     tensors, heads = _for_kernel(packed, operands)
-    grads = _ffi.bwd(config, *tensors, masks, *results, **heads)
+    grads = _ffi.bwd(config, *tensors, masks, out, lse, dout, dlse, **heads)
     return grads if packed is None else (grads[0].reshape(operands[0].shape),)
 
 
@@ -202,13 +209,16 @@ _with_vjp = jax.custom_vjp(_primal, nondiff_argnums=(0, 1, 2))
 _with_vjp.defvjp(_forward, _backward)
 
 
-def _for_kernel(packed: Packed, operands: Operands) -> tuple[tuple[Array, ...], dict[str, Any]]:
+def _for_kernel(
+    packed: Packed, operands: Operands
+) -> tuple[tuple[Array, Array, Array], dict[str, Any]]:
     """query, key and value, and which of their heads are meant."""
     if packed is None:
-        return operands, {}
+        query, key, value = operands
+        return (query, key, value), {}
     qkv, (num_heads, num_kv_heads) = _one_dimension_of_heads(packed, operands[0])
     first_head = 0, num_heads, num_heads + num_kv_heads
-    return (qkv,) * 3, {"num_heads": (num_heads, num_kv_heads), "first_head": first_head}
+    return (qkv, qkv, qkv), {"num_heads": (num_heads, num_kv_heads), "first_head": first_head}
 
 
 def _split(packed: Packed, operands: Operands) -> tuple[Array, Array, Array]:

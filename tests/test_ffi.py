@@ -74,8 +74,8 @@ def test_bwd_operands_and_results(deterministic):
     config = Config(0.5, (None, None), None, deterministic)
     results = struct(B, T, N, V), struct(B, N, T, dtype=jnp.float32)
 
-    def backward(*operands):
-        return _ffi.bwd(config, *operands[:3], Masks(), *operands[3:])
+    def backward(q, k, v, *results):
+        return _ffi.bwd(config, q, k, v, Masks(), *results)
 
     text = lower(backward, *OPERANDS, *results, *results)
     assert targets(text) == ["jax_fa3.bwd.v1"]
@@ -108,8 +108,8 @@ def test_bwd_workspace_is_large_enough(head_dim, length):
     q, lse = struct(B, length, N, head_dim), struct(B, N, length, dtype=jnp.float32)
     kv = struct(B, S, K, head_dim)
 
-    def backward(*operands):
-        return _ffi.bwd(config, *operands[:3], Masks(), *operands[3:])
+    def backward(q, k, v, *results):
+        return _ffi.bwd(config, q, k, v, Masks(), *results)
 
     text = lower(backward, q, kv, kv, q, lse, q, lse)
     made = re.findall(r"tensor<([\dx]+)x(?:f32|i32)>", text[text.rindex("-> (") :])

@@ -24,7 +24,8 @@ def forward(
     """out [B, T, N, V] and lse [B, N, T]; everything of one device, masks from of_this_device."""
     query, *part = operands
     call = vary_together(((query, *map(layout.gather, part)), masks))
-    return _autodiff._primal(implementation, config, None, *call)
+    out, lse = _autodiff._primal(implementation, config, None, *call)
+    return out, lse
 
 
 def backward(

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
 from .. import _arguments, _dispatch, _guards
@@ -38,7 +38,6 @@ def dot_product_attention(
     axis_name: str,
     strategy: Strategy = "ring",
     zigzag: bool = False,
-    sharding: NamedSharding | None = None,
     return_residual: Literal[False] = False,
     **options: Unpack[Options],
 ) -> Array: ...
@@ -53,7 +52,6 @@ def dot_product_attention(
     axis_name: str,
     strategy: Strategy = "ring",
     zigzag: bool = False,
-    sharding: NamedSharding | None = None,
     return_residual: Literal[True],
     **options: Unpack[Options],
 ) -> tuple[Array, Array]: ...
@@ -67,7 +65,7 @@ def dot_product_attention(
     axis_name: str,
     strategy: Strategy = "ring",
     zigzag: bool = False,
-    sharding: NamedSharding | None = None,
+    sharding: NamedSharding | PartitionSpec | None = None,
     **options: Any,
 ) -> Array | tuple[Array, Array]:
     """jax_fa3.dot_product_attention of sequences that are split over the devices of a mesh axis.
@@ -128,6 +126,7 @@ def dot_product_attention(
         check_replication(layout, tensors)
         out, lse = _attend(*static, tensors, call.masks, call.segment_ids)
     else:
+        assert isinstance(sharding, NamedSharding)  # else refused
         specs = Specs.of(sharding, layout, sizes, batched)
         out, lse = _attend_over(sharding, specs, static, tensors, call.masks, call.segment_ids)
     if not batched:

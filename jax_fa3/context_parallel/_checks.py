@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 from jax import Array, lax
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from .._checks import wrong
 from .._problem import Sizes
@@ -24,7 +24,7 @@ def refuse(options: Mapping[str, Any]) -> None:
             )
 
 
-def axis_size(axis_name: Any, sharding: NamedSharding | None) -> int:
+def axis_size(axis_name: Any, sharding: NamedSharding | PartitionSpec | None) -> int:
     """The devices along the axis, of the sharding's mesh or of shard_map's."""
     if not isinstance(axis_name, str):
         raise wrong("axis_name", repr(axis_name), "the name of one mesh axis")

@@ -138,6 +138,14 @@ ffi::Error bwd_impl(cudaStream_t stream, ffi::AnyBuffer query, ffi::AnyBuffer ke
                     AnyResult dquery, AnyResult dkey, AnyResult dvalue, FloatResult row_stats,
                     Int32Result row_intervals, Int32Result block_hulls, FloatResult dq_accum,
                     Int32Result turns, Attributes attributes) {
+  auto const heads_of = [](ffi::AnyBuffer const& x) {
+    return x.dimensions().size() == 4 ? x.dimensions()[2] : -1;
+  };
+  if (attributes.first_head_q != 0 || attributes.first_head_k != 0 ||
+      attributes.first_head_v != 0 || heads_of(query) != attributes.num_heads_q ||
+      heads_of(key) != attributes.num_heads_k || heads_of(value) != attributes.num_heads_k) {
+    return invalid("gradients are of all heads of query, key and value");
+  }
   return launch_backward(stream,
                          {query, key, value, query_offset, query_seq_lengths, key_value_seq_lengths,
                           key_begin, key_end},
@@ -154,8 +162,11 @@ ffi::Error bwd_packed_impl(cudaStream_t stream, ffi::AnyBuffer qkv, Int32Buffer 
                            Int32Result block_hulls, FloatResult dq_accum, Int32Result turns,
                            Attributes attributes) {
   auto const dims = qkv.dimensions();
-  if (dims.size() != 4 || dims[2] != attributes.num_heads_q + 2 * attributes.num_heads_k) {
-    return invalid("qkv " + shape_of(qkv) + " must be [b, t, n + 2 k, h]");
+  int64_t const n = attributes.num_heads_q;
+  int64_t const k = attributes.num_heads_k;
+  if (dims.size() != 4 || dims[2] != n + 2 * k || attributes.first_head_q != 0 ||
+      attributes.first_head_k != n || attributes.first_head_v != n + k) {
+    return invalid("qkv " + shape_of(qkv) + " must be [b, t, n + 2 k, h], in the order q, k, v");
   }
   return launch_backward(
       stream,

@@ -238,11 +238,12 @@ CUTLASS_DEVICE void consume_dq(Params const& params, typename Traits::SharedStor
 
   mark_broken_rows(params.mask, tile.batch, row, tdQ);
   // dQ takes the place of Q, of which a warpgroup reads just its own rows.
+  BarrierId const barrier = barrier_id(NamedBarrier::kGradOfWarpgroup0, warpgroup);
+  cutlass::arch::NamedBarrier::sync(128, barrier);
   store_grad<Element, kBlockM, Traits::kHeadDim>(
       tdQ, params.softmax_scale, params.dquery, params.dquery_fp32, params.grads_fp32,
       storage.query, warpgroup * 64, tile.m_block * kBlockM, tile.head, tile.batch,
-      params.mask.seqlen_q, params.head_dim,
-      barrier_id(NamedBarrier::kGradOfWarpgroup0, warpgroup));
+      params.mask.seqlen_q, params.head_dim, barrier);
 }
 
 template <class Traits>

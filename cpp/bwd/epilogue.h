@@ -14,7 +14,7 @@ template <class Element, int kRows, int kColumns, class Fragment>
 CUTLASS_DEVICE void store_grad(Fragment& grad, float scale, CUtensorMap const& map,
                                Operand const& fp32, bool is_fp32, uint16_t* smem, int first_row,
                                int row, int head, int batch, int rows, int columns,
-                               uint32_t barrier) {
+                               BarrierId barrier) {
   constexpr int kSlab = slab(kColumns);
   int const thread = threadIdx.x % 128;
   CUTLASS_PRAGMA_UNROLL

@@ -38,7 +38,7 @@ CUTLASS_DEVICE void consume_fused(Params const& params, typename Traits::SharedS
   mma<Traits>(params, storage, tile, warpgroup, tdK, tdV);
   // The gradients take the place of K and V. A warpgroup reads just its own rows of V, but all of
   // K.
-  uint32_t const barrier = barrier_id(NamedBarrier::kGradOfWarpgroup0, warpgroup);
+  BarrierId const barrier = barrier_id(NamedBarrier::kGradOfWarpgroup0, warpgroup);
   int const rows = params.mask.seqlen_k;
   store_grad<Element, kBlockN, Traits::kHeadDimV>(
       tdV, 1.f, params.dvalue, params.dvalue_fp32, params.grads_fp32, storage.value, warpgroup * 64,

@@ -20,7 +20,9 @@ cudaError_t make_params(BackwardProblem const& problem, Params* params) {
   Problem const& p = problem.forward;
   auto const map = [&](CUtensorMap* map, Operand operand, bool of_keys, bool of_value, int box) {
     // Without rows nothing is read, but a descriptor must point somewhere.
-    if (operand.data == nullptr) operand.data = problem.row_stats;
+    for (void* somewhere : {static_cast<void*>(problem.row_stats), problem.dkey.data}) {
+      if (operand.data == nullptr) operand.data = somewhere;
+    }
     return make_tensor_map(map, operand, of_value ? p.head_dim_v : p.head_dim,
                            of_keys ? p.seqlen_k : p.seqlen_q,
                            of_keys ? p.num_heads_k : p.num_heads_q, p.batch,
@@ -94,6 +96,7 @@ cudaError_t launch(BackwardProblem const& problem, cudaStream_t stream) {
   constexpr int kWidth = bwd_width(kHeadDim);
   constexpr int kWidthV = kHeadDimV == kHeadDim ? kWidth : kHeadDimV;
   using Main = Traits<Element, kWidth, kWidthV>;
+  if (problem.forward.seqlen_q == 0 && problem.forward.seqlen_k == 0) return cudaSuccess;
   Params params{};
   JAX_FA3_RETURN_IF_ERROR(make_params<Main>(problem, &params));
   int64_t const blocks = int64_t{params.num_m_blocks} * params.num_heads_q * problem.forward.batch;

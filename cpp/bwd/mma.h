@@ -169,10 +169,8 @@ CUTLASS_DEVICE void mma(Params const& params, typename Traits::SharedStorage& st
   while (!step.last) {
     int const last_stage = state.stage;
     if constexpr (Traits::kNarrow) {
-      // A fence waits for the wgmmas in flight (README.md): dS and dQ leave while there are none.
       // dQ waits for the other warpgroup last, behind all that does not, and runs beside the
       // exponentials.
-      share_ds();
       issue_dv(last_stage);
       issue_dk(last_stage);
       take_next();
@@ -205,7 +203,7 @@ CUTLASS_DEVICE void mma(Params const& params, typename Traits::SharedStorage& st
     }
     warpgroup_wait<0>();
     make_ds();
-    // A fence waits for the wgmmas in flight: here there are none.
+    // A fence waits for the wgmmas in flight (README.md): here there are none.
     if constexpr (Traits::kNarrow) share_ds();
   }
 

@@ -27,8 +27,13 @@ enum class NamedBarrier : uint32_t {
   kGradOfWarpgroup1,
 };
 
-CUTLASS_DEVICE uint32_t barrier_id(NamedBarrier first, int offset = 0) {
-  return static_cast<uint32_t>(first) + offset;
+// All 15 that there are beside that of __syncthreads: also those that CUTLASS reserves, whose users
+// are not used here. A plain number would be counted from the end of those.
+using BarrierId = cutlass::arch::ReservedNamedBarriers;
+static_assert(static_cast<uint32_t>(NamedBarrier::kGradOfWarpgroup1) <= 15);
+
+CUTLASS_DEVICE BarrierId barrier_id(NamedBarrier first, int offset = 0) {
+  return static_cast<BarrierId>(static_cast<uint32_t>(first) + offset);
 }
 
 // One step of a CTA: a block of query rows of one head, against the CTA's keys.

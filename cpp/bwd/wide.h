@@ -121,7 +121,7 @@ CUTLASS_DEVICE void consume_value(Params const& params, typename Traits::SharedS
     warpgroup_fence_operand(tdV);
   }
   // dV takes the place of V, which the other warpgroup has read when it needs no more dP.
-  cutlass::arch::NamedBarrier::sync(256, barrier_id(NamedBarrier::kDScoresWritten));
+  cutlass::arch::NamedBarrier::sync(256, barrier_id(NamedBarrier::kKeysRead));
   store_grad<Element, kBlockN, Traits::kHeadDimV>(
       tdV, 1.f, params.dvalue, params.dvalue_fp32, params.grads_fp32, storage.value, 0,
       tile.m_block * kBlockN, tile.head, tile.batch, params.mask.seqlen_k, params.head_dim_v,
@@ -210,7 +210,7 @@ CUTLASS_DEVICE void consume_key(Params const& params, typename Traits::SharedSto
     warpgroup_wait<0>();
     warpgroup_fence_operand(tdK);
   }
-  cutlass::arch::NamedBarrier::sync(256, barrier_id(NamedBarrier::kDScoresWritten));
+  cutlass::arch::NamedBarrier::sync(256, barrier_id(NamedBarrier::kKeysRead));
   store_grad<Element, kBlockN, Traits::kHeadDim>(
       tdK, params.softmax_scale, params.dkey, params.dkey_fp32, params.grads_fp32, storage.key, 0,
       tile.m_block * kBlockN, tile.head, tile.batch, params.mask.seqlen_k, params.head_dim,

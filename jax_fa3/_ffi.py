@@ -217,7 +217,7 @@ def _attributes(
 def _summed_width(dtype: str, head_dim: int, head_dim_v: int) -> int:
     """Columns of the fp32 sum of dq in global memory; wide heads have a kernel without one."""
     fits = (h for name, h, v in kernels() if name == dtype and h >= head_dim and v >= head_dim_v)
-    kernel = next(fits)
+    kernel = next(fits, max(head_dim, head_dim_v))  # an install without kernels can lower, too
     return 0 if kernel > 128 else 64 if kernel <= 64 else 128
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from lowering import lower, targets
+from lowering import hide_gpus, lower, targets
 
 for name in ("flax", "optax", "orbax.checkpoint"):
     pytest.importorskip(name)
@@ -113,8 +113,9 @@ def test_text(example):
     assert (np.diff(documents) >= 0).all() and tokens.max() < 4096
 
 
-def test_full_size_lowers_to_the_kernels(example):
+def test_full_size_lowers_to_the_kernels(example, monkeypatch):
     """350M parameters; remat keeps what the forward kernel leaves, so it runs once per layer."""
+    hide_gpus(monkeypatch)
     for packed in (True, False):
         config = example.dataclasses.replace(
             example.SIZES["350m"], implementation="fa3", packed=packed

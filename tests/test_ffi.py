@@ -100,7 +100,7 @@ def test_bwd_of_packed_is_one_gradient():
     assert "-> (tensor<2x16x8x192xbf16>, " in text
 
 
-@pytest.mark.skipif(_ffi._C is None, reason="Python-only install")
+@pytest.mark.skipif(_ffi._C is None or not _ffi._C.kernels(), reason="no kernels in this install")
 @pytest.mark.parametrize("head_dim", [8, 64, 72, 96, 128, 160, 192, 256])
 @pytest.mark.parametrize("length", [0, 1, 63, 64, 65, 129, 4096])
 def test_bwd_workspace_is_large_enough(head_dim, length):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from cases import Case
 from helpers import Results, assert_rounded
-from lowering import lower, targets
+from lowering import hide_gpus, lower, targets
 
 pytest.importorskip("flax")
 from flax import linen as nn
@@ -193,8 +193,9 @@ def test_compute_dtype():
     assert mixed.dtype == jnp.float32
 
 
-def test_lowers_to_the_kernel():
+def test_lowers_to_the_kernel(monkeypatch):
     """Both layers with "fa3", with a mask and without, under grad."""
+    hide_gpus(monkeypatch)
     mask = jax.ShapeDtypeStruct((B, 1, T, T), jnp.float32)
     x = jax.ShapeDtypeStruct((B, T, 64), jnp.float32)
     fn = make_attention_fn(mask_to_intervals=True, implementation="fa3", compute_dtype=jnp.bfloat16)

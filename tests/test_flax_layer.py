@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from lowering import lower, targets
+from lowering import hide_gpus, lower, targets
 
 pytest.importorskip("flax")
 from flax import linen as nn
@@ -175,7 +175,8 @@ def test_sharded():
 
 
 @both
-def test_lowers_to_the_kernel(api):
+def test_lowers_to_the_kernel(api, monkeypatch):
+    hide_gpus(monkeypatch)
     layer = make(api, qkv_features=N * 64, dtype=jnp.bfloat16, num_kv_heads=K)
     if api == "linen":  # whose init has run the layer
         layer.layer = layer.layer.clone(implementation="fa3")

@@ -31,6 +31,9 @@ import jax_fa3
 # jax 0.10 gathers what goes in and out of a shard_map inside another, or inside vmap over an explicit
 # axis, whatever the function: a sine too.
 GATHERS_NESTED = jax.__version_info__ < (0, 11)
+# jax 0.12.0.1 gathers at a shard_map over explicit axes inside one over others. Open: whether it does so
+# for every function, as 0.10.
+GATHERS_INSIDE_MANUAL = GATHERS_NESTED or jax.__version_info__ >= (0, 12)
 LINE, PLANE, CUBE = {"x": 8}, {"x": 2, "y": 4}, {"x": 2, "y": 2, "z": 2}
 
 
@@ -124,7 +127,7 @@ def test_manual_outside_and_explicit_inside(check_vma):
     mapped = jax.shard_map(attend(GQA), in_specs=where, out_specs=out, **options)
     found, exchanged = run(mapped, *put(mesh, operands, specs("x", "y", "y", operands[3])))
     assert_right(found, GQA)
-    assert not exchanged or GATHERS_NESTED
+    assert not exchanged or GATHERS_INSIDE_MANUAL
 
 
 def test_explicit_and_automatic_axes():

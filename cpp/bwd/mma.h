@@ -2,8 +2,8 @@
 //
 // Everything is transposed (keys are the rows of S^T), so that P^T and dS^T are A operands of dV
 // and dK where they stand, in registers; only dS goes through shared memory, for dQ, which sums
-// over the keys of both warpgroups. S^T of the next step is issued ahead of dK of this one, so that
-// the tensor cores have work during the exponentials.
+// over the keys of both warpgroups. The exponentials of a step run beside dQ of the last or
+// beside dP, by the registers that there are.
 #pragma once
 
 #include "bwd/scores.h"

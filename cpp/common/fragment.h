@@ -45,9 +45,9 @@ CUTLASS_DEVICE auto packed(Fragment const& fragment) {
   return result;
 }
 
-// A warp's 16 rows of a tile, packed to 16 bits in the accumulator's order (element pairs of
-// common/softmax.h), to shared memory: slabs of kRows rows and kSlab columns, swizzled as TMA and
-// wgmma have it. `smem` points at the tile's first slab, `first_row` is the warp's.
+// A warp's 16 rows of a tile, packed to 16 bits in pairs, to shared memory: slabs of kRows rows and
+// kSlab columns, swizzled as TMA and wgmma have it. `smem` points at the tile's first slab,
+// `first_row` is the warp's.
 template <int kRows, int kColumns, int kSlab, class Packed>
 CUTLASS_DEVICE void stage_packed(Packed const& packed, uint16_t* smem, int first_row,
                                  int first_column = 0) {

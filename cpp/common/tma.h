@@ -1,7 +1,7 @@
 // TMA: descriptors made on the host, tiles copied on the device.
 //
 // A tile of R rows and D columns lies in shared memory as slabs of R rows of kSlab columns, each
-// row swizzled within its slab: the layout that wgmma reads (fwd/traits.h).
+// row swizzled within its slab: the layout that wgmma reads (common/layouts.h).
 #pragma once
 
 #include <cuda.h>

@@ -1,8 +1,9 @@
 """`python -m benchmarks --suite ring`: one long sequence over several GPUs, by every strategy of
 jax_fa3.context_parallel, against one GPU with the same work.
 
-Ideal is the time of one GPU over the number of GPUs. Wall time of a few calls in a row, for kernel
-records of several GPUs do not add up to it; in rounds, one contender after the other.
+Ideal is the time of the slowest of these GPUs alone, each doing the whole work at the same time as
+the others, over their number. Wall time of a few calls in a row, for kernel records of several GPUs
+do not add up to it; in rounds, one contender after the other.
 """
 
 import dataclasses
@@ -27,6 +28,7 @@ from .check import WrongResult, check_forward
 from .points import Point, point
 from .timing import Call, Timing, environment, flusher, gpu_state, in_rounds, ratio
 
+ALONE = "alone"
 STRATEGIES = ("ring", "all_gather", "all_to_all")
 GPUS = (2, 4)
 CALLS = 3  # in a row
@@ -74,11 +76,13 @@ def _inputs(problem: Point) -> tuple[jax.Array, ...]:
 
 
 def _call(p: RingPoint, strategy: str, devices: int, inputs: tuple[jax.Array, ...]) -> Call:
-    """The call whose results are out, or out and three gradients; in the strategy's order."""
+    """The call whose results are out, or out and three gradients; in the strategy's order. Alone:
+    a list of such results, of one device each."""
     options: Any = {"is_causal": True, "implementation": p.implementation}
     attend: Callable[..., Any] = jax_fa3.dot_product_attention
-    if strategy != "one GPU":
-        mesh = Mesh(np.array(jax.devices()[:devices]), ("sequence",))
+    on = jax.devices()[:devices]
+    if strategy != ALONE:
+        mesh = Mesh(np.array(on), ("sequence",))
         sharding = NamedSharding(mesh, P(None, "sequence"))
         zigzag = _is_zigzag(strategy)
         options |= {"axis_name": "sequence", "strategy": strategy}
@@ -97,6 +101,10 @@ def _call(p: RingPoint, strategy: str, devices: int, inputs: tuple[jax.Array, ..
         out, pullback = jax.vjp(attention, query, key, value)
         return (out, *pullback(dout))
 
+    if strategy == ALONE:
+        attend_alone = jax.jit(run)
+        copies = tuple(jax.device_put(inputs, device) for device in on)
+        return Call(lambda *copies: [attend_alone(*x) for x in copies], copies)
     return Call(jax.jit(run), inputs)
 
 
@@ -105,10 +113,11 @@ def _is_zigzag(strategy: str) -> bool:
 
 
 def _check(p: RingPoint, results: Mapping[str, Sequence[Any]], inputs: Any) -> None:
-    """Forward of all against fp32 maths; gradients against those of one GPU."""
+    """Forward of all against fp32 maths; gradients against those of a GPU alone."""
+    alone = results[next(iter(results))]
     for name, (out, *grads) in results.items():
         check_forward(p.problem, inputs[:3], jnp.asarray(out))
-        for i, (found, one) in enumerate(zip(grads, results["one GPU"][1:], strict=True)):
+        for i, (found, one) in enumerate(zip(grads, alone[1:], strict=True)):
             x, y = (a.astype(np.float32) for a in (found, one))
             error = np.linalg.norm(x - y) / np.linalg.norm(y)
             if not error <= GRADIENT_TOLERANCE:
@@ -126,24 +135,26 @@ def measure(p: RingPoint, rounds: int, between: Callable[[], None]) -> dict[str,
     """Everybody run once and checked, then timed in turn. Raises WrongResult."""
     inputs = _inputs(p.problem)
     available = [n for n in GPUS if n <= jax.device_count()]
-    calls, results, sizes = {}, {}, {}
-    for name, devices in [("one GPU", 1), *((s, n) for n in available for s in STRATEGIES)]:
-        key = name if devices == 1 else f"{name} {devices}"
-        sizes[key] = devices
+    calls, results, made = {}, {}, {}
+    for name, devices in [(s, n) for n in available for s in (ALONE, *STRATEGIES)]:
+        key = f"{name} {devices}"
+        made[key] = 1 if name == ALONE else devices
         calls[key] = _call(p, name, devices, inputs)
-        arrays = [np.asarray(x) for x in calls[key]()]
-        if devices > 1 and _is_zigzag(name):
+        found = calls[key]()
+        arrays = [np.asarray(x) for x in (found[0] if name == ALONE else found)]
+        if _is_zigzag(name):
             arrays = [context_parallel.from_zigzag(x, devices) for x in arrays]
         results[key] = arrays
     _check(p, results, inputs)
     times = in_rounds(calls, rounds, between, _wall_time)
     records = {}
     for key, ms in times.items():
-        median, faster = statistics.median(ms), ratio(times["one GPU"], ms)
+        median = statistics.median(ms)
+        faster = ratio(times[f"{ALONE} {key.split()[1]}"], ms)
         records[key] = {
             "ms": median,
-            "tflops_per_gpu": p.flops() / sizes[key] / median / 1e9,
-            "of_ideal": faster / sizes[key],
+            "tflops_per_gpu": p.flops() / made[key] / median / 1e9,
+            "of_ideal": faster / made[key],
             "times_ms": ms,
         }
     return {**dataclasses.asdict(p), "name": p.name, "flops": p.flops(), "results": records}
@@ -153,7 +164,7 @@ def markdown(report: dict[str, Any]) -> str:
     lines = ["| | GPUs | ms | TFLOP/s per GPU | of ideal |", "|---|---|---|---|---|"]
     for result in report["points"]:
         for key, record in result["results"].items():
-            strategy, devices = ("one GPU", 1) if key == "one GPU" else key.rsplit(" ", 1)
+            strategy, devices = key.split()
             cells = (
                 f"{record['ms']:.2f} | {record['tflops_per_gpu']:.0f} | {record['of_ideal']:.3f}"
             )

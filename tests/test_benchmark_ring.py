@@ -27,8 +27,8 @@ def test_measures_checks_and_prints(tmp_path, capsys, monkeypatch):
     ring.main([SMALL], 1, file)
     printed = capsys.readouterr().out
     results = json.loads(file.read_text(encoding="utf-8"))["points"][0]["results"]
-    assert list(results) == ["one GPU", "ring 2", "all_gather 2", "all_to_all 2"]
-    assert results["one GPU"]["of_ideal"] == 1 and results["ring 2"]["ms"] > 0
+    assert list(results) == ["alone 2", "ring 2", "all_gather 2", "all_to_all 2"]
+    assert results["alone 2"]["of_ideal"] == 1 and results["ring 2"]["ms"] > 0
     assert "| fwd+bwd-d16-causal-s64, ring | 2 | " in printed
     assert command.main(["--suite", "ring", "--table", str(file)]) == 0
     assert capsys.readouterr().out == printed.rstrip("\n") + "\n"
@@ -37,7 +37,7 @@ def test_measures_checks_and_prints(tmp_path, capsys, monkeypatch):
 def test_wrong_gradients_are_refused(monkeypatch):
     monkeypatch.setattr(ring, "check_forward", lambda *_: 0.0)
     right = [jnp.ones((2, 2))] * 4
-    results = {"one GPU": right, "ring 2": [*right[:3], 1.1 * right[3]]}
+    results = {"alone 2": right, "ring 2": [*right[:3], 1.1 * right[3]]}
     with pytest.raises(WrongResult, match="ring 2: gradient of value is off by 10.0%"):
         ring._check(SMALL, results, ())
 

@@ -140,12 +140,12 @@ def operands(length: int, size: int, dtype: Any = jnp.bfloat16) -> list[Any]:
     return [jax.ShapeDtypeStruct((1, length * size, n, 64), dtype) for n in (4, 2, 2)]
 
 
-SEND, STEP = ["collective_permute"] * 2, ["jax_fa3.fwd.v1", "optimization_barrier"]
+SEND, STEP = ["collective_permute"], ["jax_fa3.fwd.v1", "optimization_barrier"]
 
 
 def test_ring_sends_before_it_computes():
     """One kernel call a step, whatever the mask, with results in fp32; the next K and V leave before
-    it, but not before the step before is done. On GPUs XLA takes the barriers out after it has
+    it, as one array, but not before the step before is done. On GPUs XLA takes the barriers out after it has
     scheduled; on CPUs before."""
     text = lower(loss(Split(mesh="four"), query_segment_ids=IDS, key_value_segment_ids=IDS), *QKV)
     assert targets(text) == ["jax_fa3.segment_intervals.v1"] + ["jax_fa3.fwd.v1"] * 4

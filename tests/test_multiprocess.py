@@ -37,7 +37,8 @@ def test_sharded(processes):
             process.kill()
     for process, (out, err) in zip(started, printed, strict=True):
         assert process.returncode == 0, err
-        lines = [line for line in out.splitlines() if not line.startswith("[Gloo]")]
+        # Gloo's own lines, which two of its threads may mix.
+        lines = [line for line in out.splitlines() if "peer ranks" not in line]
         assert lines[0] == f"devices    8 x cpu, {processes} process(es)"
         assert lines[1] == "mesh       {'data': 2, 'model': 4}"
         assert [line.split()[0] for line in lines[3:]] == WAYS

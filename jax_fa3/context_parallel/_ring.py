@@ -64,8 +64,8 @@ def backward(
     dpart: Any = None
     for step in range(layout.size):
         is_last = step + 1 == layout.size
-        arriving = None if is_last else layout.send(part)
-        sums = None if dpart is None else layout.send(dpart)  # for the part that is here now
+        # The next part, and the gradients so far of the one that is here now.
+        arriving, sums = layout.send((None if is_last else part, dpart))
         keys = of_one_part(layout, masks, layout.device(step), part[0].shape[1])
         call = vary_together(((query, *part), keys, out, lse))
         (dq, *dpart), _ = _autodiff._backward(implementation, config, None, call, cotangents)
@@ -73,8 +73,8 @@ def backward(
         dpart = dpart if sums is None else jax.tree.map(jnp.add, sums, dpart)
         if not is_last:
             part, (dquery, dpart) = _when_done(arriving, (dquery, dpart))
-    grads = dquery, *(layout.send(dpart) if layout.size > 1 else dpart)  # the last hop leads home
-    return tuple(x.astype(dtype) for x, dtype in zip(grads, dtypes, strict=True))
+    dquery, *dpart = (x.astype(dtype) for x, dtype in zip((dquery, *dpart), dtypes, strict=True))
+    return dquery, *(layout.send(dpart) if layout.size > 1 else dpart)  # the last hop leads home
 
 
 def _when_done(arriving: Any, results: Any) -> Any:

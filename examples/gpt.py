@@ -79,11 +79,12 @@ class Transformer(nn.Module):
         # Computed again in the backward pass: everything but what attention leaves for it.
         policy = jax.checkpoint_policies.save_only_these_names(*jax_fa3.RESIDUAL_NAMES)
         block = Block if self.decode else nn.remat(Block, policy=policy, prevent_cse=False)
+        to_each: Any = nn.broadcast
         blocks = nn.scan(  # compiled once, not once a layer
             block,
             variable_axes={"params": 0, "cache": 0},
             split_rngs={"params": True},
-            in_axes=nn.broadcast,
+            in_axes=to_each,
             length=config.layers,
         )
         x, _ = blocks(config, self.decode, name="blocks")(embed(tokens), key_begin)

@@ -175,30 +175,19 @@ def _backward(
 
 
 def _kernel_backward(
-    config: Config,
-    packed: Packed,
-    operands: Operands,
-    masks: Masks,
-    out: Array,
-    lse: Array,
-    dout: Array,
-    dlse: Array,
+    config: Config, packed: Packed, operands: Operands, masks: Masks, *results: Array
 ) -> Operands:
+    """Of out, lse and their cotangents."""
+    out, lse, dout, dlse = results
     tensors, heads = _for_kernel(packed, operands)
     grads = _ffi.bwd(config, *tensors, masks, out, lse, dout, dlse, **heads)
     return grads if packed is None else (grads[0].reshape(operands[0].shape),)
 
 
 def _plain_backward(
-    config: Config,
-    packed: Packed,
-    operands: Operands,
-    masks: Masks,
-    out: Array,
-    lse: Array,
-    dout: Array,
-    dlse: Array,
+    config: Config, packed: Packed, operands: Operands, masks: Masks, *results: Array
 ) -> Operands:
+    out, lse, dout, dlse = results
     grads = _xla.backward(config, *_split(packed, operands), masks, lse, dout, dlse, out)
     if packed is not None:
         grads = (jnp.concatenate(grads, axis=2).reshape(operands[0].shape),)

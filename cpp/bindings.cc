@@ -26,6 +26,8 @@ nb::dict ffi_targets() {
   targets["jax_fa3.fwd.v1"] = capsule(jax_fa3_fwd);
   targets["jax_fa3.bwd.v1"] = capsule(jax_fa3_bwd);
   targets["jax_fa3.bwd_packed.v1"] = capsule(jax_fa3_bwd_packed);
+  targets["jax_fa3.fwd_fp8.v1"] = capsule(jax_fa3_fwd_fp8);
+  targets["jax_fa3.quantize.v1"] = capsule(jax_fa3_quantize);
   targets["jax_fa3.segment_intervals.v1"] = capsule(jax_fa3_segment_intervals);
   return targets;
 }
@@ -33,9 +35,11 @@ nb::dict ffi_targets() {
 std::vector<std::tuple<std::string, int, int>> kernels() {
   std::vector<std::tuple<std::string, int, int>> built;
   for (auto const& [dtype, name] : {std::pair{jax_fa3::DType::kBFloat16, "bfloat16"},
-                                    std::pair{jax_fa3::DType::kFloat16, "float16"}}) {
+                                    std::pair{jax_fa3::DType::kFloat16, "float16"},
+                                    std::pair{jax_fa3::DType::kFloat8E4M3, "float8_e4m3fn"}}) {
     if (!jax_fa3::is_built(dtype)) continue;
     for (auto const& size : jax_fa3::kKernelSizes) {
+      if (dtype == jax_fa3::DType::kFloat8E4M3 && !jax_fa3::has_fp8(size)) continue;
       built.emplace_back(name, size.head_dim, size.head_dim_v);
     }
   }

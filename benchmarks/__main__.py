@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from . import report as reports
-from .points import SUITES, Point, select
+from .points import Point
+from .suites import SUITES, select
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 NO_GPU, WRONG = 2, 3  # exit codes

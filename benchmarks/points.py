@@ -16,8 +16,9 @@ class Point:
     `window` is the number of keys that a row sees to its left besides its own (with is_causal);
     `documents` are the lengths of the documents packed into each row, None for one sequence.
     `contenders[0]` is the one that the figure is about, `baseline` the one it is divided by.
-    Passes: "fwd"; "bwd", the gradients alone, from what the forward left behind; "fwd+bwd"; and
-    "intervals", the conversion of segment ids to key intervals alone.
+    Passes: "fwd"; "bwd", the gradients alone, from what the forward left behind; "fwd+bwd";
+    "intervals", the conversion of segment ids to key intervals alone; "fp8", the forward on inputs
+    that are e4m3 already; and "prepare", which makes such inputs.
     """
 
     suite: str
@@ -66,15 +67,24 @@ class Point:
         """Of one call: 4*b*h*sq*sk*d for the full mask, half of it for the plain causal one (as the
         FlashAttention papers count), and the pairs that are really seen for every other mask; the
         backward has 2.5 times as many."""
-        if self.pass_name == "intervals":
+        if self.pass_name in ("intervals", "prepare"):
             return 0.0
         begin, end = self.intervals()
         pairs = float(np.sum(end.astype(np.int64) - begin))
         if self.mask == "causal":
             pairs = self.seqlen**2 / 2
-        forwards = {"fwd": 1.0, "bwd": 2.5, "fwd+bwd": 3.5}[self.pass_name]
+        forwards = {"fwd": 1.0, "fp8": 1.0, "bwd": 2.5, "fwd+bwd": 3.5}[self.pass_name]
         per_pair = 2 * (self.head_dim + self.head_dim_v) * forwards
         return self.batch * self.num_heads_q * pairs * per_pair
+
+    def moved_bytes(self) -> int:
+        """Of the pass "prepare", else 0: query, key and value read once in 16 bits and written once
+        in 8. Their scales, 4 bytes for 128 rows of a head, do not count."""
+        if self.pass_name != "prepare":
+            return 0
+        numbers = (self.num_heads_q + self.num_heads_k) * self.head_dim
+        numbers += self.num_heads_k * self.head_dim_v
+        return 3 * self.batch * self.seqlen * numbers
 
     def visible_share(self, block_m: int, block_n: int) -> float:
         """Blocks of scores that hold a visible pair, as a share of all blocks."""
@@ -105,6 +115,6 @@ def point(suite: str, head_dim: int, seqlen: int, *, heads=None, **fields) -> Po
         f"s{seqlen}",
         f"h{heads_q}-{heads_k}" if heads_q != heads_k else "",
         "fp16" if made.dtype == "float16" else "",
-        made.contenders[0].removeprefix("fa3").strip(),  # arrays, deterministic
+        made.contenders[0].removeprefix("fa3").strip(),  # arrays, deterministic, fp8
     ]
-    return dataclasses.replace(made, name="-".join(filter(None, parts)))
+    return dataclasses.replace(made, name="-".join(filter(None, dict.fromkeys(parts))))

@@ -104,6 +104,25 @@ def _dims() -> list[Point]:
     ]
 
 
+def _fp8() -> list[Point]:
+    """FP8 in the paper's shapes; and what the preparation takes of a copy's bandwidth."""
+    forward = {"contenders": ("fa3 fp8", "cudnn fp8", "fa3"), "baseline": "cudnn fp8"}
+    prepare = {"contenders": ("fa3 fp8", "copy"), "baseline": "copy"}
+    return [
+        *(
+            point("fp8", d, s, is_causal=is_causal, pass_name="fp8", **forward)
+            for d in (64, 128, 256)
+            for is_causal in (False, True)
+            for s in LENGTHS
+        ),
+        *(
+            point("fp8", d, s, pass_name="prepare", **prepare)
+            for d in (64, 128, 256)
+            for s in LENGTHS
+        ),
+    ]
+
+
 SUITES = {
     "paper": _all_passes,
     "quick": _quick,
@@ -113,6 +132,7 @@ SUITES = {
     "window": _window,
     "fp16": _fp16,
     "dims": _dims,
+    "fp8": _fp8,
 }
 
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from lowering import hide_gpus, lower, operations, targets
 
 from jax_fa3 import fp8 as library
 
@@ -98,6 +99,30 @@ def test_cudnn_custom_call(monkeypatch):
         text = call.fn.trace(*call.args).lower(lowering_platforms=("cuda",)).as_text()
         assert text.count("__cudnn$fmhaSoftmaxF8") == 1 and f"mask_type\\22: \\22{mask}" in text
         assert "convert" not in text
+
+
+# Of empty operands, and of the 64 signs.
+NO_WORK = {"broadcast_in_dim", "reshape"}
+
+
+def test_kernels_are_what_is_timed(monkeypatch):
+    """Nothing beside them in the calls; and no variant of the error table goes to XLA."""
+    hide_gpus(monkeypatch)
+    inputs = contenders.PASSES["fp8"].inputs(SMALL)
+    call = fp8.CONTENDERS["fa3 fp8"](SMALL, inputs)
+    text = lower(call.fn, *call.args)
+    assert targets(text) == ["jax_fa3.fwd_fp8.v1"]
+    assert operations(text) - NO_WORK == {"custom_call"}
+    inputs = contenders.PASSES["prepare"].inputs(PREPARE)
+    call = fp8.preparation(PREPARE, "fa3 fp8", inputs)
+    text = lower(call.fn, *call.args)
+    assert targets(text) == ["jax_fa3.quantize.v1"] * 3
+    assert operations(text) - NO_WORK == {"custom_call"}
+    qkv = fp8_error._draw(0, fp8_error.ErrorPoint("outliers", 64, 128, heads=1))
+    for name, (_, variant) in fp8_error.VARIANTS.items():
+        last = targets(lower(partial(variant, implementation="fa3"), *qkv))[-1:]
+        wanted = {"fp16": ["jax_fa3.fwd.v1"], "fp16, standard attention": []}
+        assert last == wanted.get(name, ["jax_fa3.fwd_fp8.v1"])
 
 
 def test_wrong_results_of_ours_stop_the_benchmark(on_xla, monkeypatch):

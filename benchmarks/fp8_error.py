@@ -127,7 +127,7 @@ VARIANTS: dict[str, tuple[float | None, Callable[..., jax.Array]]] = {
     "FP8, a scale per head": (None, partial(fp8.dot_product_attention, quantization="head")),
     "FP8, a scale per array": (9.3e-3, partial(fp8.dot_product_attention, quantization="tensor")),
     "FP8, not incoherent": (2.4e-2, partial(fp8.dot_product_attention, incoherent_key=None)),
-    "FP8 baseline: neither": (
+    "FP8, neither (baseline)": (
         2.4e-2,
         partial(fp8.dot_product_attention, quantization="tensor", incoherent_key=None),
     ),
@@ -174,12 +174,12 @@ def _paper_table(result: dict[str, Any]) -> Iterator[str]:
     yield "|---|---|---|"
     for name, (paper, _) in VARIANTS.items():
         theirs = "–" if paper is None else f"{paper:.1e}"
-        yield f"| {name} | {result['rmse'][name]:.1e} | {theirs} |"
+        yield f"| {name} | {result['rmse'][name]:.2e} | {theirs} |"
     yield f"| baseline over FP8 | {_gain(result):.2f} | {2.4e-2 / 9.1e-3:.2f} |"
 
 
 def _gain(result: dict[str, Any]) -> float:
-    return result["rmse"]["FP8 baseline: neither"] / result["rmse"]["FP8"]
+    return result["rmse"]["FP8, neither (baseline)"] / result["rmse"]["FP8"]
 
 
 def _lengths_table(results: list[dict[str, Any]]) -> Iterator[str]:
@@ -187,7 +187,7 @@ def _lengths_table(results: list[dict[str, Any]]) -> Iterator[str]:
     yield f"| {' | '.join(titles)} |"
     yield "|---" * len(titles) + "|"
     for r in results:
-        errors = [f"{x:.1e}" for x in (r["rms"], *r["rmse"].values())]
+        errors = [f"{x:.2e}" for x in (r["rms"], *r["rmse"].values())]
         yield f"| {r['head_dim']} | {r['seqlen']} | {' | '.join(errors)} | {_gain(r):.2f} |"
 
 

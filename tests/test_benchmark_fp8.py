@@ -217,7 +217,7 @@ def test_error_table(tmp_path, capsys, monkeypatch):
     for rmse in (outliers, spread):
         assert list(rmse) == list(fp8_error.VARIANTS)
         assert 0 < rmse["fp16"] < rmse["fp16, standard attention"] < rmse["FP8"] / 10
-    assert outliers["FP8"] < outliers["FP8 baseline: neither"]
+    assert outliers["FP8"] < outliers["FP8, neither (baseline)"]
 
     names = [p.name for p in points]
     printed = capsys.readouterr().out

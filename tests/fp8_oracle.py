@@ -1,0 +1,107 @@
+"""For the FP8 tests: quantization in NumPy, and attention of dequantized numbers, exact and rounded."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from cases import Case
+from helpers import Results
+from jax import Array, lax
+from jax.typing import DTypeLike
+
+from jax_fa3 import _reference
+
+BLOCK = 128
+E4M3 = ml_dtypes.float8_e4m3fn
+# Of the sums that FP8 WGMMA keeps (SageAttention2, arXiv 2411.10958): scores have no more.
+ACCUMULATOR_BITS = 13
+
+
+def sylvester(size: int) -> np.ndarray:
+    """The Hadamard matrix of this power of two, fp64."""
+    matrix = np.ones((1, 1))
+    while len(matrix) < size:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    return matrix
+
+
+def transformed(x: np.ndarray, signs: Any = None) -> np.ndarray:
+    """hadamard_transform in fp64."""
+    size = x.shape[-1] & -x.shape[-1]
+    runs = (x * (1 if signs is None else np.asarray(signs, float))).reshape(*x.shape[:-1], -1, size)
+    return (runs @ sylvester(size) / np.sqrt(size)).reshape(x.shape)
+
+
+def quantized(x: np.ndarray, lengths: Any = None, quantization: str = "block") -> Any:
+    """fp32 or fp64 x [B, T, N, H] as e4m3 and fp32 scales [B, blocks, N], one block at a time."""
+    batch, length, heads, _ = x.shape
+    x = x.copy()
+    for entry, n in zip(x, [length] * batch if lengths is None else lengths, strict=True):
+        entry[max(n, 0) :] = 0
+    starts = range(0, length, BLOCK)
+    scales = np.ones((batch, len(starts), heads), np.float32)
+    out = np.empty(x.shape, E4M3)
+    for b, i, n in np.ndindex(scales.shape):
+        rows = slice(i * BLOCK, (i + 1) * BLOCK)
+        shared = {"block": x[b, rows, n], "head": x[b, :, n], "tensor": x}[quantization]
+        top = np.abs(shared).max()
+        if top > 0:
+            scales[b, i, n] = np.float32(top) / np.float32(448)
+        out[b, rows, n] = (x[b, rows, n] / scales[b, i, n]).clip(-448, 448).astype(E4M3)
+    return out, scales
+
+
+def dequantized(x: Any, scales: Any) -> np.ndarray:
+    """fp32."""
+    by_row = np.repeat(np.asarray(scales), BLOCK, axis=1)[:, : x.shape[1], :, None]
+    return np.asarray(x).astype(np.float32) * by_row
+
+
+def rounding(dtype: DTypeLike) -> _reference.Rounding:
+    """What the kernel rounds: the scores' sums, the weights to e4m3 after times 2^8, and out."""
+
+    def probabilities(weights: Array, total: Array) -> Array:
+        return _reference.rounded(weights * 2**8, jnp.float8_e4m3fn) / 2**8 / total
+
+    return _reference.Rounding(
+        lambda x: lax.reduce_precision(x, 8, ACCUMULATOR_BITS),
+        probabilities,
+        lambda x: _reference.rounded(x, dtype),
+    )
+
+
+def oracles(case: Case, dtype: DTypeLike, tensors: Any, scales: Any) -> tuple[Results, Results]:
+    """Of e4m3 query, key and value, and their scales: exact, and rounded for results in dtype."""
+    inputs = [jnp.asarray(dequantized(*each)) for each in zip(tensors, scales, strict=True)]
+    return of_arrays(case, dtype, inputs)
+
+
+def of_arrays(case: Case, dtype: DTypeLike, inputs: Any) -> tuple[Results, Results]:
+    """The same of fp32 query, key and value."""
+
+    def both(inputs: Any) -> tuple[Results, Results]:
+        exact = _reference.attention(*inputs, **case.arguments)
+        rounded = _reference.attention(*inputs, **case.arguments, round_to=rounding(dtype))
+        return Results(*exact), Results(*rounded)
+
+    with jax.default_matmul_precision("highest"):
+        return jax.jit(both)(inputs)
+
+
+def scaled(case: Case, seed: int = 0) -> tuple[Any, Any]:
+    """e4m3 query, key and value of a case, NaN planted past the lengths if it says so, and scales
+    whose sizes differ from block to block."""
+    rng = np.random.default_rng(seed)
+    plain = dataclasses.replace(case, planted=False)
+    pairs = [quantized(np.asarray(x)) for x in plain.inputs(jnp.float32, seed)]
+    tensors, scales = map(list, zip(*pairs, strict=True))
+    scales = [s * rng.uniform(0.25, 2, s.shape).astype(np.float32) for s in scales]
+    if case.planted:
+        names = "query_seq_lengths", *["key_value_seq_lengths"] * 2
+        for x, name in zip(tensors, names, strict=True):
+            for entry, length in zip(x, case.mask.get(name, ()), strict=False):
+                entry[max(length, 0) :] = np.nan
+    return [jnp.asarray(x) for x in tensors], [jnp.asarray(s) for s in scales]

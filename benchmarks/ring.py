@@ -12,6 +12,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,7 +32,8 @@ from .timing import Call, Timing, environment, flusher, gpu_state, in_rounds, ra
 ALONE = "alone"
 STRATEGIES = ("ring", "all_gather", "all_to_all")
 GPUS = (2, 4)
-CALLS = 3  # in a row
+# Calls in a row: as many as have this many tokens, and at least 3.
+TOKENS = 2**18
 # Of a gradient's norm: how far two right results in bf16 may be apart, with room for luck.
 GRADIENT_TOLERANCE = 0.02
 
@@ -125,10 +127,10 @@ def _check(p: RingPoint, results: Mapping[str, Sequence[Any]], inputs: Any) -> N
                 raise WrongResult(f"{p.name}, {name}: gradient of {what} is off by {error:.1%}")
 
 
-def _wall_time(call: Call) -> Timing:
+def _wall_time(call: Call, repeats: int) -> Timing:
     start = time.perf_counter()
-    jax.block_until_ready([call.fn(*call.args) for _ in range(CALLS)])
-    return Timing((time.perf_counter() - start) * 1e3 / CALLS, ())
+    jax.block_until_ready([call.fn(*call.args) for _ in range(repeats)])
+    return Timing((time.perf_counter() - start) * 1e3 / repeats, ())
 
 
 def measure(p: RingPoint, rounds: int, between: Callable[[], None]) -> dict[str, Any]:
@@ -146,7 +148,8 @@ def measure(p: RingPoint, rounds: int, between: Callable[[], None]) -> dict[str,
             arrays = [context_parallel.from_zigzag(x, devices) for x in arrays]
         results[key] = arrays
     _check(p, results, inputs)
-    times = in_rounds(calls, rounds, between, _wall_time)
+    repeats = max(3, TOKENS // p.seqlen)
+    times = in_rounds(calls, rounds, between, partial(_wall_time, repeats=repeats))
     records = {}
     for key, ms in times.items():
         median = statistics.median(ms)

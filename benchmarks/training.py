@@ -43,7 +43,9 @@ def time_steps(models: list[Contender], rounds: int) -> dict[str, dict[str, Any]
             start = time.perf_counter()
             states[name], loss, flops = example.train_step(config, states[name], *batch)
             jax.block_until_ready((loss, states[name]))
-            if step >= 0:
+            if step < 0:
+                print(f"{name}: {time.perf_counter() - start:.1f} s before round 0", flush=True)
+            else:
                 results[name]["seconds"].append(time.perf_counter() - start)
                 results[name] |= {"flops": float(flops), "loss": float(loss)}
     return results

@@ -64,12 +64,18 @@ def visible_keys(
     return visible, broken
 
 
+def products(query: Array, key: Array) -> Array:
+    """[B, N, T, S] of [B, T, N, H] and [B, S, N, H]."""
+    return jnp.einsum("btnh,bsnh->bnts", query, key)
+
+
 class Rounding(NamedTuple):
     """What a kernel rounds, for the tolerance rule."""
 
     scores: Callable[[Array], Array]
     probabilities: Callable[[Array, Array], Array]  # from exp(score - row's top) and their sum
     out: Callable[[Array], Array]
+    products: Callable[[Array, Array], Array] = products
 
 
 def rounded(x: Array, dtype: DTypeLike) -> Array:
@@ -118,7 +124,7 @@ def attention(
         jnp.where(used[..., None, None], x, 0).repeat(n // x.shape[2], axis=2) for x in (key, value)
     )
 
-    scores = jnp.einsum("btnh,bsnh->bnts", query, key) * (h**-0.5 if scale is None else scale)
+    scores = rounding.products(query, key) * (h**-0.5 if scale is None else scale)
     if logits_soft_cap is not None:
         scores = logits_soft_cap * jnp.tanh(scores / logits_soft_cap)
     scores = rounding.scores(scores if bias is None else scores + bias)

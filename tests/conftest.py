@@ -11,6 +11,7 @@ _FLAGS = ["--xla_force_host_platform_device_count=8", "--xla_gpu_autotune_level=
 if shutil.which("nvidia-smi") is None:  # tests on CPU compile far longer than they run
     _FLAGS.append("--xla_backend_optimization_level=0")
 os.environ["XLA_FLAGS"] = " ".join([*_FLAGS, os.environ.get("XLA_FLAGS", "")])  # the last one wins
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several processes, one GPU
 _tests = Path(__file__).resolve().parent
 # `python -m pytest` puts the checkout first on the path, where jax_fa3/ lies without its compiled
 # module: an installed jax_fa3 goes before it. Tests import cases and helpers.

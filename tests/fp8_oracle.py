@@ -1,6 +1,7 @@
 """For the FP8 tests: quantization in NumPy, and attention of dequantized numbers, exact and rounded."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -16,8 +17,9 @@ from jax_fa3 import _reference
 
 BLOCK = 128
 E4M3 = ml_dtypes.float8_e4m3fn
-# Of the sums that FP8 WGMMA keeps (SageAttention2, arXiv 2411.10958): scores have no more.
-ACCUMULATOR_BITS = 13
+# FP8 WGMMA multiplies 32 columns at a time and adds the products to a sum of so many mantissa bits,
+# the others cut off (SageAttention2, arXiv 2411.10958).
+WGMMA_COLUMNS, WGMMA_BITS = 32, 13
 
 
 def sylvester(size: int) -> np.ndarray:
@@ -63,45 +65,47 @@ def dequantized(x: Any, scales: Any) -> np.ndarray:
 def rounding(dtype: DTypeLike) -> _reference.Rounding:
     """What the kernel rounds: the scores' sums, the weights to e4m3 after times 2^8, and out."""
 
+    def products(query: Array, key: Array) -> Array:
+        total = jnp.zeros(())
+        for i in range(0, query.shape[3], WGMMA_COLUMNS):
+            columns = slice(i, i + WGMMA_COLUMNS)
+            total = total + _reference.products(query[..., columns], key[..., columns])
+            kept = lax.bitcast_convert_type(total, jnp.int32) & (-1 << (23 - WGMMA_BITS))
+            total = lax.bitcast_convert_type(kept, jnp.float32)
+        return total
+
     def probabilities(weights: Array, total: Array) -> Array:
         return _reference.rounded(weights * 2**8, jnp.float8_e4m3fn) / 2**8 / total
 
     return _reference.Rounding(
-        lambda x: lax.reduce_precision(x, 8, ACCUMULATOR_BITS),
-        probabilities,
-        lambda x: _reference.rounded(x, dtype),
+        lambda scores: scores, probabilities, lambda x: _reference.rounded(x, dtype), products
     )
 
 
-def oracles(case: Case, dtype: DTypeLike, tensors: Any, scales: Any) -> tuple[Results, Results]:
-    """Of e4m3 query, key and value, and their scales: exact, and rounded for results in dtype."""
-    inputs = [jnp.asarray(dequantized(*each)) for each in zip(tensors, scales, strict=True)]
-    return of_arrays(case, dtype, inputs)
-
-
-def of_arrays(case: Case, dtype: DTypeLike, inputs: Any) -> tuple[Results, Results]:
-    """The same of fp32 query, key and value."""
-
-    def both(inputs: Any) -> tuple[Results, Results]:
-        exact = _reference.attention(*inputs, **case.arguments)
-        rounded = _reference.attention(*inputs, **case.arguments, round_to=rounding(dtype))
-        return Results(*exact), Results(*rounded)
-
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def oracle(case: Case, inputs: Any, dtype: Any = None) -> Results:
+    """Of fp32 query, key and value: exact, or rounded as the kernel does for results in dtype."""
+    round_to = None if dtype is None else rounding(dtype)
     with jax.default_matmul_precision("highest"):
-        return jax.jit(both)(inputs)
+        return Results(*_reference.attention(*inputs, **case.arguments, round_to=round_to))
+
+
+def all_dequantized(tensors: Any, scales: Any) -> list[Array]:
+    return [jnp.asarray(dequantized(*pair)) for pair in zip(tensors, scales, strict=True)]
 
 
 def scaled(case: Case, seed: int = 0) -> tuple[Any, Any]:
     """e4m3 query, key and value of a case, NaN planted past the lengths if it says so, and scales
-    whose sizes differ from block to block."""
+    that differ from block to block. They are powers of two: then a sum is cut off at the same bit
+    whether its terms were scaled or not."""
     rng = np.random.default_rng(seed)
     plain = dataclasses.replace(case, planted=False)
     pairs = [quantized(np.asarray(x)) for x in plain.inputs(jnp.float32, seed)]
     tensors, scales = map(list, zip(*pairs, strict=True))
-    scales = [s * rng.uniform(0.25, 2, s.shape).astype(np.float32) for s in scales]
+    scales = [2 ** np.round(np.log2(s) + rng.uniform(-2, 1, s.shape)) for s in scales]
     if case.planted:
         names = "query_seq_lengths", *["key_value_seq_lengths"] * 2
         for x, name in zip(tensors, names, strict=True):
             for entry, length in zip(x, case.mask.get(name, ()), strict=False):
                 entry[max(length, 0) :] = np.nan
-    return [jnp.asarray(x) for x in tensors], [jnp.asarray(s) for s in scales]
+    return [jnp.asarray(x) for x in tensors], [jnp.asarray(s, jnp.float32) for s in scales]

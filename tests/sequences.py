@@ -14,12 +14,13 @@ from jax.sharding import PartitionSpec as P
 
 from jax_fa3 import context_parallel
 
-MESHES = {"sequence": 8, "batch": (2, 4), "heads": (2, 2, 2), "two": 2, "four": 4}
+MESHES = {"sequence": 8, "batch": (2, 4), "heads": (2, 2, 2), "two": 2, "three": 3, "four": 4}
 AXES = {
     "sequence": P(None, "sp"),
     "batch": P("data", "sp"),
     "heads": P("data", "sp", "model"),
     "two": P(None, "sp"),
+    "three": P(None, "sp"),
     "four": P(None, "sp"),
 }
 PER_ROW = {"query_segment_ids", "key_value_segment_ids", "key_begin", "key_end"}

@@ -11,6 +11,7 @@ import pytest
 from cases import CAUSAL, LONG, TABLE, Case, key_lengths
 from helpers import equal, temporary_bytes, with_gradients
 from jax import Array
+from jax.test_util import check_grads
 from masks import documents, ints, packed
 
 import jax_fa3
@@ -32,6 +33,30 @@ def gradients(case: Case, dtype: Any = jnp.bfloat16, **options: Any) -> tuple[An
 
 def bits(x: Array) -> np.ndarray:
     return np.asarray(x).view(np.uint16)
+
+
+@pytest.mark.parametrize(
+    "name", ["causal", "window and causal", "soft cap", "K = 1", "head dims 256, 256"]
+)
+def test_check_grads(name: str):
+    """The kernels' gradients against differences of the XLA path in fp32."""
+    case = CASES[name]
+    plain = functools.partial(attention, **case.arguments, implementation="xla")
+    kernels = functools.partial(attention, **case.arguments)
+
+    def forward(*tensors: Array) -> Any:
+        rounded = [x.astype(jnp.bfloat16) for x in tensors]
+        return plain(*tensors), jax.vjp(kernels, *rounded)[1]
+
+    def backward(pullback: Any, cotangents: Any) -> Any:
+        dout, dlse = cotangents
+        return tuple(x.astype(jnp.float32) for x in pullback((dout.astype(jnp.bfloat16), dlse)))
+
+    function = jax.custom_vjp(plain)
+    function.defvjp(forward, backward)
+    tensors = [x.astype(jnp.float32) for x in case.inputs(jnp.bfloat16)]
+    with jax.default_matmul_precision("highest"):
+        check_grads(function, tensors, order=1, modes=("rev",), atol=0.02, rtol=0.02, eps=1e-2)
 
 
 DETERMINISTIC = [

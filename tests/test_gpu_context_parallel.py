@@ -70,4 +70,5 @@ def test_ring_holds_two_parts_however_many_there_are():
 
     if jax.device_count() < 4:
         pytest.skip("needs four GPUs")
-    assert temporaries("four") < 1.1 * temporaries("two")
+    # Of two there is only one hop: nothing travels and waits at the same time.
+    assert temporaries("four") < 1.02 * temporaries("three")

@@ -31,8 +31,7 @@ import jax_fa3
 # jax 0.10 gathers what goes in and out of a shard_map inside another, or inside vmap over an explicit
 # axis, whatever the function: a sine too.
 GATHERS_NESTED = jax.__version_info__ < (0, 11)
-# jax 0.12.0.1 gathers at a shard_map over explicit axes inside one over others. Open: whether it does so
-# for every function, as 0.10.
+# jax 0.12.0.1 gathers at a shard_map over explicit axes inside one over automatic ones, for a sine too.
 GATHERS_INSIDE_MANUAL = GATHERS_NESTED or jax.__version_info__ >= (0, 12)
 LINE, PLANE, CUBE = {"x": 8}, {"x": 2, "y": 4}, {"x": 2, "y": 2, "z": 2}
 

@@ -100,9 +100,10 @@ cudaError_t launch(BackwardProblem const& problem, cudaStream_t stream) {
   Params params{};
   JAX_FA3_RETURN_IF_ERROR(make_params<Main>(problem, &params));
   int64_t const blocks = int64_t{params.num_m_blocks} * params.num_heads_q * problem.forward.batch;
-  JAX_FA3_RETURN_IF_ERROR(launch_if_any(preprocess_kernel < Element, Main::kBlockM, kWidthV,
-                                        Main::kFused ? Main::kSizeQ : 0 >, blocks,
-                                        kPreprocessThreads, 0, params, stream));
+  constexpr int kAccumulators = Main::kFused ? Main::kSizeQ : 0;
+  constexpr auto kPreprocess = preprocess_kernel<Element, Main::kBlockM, kWidthV, kAccumulators>;
+  JAX_FA3_RETURN_IF_ERROR(
+      launch_if_any(kPreprocess, blocks, kPreprocessThreads, 0, params, stream));
   JAX_FA3_RETURN_IF_ERROR(launch_if_any(bwd_kernel<Main>, params.order.num_tiles(), Main::kThreads,
                                         sizeof(typename Main::SharedStorage), params, stream));
   if constexpr (Main::kFused) {

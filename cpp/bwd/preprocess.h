@@ -5,6 +5,7 @@
 
 #include "bwd/params.h"
 #include "common/fragment.h"
+#include "common/launch.h"
 
 namespace jax_fa3::bwd {
 
@@ -83,7 +84,7 @@ __global__ void __launch_bounds__(kPreprocessThreads)
       int64_t const source =
           (int64_t{batch} * params.num_heads_q + head) * mask.seqlen_q + first_row + row;
       float* const stats = params.row_stats + index * (2 * kBlockM) + row;
-      stats[0] = sees ? params.lse[source] * 1.44269504f : INFINITY;
+      stats[0] = sees ? params.lse[source] * kLog2E : INFINITY;
       stats[kBlockM] = sees ? delta - params.dlse[source] : 0.f;
     }
   }

@@ -64,6 +64,22 @@ def _cut(x: Any, axis_size: int, axis: int) -> tuple[ModuleType, int, int, int]:
     return (np if isinstance(x, np.ndarray) else jnp), axis, size, x.shape[axis] // (2 * size)
 
 
+def _as_words(x: Array, word: Any) -> Array:
+    """The bits of x, in one dimension of a dtype at least as wide."""
+    flat, per_word = x.ravel(), word.itemsize // x.dtype.itemsize
+    if per_word == 1:
+        return flat
+    flat = jnp.pad(flat, (0, -flat.size % per_word))
+    return lax.bitcast_convert_type(flat.reshape(-1, per_word), word)
+
+
+def _from_words(words: Array, like: Array) -> Array:
+    """The inverse of _as_words."""
+    if words.dtype != like.dtype:
+        words = lax.bitcast_convert_type(words, like.dtype)
+    return words.ravel()[: like.size].reshape(like.shape)
+
+
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """How sequences lie along a mesh axis: device i has part i of `size` equal ones, or in zigzag
@@ -98,15 +114,13 @@ class Layout:
         arrays, structure = jax.tree.flatten(tree)
         if not arrays:
             return tree
-        words = [lax.bitcast_convert_type(x, jnp.uint16) for x in arrays]
+        word = max((x.dtype for x in arrays), key=lambda dtype: dtype.itemsize)
+        sent = [_as_words(x, word) for x in arrays]
         ring = [(i, (i + 1) % self.size) for i in range(self.size)]
-        joined = lax.ppermute(jnp.concatenate([x.ravel() for x in words]), self.axis_name, ring)
-        ends = list(itertools.accumulate(x.size for x in words))[:-1]
-        received = [
-            lax.bitcast_convert_type(part.reshape(sent.shape), x.dtype)
-            for part, sent, x in zip(jnp.split(joined, ends), words, arrays, strict=True)
-        ]
-        return jax.tree.unflatten(structure, received)
+        joined = lax.ppermute(jnp.concatenate(sent), self.axis_name, ring)
+        ends = list(itertools.accumulate(x.size for x in sent))[:-1]
+        received = jnp.split(joined, ends)
+        return structure.unflatten(map(_from_words, received, arrays))
 
     def gather(self, x: Array) -> Array:
         """[B, T, ...], T of one device, to all of the sequence in its natural order."""

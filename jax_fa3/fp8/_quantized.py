@@ -77,7 +77,8 @@ def quantized_dot_product_attention(
             gives NaN. Its log-sum-exp is NaN if the scale is query's or key's, and means nothing if it
             is value's.
         dtype: of the result; bfloat16, float16 or float32.
-        options: those of jax_fa3.dot_product_attention except bias and mask; scale is static.
+        options: those of jax_fa3.dot_product_attention except bias, mask and deterministic_backward;
+            scale is static.
 
     Returns:
         [B, T, N, V] in dtype. With return_residual a tuple of it and the log-sum-exp, fp32 [B, T, N].

@@ -47,7 +47,7 @@ class Block(nn.Module):
     decode: bool
 
     @nn.compact
-    def __call__(self, x: jax.Array, key_begin: Any) -> jax.Array:
+    def __call__(self, x: jax.Array, key_begin: Any) -> tuple[jax.Array, None]:
         options: dict[str, Any] = {"implementation": self.config.implementation}
         if self.config.implementation == "cudnn":
             cudnn = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
@@ -63,7 +63,8 @@ class Block(nn.Module):
             decode=self.decode,
             **options,
         )(norm()(x), key_begin=key_begin)
-        return x + dense(self.config.width)(nn.gelu(dense(4 * self.config.width)(norm()(x))))
+        x += dense(self.config.width)(nn.gelu(dense(4 * self.config.width)(norm()(x))))
+        return x, None
 
 
 class Transformer(nn.Module):
@@ -77,10 +78,15 @@ class Transformer(nn.Module):
         embed = nn.Embed(config.vocabulary, config.width, dtype=jnp.bfloat16, embedding_init=init)
         # Computed again in the backward pass: everything but what attention leaves for it.
         policy = jax.checkpoint_policies.save_only_these_names(*jax_fa3.RESIDUAL_NAMES)
-        block = Block if self.decode else nn.remat(Block, policy=policy)
-        x = embed(tokens)
-        for i in range(config.layers):
-            x = block(config, self.decode, name=f"block_{i}")(x, key_begin)
+        block = Block if self.decode else nn.remat(Block, policy=policy, prevent_cse=False)
+        blocks = nn.scan(  # compiled once, not once a layer
+            block,
+            variable_axes={"params": 0, "cache": 0},
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,
+            length=config.layers,
+        )
+        x, _ = blocks(config, self.decode, name="blocks")(embed(tokens), key_begin)
         return embed.attend(nn.RMSNorm(dtype=jnp.bfloat16)(x))
 
 

@@ -125,5 +125,6 @@ def test_full_size_lowers_to_the_kernels(example, monkeypatch):
         tokens = jax.ShapeDtypeStruct((config.rows, config.length + 1), jax.numpy.int32)
         step = functools.partial(example.train_step, config)
         found = targets(lower(step, state, tokens, tokens))
-        assert found.count("jax_fa3.fwd.v1") == config.layers == 24
+        # In the loop over layers and in its transpose.
+        assert found.count("jax_fa3.fwd.v1") == found.count("jax_fa3.bwd.v1") == 1
         assert found.count("jax_fa3.segment_intervals.v1") == packed

@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "bwd/turns.h"
 #include "common/mask.h"
 #include "common/tile_scheduler.h"
 #include "dispatch.h"
@@ -69,14 +70,22 @@ NB_MODULE(_C, module) {
     return std::tuple{w.row_stats, w.row_intervals, w.block_hulls, w.dq_accum, w.turns};
   });
   module.def("heads_per_section", &jax_fa3::heads_per_section);
-  module.def("tile_order", [](int num_m_blocks, int num_heads, int batch, int section) {
-    jax_fa3::TileOrder const order{num_m_blocks, num_heads, batch, section};
+  module.def("tile_order", [](int num_m_blocks, int num_heads, int batch, int section, int run) {
+    jax_fa3::TileOrder const order{num_m_blocks, num_heads, batch, section, false, run};
     std::vector<std::tuple<int, int, int>> tiles;
     for (int index = 0; index < order.num_tiles(); ++index) {
       auto const tile = order(index);
       tiles.emplace_back(tile.m_block, tile.head, tile.batch);
     }
     return tiles;
+  });
+  module.attr("TURN_GROUP") = jax_fa3::bwd::Turns::kGroup;
+  module.def("turn_start", [](int num_m_blocks, int num_n_blocks, int n_block) {
+    return jax_fa3::bwd::Turns::of(num_m_blocks, num_n_blocks).start(n_block);
+  });
+  module.def("turns_before", [](int num_m_blocks, int num_n_blocks, int m_block, int n_block,
+                                int first, int end) {
+    return jax_fa3::bwd::Turns::of(num_m_blocks, num_n_blocks).before(m_block, n_block, first, end);
   });
   module.def("tile_of_round", &jax_fa3::tile_of_round);
   module.def("row_interval",

@@ -79,13 +79,15 @@ NB_MODULE(_C, module) {
     }
     return tiles;
   });
-  module.attr("TURN_GROUP") = jax_fa3::bwd::Turns::kGroup;
   module.def("turn_start", [](int num_m_blocks, int num_n_blocks, int n_block) {
-    return jax_fa3::bwd::Turns::of(num_m_blocks, num_n_blocks).start(n_block);
+    return jax_fa3::bwd::Turns::of(num_m_blocks, num_n_blocks, 0).start(n_block);
   });
-  module.def("turns_before", [](int num_m_blocks, int num_n_blocks, int m_block, int n_block,
-                                int first, int end) {
-    return jax_fa3::bwd::Turns::of(num_m_blocks, num_n_blocks).before(m_block, n_block, first, end);
+  module.def("turn_group",
+             [](int num_sms) { return jax_fa3::bwd::Turns::of(1, 1, num_sms).group; });
+  module.def("turns_before", [](int num_m_blocks, int num_n_blocks, int num_sms, int m_block,
+                                int n_block, int first, int end) {
+    return jax_fa3::bwd::Turns::of(num_m_blocks, num_n_blocks, num_sms)
+        .before(m_block, n_block, first, end);
   });
   module.def("tile_of_round", &jax_fa3::tile_of_round);
   module.def("row_interval",

@@ -118,10 +118,10 @@ def test_tile_order_of_nothing():
         assert bool(C.tile_order(*sizes, 2, 1)) == all(sizes)
 
 
-def steps_in_turn(num_m: int, num_n: int, visitors: list[range]) -> list[int]:
+def steps_in_turn(num_m: int, num_n: int, visitors: list[range], num_sms: int = 132) -> list[int]:
     """When each block of keys is done, if all of a group run, one step each at a time, and wait for
     their turns. visitors: of each query block, the key blocks that add to it."""
-    walks = []
+    walks, group_size = [], C.turn_group(num_sms)
     for n in range(num_n):
         order = [(C.turn_start(num_m, num_n, n) + i) % num_m for i in range(num_m)]
         walks.append([m for m in order if n in visitors[m]])
@@ -130,13 +130,13 @@ def steps_in_turn(num_m: int, num_n: int, visitors: list[range]) -> list[int]:
         left = [n for n in range(num_n) if place[n] < len(walks[n])]
         if not left:
             return done
-        group = min(left) // C.TURN_GROUP  # the first that is not done: it must get on by itself
+        group = min(left) // group_size  # the first that is not done: it must get on by itself
         moved = []
         for n in left:
             m = walks[n][place[n]]
             bounds = visitors[m].start, visitors[m].stop
-            if n // C.TURN_GROUP == group and turns[m] == C.turns_before(
-                num_m, num_n, m, n, *bounds
+            if n // group_size == group and turns[m] == C.turns_before(
+                num_m, num_n, num_sms, m, n, *bounds
             ):
                 moved.append((n, m))
         assert moved, "nobody gets on"
@@ -154,7 +154,14 @@ def test_turns(sizes: tuple[int, int]):
     rng = random.Random(num_m)
     for _ in range(20):
         edges = [sorted(rng.choices(range(num_n + 1), k=2)) for _ in range(num_m)]
-        steps_in_turn(num_m, num_n, [range(*edge) for edge in edges])
+        for num_sms in (132, 30, 1):
+            steps_in_turn(num_m, num_n, [range(*edge) for edge in edges], num_sms)
+
+
+def test_two_groups_fit():
+    groups = [C.turn_group(num_sms) for num_sms in range(1, 200)]
+    assert all(group == 1 or 2 * group <= num_sms for num_sms, group in enumerate(groups, 1))
+    assert C.turn_group(132) == C.turn_group(150) == 64 and C.turn_group(78) == 32
 
 
 def test_nobody_waits_without_a_mask_or_under_a_causal_one():

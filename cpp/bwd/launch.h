@@ -77,10 +77,13 @@ cudaError_t make_params(BackwardProblem const& problem, Params* params) {
                    true};
   params->turns = tile.fused ? problem.turns : nullptr;
   if (params->turns != nullptr) {
-    // A head's next group follows when that of another head has been launched in between.
-    params->turn_order = Turns::of(params->num_m_blocks, num_n_blocks);
-    params->order.run = Turns::kGroup;
-    params->order.section = section(num_n_blocks > Turns::kGroup ? 2 : 1, p.num_heads_k);
+    int num_sms = 0;
+    JAX_FA3_RETURN_IF_ERROR(count_sms(&num_sms));
+    params->turn_order = Turns::of(params->num_m_blocks, num_n_blocks, num_sms);
+    int const run = params->turn_order.group;
+    params->order.run = run;
+    // A head's next group is launched when others have taken the SMs in between.
+    params->order.section = section(num_n_blocks > run ? num_sms / run : 1, p.num_heads_k);
   }
   int64_t const heads_q = heads_per_section(p.seqlen_k, p.head_dim, p.head_dim_v, group);
   params->dq_order = {ceil_div(p.seqlen_q, kBlockM), p.num_heads_q, p.batch,

@@ -14,18 +14,19 @@ namespace jax_fa3::bwd {
 struct Turns {
   int num_m_blocks;  // of query rows
   int shift;         // key blocks start 2^shift query blocks apart
-
-  // CTAs of a group wait for each other. Fewer than any Hopper GPU runs at once, with room for
-  // others' kernels beside.
-  static constexpr int kGroup = 64;
+  int group;         // key blocks of a group, whose CTAs wait for each other
 
   // Spreads the starts over all query blocks, or half of them at least: a power of two apart, for
   // registers are few where this is used.
-  static constexpr Turns of(int num_m_blocks, int num_n_blocks) {
+  //
+  // A group takes half of the SMs at most: two such kernels may run side by side, but not three.
+  static constexpr Turns of(int num_m_blocks, int num_n_blocks, int num_sms) {
+    int group = 1;
+    while (group < 64 && group * 4 <= num_sms) group *= 2;
     int64_t const enough = int64_t{num_m_blocks} + num_m_blocks / 8;
     int shift = -31;
     while (shift < 30 && spread(num_n_blocks, shift + 1) <= enough) ++shift;
-    return {num_m_blocks, shift};
+    return {num_m_blocks, shift, group};
   }
 
   // The query block with which a key block begins.
@@ -36,9 +37,9 @@ struct Turns {
 
   // How many add to a query block before `n_block` does; those from `first` to `end` - 1 do it.
   JAX_FA3_HOST_DEVICE int before(int m_block, int n_block, int first, int end) const {
-    int const group = n_block / kGroup * kGroup;
-    int const low = group > first ? group : first;
-    int const high = group + kGroup < end ? group + kGroup : end;
+    int const group_begin = n_block & -group;  // a power of two
+    int const low = group_begin > first ? group_begin : first;
+    int const high = group_begin + group < end ? group_begin + group : end;
     // First those that have begun at or before m_block, the last of them first; then the others,
     // likewise.
     int64_t const begun = m_block + 1 >= num_m_blocks ? high

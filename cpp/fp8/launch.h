@@ -45,8 +45,9 @@ cudaError_t make_params(Problem const& problem, Params* params) {
 template <int kHeadDim>
 cudaError_t launch(Problem const& problem, cudaStream_t stream) {
   jax_fa3::Problem const& p = problem.forward;
-  Transpose const transpose{p.batch, p.num_heads_k, p.head_dim, p.value, problem.transposed_value,
-                            p.mask};
+  Transpose const transpose{
+      p.batch, p.num_heads_k,      p.head_dim, p.value, problem.transposed_value,
+      p.mask,  problem.value_scale};
   JAX_FA3_RETURN_IF_ERROR(launch(transpose, stream));
   Params params{};
   JAX_FA3_RETURN_IF_ERROR(make_params<kHeadDim>(problem, &params));

@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(kLanes* kBlock / kRows)
   for (int warp = 0; warp < kThreads / 32; ++warp) largest = max_or_nan(largest, of_warp[warp]);
 
   // Beyond fp32's largest number the inverse of the smallest would be infinite.
-  float const scale = largest == 0.f ? 1.f : fmaxf(__fdiv_rn(largest, kLargest), 0x1p-126f);
+  float const scale = largest == 0.f ? 1.f : fmaxf(largest * (1 / kLargest), 0x1p-126f);
   float const checked = largest < INFINITY ? scale : NAN;  // a comparison with NaN is false
   float const inverse = __frcp_rn(checked);
   if (threadIdx.x == 0) {

@@ -1,3 +1,5 @@
+#include <cmath>
+
 #include "common/launch.h"
 #include "fp8/transpose.h"
 #include "plan.h"
@@ -31,6 +33,10 @@ __global__ void __launch_bounds__(kThreads)
   int const block = rest % params.num_blocks;
   int const batch = rest / params.num_blocks;
   int const length = params.mask.length_k(batch);
+  // Rows that see a block without a scale are NaN by its scores (mma.h); others must not be.
+  float const scale =
+      params.scale[(int64_t{batch} * params.num_blocks + block) * params.num_heads + head];
+  bool const valid = scale > 0.f && scale < INFINITY;
   auto const* const source = static_cast<uint8_t const*>(params.value.data) +
                              batch * params.value.batch_stride + head * params.value.head_stride +
                              column;
@@ -40,7 +46,7 @@ __global__ void __launch_bounds__(kThreads)
     int const vector = i % kVectors;
     int const key = block * kBlock + row;
     uint4 data{0, 0, 0, 0};
-    if (key < length && column + vector * 16 < params.head_dim) {
+    if (valid && key < length && column + vector * 16 < params.head_dim) {
       data =
           *reinterpret_cast<uint4 const*>(source + key * params.value.seqlen_stride + vector * 16);
     }

@@ -17,6 +17,7 @@ struct Transpose {
   Operand value;                        // [b, s, k, v] of bytes
   uint8_t* out;                         // [b, k, v, num_blocks * kBlock]
   Mask mask;                            // for the lengths of the keys
+  float const* scale;                   // [b, num_blocks, k]; a block without a scale becomes 0
   int num_blocks = 0, num_columns = 0;  // set by launch
 };
 

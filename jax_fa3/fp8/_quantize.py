@@ -176,7 +176,8 @@ def _top(x: Array, axes: tuple[int, ...]) -> Array:
 
 def _scale(top: Array) -> Array:
     """From the greatest magnitude; never 0 or subnormal, so that dividing by it is exact enough."""
-    scale = jnp.maximum(top / E4M3_MAX, float(np.finfo(np.float32).tiny))
+    # As the kernel does it, and as XLA would write a division.
+    scale = jnp.maximum(top * np.float32(1 / E4M3_MAX), float(np.finfo(np.float32).tiny))
     return jnp.where(jnp.isnan(top), jnp.nan, jnp.where(top == 0, 1, scale))
 
 

@@ -72,10 +72,10 @@ def quantized_dot_product_attention(
             The kernel takes H = V, a multiple of 16 from 64 to 256.
         query_scale, key_scale, value_scale: fp32 [B, ceil(T / 128), N], [B, ceil(S / 128), K] twice,
             without B if query lacks it: one for each 128 rows of a head, as `quantize` gives them. Any
-            size may be 1, for all; so may the shape be (). They should be positive and finite: a query
-            row whose scale is not, or that sees a key whose scale or whose value's scale is not,
-            gives NaN. Its log-sum-exp is NaN if the scale is query's or key's, and means nothing if it
-            is value's.
+            size may be 1, for all; so may the shape be (). They should be positive and finite, and not
+            subnormal: a query row whose scale is not, or that sees a key whose scale or whose value's
+            scale is not, gives NaN. Its log-sum-exp is NaN if the scale is query's or key's, and
+            means nothing if it is value's. Those of value may differ by a factor of 1e30.
         dtype: of the result; bfloat16, float16 or float32.
         options: those of jax_fa3.dot_product_attention except bias, mask and deterministic_backward;
             scale is static.

@@ -103,8 +103,10 @@ CUTLASS_DEVICE void load(Params const& params, typename Traits::SharedStorage& s
   };
 
   // In turns, query blocks are walked over from another one for each block of keys, round the end.
-  int const start = params.turns == nullptr ? 0 : params.turn_order.start(tile.m_block);
+  int const start =
+      Traits::kFused && params.turns != nullptr ? params.turn_order.start(tile.m_block) : 0;
   auto const block_of = [&](int place) {
+    if constexpr (!Traits::kFused) return place;
     int const m_block = start + place;
     return m_block < params.num_m_blocks ? m_block : m_block - params.num_m_blocks;
   };

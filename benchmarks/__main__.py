@@ -6,18 +6,21 @@ a point is timed, a slice of every contender's result is compared with fp32 math
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from . import report as reports
-from .points import SUITES, Point, select
+from .points import Point
+from .suites import SUITES, select
 
 README = Path(__file__).resolve().parent.parent / "README.md"
-NO_GPU, WRONG = 2, 3  # exit codes
+NO_POINT, NO_GPU, WRONG = 1, 2, 3  # exit codes
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -31,8 +34,8 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--suite",
         default="paper",
-        help=f"comma-separated: {', '.join(SUITES)}, or all (default: paper); or one of these alone, on "
-        "several GPUs: scaling, ring",
+        help=f"comma-separated: {', '.join(SUITES)}, or all (default: paper); or one of these alone: "
+        "fp8-error; on several GPUs: scaling, ring",
     )
     add(
         "--points",
@@ -64,8 +67,8 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     args = parser.parse_args(argv)
     suites = [s for s in SUITES if s != "quick"] if args.suite == "all" else args.suite.split(",")
-    unknown = [s for s in suites if s not in SUITES and suites not in (["scaling"], ["ring"])]
-    if unknown:
+    unknown = [s for s in suites if s not in SUITES]
+    if unknown and args.suite not in ALONE:
         parser.error(f"--suite: unknown {', '.join(unknown)}; there are {', '.join(SUITES)}")
     args.suites = ["quick"] if args.quick else suites
     if args.rounds < 1:
@@ -84,6 +87,23 @@ def _why_not_here() -> str | None:
     if str(capability) != "9.0":
         return f"{device.device_kind} has compute capability {capability}: the kernels need 9.0 (Hopper)"
     return None
+
+
+class _Stop(Exception):
+    """Nothing can be measured, or goes on being measured: exit code and reason."""
+
+
+@contextlib.contextmanager
+def _measuring() -> Iterator[None]:
+    reason = _why_not_here()
+    if reason:
+        raise _Stop(NO_GPU, reason)
+    from .check import WrongResult
+
+    try:
+        yield
+    except WrongResult as error:
+        raise _Stop(WRONG, f"wrong result: {error}") from error
 
 
 def _only(point: Point, wanted: str | None) -> Point:
@@ -123,85 +143,75 @@ def _measure(points: list[Point], rounds: int, file: Path | None) -> dict[str, A
     return report
 
 
-def _scaling(rounds: int, file: Path | None) -> int:
-    reason = _why_not_here()
-    if reason:
-        print(reason, file=sys.stderr)
-        return NO_GPU
-    import jax
+def _scaling(args: argparse.Namespace) -> None:
+    with _measuring():
+        import jax
 
-    from . import scaling
-    from .timing import environment, flusher
+        from . import scaling
+        from .timing import environment, flusher
 
-    devices = jax.local_devices(backend="gpu")
-    if len(devices) < min(scaling.COUNTS):
-        print(f"{len(devices)} GPU: scaling needs {min(scaling.COUNTS)}", file=sys.stderr)
-        return NO_GPU
-    results = []
-    for result in scaling.measure(devices, rounds, flusher()):
-        results.append(result)
-        print(
-            result["gpus"], result["pass"], result["split"], f"{result['of_ideal']:.3f}", flush=True
-        )
-        if file:
-            report = {"environment": environment(), "rounds": rounds, "scaling": results}
-            file.write_text(json.dumps(report, indent=1), encoding="utf-8")
+        devices = jax.local_devices(backend="gpu")
+        if len(devices) < min(scaling.COUNTS):
+            raise _Stop(NO_GPU, f"{len(devices)} GPU: scaling needs {min(scaling.COUNTS)}")
+        results = []
+        for result in scaling.measure(devices, args.rounds, flusher()):
+            results.append(result)
+            cells = result["gpus"], result["pass"], result["split"], f"{result['of_ideal']:.3f}"
+            print(*cells, flush=True)
+            if args.json:
+                report = {"environment": environment(), "rounds": args.rounds, "scaling": results}
+                args.json.write_text(json.dumps(report, indent=1), encoding="utf-8")
     print(f"\n{scaling.markdown(results)}", end="")
-    return 0
 
 
-def _ring(args: argparse.Namespace) -> int:
+def _ring(args: argparse.Namespace) -> None:
     from . import ring
-    from .check import WrongResult
 
     points = ring.points(args.points.split(","))
     if args.list:
         print("\n".join(p.name for p in points))
-        return 0
-    if args.table:
+    elif args.table:
         print(ring.markdown(json.loads(Path(args.table).read_text(encoding="utf-8"))), end="")
-        return 0
-    reason = _why_not_here()
-    if reason:
-        print(reason, file=sys.stderr)
-        return NO_GPU
-    try:
-        ring.main(points, args.rounds, args.json)
-    except WrongResult as error:
-        print(f"wrong result: {error}", file=sys.stderr)
-        return WRONG
-    return 0
+    else:
+        with _measuring():
+            ring.main(points, args.rounds, args.json)
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = _arguments(argv)
-    if args.suites == ["scaling"]:
-        return _scaling(args.rounds, args.json)
-    if args.suites == ["ring"]:
-        return _ring(args)
+def _fp8_error(args: argparse.Namespace) -> None:
+    from . import fp8_error
+
+    points = fp8_error.points(args.points.split(","))
+    if args.list:
+        print("\n".join(p.name for p in points))
+        return
+    if args.table:
+        report = json.loads(Path(args.table).read_text(encoding="utf-8"))
+    else:
+        with _measuring():
+            report = fp8_error.main(points, args.json)
+    text = fp8_error.markdown(report)
+    print(text, end="")
+    if args.write_readme:
+        reports.write_section(README, "benchmark-fp8-error", text)
+
+
+ALONE = {"scaling": _scaling, "ring": _ring, "fp8-error": _fp8_error}
+
+
+def _suites(args: argparse.Namespace) -> None:
     points = [_only(p, args.contenders) for p in select(args.suites, args.points.split(","))]
     if args.list:
         print("\n".join(f"{p.suite:<8}{p.name}" for p in points))
-        return 0
+        return
     if args.table:
         files = [Path(name) for name in args.table.split(",")]
         report = reports.joined([json.loads(x.read_text(encoding="utf-8")) for x in files])
         print(reports.markdown(report), end="")
     else:
         if not points:
-            print(f"no point is called {args.points}: see --list", file=sys.stderr)
-            return 1
-        reason = _why_not_here()
-        if reason:
-            print(reason, file=sys.stderr)
-            return NO_GPU
-        from .check import WrongResult
-
-        try:
+            raise _Stop(NO_POINT, f"no point is called {args.points}: see --list")
+        with _measuring():
             report = _measure(points, args.rounds, args.json)
-        except WrongResult as error:
-            print(f"wrong result: {error}", file=sys.stderr)
-            return WRONG
         print(f"\n{reports.markdown(report)}\n{report['wall_s']:.0f} s")
     if args.write_readme:
         reports.write_readme(README, report)
@@ -209,6 +219,17 @@ def main(argv: list[str] | None = None) -> int:
         from .plot import plot
 
         print("\n".join(str(path) for path in plot(report, args.plot)))
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = _arguments(argv)
+    run = _suites if args.quick else ALONE.get(args.suite, _suites)
+    try:
+        run(args)
+    except _Stop as stop:
+        code, reason = stop.args
+        print(reason, file=sys.stderr)
+        return code
     return 0
 
 

@@ -1,6 +1,8 @@
 """Is a result right? A slice of it against fp32 maths in NumPy, away from the GPU's own rounding."""
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,18 +20,32 @@ class WrongResult(Exception):
     """A contender's output is further from the truth than its dtype explains."""
 
 
-def _attention(query, key, value, visible, scale, dtype="float32"):
-    """[R,H], [S,H], [S,V], bool [R,S] -> [R,V] in fp32, where scores, probabilities and output are
-    rounded to `dtype` on the way."""
+class Rounding(NamedTuple):
+    """What a right result may be off by: what is rounded on the way, by functions from fp32 to fp32."""
 
-    def rounded(x):
-        return x.astype(jnp.dtype(dtype)).astype(np.float32)
+    scores: Callable[[np.ndarray], np.ndarray]
+    weights: Callable[[np.ndarray], np.ndarray]  # exp(score - the row's highest score)
+    out: Callable[[np.ndarray], np.ndarray]
+    slack: float = 0.0  # and this share of the largest output
 
-    scores = np.where(visible, rounded(query @ key.T * scale), -np.inf)
+
+def nearest(x: np.ndarray, dtype: Any) -> np.ndarray:
+    """The nearest numbers of `dtype`, in fp32."""
+    return x.astype(jnp.dtype(dtype)).astype(np.float32)
+
+
+def _all_to(dtype: str) -> Rounding:
+    to_dtype = partial(nearest, dtype=dtype)
+    return Rounding(to_dtype, to_dtype, to_dtype)
+
+
+def _attention(query, key, value, visible, scale, rounding: Rounding):
+    """[R,H], [S,H], [S,V], bool [R,S] -> [R,V] in fp32."""
+    scores = np.where(visible, rounding.scores(query @ key.T * scale), -np.inf)
     peak = np.max(scores, axis=1, keepdims=True)
     weights = np.exp(scores - np.where(np.isfinite(peak), peak, 0))
     total = np.sum(weights, axis=1, keepdims=True)
-    return rounded(rounded(weights) @ value / np.where(total > 0, total, 1))
+    return rounding.out(rounding.weights(weights) @ value / np.where(total > 0, total, 1))
 
 
 @jax.jit
@@ -37,16 +53,23 @@ def _head(x, b, n):
     return x[b, :, n]
 
 
-def _fetch(x: jax.Array, b: int, n: int) -> np.ndarray:
+def fetch(x: jax.Array, b: int, n: int) -> np.ndarray:
     """One head of one batch entry, fp32. Compiled once per shape: b and n are traced."""
     return np.asarray(_head(x, b, n)).astype(np.float32)
 
 
-def check_forward(point: Point, inputs: tuple[jax.Array, ...], out: jax.Array) -> float:
+def check_forward(
+    point: Point,
+    inputs: tuple[jax.Array, ...],
+    out: jax.Array,
+    rounding: Rounding | None = None,
+) -> float:
     """Compares three groups of 64 rows, of the first and last head of the first and last batch entry.
 
+    `rounding`: default of everything to the point's dtype.
     Returns the worst error as a share of what is allowed. Raises WrongResult above 1, or at a NaN.
     """
+    rounding = rounding or _all_to(point.dtype)
     query, key, value = inputs
     shape = (point.batch, point.seqlen, point.num_heads_q, point.head_dim_v)
     if out.shape != shape:
@@ -59,16 +82,17 @@ def check_forward(point: Point, inputs: tuple[jax.Array, ...], out: jax.Array) -
     worst = 0.0
     for b in sorted({0, point.batch - 1}):
         for n in sorted({0, point.num_heads_q - 1}):
-            k, v = (_fetch(x, b, n // group) for x in (key, value))
-            q_head, out_head = _fetch(query, b, n), _fetch(out, b, n)
+            k, v = (fetch(x, b, n // group) for x in (key, value))
+            q_head, out_head = fetch(query, b, n), fetch(out, b, n)
             for start in starts:
                 span = slice(start, start + rows)
                 q, got = q_head[span], out_head[span]
                 position = np.arange(point.seqlen)
                 visible = (position >= begin[span, None]) & (position < end[span, None])
-                truth = _attention(q, k, v, visible, scale)
-                rounded = _attention(q, k, v, visible, scale, dtype=point.dtype)
-                allowed = FACTOR * np.max(np.abs(rounded - truth)) + ATOL
+                truth = _attention(q, k, v, visible, scale, _all_to("float32"))
+                rough = _attention(q, k, v, visible, scale, rounding)
+                allowed = FACTOR * np.max(np.abs(rough - truth)) + ATOL
+                allowed += rounding.slack * np.max(np.abs(truth))
                 error = np.max(np.abs(got - truth))
                 if not error <= allowed:  # a NaN fails too
                     raise WrongResult(
@@ -120,8 +144,8 @@ def check_backward(
         dq, dk, dv = ([np.asarray(x) for x in xs] for xs in zip(*found, strict=True))
         return [np.stack(dq), sum(dk), sum(dv)]  # pyright: ignore
 
-    got = [np.stack([_fetch(grads[0], b, head) for head in heads])]
-    got += [_fetch(x, b, n) for x in grads[1:]]
+    got = [np.stack([fetch(grads[0], b, head) for head in heads])]
+    got += [fetch(x, b, n) for x in grads[1:]]
     worst = 0.0
     cases = zip(("dq", "dk", "dv"), got, expected("float32"), expected(point.dtype), strict=True)
     for name, x, truth, rounded in cases:

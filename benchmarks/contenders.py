@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 import jax_fa3
 
-from . import check
+from . import check, fp8
 from .points import Point
 from .timing import Call
 
@@ -158,9 +158,11 @@ def _normal(point: Point) -> tuple[jax.Array, ...]:
     """query, key, value and, for the passes that take it, the cotangent of out."""
     heads = (point.num_heads_q, point.num_heads_k, point.num_heads_k, point.num_heads_q)
     dims = (point.head_dim, point.head_dim, point.head_dim_v, point.head_dim_v)
-    keys = jax.random.split(jax.random.key(0), 3 if point.pass_name == "fwd" else 4)
+    keys = jax.random.split(jax.random.key(0), 4 if "bwd" in point.pass_name else 3)
+    # Drawn in bf16, the largest number of every block would be the same: there are few to draw from.
+    drawn = jnp.float32 if point.pass_name in ("fp8", "prepare") else point.dtype
     return tuple(
-        jax.random.normal(key, (point.batch, point.seqlen, n, d), point.dtype)
+        jax.random.normal(key, (point.batch, point.seqlen, n, d), drawn).astype(point.dtype)
         for key, n, d in zip(keys, heads, dims, strict=False)
     )
 
@@ -192,6 +194,12 @@ def _both(point: Point, name: str, inputs: tuple[jax.Array, ...]) -> Call:
     return Call(jax.jit(out_and_grads), inputs)
 
 
+def _fp8_forward(point: Point, name: str, inputs: tuple[jax.Array, ...]) -> Call:
+    if name in fp8.CONTENDERS:
+        return fp8.CONTENDERS[name](point, inputs)
+    return _forward(point, name, fp8.dequantized(inputs, point.dtype))
+
+
 class Pass(NamedTuple):
     """One more pass is one more of these, and its FLOPs in Point.flops."""
 
@@ -208,6 +216,8 @@ PASSES = {
         _both,
         lambda point, inputs, results: check.check_backward(point, inputs, results[1:]),
     ),
+    "fp8": Pass(lambda point: fp8.quantized(_normal(point)), _fp8_forward, fp8.check_forward),
+    "prepare": Pass(_normal, fp8.preparation, fp8.check_preparation),
     "intervals": Pass(
         _segments,
         lambda point, name, ids: Call(_key_intervals(point, name), ids),

@@ -3,19 +3,30 @@
 from pathlib import Path
 from typing import Any
 
-NAMES = {"fwd": "forward", "bwd": "backward", "fwd+bwd": "both"}
-COLOURS = {"fa3": "C3", "cudnn": "C0", "pallas": "C1", "flash-attn3-jax": "C2"}
+NAMES = {"fwd": "forward", "bwd": "backward", "fwd+bwd": "both", "fp8": "FP8 forward"}
+COLOURS = {
+    "fa3": "C3",
+    "cudnn": "C0",
+    "pallas": "C1",
+    "flash-attn3-jax": "C2",
+    "fa3 fp8": "C4",
+    "cudnn fp8": "C9",
+}
 
 
 def plot(report: dict[str, Any], folder: Path) -> list[Path]:
-    """Writes one PNG per pass of the suites "paper" and "quick". Raises ImportError without matplotlib."""
+    """Writes one PNG per pass of the suites "paper", "quick" and "fp8", the preparation left out.
+
+    Raises ImportError without matplotlib.
+    """
     import matplotlib  # pyright: ignore[reportMissingImports]
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt  # pyright: ignore[reportMissingImports]
 
     folder.mkdir(parents=True, exist_ok=True)
-    grid = [r for r in report["points"] if r["suite"] in ("paper", "quick")]
+    grids = "paper", "quick", "fp8"
+    grid = [r for r in report["points"] if r["suite"] in grids and r["pass_name"] in NAMES]
     written = []
     for pass_name in dict.fromkeys(r["pass_name"] for r in grid):
         results = [r for r in grid if r["pass_name"] == pass_name]
@@ -32,7 +43,7 @@ def plot(report: dict[str, Any], folder: Path) -> list[Path]:
                 axes[row][column].set_title(f"head dim {dim}, {mask}")
         figure.legend(*_legend(axes), loc="outside lower center", ncols=4)
         figure.suptitle(f"{NAMES[pass_name]}, {report['environment']['gpu']}")
-        path = folder / f"{NAMES[pass_name]}.png"
+        path = folder / f"{NAMES[pass_name].lower().replace(' ', '_')}.png"
         figure.savefig(path, dpi=150)
         plt.close(figure)
         written.append(path)

@@ -1,18 +1,12 @@
-"""What is measured: the points of the tables, as plain data. Nothing here needs JAX or a GPU."""
+"""One point of the tables, as plain data: its shape, mask and FLOPs. Nothing here needs JAX or a GPU."""
 
 import dataclasses
-import fnmatch
-from collections.abc import Iterable
 
 import numpy as np
 
 TOKENS = 16384  # tokens of one call, and
 WIDTH = 2048  # heads * head_dim: the shapes of the FlashAttention-3 paper (arXiv 2407.08608, section 4.1)
-LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 RIVALS = ("cudnn", "pallas", "flash-attn3-jax")
-
-# Seven documents of mixed lengths in one row of 16,384 tokens.
-DOCUMENTS = (309, 4015, 1024, 2750, 3500, 777, 4009)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,8 +16,9 @@ class Point:
     `window` is the number of keys that a row sees to its left besides its own (with is_causal);
     `documents` are the lengths of the documents packed into each row, None for one sequence.
     `contenders[0]` is the one that the figure is about, `baseline` the one it is divided by.
-    Passes: "fwd"; "bwd", the gradients alone, from what the forward left behind; "fwd+bwd"; and
-    "intervals", the conversion of segment ids to key intervals alone.
+    Passes: "fwd"; "bwd", the gradients alone, from what the forward left behind; "fwd+bwd";
+    "intervals", the conversion of segment ids to key intervals alone; "fp8", the forward on inputs
+    that are e4m3 already; and "prepare", which makes such inputs.
     """
 
     suite: str
@@ -72,15 +67,24 @@ class Point:
         """Of one call: 4*b*h*sq*sk*d for the full mask, half of it for the plain causal one (as the
         FlashAttention papers count), and the pairs that are really seen for every other mask; the
         backward has 2.5 times as many."""
-        if self.pass_name == "intervals":
+        if self.pass_name in ("intervals", "prepare"):
             return 0.0
         begin, end = self.intervals()
         pairs = float(np.sum(end.astype(np.int64) - begin))
         if self.mask == "causal":
             pairs = self.seqlen**2 / 2
-        forwards = {"fwd": 1.0, "bwd": 2.5, "fwd+bwd": 3.5}[self.pass_name]
+        forwards = {"fwd": 1.0, "fp8": 1.0, "bwd": 2.5, "fwd+bwd": 3.5}[self.pass_name]
         per_pair = 2 * (self.head_dim + self.head_dim_v) * forwards
         return self.batch * self.num_heads_q * pairs * per_pair
+
+    def moved_bytes(self) -> int:
+        """Of the pass "prepare", else 0: query, key and value read once in 16 bits and written once
+        in 8. Their scales, 4 bytes for 128 rows of a head, do not count."""
+        if self.pass_name != "prepare":
+            return 0
+        numbers = (self.num_heads_q + self.num_heads_k) * self.head_dim
+        numbers += self.num_heads_k * self.head_dim_v
+        return 3 * self.batch * self.seqlen * numbers
 
     def visible_share(self, block_m: int, block_n: int) -> float:
         """Blocks of scores that hold a visible pair, as a share of all blocks."""
@@ -111,121 +115,6 @@ def point(suite: str, head_dim: int, seqlen: int, *, heads=None, **fields) -> Po
         f"s{seqlen}",
         f"h{heads_q}-{heads_k}" if heads_q != heads_k else "",
         "fp16" if made.dtype == "float16" else "",
-        made.contenders[0].removeprefix("fa3").strip(),  # arrays, deterministic
+        made.contenders[0].removeprefix("fa3").strip(),  # arrays, deterministic, fp8
     ]
-    return dataclasses.replace(made, name="-".join(filter(None, parts)))
-
-
-def _paper(pass_name: str, *contenders: str) -> list[Point]:
-    return [
-        point(
-            "paper",
-            head_dim,
-            seqlen,
-            is_causal=is_causal,
-            pass_name=pass_name,
-            contenders=("fa3", *contenders),
-        )
-        for head_dim in (64, 128, 256)
-        for is_causal in (False, True)
-        for seqlen in LENGTHS
-    ]
-
-
-def _all_passes() -> list[Point]:
-    backward = _paper("bwd", "cudnn", "flash-attn3-jax")
-    return [*_paper("fwd", *RIVALS), *backward, *_paper("fwd+bwd", "cudnn")]
-
-
-def _quick() -> list[Point]:
-    wanted = [(128, False, 1024), (128, False, 16384), (128, True, 1024), (128, True, 16384)]
-    wanted += [(64, False, 2048), (64, True, 16384), (256, False, 2048), (256, True, 16384)]
-    return [point("quick", d, s, is_causal=c, contenders=("fa3", "cudnn")) for d, c, s in wanted]
-
-
-def _masks() -> list[Point]:
-    """That masks are free: each point's baseline is this library with a cheaper way to say as much."""
-    arrays = ("fa3 arrays", "fa3", "cudnn")
-    packed = {"documents": DOCUMENTS, "contenders": ("fa3", "fa3 full"), "baseline": "fa3 full"}
-    return [
-        point("masks", 128, 8192, is_causal=True, contenders=arrays, baseline="fa3"),
-        point("masks", 128, TOKENS, **packed),
-        point("masks", 128, TOKENS, is_causal=True, **packed),
-        point(
-            "masks",
-            128,
-            TOKENS,
-            documents=DOCUMENTS,
-            pass_name="intervals",
-            contenders=("fa3", "xla"),
-            baseline="xla",
-        ),
-    ]
-
-
-def _gqa() -> list[Point]:
-    return [
-        point("gqa", d, s, heads=heads, is_causal=is_causal, pass_name=pass_name)
-        for pass_name in ("fwd", "bwd")
-        for d, s, heads in ((128, 8192, (32, 8)), (128, 2048, (32, 8)), (128, 8192, (16, 1)))
-        for is_causal in (False, True)
-    ]
-
-
-def _deterministic() -> list[Point]:
-    """What bit-equal gradients cost: against those that are summed in any order."""
-    names = {"contenders": ("fa3 deterministic", "fa3", "cudnn"), "baseline": "fa3"}
-    return [
-        point("deterministic", d, s, is_causal=is_causal, pass_name="bwd", **names)
-        for d in (64, 128, 256)
-        for is_causal in (False, True)
-        for s in (4096, 16384)
-    ]
-
-
-def _window() -> list[Point]:
-    return [
-        point("window", 128, 8192, is_causal=True, window=1024),
-        point("window", 128, 16384, is_causal=True, window=4096),
-        point("window", 64, 8192, is_causal=True, window=128, heads=(64, 8), batch=8),
-    ]
-
-
-def _fp16() -> list[Point]:
-    return [
-        point("fp16", d, s, is_causal=is_causal, dtype="float16")
-        for d in (64, 128, 256)
-        for is_causal in (False, True)
-        for s in (2048, 16384)
-    ]
-
-
-def _dims() -> list[Point]:
-    return [
-        point("dims", d, s, head_dim_v=dv, heads=(16, 16), is_causal=is_causal)
-        for d, dv in ((96, 96), (192, 192), (192, 128))
-        for is_causal in (False, True)
-        for s in (2048, 8192)
-    ]
-
-
-SUITES = {
-    "paper": _all_passes,
-    "quick": _quick,
-    "masks": _masks,
-    "gqa": _gqa,
-    "deterministic": _deterministic,
-    "window": _window,
-    "fp16": _fp16,
-    "dims": _dims,
-}
-
-
-def select(suites: Iterable[str], patterns: Iterable[str] = ("*",)) -> list[Point]:
-    """The points of the suites whose name matches one of the patterns (as in a shell)."""
-    return [
-        p
-        for suite in suites
-        for p in SUITES[suite]()
-        if any(fnmatch.fnmatch(p.name, pattern) for pattern in patterns)
-    ]
+    return dataclasses.replace(made, name="-".join(filter(None, dict.fromkeys(parts))))

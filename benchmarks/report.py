@@ -1,11 +1,11 @@
 """Results as text: the table that grows while the benchmark runs, and the README's."""
 
 import re
+import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-BEGIN, END = "<!-- benchmark: begin -->", "<!-- benchmark: end -->"
 COLUMN = 22
 
 
@@ -21,13 +21,15 @@ def _cell(result: dict[str, Any], name: str) -> str:
     if "refused" in record:
         return "refused"
     against = "" if record["ratio"] is None else f" {record['ratio']:.2f}x"
+    if result.get("moved_bytes"):
+        return f"{record['gb_per_s']:.0f} GB/s{against}"
     if not result["flops"]:
         return _time(record["ms"]) + against
     return f"{record['tflops']:.0f}{against} /{record['back_to_back_tflops']:.0f}"
 
 
 def header(names: Sequence[str]) -> str:
-    legend = "TFLOP/s, ratio to the baseline (median of rounds), /TFLOP/s back to back"
+    legend = "TFLOP/s or GB/s, ratio to the baseline (median of rounds), /TFLOP/s back to back"
     return f"{legend}\n{'':36}" + "".join(f"{name:<{COLUMN}}" for name in names)
 
 
@@ -54,27 +56,60 @@ def _expectation(result: dict[str, Any]) -> str:
     return "" if over is None else f"{over:.3f} of {result['visible_share']:.1%} of the blocks"
 
 
-def _grid(results: Iterable[dict[str, Any]]) -> list[str]:
-    """One row per pass, head dim and mask, one column per length: TFLOP/s and ratio."""
-    results = list(results)
-    lengths = sorted({r["seqlen"] for r in results})
-    rows: dict[tuple[str, int, str], dict[int, str]] = {}
+def _by_length(rows: dict[str, dict[int, str]]) -> list[str]:
+    """A table of these rows, each with its cells by sequence length."""
+    lengths = sorted({n for cells in rows.values() for n in cells})
+    lines = ["| | " + " | ".join(str(n) for n in lengths) + " |", "|---" * (len(lengths) + 1) + "|"]
+    for name, cells in rows.items():
+        lines.append(f"| {name} | " + " | ".join(cells.get(n, "–") for n in lengths) + " |")
+    return lines
+
+
+def _grid(results: Iterable[dict[str, Any]], beside: str | None = None) -> list[str]:
+    """One row per pass, head dim and mask, one column per length: TFLOP/s, ratio to the baseline and,
+    behind a semicolon, to the contender `beside`."""
+    title = {"fwd": "forward", "bwd": "backward", "fwd+bwd": "both", "fp8": "FP8 forward"}
+    rows: dict[str, dict[int, str]] = {}
     for result in results:
         record = result["results"][result["contenders"][0]]
         cell = "–"
         if "tflops" in record:
-            cell = f"{record['tflops']:.0f}"
-            cell += "" if record["ratio"] is None else f" ({record['ratio']:.2f})"
-        key = result["pass_name"], result["head_dim"], result["mask"]
-        rows.setdefault(key, {})[result["seqlen"]] = cell
-    title = {"fwd": "forward", "bwd": "backward", "fwd+bwd": "both"}
-    lines = ["| | " + " | ".join(str(n) for n in lengths) + " |", "|---" * (len(lengths) + 1) + "|"]
-    for (pass_name, head_dim, mask), cells in rows.items():
-        values = " | ".join(cells.get(n, "–") for n in lengths)
-        lines.append(
-            f"| {title.get(pass_name, pass_name)}, head dim {head_dim}, {mask} | {values} |"
-        )
-    return lines
+            ratios = [record["ratio"]] + ([_ratio(result, beside)] if beside else [])
+            shown = "; ".join("–" if x is None else f"{x:.2f}" for x in ratios)
+            cell = f"{record['tflops']:.0f}" + (f" ({shown})" if any(ratios) else "")
+        name = f"{title[result['pass_name']]}, head dim {result['head_dim']}, {result['mask']}"
+        rows.setdefault(name, {})[result["seqlen"]] = cell
+    return _by_length(rows)
+
+
+def _ratio(result: dict[str, Any], other: str) -> float | None:
+    """How many times as fast as another contender: the median over the rounds."""
+    records = [result["results"].get(name, {}) for name in (other, result["contenders"][0])]
+    if any("times_ms" not in record for record in records):
+        return None
+    pairs = zip(*(record["times_ms"] for record in records), strict=True)
+    return statistics.median(theirs / ours for theirs, ours in pairs)
+
+
+def _preparation(results: list[dict[str, Any]]) -> list[str]:
+    """GB/s and ratio to the copy; the time as a share of the attention's on what was prepared."""
+    ms = {
+        (r["head_dim"], r["seqlen"], r["mask"]): r["results"][r["contenders"][0]].get("ms")
+        for r in results
+        if r["pass_name"] == "fp8"
+    }
+    rows: dict[str, dict[int, str]] = {}
+    for result in (r for r in results if r["pass_name"] == "prepare"):
+        record = result["results"][result["contenders"][0]]
+        dim, length = result["head_dim"], result["seqlen"]
+        speed = rows.setdefault(f"preparation, head dim {dim}, GB/s", {})
+        share = rows.setdefault(f"its time of the attention's, head dim {dim}, full / causal", {})
+        if "ms" in record:
+            attention = [ms.get((dim, length, mask)) for mask in ("full", "causal")]
+            ratio = "" if record["ratio"] is None else f" ({record['ratio']:.2f})"
+            speed[length] = f"{record['gb_per_s']:.0f}{ratio}"
+            share[length] = " / ".join(f"{record['ms'] / x:.0%}" if x else "–" for x in attention)
+    return _by_length(rows)
 
 
 def _list(results: Iterable[dict[str, Any]]) -> list[str]:
@@ -134,24 +169,56 @@ def markdown(report: dict[str, Any]) -> str:
     )
     runs = [_conditions(run) for run in (report, *report.get("others", ()))]
     blocks = [f"{'. Then: '.join(runs)}. {protocol}"]
+    shapes = "16,384 tokens, heads × head dim = 2048, by sequence length"
     for suite, results in suites.items():
         if suite in ("paper", "quick"):
             intro = (
                 "TFLOP/s, in brackets times as fast as cuDNN (`jax.nn`, in the same rounds); bf16, "
-                "16,384 tokens, heads × head dim = 2048, by sequence length:"
+                f"{shapes}:"
             )
             blocks.append("\n".join([intro, "", *_grid(results)]))
+        elif suite == "fp8":
+            intro = (
+                "TFLOP/s of the attention alone, on inputs that are e4m3 already; in brackets times "
+                "as fast as cuDNN's FP8 (JAX's private API), and as this library in bf16; "
+                f"{shapes}:"
+            )
+            forward = [r for r in results if r["pass_name"] == "fp8"]
+            if forward:
+                blocks.append("\n".join([intro, "", *_grid(forward, beside="fa3")]))
+            intro = (
+                "Preparation: Hadamard transform and quantization of query and key, quantization of "
+                "value. GB/s of 16-bit numbers read and e4m3 numbers written, in brackets as a share "
+                "of what a copy of as many bytes reaches:"
+            )
+            if len(results) > len(forward):
+                blocks.append("\n".join([intro, "", *_preparation(results)]))
         else:
             blocks.append("\n".join([f"Suite `{suite}`:", "", *_list(results)]))
     return "\n\n".join(blocks) + "\n"
 
 
 def write_readme(readme: Path, report: dict[str, Any]) -> None:
-    """Replaces what stands between the markers in the README. Raises ValueError without them."""
-    text = readme.read_text(encoding="utf-8")
-    made = f"{BEGIN}\n{markdown(report)}{END}"
-    pattern = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
-    text, count = pattern.subn(lambda _: made, text)
+    """Replaces the sections of the README that the report's suites are in: FP8 has its own."""
+    sections: dict[str, list[dict[str, Any]]] = {}
+    for result in report["points"]:
+        section = "benchmark-fp8" if result["suite"] == "fp8" else "benchmark"
+        sections.setdefault(section, []).append(result)
+    for section, results in sections.items():
+        write_section(readme, section, markdown({**report, "points": results}))
+
+
+def markers(section: str) -> tuple[str, str]:
+    """What the README has before and after a section."""
+    return f"<!-- {section}: begin -->", f"<!-- {section}: end -->"
+
+
+def write_section(readme: Path, section: str, text: str) -> None:
+    """Replaces what stands between the section's markers. Raises ValueError without them."""
+    begin, end = markers(section)
+    pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
+    old = readme.read_text(encoding="utf-8")
+    new, count = pattern.subn(lambda _: f"{begin}\n{text}{end}", old)
     if count != 1:
-        raise ValueError(f"{readme}: expected one pair of {BEGIN} and {END}, found {count}")
-    readme.write_text(text, encoding="utf-8")
+        raise ValueError(f"{readme}: expected one pair of {begin} and {end}, found {count}")
+    readme.write_text(new, encoding="utf-8")

@@ -59,6 +59,7 @@ def summarise(
         median = statistics.median(ms)
         record["ms"] = median
         record["tflops"] = theirs / median / 1e9
+        record["gb_per_s"] = point.moved_bytes() / median / 1e6
         record["ratio"] = ratio(times[point.baseline], ms) if point.baseline in times else None
         record["back_to_back_ms"] = back_to_back[name].ms
         record["back_to_back_tflops"] = theirs / back_to_back[name].ms / 1e9
@@ -70,6 +71,7 @@ def summarise(
         **dataclasses.asdict(point),
         "mask": point.mask,
         "flops": point.flops(),
+        "moved_bytes": point.moved_bytes(),
         "visible_share": share,
         "results": records,
     }

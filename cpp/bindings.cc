@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "bwd/turns.h"
 #include "common/mask.h"
 #include "common/tile_scheduler.h"
 #include "dispatch.h"
@@ -26,6 +27,8 @@ nb::dict ffi_targets() {
   targets["jax_fa3.fwd.v1"] = capsule(jax_fa3_fwd);
   targets["jax_fa3.bwd.v1"] = capsule(jax_fa3_bwd);
   targets["jax_fa3.bwd_packed.v1"] = capsule(jax_fa3_bwd_packed);
+  targets["jax_fa3.fwd_fp8.v1"] = capsule(jax_fa3_fwd_fp8);
+  targets["jax_fa3.quantize.v1"] = capsule(jax_fa3_quantize);
   targets["jax_fa3.segment_intervals.v1"] = capsule(jax_fa3_segment_intervals);
   return targets;
 }
@@ -33,9 +36,11 @@ nb::dict ffi_targets() {
 std::vector<std::tuple<std::string, int, int>> kernels() {
   std::vector<std::tuple<std::string, int, int>> built;
   for (auto const& [dtype, name] : {std::pair{jax_fa3::DType::kBFloat16, "bfloat16"},
-                                    std::pair{jax_fa3::DType::kFloat16, "float16"}}) {
+                                    std::pair{jax_fa3::DType::kFloat16, "float16"},
+                                    std::pair{jax_fa3::DType::kFloat8E4M3, "float8_e4m3fn"}}) {
     if (!jax_fa3::is_built(dtype)) continue;
     for (auto const& size : jax_fa3::kKernelSizes) {
+      if (dtype == jax_fa3::DType::kFloat8E4M3 && !jax_fa3::has_fp8(size)) continue;
       built.emplace_back(name, size.head_dim, size.head_dim_v);
     }
   }
@@ -65,14 +70,24 @@ NB_MODULE(_C, module) {
     return std::tuple{w.row_stats, w.row_intervals, w.block_hulls, w.dq_accum, w.turns};
   });
   module.def("heads_per_section", &jax_fa3::heads_per_section);
-  module.def("tile_order", [](int num_m_blocks, int num_heads, int batch, int section) {
-    jax_fa3::TileOrder const order{num_m_blocks, num_heads, batch, section};
+  module.def("tile_order", [](int num_m_blocks, int num_heads, int batch, int section, int run) {
+    jax_fa3::TileOrder const order{num_m_blocks, num_heads, batch, section, false, run};
     std::vector<std::tuple<int, int, int>> tiles;
     for (int index = 0; index < order.num_tiles(); ++index) {
       auto const tile = order(index);
       tiles.emplace_back(tile.m_block, tile.head, tile.batch);
     }
     return tiles;
+  });
+  module.def("turn_start", [](int num_m_blocks, int num_n_blocks, int n_block) {
+    return jax_fa3::bwd::Turns::of(num_m_blocks, num_n_blocks, 0).start(n_block);
+  });
+  module.def("turn_group",
+             [](int num_sms) { return jax_fa3::bwd::Turns::of(1, 1, num_sms).group; });
+  module.def("turns_before", [](int num_m_blocks, int num_n_blocks, int num_sms, int m_block,
+                                int n_block, int first, int end) {
+    return jax_fa3::bwd::Turns::of(num_m_blocks, num_n_blocks, num_sms)
+        .before(m_block, n_block, first, end);
   });
   module.def("tile_of_round", &jax_fa3::tile_of_round);
   module.def("row_interval",

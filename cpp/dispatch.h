@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "bwd/bwd.h"
+#include "fp8/fp8.h"
 #include "fwd/fwd.h"
 #include "problem.h"
 
@@ -47,7 +48,16 @@ constexpr bool is_built([[maybe_unused]] DType dtype) {
 #ifdef JAX_FA3_HAS_FLOAT16
   if (dtype == DType::kFloat16) return true;
 #endif
+#ifdef JAX_FA3_HAS_FLOAT8_E4M3FN
+  if (dtype == DType::kFloat8E4M3) return true;
+#endif
   return false;
+}
+
+// Head dims of which there is an FP8 kernel, too: one tile fits them all.
+constexpr bool has_fp8(KernelSize const& size) {
+  bool const slabs = size.head_dim == 64 || size.head_dim == 128 || size.head_dim == 256;
+  return slabs && size.head_dim_v == size.head_dim;
 }
 
 // The kernel that takes these head dims; {0, 0} if none was built.
@@ -81,6 +91,21 @@ bool select(Problem const& problem, Launch const& launch) {
                                            : select<DType::kFloat16>(problem, launch, kAll);
 }
 
+template <std::size_t... kIndex>
+bool select_fp8(fp8::Problem const& problem, cudaStream_t stream, cudaError_t* error,
+                std::index_sequence<kIndex...>) {
+  auto const launch = [&](auto index) {
+    constexpr KernelSize kSize = kKernelSizes[decltype(index)::value];
+    if constexpr (has_fp8(kSize)) {
+      if (!kSize.holds(problem.forward.head_dim, problem.forward.head_dim_v)) return false;
+      *error = fp8::launch<kSize.head_dim>(problem, stream);
+      return true;
+    }
+    return false;
+  };
+  return (launch(std::integral_constant<std::size_t, kIndex>{}) || ...);
+}
+
 }  // namespace detail
 
 // Launch a pass; false if no built kernel holds the problem.
@@ -96,6 +121,13 @@ inline bool launch_bwd(BackwardProblem const& problem, cudaStream_t stream, cuda
     constexpr KernelSize kSize = kKernelSizes[decltype(index)::value];
     *error = bwd::launch<decltype(dtype)::value, kSize.head_dim, kSize.head_dim_v>(problem, stream);
   });
+}
+
+inline bool launch_fp8(fp8::Problem const& problem, cudaStream_t stream, cudaError_t* error) {
+  if constexpr (is_built(DType::kFloat8E4M3)) {
+    return detail::select_fp8(problem, stream, error, std::make_index_sequence<kNumKernelSizes>{});
+  }
+  return false;
 }
 
 }  // namespace jax_fa3

@@ -13,13 +13,6 @@ using FloatResult = ffi::Result<FloatBuffer>;
 using Int32Result = ffi::Result<Int32Buffer>;
 using AnyResult = ffi::Result<ffi::AnyBuffer>;
 
-ffi::Error not_built(Problem const& problem) {
-  return ffi::Error(ffi::ErrorCode::kUnimplemented,
-                    "jax_fa3: no kernel was built for this dtype and head dims " +
-                        std::to_string(problem.head_dim) + " and " +
-                        std::to_string(problem.head_dim_v));
-}
-
 ffi::Error fwd_impl(cudaStream_t stream, ffi::AnyBuffer query, ffi::AnyBuffer key,
                     ffi::AnyBuffer value, Int32Buffer query_offset, Int32Buffer query_seq_lengths,
                     Int32Buffer key_value_seq_lengths, Int32Buffer key_begin, Int32Buffer key_end,
@@ -207,23 +200,6 @@ ffi::Error segment_intervals_impl(cudaStream_t stream, Int32Buffer query_segment
 }  // namespace
 }  // namespace jax_fa3
 
-XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(jax_fa3::Attributes, xla::ffi::StructMember<float>("scale"),
-                                      xla::ffi::StructMember<float>("soft_cap"),
-                                      xla::ffi::StructMember<int64_t>("window_left"),
-                                      xla::ffi::StructMember<int64_t>("window_right"),
-                                      xla::ffi::StructMember<int64_t>("num_heads_q"),
-                                      xla::ffi::StructMember<int64_t>("num_heads_k"),
-                                      xla::ffi::StructMember<int64_t>("first_head_q"),
-                                      xla::ffi::StructMember<int64_t>("first_head_k"),
-                                      xla::ffi::StructMember<int64_t>("first_head_v"));
-
-// The mask's arrays: query_offset, query_seq_lengths, key_value_seq_lengths, key_begin, key_end.
-#define JAX_FA3_MASKS              \
-  .Arg<jax_fa3::Int32Buffer>()     \
-      .Arg<jax_fa3::Int32Buffer>() \
-      .Arg<jax_fa3::Int32Buffer>() \
-      .Arg<jax_fa3::Int32Buffer>() \
-      .Arg<jax_fa3::Int32Buffer>()
 // out, lse, dout, dlse.
 #define JAX_FA3_COTANGENTS         \
   .Arg<xla::ffi::AnyBuffer>()      \
@@ -237,7 +213,6 @@ XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(jax_fa3::Attributes, xla::ffi::StructMembe
       .Ret<jax_fa3::Int32Buffer>() \
       .Ret<jax_fa3::FloatBuffer>() \
       .Ret<jax_fa3::Int32Buffer>()
-#define JAX_FA3_BIND xla::ffi::Ffi::Bind().Ctx<xla::ffi::PlatformStream<cudaStream_t>>()
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_fa3_fwd, jax_fa3::fwd_impl,
                               JAX_FA3_BIND.Arg<xla::ffi::AnyBuffer>()

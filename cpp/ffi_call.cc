@@ -33,6 +33,13 @@ ffi::Error check_device() {
                         "; use implementation=\"xla\"");
 }
 
+ffi::Error not_built(Problem const& problem) {
+  return ffi::Error(ffi::ErrorCode::kUnimplemented,
+                    "jax_fa3: no kernel was built for this dtype and head dims " +
+                        std::to_string(problem.head_dim) + " and " +
+                        std::to_string(problem.head_dim_v));
+}
+
 std::optional<DType> to_dtype(ffi::DataType type) {
   switch (type) {
     case ffi::DataType::BF16:
@@ -41,6 +48,8 @@ std::optional<DType> to_dtype(ffi::DataType type) {
       return DType::kFloat16;
     case ffi::DataType::F32:
       return DType::kFloat32;
+    case ffi::DataType::F8E4M3FN:
+      return DType::kFloat8E4M3;
     default:
       return std::nullopt;
   }
@@ -64,7 +73,7 @@ ffi::Error optional_array(Int32Buffer const& buffer, char const* name, int64_t e
 
 }  // namespace
 
-ffi::Error to_problem(Inputs& inputs, Attributes const& attributes, Problem* problem) {
+ffi::Error to_problem(Inputs& inputs, Attributes const& attributes, Problem* problem, bool float8) {
   auto const q = inputs.query.dimensions();
   auto const k = inputs.key.dimensions();
   auto const v = inputs.value.dimensions();
@@ -104,10 +113,11 @@ ffi::Error to_problem(Inputs& inputs, Attributes const& attributes, Problem* pro
                    std::to_string(head_dim) + " and " + std::to_string(head_dim_v));
   }
   auto const dtype = to_dtype(inputs.query.element_type());
-  if (!dtype || *dtype == DType::kFloat32 ||
+  if (!dtype || *dtype == DType::kFloat32 || (*dtype == DType::kFloat8E4M3) != float8 ||
       inputs.key.element_type() != inputs.query.element_type() ||
       inputs.value.element_type() != inputs.query.element_type()) {
-    return invalid("query, key and value must all be bfloat16 or all float16");
+    return invalid(float8 ? "query, key and value must all be float8_e4m3fn"
+                          : "query, key and value must all be bfloat16 or all float16");
   }
   float const scale = attributes.scale;
   float const soft_cap = attributes.soft_cap;
@@ -131,9 +141,10 @@ ffi::Error to_problem(Inputs& inputs, Attributes const& attributes, Problem* pro
   problem->dtype = *dtype;
   problem->softmax_scale = scale;
   problem->soft_cap = soft_cap;
-  problem->query = to_operand(inputs.query, attributes.first_head_q, 2);
-  problem->key = to_operand(inputs.key, attributes.first_head_k, 2);
-  problem->value = to_operand(inputs.value, attributes.first_head_v, 2);
+  int64_t const bytes = float8 ? 1 : 2;
+  problem->query = to_operand(inputs.query, attributes.first_head_q, bytes);
+  problem->key = to_operand(inputs.key, attributes.first_head_k, bytes);
+  problem->value = to_operand(inputs.value, attributes.first_head_v, bytes);
 
   Mask& mask = problem->mask;
   mask.seqlen_q = problem->seqlen_q;

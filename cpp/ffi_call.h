@@ -24,6 +24,7 @@ ffi::Error cuda_status(cudaError_t error);
 
 // The kernels hold machine code for sm_90a alone.
 ffi::Error check_device();
+ffi::Error not_built(Problem const& problem);
 
 std::optional<DType> to_dtype(ffi::DataType type);
 
@@ -59,8 +60,10 @@ struct Inputs {
   Int32Buffer query_offset, query_seq_lengths, key_value_seq_lengths, key_begin, key_end;
 };
 
-// All of a Problem but out, lse and workspace.
-ffi::Error to_problem(Inputs& inputs, Attributes const& attributes, Problem* problem);
+// All of a Problem but out, lse and workspace. Operands are of 16 bits, or e4m3 where that is
+// wanted.
+ffi::Error to_problem(Inputs& inputs, Attributes const& attributes, Problem* problem,
+                      bool float8 = false);
 
 // Whether out is [b, t, n, v] and lse [b, n, t].
 template <class Out, class Lse>
@@ -78,3 +81,22 @@ bool out_fits(Problem const& p, Out const& out, Lse const& lse) {
   }
 
 }  // namespace jax_fa3
+
+XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(jax_fa3::Attributes, xla::ffi::StructMember<float>("scale"),
+                                      xla::ffi::StructMember<float>("soft_cap"),
+                                      xla::ffi::StructMember<int64_t>("window_left"),
+                                      xla::ffi::StructMember<int64_t>("window_right"),
+                                      xla::ffi::StructMember<int64_t>("num_heads_q"),
+                                      xla::ffi::StructMember<int64_t>("num_heads_k"),
+                                      xla::ffi::StructMember<int64_t>("first_head_q"),
+                                      xla::ffi::StructMember<int64_t>("first_head_k"),
+                                      xla::ffi::StructMember<int64_t>("first_head_v"));
+
+// The mask's arrays: query_offset, query_seq_lengths, key_value_seq_lengths, key_begin, key_end.
+#define JAX_FA3_MASKS              \
+  .Arg<jax_fa3::Int32Buffer>()     \
+      .Arg<jax_fa3::Int32Buffer>() \
+      .Arg<jax_fa3::Int32Buffer>() \
+      .Arg<jax_fa3::Int32Buffer>() \
+      .Arg<jax_fa3::Int32Buffer>()
+#define JAX_FA3_BIND xla::ffi::Ffi::Bind().Ctx<xla::ffi::PlatformStream<cudaStream_t>>()

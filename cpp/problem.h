@@ -7,7 +7,7 @@
 
 namespace jax_fa3 {
 
-enum class DType { kBFloat16, kFloat16, kFloat32 };
+enum class DType { kBFloat16, kFloat16, kFloat32, kFloat8E4M3 };
 
 // A [batch, seqlen, heads, head_dim] operand; strides in elements, the head dim is contiguous.
 struct Operand {
@@ -26,7 +26,8 @@ struct Problem {
   int head_dim;     // of query and key
   int head_dim_v;   // of value and out
   DType dtype;      // of query, key and value
-  DType out_dtype;  // dtype, or kFloat32 for partial results that are summed elsewhere
+  DType out_dtype;  // dtype, or kFloat32 for partial results that are summed elsewhere; any but
+                    // kFloat8E4M3 where that is dtype
 
   float softmax_scale;  // > 0
   float soft_cap;       // s <- soft_cap * tanh(s / soft_cap) after scaling; 0: none

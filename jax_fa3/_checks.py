@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -18,6 +18,16 @@ Integers = ArrayLike | Sequence[int]
 
 def wrong(name: str, found: object, wanted: object) -> ValueError:
     return ValueError(f"{name}: got {found}, wanted {wanted}")
+
+
+def refuse_dense(options: Mapping[str, Any], who: str) -> None:
+    """Raises NotImplementedError for bias and mask, which jax_fa3.dot_product_attention alone takes."""
+    for name in ("bias", "mask"):
+        if options.get(name) is not None:
+            raise NotImplementedError(
+                f"{name}: got a dense array, wanted None: {who} has masks that are an interval of "
+                "keys per row, such as is_causal, segment ids, key_begin and key_end"
+            )
 
 
 def static_bool(name: str, x: Any) -> bool:

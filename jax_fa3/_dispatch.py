@@ -18,40 +18,52 @@ from jax import Array, lax
 from . import _ffi, _guards, _sharding
 from ._arguments import Call, Implementation
 
-_ELSEWHERE = "use implementation='xla'"
+ELSEWHERE = "use implementation='xla'"
 
 
 def refusal(call: Call, dtype: np.dtype, *, packed: bool = False) -> str | None:
     """Why the kernels cannot take these arguments, and what to do about it; None if they can."""
+    reason = refusal_of_options(call)
+    if reason is not None:
+        return reason
+    query, value = ("qkv", "qkv") if packed else ("query", "value")
+    if dtype.name not in ("bfloat16", "float16"):
+        return f"{query}: got dtype {dtype}, wanted bfloat16 or float16: cast it, or {ELSEWHERE}"
+    head_dim, head_dim_v = call.sizes.head_dim, call.sizes.head_dim_v
+    for name, dim in ((query, head_dim), (value, head_dim_v)):
+        if dim % 8 or dim > 256:
+            wanted = "wanted a multiple of 8 up to 256: pad it with zeros"
+            return f"{name}: got head dim {dim}, {wanted}, or {ELSEWHERE}"
+    return refusal_of_build(query, dtype, head_dim, head_dim_v)
+
+
+def refusal_of_options(call: Call) -> str | None:
+    """`refusal`, as far as it does not depend on dtype and head dims."""
     for name, dense in (("bias", call.bias), ("mask", call.mask)):
         if dense is not None:
             return (
                 f"{name}: got a dense array, wanted None: the kernels' masks are is_causal, "
                 "local_window_size, query_seq_lengths, key_value_seq_lengths, query_segment_ids "
-                f"with key_value_segment_ids, key_begin and key_end; or {_ELSEWHERE}"
+                f"with key_value_segment_ids, key_begin and key_end; or {ELSEWHERE}"
             )
     if isinstance(call.scale, Array):
         wanted = "wanted a static float: multiply query by it and pass scale=1.0"
-        return f"scale: got a traced value, {wanted}, or {_ELSEWHERE}"
+        return f"scale: got a traced value, {wanted}, or {ELSEWHERE}"
     if not _is_positive_float32(call.scale):
         wanted = "wanted a positive float32: multiply query instead"
-        return f"scale: got {call.scale}, {wanted}, or {_ELSEWHERE}"
+        return f"scale: got {call.scale}, {wanted}, or {ELSEWHERE}"
     cap = call.logits_soft_cap
     if cap is not None and not _is_positive_float32(cap):
-        return f"logits_soft_cap: got {cap}, wanted a positive float32, or {_ELSEWHERE}"
+        return f"logits_soft_cap: got {cap}, wanted a positive float32, or {ELSEWHERE}"
+    return None
 
-    query, value = ("qkv", "qkv") if packed else ("query", "value")
-    if dtype.name not in ("bfloat16", "float16"):
-        return f"{query}: got dtype {dtype}, wanted bfloat16 or float16: cast it, or {_ELSEWHERE}"
-    head_dim, head_dim_v = call.sizes.head_dim, call.sizes.head_dim_v
-    for name, dim in ((query, head_dim), (value, head_dim_v)):
-        if dim % 8 or dim > 256:
-            wanted = "wanted a multiple of 8 up to 256: pad it with zeros"
-            return f"{name}: got head dim {dim}, {wanted}, or {_ELSEWHERE}"
-    built = [(h, v) for name, h, v in _ffi.kernels() if name == dtype.name]
+
+def refusal_of_build(name: str, dtype: np.dtype, head_dim: int, head_dim_v: int) -> str | None:
+    """Why this install has no kernel for these; name: of the argument to blame."""
+    built = [(h, v) for kernel, h, v in _ffi.kernels() if kernel == dtype.name]
     if not any(h >= head_dim and v >= head_dim_v for h, v in built):
         found = f"head dims ({head_dim}, {head_dim_v}) in {dtype}"
-        return f"{query}: got {found}, wanted at most one of those built: {built}, or {_ELSEWHERE}"
+        return f"{name}: got {found}, wanted at most one of those built: {built}, or {ELSEWHERE}"
     return None
 
 
@@ -67,10 +79,10 @@ def machine_refusal() -> str | None:
         return None
     if "9.0" not in capabilities:
         found = ", ".join(sorted(capabilities))
-        wanted = f"wanted an NVIDIA Hopper GPU (9.0, sm_90): {_ELSEWHERE}"
+        wanted = f"wanted an NVIDIA Hopper GPU (9.0, sm_90): {ELSEWHERE}"
         return f"device: got compute capability {found}, {wanted}"
     if not _ffi.is_built():
-        wanted = f"wanted one with them: reinstall it on Linux, or {_ELSEWHERE}"
+        wanted = f"wanted one with them: reinstall it on Linux, or {ELSEWHERE}"
         return f"jax_fa3: got an install without CUDA kernels, {wanted}"
     return None
 

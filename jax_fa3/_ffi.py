@@ -24,7 +24,9 @@ FWD = "jax_fa3.fwd.v1"
 BWD = "jax_fa3.bwd.v1"
 BWD_PACKED = "jax_fa3.bwd_packed.v1"
 SEGMENT_INTERVALS = "jax_fa3.segment_intervals.v1"
-TARGETS = (FWD, BWD, BWD_PACKED, SEGMENT_INTERVALS)
+FWD_FP8 = "jax_fa3.fwd_fp8.v1"  # these two are called by fp8/_ffi.py
+QUANTIZE = "jax_fa3.quantize.v1"
+TARGETS = (FWD, BWD, BWD_PACKED, SEGMENT_INTERVALS, FWD_FP8, QUANTIZE)
 
 _UNBOUNDED = 2**62
 _FARTHEST = 2**61  # far beyond every int32 position, and sums with one still fit int64
@@ -35,6 +37,7 @@ _FEWEST_ROWS, _ROWS = 64, 128
 # What an install without kernels lowers for: the default build, (dtype, head_dim, head_dim_v).
 _HEAD_DIMS = ((64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
 _DEFAULT_KERNELS = [(dtype, *dims) for dtype in ("bfloat16", "float16") for dims in _HEAD_DIMS]
+_DEFAULT_KERNELS += [("float8_e4m3fn", dim, dim) for dim in (64, 128, 256)]
 
 
 def _load() -> ModuleType | None:
@@ -116,8 +119,8 @@ def fwd(
         jax.ShapeDtypeStruct((batch, heads[0], query_length), jnp.float32),
         jax.ShapeDtypeStruct((1,), jnp.int32),  # workspace: the counter of tiles
     )
-    attributes = _attributes(config, heads, first_head)
-    out, lse, _ = _call(FWD, results, attributes, query, key, value, *_mask_operands(masks))
+    attributes = attributes_of(config, heads, first_head)
+    out, lse, _ = custom_call(FWD, results, attributes, query, key, value, *mask_operands(masks))
     return out, lse
 
 
@@ -158,12 +161,12 @@ def bwd(
         jax.ShapeDtypeStruct((batch, heads[0], rows, width), jnp.float32),  # the sum of dq
         jax.ShapeDtypeStruct((turns,), jnp.int32),
     )
-    results = _call(
+    results = custom_call(
         BWD if num_heads is None else BWD_PACKED,
         (*grads, *workspace),
-        _attributes(config, heads, first_head),
+        attributes_of(config, heads, first_head),
         *operands,
-        *_mask_operands(masks),
+        *mask_operands(masks),
         out,
         lse,
         dout,
@@ -178,7 +181,7 @@ def segment_intervals(
     """The kernel for _mask.segment_intervals: key_begin and key_end, int32 [B, T]."""
     result = jax.ShapeDtypeStruct(query_segment_ids.shape, jnp.int32)
     operands = query_segment_ids, key_value_segment_ids
-    key_begin, key_end = _call(SEGMENT_INTERVALS, (result, result), {}, *operands)
+    key_begin, key_end = custom_call(SEGMENT_INTERVALS, (result, result), {}, *operands)
     return key_begin, key_end
 
 
@@ -186,18 +189,20 @@ def _result_dtype(config: Config, operand: Array) -> Any:
     return jnp.float32 if config.partial else operand.dtype
 
 
-def _call(target: str, results: Any, attributes: dict[str, Any], *operands: Array) -> list[Array]:
+def custom_call(
+    target: str, results: Any, attributes: dict[str, Any], *operands: Array
+) -> list[Array]:
     varying = vary_together(operands)
     found = jax.ffi.ffi_call(target, results)(*varying, **attributes)
     return [_vary(x, _varying(varying[0])) for x in found]
 
 
-def _mask_operands(masks: Masks) -> list[Array]:
+def mask_operands(masks: Masks) -> list[Array]:
     absent = jnp.zeros(0, jnp.int32)
     return [absent if mask is None else mask for mask in masks]
 
 
-def _attributes(
+def attributes_of(
     config: Config, num_heads: tuple[int, int], first_head: tuple[int, int, int]
 ) -> dict[str, Any]:
     left, right = map(_window_attribute, config.window)

@@ -16,9 +16,13 @@ from jax.sharding import AbstractMesh
 Primitive = type(lax.add_p)
 
 _ONLY_REVERSE = (
-    "jax_fa3's kernels and jax_fa3.context_parallel have first derivatives in reverse mode only "
-    "(jax.grad, jax.vjp); for forward mode (jax.jvp, jax.jacfwd, jax.linearize) and second derivatives "
-    "use implementation='xla', outside jax_fa3.context_parallel"
+    "jax_fa3's kernels, jax_fa3.fp8 and jax_fa3.context_parallel have first derivatives in reverse "
+    "mode only (jax.grad, jax.vjp); for forward mode (jax.jvp, jax.jacfwd, jax.linearize) and second "
+    "derivatives use implementation='xla', outside jax_fa3.fp8 and jax_fa3.context_parallel"
+)
+_QUANTIZED = (
+    "jax_fa3.fp8: what is quantized has no derivative: differentiate "
+    "jax_fa3.fp8.dot_product_attention, which takes 16-bit arrays, or use jax.lax.stop_gradient"
 )
 _NO_EXPORT = (
     "jax_fa3: a program over several devices with automatic mesh axes cannot be exported, for how it "
@@ -42,6 +46,10 @@ def _identity(name: str) -> Any:
 
 def _refuse_derivative(*_: Any, **__: Any) -> NoReturn:
     raise NotImplementedError(_ONLY_REVERSE)
+
+
+def _refuse_derivative_of_quantized(*_: Any, **__: Any) -> NoReturn:
+    raise NotImplementedError(_QUANTIZED)
 
 
 def _refuse_lowering(ctx: mlir.LoweringRuleContext, *_: Any) -> NoReturn:
@@ -79,6 +87,11 @@ partitionable = _partitionable.bind
 _constant = _identity("not_differentiable")
 ad.primitive_jvps[_constant] = _refuse_derivative
 not_differentiable = _constant.bind
+
+# Cannot be differentiated either: e4m3 arrays and their scales, and what is to be quantized.
+_quantized = _identity("quantized")
+ad.primitive_jvps[_quantized] = _refuse_derivative_of_quantized
+quantized = _quantized.bind
 
 # Can be differentiated in reverse mode only: its tangent can be transposed but not evaluated.
 _primal, _tangent = _identity("reverse_mode_only"), _identity("reverse_mode_only_tangent")

@@ -4,7 +4,8 @@ The mask arguments must be concrete (Python or NumPy values): who sees whom is d
 64-bit integers and Python's unbounded ones, so that it is exact for any value.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -63,6 +64,33 @@ def visible_keys(
     return visible, broken
 
 
+def products(query: Array, key: Array) -> Array:
+    """[B, N, T, S] of [B, T, N, H] and [B, S, N, H]."""
+    return jnp.einsum("btnh,bsnh->bnts", query, key)
+
+
+class Rounding(NamedTuple):
+    """What a kernel rounds, for the tolerance rule."""
+
+    scores: Callable[[Array], Array]
+    probabilities: Callable[[Array, Array], Array]  # from exp(score - row's top) and their sum
+    out: Callable[[Array], Array]
+    products: Callable[[Array, Array], Array] = products
+
+
+def rounded(x: Array, dtype: DTypeLike) -> Array:
+    """In x's dtype."""
+    # The barrier keeps XLA from dropping both conversions, which it may do to be more exact.
+    return lax.optimization_barrier(x.astype(dtype)).astype(x.dtype)
+
+
+def _rounding_to(dtype: DTypeLike | None) -> Rounding:
+    def to_dtype(x: Array) -> Array:
+        return x if dtype is None else rounded(x, dtype)
+
+    return Rounding(to_dtype, lambda weights, total: to_dtype(weights / total), to_dtype)
+
+
 def attention(
     query: Array,  # [B, T, N, H]
     key: Array,  # [B, S, K, H]
@@ -72,20 +100,14 @@ def attention(
     logits_soft_cap: float | None = None,
     bias: Array | None = None,
     mask: Array | None = None,
-    round_to: DTypeLike | None = None,
+    round_to: DTypeLike | Rounding | None = None,
     **mask_arguments: Any,
 ) -> tuple[Array, Array]:
     """out [B, T, N, V] and lse [B, T, N], in the inputs' dtype (fp32 or fp64 in the tests).
 
-    round_to: round scores, probabilities and output to this dtype, for the tolerance rule.
+    round_to: round scores, probabilities and output to this dtype, or in this way.
     """
-
-    def rounded(x: Array) -> Array:
-        # The barrier keeps XLA from dropping both conversions, which it may do to be more exact.
-        return (
-            x if round_to is None else lax.optimization_barrier(x.astype(round_to)).astype(x.dtype)
-        )
-
+    rounding = round_to if isinstance(round_to, Rounding) else _rounding_to(round_to)
     (b, t, n, h), s = query.shape, key.shape[1]
     seen = map(jnp.asarray, visible_keys(b, t, s, **mask_arguments))
     # The barrier keeps XLA from folding constants of this size, for seconds.
@@ -102,16 +124,17 @@ def attention(
         jnp.where(used[..., None, None], x, 0).repeat(n // x.shape[2], axis=2) for x in (key, value)
     )
 
-    scores = jnp.einsum("btnh,bsnh->bnts", query, key) * (h**-0.5 if scale is None else scale)
+    scores = rounding.products(query, key) * (h**-0.5 if scale is None else scale)
     if logits_soft_cap is not None:
         scores = logits_soft_cap * jnp.tanh(scores / logits_soft_cap)
-    scores = rounded(scores if bias is None else scores + bias)
+    scores = rounding.scores(scores if bias is None else scores + bias)
     sees = visible.any(-1, keepdims=True)  # [B, 1 or N, T, 1]
     top = jnp.where(sees, scores.max(-1, keepdims=True, initial=-jnp.inf, where=visible), 0)
     top = lax.stop_gradient(top)
     weights = jnp.exp(jnp.where(visible, scores - top, -jnp.inf))
     total = jnp.where(sees, weights.sum(-1, keepdims=True), 1)  # [B, N, T, 1]
-    out = rounded(jnp.einsum("bnts,bsnv->bntv", rounded(weights / total), value))
+    probabilities = rounding.probabilities(weights, total)
+    out = rounding.out(jnp.einsum("bnts,bsnv->bntv", probabilities, value))
     lse = jnp.where(sees, top + jnp.log(total), -jnp.inf)[..., 0]
     # A broken row is NaN, and so is its gradient; any other row that sees nothing is 0, and so on.
     nothing = jnp.where(broken, jnp.nan, 0) * query.sum(-1).swapaxes(1, 2)  # [B, N, T]

@@ -8,7 +8,8 @@ import pytest
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # behind an installed jax_fa3
 
-from benchmarks.points import DOCUMENTS, LENGTHS, SUITES, TOKENS, point, select
+from benchmarks.points import TOKENS, point
+from benchmarks.suites import DOCUMENTS, LENGTHS, SUITES, select
 
 
 def test_paper_points():

@@ -180,11 +180,12 @@ def test_markdown_and_readme(tmp_path):
     assert "(1.20)" in text  # cudnn's 0.6 ms over our 0.5
     assert "NVIDIA H200" in text and "1980 MHz" in text
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n", encoding="utf-8")
+    begin, end = report.markers("benchmark")
+    readme.write_text(f"before\n{begin}\nold\n{end}\nafter\n", encoding="utf-8")
     report.write_readme(readme, made)
     report.write_readme(readme, made)
     written = readme.read_text(encoding="utf-8")
-    assert written == f"before\n{report.BEGIN}\n{text}{report.END}\nafter\n"
+    assert written == f"before\n{begin}\n{text}{end}\nafter\n"
     readme.write_text("no markers", encoding="utf-8")
     with pytest.raises(ValueError, match="benchmark: begin"):
         report.write_readme(readme, made)
@@ -192,7 +193,8 @@ def test_markdown_and_readme(tmp_path):
 
 def test_readme_has_the_markers():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert text.count(report.BEGIN) == text.count(report.END) == 1
+    for section in ("benchmark", "benchmark-fp8", "benchmark-fp8-error"):
+        assert [text.count(marker) for marker in report.markers(section)] == [1, 1]
 
 
 def test_plot(tmp_path):

@@ -11,7 +11,9 @@ import pytest
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 
 
-@pytest.mark.parametrize("package", ["jax_fa3", "jax_fa3.context_parallel", "jax_fa3.flax"])
+@pytest.mark.parametrize(
+    "package", ["jax_fa3", "jax_fa3.context_parallel", "jax_fa3.fp8", "jax_fa3.flax"]
+)
 def test_has_every_public_name(package):
     if package == "jax_fa3.flax":
         pytest.importorskip("flax")

@@ -18,7 +18,7 @@ def python(code: str) -> str:
 def test_public_names():
     assert all(hasattr(jax_fa3, name) for name in jax_fa3.__all__)
     public = {name for name in vars(jax_fa3) if not name.startswith("_")}
-    assert public <= {*jax_fa3.__all__, "flax"}
+    assert public <= {*jax_fa3.__all__, "flax", "fp8"}
 
 
 def test_version():
@@ -34,7 +34,7 @@ def test_is_typed():
 
 def test_export_checks_name_the_targets():
     checks = [jax.export.DisabledSafetyCheck.custom_call(x) for x in jax_fa3._ffi.TARGETS]
-    assert list(jax_fa3.DISABLE_JAX_EXPORT_CHECKS) == checks and len(checks) == 4
+    assert list(jax_fa3.DISABLE_JAX_EXPORT_CHECKS) == checks and len(checks) == 6
 
 
 def test_import_initialises_no_backend_and_is_quick():

@@ -7,8 +7,6 @@
 
 namespace jax_fa3::bwd {
 
-// Turns make the order of a sum that of the key blocks, which makes it the same in every run. A CTA
-// waits only for CTAs that were launched before it.
 CUTLASS_DEVICE void wait_for_turn(int const* turns, int turn) {
   int reached;
   do {
@@ -51,9 +49,11 @@ CUTLASS_DEVICE void write_dq(Params const& params, typename Traits::SharedStorag
     if (in_turn) {
       int4 const hull =
           params.block_hulls[int64_t{tile.batch} * params.num_m_blocks + step.m_block];
-      turn = tile.m_block - hull.x / Traits::kBlockN;  // key blocks that see these rows earlier
+      turn = params.turn_order.before(step.m_block, tile.m_block, hull.x / Traits::kBlockN,
+                                      (hull.w + Traits::kBlockN - 1) / Traits::kBlockN);
       wait_for_turn(params.turns + index, turn);
     }
+    __syncwarp();
     CUTLASS_PRAGMA_UNROLL
     for (int warpgroup = 0; warpgroup < 2; ++warpgroup) {
       wait_full(warpgroup);
@@ -61,6 +61,7 @@ CUTLASS_DEVICE void write_dq(Params const& params, typename Traits::SharedStorag
         bulk_add_fp32(sum + warpgroup * kPart, storage.dquery + warpgroup * kPart, kPart * 4);
         cute::tma_store_arrive();
       }
+      __syncwarp();
     }
     if (elected) cute::tma_store_wait<1>();
     __syncwarp();

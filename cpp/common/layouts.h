@@ -22,6 +22,15 @@ using AtomMN = std::conditional_t<kSlab == 64, GMMA::Layout_MN_SW128_Atom<uint16
 
 }  // namespace detail
 
+// [rows, columns, stages] of 8-bit elements, in slabs of 128 columns or of 64.
+constexpr int slab8(int columns) { return columns % 128 == 0 ? 128 : 64; }
+
+template <int kRows, int kColumns, int kStages>
+using LayoutRows8 = decltype(cute::tile_to_shape(
+    std::conditional_t<slab8(kColumns) == 128, cute::GMMA::Layout_K_SW128_Atom<uint8_t>,
+                       cute::GMMA::Layout_K_SW64_Atom<uint8_t>>{},
+    cute::Shape<cute::Int<kRows>, cute::Int<kColumns>, cute::Int<kStages>>{}));
+
 // [rows, columns, stages] of 16-bit elements.
 template <int kRows, int kColumns, int kStages>
 using LayoutRows = decltype(cute::tile_to_shape(

@@ -30,32 +30,34 @@ inline TensorMapEncoder tensor_map_encoder() {
   return encoder;
 }
 
-// Describes a [b, s, h, d] operand of 16-bit elements, read or written in boxes of `box_rows` rows
-// of one slab. Rows and columns outside the array read as 0 and are not written.
-inline cudaError_t make_tensor_map(CUtensorMap* map, Operand const& operand, int head_dim,
-                                   int seqlen, int heads, int batch, int slab, int box_rows) {
+// Describes a [b, s, h, d] operand of 16-bit elements (or of 8 bits), read or written in boxes of
+// `box_rows` rows of one slab. Rows and columns outside the array read as 0 and are not written.
+template <class Element = uint16_t>
+cudaError_t make_tensor_map(CUtensorMap* map, Operand const& operand, int head_dim, int seqlen,
+                            int heads, int batch, int slab, int box_rows) {
+  constexpr int kBytes = sizeof(Element);
   auto const encode = tensor_map_encoder();
   if (encode == nullptr) return cudaErrorNotSupported;
   auto const size = [](int n) { return static_cast<cuuint64_t>(n > 0 ? n : 1); };
-  auto const bytes = [](int64_t n) { return static_cast<cuuint64_t>(n > 0 ? 2 * n : 16); };
+  auto const bytes = [](int64_t n) { return static_cast<cuuint64_t>(n > 0 ? kBytes * n : 16); };
   cuuint64_t const sizes[] = {size(head_dim), size(seqlen), size(heads), size(batch)};
   cuuint64_t const strides[] = {bytes(operand.seqlen_stride), bytes(operand.head_stride),
                                 bytes(operand.batch_stride)};
   cuuint32_t const box[] = {static_cast<cuuint32_t>(slab), static_cast<cuuint32_t>(box_rows), 1, 1};
   cuuint32_t const steps[] = {1, 1, 1, 1};
   CUresult const result =
-      encode(map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 4, operand.data, sizes, strides, box, steps,
-             CU_TENSOR_MAP_INTERLEAVE_NONE,
-             slab == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
+      encode(map, kBytes == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_UINT16, 4,
+             operand.data, sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+             slab * kBytes == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
              CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
 // Loads one box of rows, from `row` on, into a tile of kRows rows; `smem` points at the first of
 // them in the first slab, `full` counts the bytes.
-template <int kRows, int kColumns, int kSlab>
+template <int kRows, int kColumns, int kSlab, class Element>
 CUTLASS_DEVICE void tma_load_rows(CUtensorMap const& map, uint64_t* full,
-                                  cute::TMA::CacheHintSm90 hint, uint16_t* smem, int row, int head,
+                                  cute::TMA::CacheHintSm90 hint, Element* smem, int row, int head,
                                   int batch) {
   CUTLASS_PRAGMA_UNROLL
   for (int column = 0; column < kColumns; column += kSlab) {

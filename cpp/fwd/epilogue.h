@@ -11,7 +11,7 @@ namespace jax_fa3::fwd {
 
 // Rows that see no key get 0 and -inf, broken rows (mask.h) NaN, whatever was accumulated: a row
 // without keys may have run through blocks that are full for its neighbours.
-template <class Out>
+template <class Softmax, class Out>
 CUTLASS_DEVICE void finalize(Interval const (&rows)[kRowsPerThread], float softmax_scale,
                              Softmax const& softmax, Out& tOrO, float (&lse)[kRowsPerThread]) {
   float inverse_sum[kRowsPerThread];
@@ -31,9 +31,10 @@ CUTLASS_DEVICE void finalize(Interval const (&rows)[kRowsPerThread], float softm
 }
 
 template <class Traits, class Out>
-CUTLASS_DEVICE void store(Params const& params, typename Traits::SharedStorage& storage,
-                          TileCoord tile, int warpgroup, Interval const (&rows)[kRowsPerThread],
-                          Softmax& softmax, Out& tOrO) {
+CUTLASS_DEVICE void store(typename Traits::Params const& params,
+                          typename Traits::SharedStorage& storage, TileCoord tile, int warpgroup,
+                          Interval const (&rows)[kRowsPerThread], typename Traits::Softmax& softmax,
+                          Out& tOrO) {
   int const thread = threadIdx.x % 128;
   int const first_row = tile.m_block * Traits::kBlockM + warpgroup * 64 + thread / 32 * 16 +
                         thread % 32 / 4;  // of this thread
@@ -61,7 +62,7 @@ CUTLASS_DEVICE void store(Params const& params, typename Traits::SharedStorage& 
     }
     // `smem` is the warpgroup's part: the tile's rows are a stride there, its own are 64.
     stage_packed<Traits::kBlockM, Traits::kHeadDimV, Traits::kSlabV>(
-        packed<typename Traits::Element>(tOrO), smem, thread / 32 * 16);
+        Traits::packed_out(params, tOrO), smem, thread / 32 * 16);
     tma_store_fence();
     cutlass::arch::NamedBarrier::sync(128, barrier);
     if (thread == 0) {

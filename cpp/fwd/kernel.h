@@ -10,24 +10,10 @@
 
 namespace jax_fa3::fwd {
 
+// load() and mma() are those beside the traits: of this folder, or of fp8/.
 template <class Traits>
-CUTLASS_DEVICE void init_barriers(typename Traits::SharedStorage& storage) {
-  constexpr int kConsumerWarps = Traits::kConsumerWarpgroups * 4;
-  for (int warpgroup = 0; warpgroup < Traits::kConsumerWarpgroups; ++warpgroup) {
-    storage.query_full[warpgroup].init(1);
-    storage.query_empty[warpgroup].init(4);
-  }
-  storage.out_stored.init(kConsumerWarps);
-  storage.value_staged.init(1);
-  storage.key_pipeline.init(kConsumerWarps);
-  storage.value_pipeline.init(kConsumerWarps);
-  storage.work_pipeline.init(kConsumerWarps + 1);  // and the loading warp
-  cutlass::arch::fence_barrier_init();
-}
-
-template <class Traits>
-CUTLASS_DEVICE void consume(Params const& params, typename Traits::SharedStorage& storage,
-                            int warpgroup) {
+CUTLASS_DEVICE void consume(typename Traits::Params const& params,
+                            typename Traits::SharedStorage& storage, int warpgroup) {
   Turns<Traits::kConsumerWarpgroups> const turns{warpgroup};
   ConsumerState<Traits> state;
   Tensor tOrO = partition_fragment_C(typename Traits::MmaPV{},
@@ -50,9 +36,9 @@ CUTLASS_DEVICE void consume(Params const& params, typename Traits::SharedStorage
       }
     };
     Interval rows[kRowsPerThread];
-    Softmax softmax{params.softmax_scale_log2};
+    typename Traits::Softmax softmax{params.softmax_scale_log2};
     if (work.blocks.begin < work.blocks.end) {
-      mma<Traits>(params, storage, state, turns, work.blocks, find_rows, rows, softmax, tOrO);
+      mma(Traits{}, params, storage, state, turns, work, find_rows, rows, softmax, tOrO);
     } else {
       find_rows(rows);
     }
@@ -63,7 +49,7 @@ CUTLASS_DEVICE void consume(Params const& params, typename Traits::SharedStorage
 
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, 1)
-    fwd_kernel(__grid_constant__ Params const params) {
+    fwd_kernel(__grid_constant__ typename Traits::Params const params) {
   extern __shared__ char memory[];
   auto& storage = *reinterpret_cast<typename Traits::SharedStorage*>(memory);
   int const warp = cutlass::canonical_warp_idx_sync();
@@ -72,14 +58,14 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     prefetch_tma_descriptor(&params.query);
     prefetch_tma_descriptor(&params.key);
     prefetch_tma_descriptor(&params.value);
-    init_barriers<Traits>(storage);
+    storage.init_barriers();
   }
   __syncthreads();
 
   if (warp < 4) {
     cutlass::arch::warpgroup_reg_dealloc<Traits::kProducerRegisters>();
     if (warp == 0) {
-      load<Traits>(params, storage);
+      load(Traits{}, params, storage);
     } else if (warp == 1) {
       schedule<Traits>(params, storage);
     }

@@ -11,25 +11,9 @@
 
 namespace jax_fa3::fwd {
 
-template <class Traits>
-cudaError_t make_params(Problem const& problem, Params* params) {
-  Problem const& p = problem;
-  // Without keys nothing is read, but a descriptor must point somewhere.
-  Operand key = p.key;
-  Operand value = p.value;
-  if (p.seqlen_k == 0) key.data = value.data = p.query.data;
-  JAX_FA3_RETURN_IF_ERROR(make_tensor_map(&params->query, p.query, p.head_dim, p.seqlen_q,
-                                          p.num_heads_q, p.batch, Traits::kSlab, 64));
-  JAX_FA3_RETURN_IF_ERROR(make_tensor_map(&params->key, key, p.head_dim, p.seqlen_k, p.num_heads_k,
-                                          p.batch, Traits::kSlab, Traits::kBlockN));
-  JAX_FA3_RETURN_IF_ERROR(make_tensor_map(&params->value, value, p.head_dim_v, p.seqlen_k,
-                                          p.num_heads_k, p.batch, Traits::kSlabV, Traits::kBlockN));
-  if (p.out_dtype == DType::kFloat32) {
-    params->out_fp32 = static_cast<float*>(p.out.data);
-  } else {
-    JAX_FA3_RETURN_IF_ERROR(make_tensor_map(&params->out, p.out, p.head_dim_v, p.seqlen_q,
-                                            p.num_heads_q, p.batch, Traits::kSlabV, 64));
-  }
+// All but the descriptors.
+inline void set_common(Problem const& p, int block_m, Params* params) {
+  if (p.out_dtype == DType::kFloat32) params->out_fp32 = static_cast<float*>(p.out.data);
   params->out_batch_stride = p.out.batch_stride;
   params->out_seqlen_stride = p.out.seqlen_stride;
   params->out_head_stride = p.out.head_stride;
@@ -44,29 +28,51 @@ cudaError_t make_params(Problem const& problem, Params* params) {
   int64_t const section =
       masked ? heads_per_section(p.seqlen_k, p.head_dim, p.head_dim_v, params->group)
              : params->group;
-  params->order = {ceil_div(p.seqlen_q, Traits::kBlockM), p.num_heads_q, p.batch,
+  params->order = {ceil_div(p.seqlen_q, block_m), p.num_heads_q, p.batch,
                    static_cast<int>(std::min(section, int64_t{p.num_heads_q} * p.batch))};
   ScoreScale const scale = score_scale(p);
   params->softmax_scale = scale.scale;
   params->softmax_scale_log2 = scale.scale * kLog2E;
   params->cap_scale = scale.cap_scale;
+}
+
+template <class Traits>
+cudaError_t make_params(Problem const& problem, Params* params) {
+  Problem const& p = problem;
+  // Without keys nothing is read, but a descriptor must point somewhere.
+  Operand key = p.key;
+  Operand value = p.value;
+  if (p.seqlen_k == 0) key.data = value.data = p.query.data;
+  JAX_FA3_RETURN_IF_ERROR(make_tensor_map(&params->query, p.query, p.head_dim, p.seqlen_q,
+                                          p.num_heads_q, p.batch, Traits::kSlab, 64));
+  JAX_FA3_RETURN_IF_ERROR(make_tensor_map(&params->key, key, p.head_dim, p.seqlen_k, p.num_heads_k,
+                                          p.batch, Traits::kSlab, Traits::kBlockN));
+  JAX_FA3_RETURN_IF_ERROR(make_tensor_map(&params->value, value, p.head_dim_v, p.seqlen_k,
+                                          p.num_heads_k, p.batch, Traits::kSlabV, Traits::kBlockN));
+  if (p.out_dtype != DType::kFloat32) {
+    JAX_FA3_RETURN_IF_ERROR(make_tensor_map(&params->out, p.out, p.head_dim_v, p.seqlen_q,
+                                            p.num_heads_q, p.batch, Traits::kSlabV, 64));
+  }
+  set_common(p, Traits::kBlockM, params);
   return cudaSuccess;
+}
+
+template <class Traits>
+cudaError_t launch_persistent(typename Traits::Params& params, cudaStream_t stream) {
+  int num_sms = 0;
+  JAX_FA3_RETURN_IF_ERROR(count_sms(&num_sms));
+  if (params.tile_counter != nullptr) {
+    JAX_FA3_RETURN_IF_ERROR(cudaMemsetAsync(params.tile_counter, 0, sizeof(int), stream));
+  }
+  return launch_kernel(fwd_kernel<Traits>, std::min(num_sms, params.order.num_tiles()),
+                       Traits::kThreads, sizeof(typename Traits::SharedStorage), params, stream);
 }
 
 template <class Traits>
 cudaError_t launch_tile(Problem const& problem, cudaStream_t stream) {
   Params params{};
   JAX_FA3_RETURN_IF_ERROR(make_params<Traits>(problem, &params));
-
-  int device = 0;
-  int num_sms = 0;
-  JAX_FA3_RETURN_IF_ERROR(cudaGetDevice(&device));
-  JAX_FA3_RETURN_IF_ERROR(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device));
-  if (params.tile_counter != nullptr) {
-    JAX_FA3_RETURN_IF_ERROR(cudaMemsetAsync(params.tile_counter, 0, sizeof(int), stream));
-  }
-  return launch_kernel(fwd_kernel<Traits>, std::min(num_sms, params.order.num_tiles()),
-                       Traits::kThreads, sizeof(typename Traits::SharedStorage), params, stream);
+  return launch_persistent<Traits>(params, stream);
 }
 
 template <DType kDType, int kHeadDim, int kHeadDimV>

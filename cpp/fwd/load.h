@@ -41,8 +41,11 @@ CUTLASS_DEVICE void schedule(Params const& params, typename Traits::SharedStorag
   }
 }
 
-template <class Traits>
-CUTLASS_DEVICE void load(Params const& params, typename Traits::SharedStorage& storage) {
+template <class Element, int kHeadDim, int kHeadDimV, bool kFewKeys>
+CUTLASS_DEVICE void load(
+    Traits<Element, kHeadDim, kHeadDimV, kFewKeys>, Params const& params,
+    typename Traits<Element, kHeadDim, kHeadDimV, kFewKeys>::SharedStorage& storage) {
+  using Traits = Traits<Element, kHeadDim, kHeadDimV, kFewKeys>;
   constexpr int kBlockM = Traits::kBlockM;
   constexpr int kBlockN = Traits::kBlockN;
   constexpr auto kKeep = TMA::CacheHintSm90::EVICT_LAST;       // K and V: read by many tiles

@@ -12,24 +12,17 @@
 
 namespace jax_fa3::fwd {
 
-// Positions in the pipelines, kept from tile to tile.
-template <class Traits>
-struct ConsumerState {
-  PipelineState<Traits::kStages> key;
-  PipelineState<Traits::kStages> value;
-  PipelineState<Traits::kWorkStages> work;
-  uint32_t query_phase = 0;
-};
-
 // Computes O (not yet divided by the row sums) and the softmax statistics of one tile, from the
 // last key block to the first. `find_rows` tells the thread's rows their intervals; it is called
 // while the tensor cores are already at work.
-template <class Traits, class FindRows, class Out>
-CUTLASS_DEVICE void mma(Params const& params, typename Traits::SharedStorage& storage,
-                        ConsumerState<Traits>& state, Turns<Traits::kConsumerWarpgroups> turns,
-                        BlockRange blocks, FindRows const& find_rows,
-                        Interval (&rows)[kRowsPerThread], Softmax& softmax, Out& tOrO) {
-  using Element = typename Traits::Element;
+template <class Element, int kHeadDim, int kHeadDimV, bool kFewKeys, class Storage, class State,
+          class Turns, class FindRows, class Out>
+CUTLASS_DEVICE void mma(Traits<Element, kHeadDim, kHeadDimV, kFewKeys>, Params const& params,
+                        Storage& storage, State& state, Turns turns, Work const& work,
+                        FindRows const& find_rows, Interval (&rows)[kRowsPerThread],
+                        Softmax& softmax, Out& tOrO) {
+  using Traits = Traits<Element, kHeadDim, kHeadDimV, kFewKeys>;
+  BlockRange const& blocks = work.blocks;
   constexpr int kBlockN = Traits::kBlockN;
   // A wide O is rescaled while S is being computed; a narrow one between two GEMMs of its own,
   // while the other warpgroups compute.

@@ -6,8 +6,10 @@
 #include "common/barriers.h"
 #include "common/layouts.h"
 #include "common/mask.h"
+#include "common/softmax.h"
 #include "common/tile_scheduler.h"
 #include "common/wgmma_64x80.h"
+#include "fwd/params.h"
 #include "plan.h"
 
 namespace jax_fa3::fwd {
@@ -21,8 +23,19 @@ struct Work {
   bool last;  // no tile: the CTA is done
 };
 
+// A consumer's positions in the pipelines, kept from tile to tile.
+template <class Traits>
+struct ConsumerState {
+  PipelineState<Traits::kStages> key;
+  PipelineState<Traits::kStages> value;
+  PipelineState<Traits::kWorkStages> work;
+  uint32_t query_phase = 0;
+};
+
 template <class Element_, int kHeadDim_, int kHeadDimV_, bool kFewKeys>
 struct Traits {
+  using Params = fwd::Params;
+  using Softmax = jax_fa3::Softmax;
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kHeadDimV = kHeadDimV_;
@@ -68,6 +81,11 @@ struct Traits {
   using LayoutK = LayoutRows<kBlockN, kHeadDim, kStages>;
   using LayoutVt = LayoutColumns<kBlockN, kHeadDimV, kStages>;
 
+  template <class Fragment>
+  CUTLASS_DEVICE static auto packed_out(Params const&, Fragment const& tOrO) {
+    return packed<Element>(tOrO);
+  }
+
   static constexpr int kSizeQ = kBlockM * kHeadDim;
   static constexpr int kSizeK = kBlockN * kHeadDim;  // of one stage
   static constexpr int kSizeV = kBlockN * kHeadDimV;
@@ -86,6 +104,20 @@ struct Traits {
     Pipeline<kStages> value_pipeline;
     Pipeline<kWorkStages> work_pipeline;
     Work work[kWorkStages];
+
+    CUTLASS_DEVICE void init_barriers() {
+      constexpr int kConsumerWarps = kConsumerWarpgroups * 4;
+      for (int warpgroup = 0; warpgroup < kConsumerWarpgroups; ++warpgroup) {
+        query_full[warpgroup].init(1);
+        query_empty[warpgroup].init(4);
+      }
+      out_stored.init(kConsumerWarps);
+      value_staged.init(1);
+      key_pipeline.init(kConsumerWarps);
+      value_pipeline.init(kConsumerWarps);
+      work_pipeline.init(kConsumerWarps + 1);  // and the loading warp
+      cutlass::arch::fence_barrier_init();
+    }
 
     CUTLASS_DEVICE uint16_t* out() {
       if constexpr (kOutOverValue) {

@@ -16,11 +16,11 @@ from jax.typing import ArrayLike
 from .. import _arguments, _dispatch, _guards
 from .._arguments import Implementation, Options
 from .._autodiff import RESIDUAL_NAMES
-from .._checks import static_bool, wrong
+from .._checks import refuse_dense, static_bool, wrong
 from .._ffi import vary_together
 from .._problem import Config, Masks, Sizes
 from . import _all_gather, _all_to_all, _ring
-from ._checks import axis_size, check_lengths, check_replication, refuse
+from ._checks import axis_size, check_lengths, check_replication
 from ._layout import Layout
 from ._masks import SegmentIds, of_this_device
 from ._specs import Specs
@@ -107,7 +107,7 @@ def dot_product_attention(
             devices along the axis, and query not.
         NotImplementedError: bias, mask, a traced scale; as jax_fa3.dot_product_attention with "fa3".
     """
-    refuse(options)
+    refuse_dense(options, "context parallelism")
     tensors, sizes, batched = _arguments.operands(query, key, value)
     call = _arguments.parse(sizes, batched, **options)
     if isinstance(call.scale, Array):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -12,16 +11,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 from .._checks import wrong
 from .._problem import Sizes
 from ._layout import Layout
-
-
-def refuse(options: Mapping[str, Any]) -> None:
-    """Raises NotImplementedError for arguments that jax_fa3.dot_product_attention alone takes."""
-    for name in ("bias", "mask"):
-        if options.get(name) is not None:
-            raise NotImplementedError(
-                f"{name}: got a dense array, wanted None: context parallelism has masks that are an "
-                "interval of keys per row, such as is_causal, segment ids, key_begin and key_end"
-            )
 
 
 def axis_size(axis_name: Any, sharding: NamedSharding | PartitionSpec | None) -> int:

@@ -1,0 +1,27 @@
+// The entry points of the FP8 forward kernels, one per head dim, each defined in its file of
+// instances/; and of the kernel that quantizes.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "problem.h"
+
+namespace jax_fa3::fp8 {
+
+// Rows of one head that share a scale: x = scale * (e4m3 element).
+inline constexpr int kBlock = 128;
+
+struct Problem {
+  jax_fa3::Problem forward;  // query, key and value are e4m3, out_dtype bf16, fp16 or fp32
+  float const* query_scale;  // [b, ceil(t / kBlock), n]
+  float const* key_scale;    // [b, ceil(s / kBlock), k]
+  float const* value_scale;  // [b, ceil(s / kBlock), k]
+  // Workspace [b, k, v, ceil(s / kBlock) * kBlock], bytes: V with keys along its rows
+  // (transpose.h).
+  uint8_t* transposed_value;
+};
+
+template <int kHeadDim>
+cudaError_t launch(Problem const& problem, cudaStream_t stream);
+
+}  // namespace jax_fa3::fp8

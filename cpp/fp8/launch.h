@@ -1,0 +1,57 @@
+// Host side of the FP8 forward: Problem -> descriptors and scalars -> two launches.
+#pragma once
+
+#include <algorithm>
+
+#include "fp8/load.h"
+#include "fp8/mma.h"
+#include "fp8/transpose.h"
+#include "fwd/launch.h"
+
+namespace jax_fa3::fp8 {
+
+template <int kHeadDim>
+cudaError_t make_params(Problem const& problem, Params* params) {
+  using Traits = Traits<kHeadDim>;
+  jax_fa3::Problem const& p = problem.forward;
+  // Without keys nothing is read, but a descriptor must point somewhere.
+  Operand key = p.key;
+  int64_t const keys = int64_t{ceil_div(p.seqlen_k, kBlock)} * kBlock;
+  Operand value{problem.transposed_value, keys * p.head_dim * p.num_heads_k, keys,
+                keys * p.head_dim};
+  if (p.seqlen_k == 0) key.data = value.data = p.query.data;
+  JAX_FA3_RETURN_IF_ERROR(make_tensor_map<uint8_t>(&params->query, p.query, p.head_dim, p.seqlen_q,
+                                                   p.num_heads_q, p.batch, Traits::kSlab, 64));
+  JAX_FA3_RETURN_IF_ERROR(make_tensor_map<uint8_t>(&params->key, key, p.head_dim, p.seqlen_k,
+                                                   p.num_heads_k, p.batch, Traits::kSlab, kBlock));
+  JAX_FA3_RETURN_IF_ERROR(make_tensor_map<uint8_t>(&params->value, value, static_cast<int>(keys),
+                                                   p.head_dim, p.num_heads_k, p.batch, kBlock,
+                                                   kHeadDim));
+  if (p.out_dtype != DType::kFloat32) {
+    JAX_FA3_RETURN_IF_ERROR(make_tensor_map(&params->out, p.out, p.head_dim, p.seqlen_q,
+                                            p.num_heads_q, p.batch, Traits::kSlabV, 64));
+  }
+  fwd::set_common(p, kBlock, params);
+  params->softmax_scale = 1 / kLog2E;  // the maxima are exponents of base 2
+  params->query_scale = problem.query_scale;
+  params->key_scale = problem.key_scale;
+  params->value_scale = problem.value_scale;
+  params->num_m_blocks = ceil_div(p.seqlen_q, kBlock);
+  params->num_n_blocks = ceil_div(p.seqlen_k, kBlock);
+  params->out_fp16 = p.out_dtype == DType::kFloat16;
+  return cudaSuccess;
+}
+
+template <int kHeadDim>
+cudaError_t launch(Problem const& problem, cudaStream_t stream) {
+  jax_fa3::Problem const& p = problem.forward;
+  Transpose const transpose{
+      p.batch, p.num_heads_k,      p.head_dim, p.value, problem.transposed_value,
+      p.mask,  problem.value_scale};
+  JAX_FA3_RETURN_IF_ERROR(launch(transpose, stream));
+  Params params{};
+  JAX_FA3_RETURN_IF_ERROR(make_params<kHeadDim>(problem, &params));
+  return fwd::launch_persistent<Traits<kHeadDim>>(params, stream);
+}
+
+}  // namespace jax_fa3::fp8

@@ -1,0 +1,217 @@
+// The FP8 mainloop of a consumer warpgroup: fwd/mma.h with a scale for every block, and P in e4m3.
+#pragma once
+
+#include "common/gemm.h"
+#include "fp8/traits.h"
+
+namespace jax_fa3::fp8 {
+
+// What a step needs of its block of keys. A scale that is none makes NaN of the rows that see the
+// block, and only of those: the key's scale meets scores before the mask does.
+struct BlockScales {
+  float key;
+  float value;
+
+  CUTLASS_DEVICE BlockScales(Params const& params, int batch, int n_block, int head) {
+    int64_t const index =
+        (int64_t{batch} * params.num_n_blocks + n_block) * (params.num_heads_q / params.group) +
+        head;
+    key = __ldg(params.key_scale + index);
+    value = __ldg(params.value_scale + index);
+  }
+
+  CUTLASS_DEVICE static bool is_scale(float x) { return x > 0.f && x < INFINITY; }
+
+  CUTLASS_DEVICE void check() {
+    bool const valid = is_scale(value);
+    if (!valid || !is_scale(key)) key = NAN;
+    if (!valid) value = 1.f;
+  }
+};
+
+template <int kHeadDim, class Storage, class State, class Turns, class FindRows, class Out>
+CUTLASS_DEVICE void mma(Traits<kHeadDim>, Params const& params, Storage& storage, State& state,
+                        Turns turns, fwd::Work const& work, FindRows const& find_rows,
+                        Interval (&rows)[kRowsPerThread], Softmax& softmax, Out& tOrO) {
+  using Traits = Traits<kHeadDim>;
+  using Element = typename Traits::Element;
+  constexpr int kBlockN = Traits::kBlockN;
+  BlockRange const& blocks = work.blocks;
+
+  typename Traits::MmaQK mma_qk;
+  typename Traits::MmaPV mma_pv;
+  auto const memory = [](uint8_t* p) { return make_smem_ptr(reinterpret_cast<Element*>(p)); };
+  Tensor sQ = make_tensor(memory(storage.query), typename Traits::LayoutQ{});
+  Tensor sK = make_tensor(memory(storage.key), typename Traits::LayoutK{});
+  Tensor sVt = make_tensor(memory(storage.value), typename Traits::LayoutVt{});
+  auto const group_qk = mma_qk.get_slice(turns.warpgroup * 128);
+  auto const group_pv = mma_pv.get_slice(turns.warpgroup * 128);
+  Tensor tSrQ = group_qk.partition_fragment_A(sQ)(_, _, _, 0);
+  Tensor tSrK = group_qk.partition_fragment_B(sK);
+  Tensor tOrV = group_pv.partition_fragment_B(sVt);
+  constexpr Shape<Int<Traits::kBlockM>, Int<kBlockN>> kShapeS{};
+  Tensor tSrS = partition_fragment_C(mma_qk, kShapeS);
+  Tensor tOrP = make_fragment_like<Element>(group_pv.partition_A(make_tensor<Element>(kShapeS)));
+  static_assert(size(tOrP) == size(tSrS));
+  Tensor tOrStep = make_fragment_like(tOrO);  // what a step adds to O
+
+  int const lane_column = threadIdx.x % 4 * 2;
+  bool const elected = threadIdx.x % 32 == 0;
+  auto& keys = storage.key_pipeline;
+  auto& values = storage.value_pipeline;
+  int const batch = work.tile.batch;
+  int const head_k = work.tile.head / params.group;
+
+  auto const issue_scores = [&] {
+    issue_gemm_zero(mma_qk, tSrQ, tSrK(_, _, _, state.key.stage), tSrS);
+  };
+  auto const issue_out = [&] {
+    if constexpr (Traits::kTwoLevels) {
+      issue_gemm_zero(mma_pv, tOrP, tOrV(_, _, _, state.value.stage), tOrStep);
+    } else {
+      issue_gemm(mma_pv, tOrP, tOrV(_, _, _, state.value.stage), tOrO);
+    }
+  };
+  auto const release = [&](auto& pipeline, auto& position) {
+    if (elected) pipeline.empty[position.stage].arrive();
+    position.advance();
+  };
+  // After the tile's last S, Q may be overwritten. No sum is negative, but that ptxas cannot know:
+  // it may not move this, nor the wait behind it, before the exponentials that are summed already.
+  auto const release_query = [&](int n_block) {
+    bool const last = n_block == blocks.begin && !(softmax.row_sum[0] < 0.f);
+    if (elected && last) storage.query_empty[turns.warpgroup].arrive();
+  };
+
+  float const query_scale =
+      params.query_scale[(int64_t{batch} * params.num_m_blocks + work.tile.m_block) *
+                             params.num_heads_q +
+                         work.tile.head];
+  float const scores_scale = BlockScales::is_scale(query_scale) ? query_scale : NAN;
+  BlockScales next{params, batch, blocks.end - 1, head_k};
+  float value_scale = 1.f;       // of what O holds
+  float factor[kRowsPerThread];  // of O before a step's P V is added to it
+
+  // Scores of a masked (or capped) block in their true size.
+  auto const mask_block = [&](int n_block, float scale) {
+    if (params.cap_scale != 0.f) {
+      CUTLASS_PRAGMA_UNROLL
+      for (int i = 0; i < size(tSrS); ++i) {
+        tSrS(i) = tanh_approx(tSrS(i) * (scale * params.cap_scale));
+      }
+    } else {
+      CUTLASS_PRAGMA_UNROLL
+      for (int i = 0; i < size(tSrS); ++i) tSrS(i) *= scale;
+    }
+    mask_scores(tSrS, rows, n_block * kBlockN + lane_column);
+  };
+  auto const convert = [&] {
+    Tensor packed = recast<uint32_t>(tOrP);
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < size(packed); ++i) {  // [row, half of 32 keys, 32 keys]
+      int const first = i / 4 * 16 + i / 2 % 2 * 8 + i % 2 * 2;
+      packed(i) = pack_e4m3(tSrS(first), tSrS(first + 1), tSrS(first + 4), tSrS(first + 5));
+    }
+  };
+  // The block's scales, while those of the one after it are fetched; the exponent's factor.
+  auto const take_scales = [&](int n_block, bool masked) {
+    BlockScales current = next;
+    if (n_block > blocks.begin) next = BlockScales{params, batch, n_block - 1, head_k};
+    current.check();
+    float const scale = current.key * scores_scale;
+    if (masked) mask_block(n_block, scale);
+    softmax.update_max(tSrS, masked ? softmax.scale_log2 : softmax.scale_log2 * scale);
+    float const ratio = __fdividef(value_scale, current.value);
+    value_scale = current.value;
+    CUTLASS_PRAGMA_UNROLL
+    for (int row = 0; row < kRowsPerThread; ++row) softmax.rescale[row] *= ratio;
+    return masked ? softmax.scale_log2 : softmax.scale_log2 * scale;
+  };
+  auto const keep_factor = [&] {
+    CUTLASS_PRAGMA_UNROLL
+    for (int row = 0; row < kRowsPerThread; ++row) factor[row] = softmax.rescale[row];
+  };
+  auto const rescale_out = [&] {
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < size(tOrO); ++i) tOrO(i) *= softmax.rescale[fragment_row(i)];
+  };
+  auto const add_step = [&] {
+    if constexpr (Traits::kTwoLevels) {
+      warpgroup_fence_operand(tOrStep);
+      CUTLASS_PRAGMA_UNROLL
+      for (int i = 0; i < size(tOrO); ++i) {
+        tOrO(i) = tOrO(i) * factor[fragment_row(i)] + tOrStep(i);
+      }
+    } else {
+      warpgroup_fence_operand(tOrO);
+    }
+  };
+
+  // The last block: nothing to overlap with.
+  int n_block = blocks.end - 1;
+  storage.query_full[turns.warpgroup].wait(state.query_phase);
+  state.query_phase ^= 1;
+  keys.full[state.key.stage].wait(state.key.phase);
+  turns.wait();
+  issue_scores();
+  turns.pass();
+  clear(tOrO);
+  find_rows(rows);
+  warpgroup_wait<0>();
+  warpgroup_fence_operand(tSrS);
+  release(keys, state.key);
+  {
+    bool const masked = n_block < blocks.full_begin || n_block >= blocks.full_end;
+    float const scale = take_scales(n_block, masked);
+    softmax.template exponentiate<0, 1>(tSrS, scale);
+    release_query(n_block);
+    convert();
+  }
+  --n_block;
+
+  // S of block n beside P V of block n + 1.
+  auto const step = [&](auto masked) {
+    keys.full[state.key.stage].wait(state.key.phase);
+    turns.wait();
+    issue_scores();
+    if constexpr (!Traits::kTwoLevels) rescale_out();
+    values.full[state.value.stage].wait(state.value.phase);
+    issue_out();
+    turns.pass();
+    keep_factor();
+    warpgroup_wait<1>();
+    warpgroup_fence_operand(tSrS);
+    release(keys, state.key);
+    float const scale = take_scales(n_block, decltype(masked)::value);
+    softmax.template exponentiate<0, 2>(tSrS, scale);
+    release_query(n_block);
+    warpgroup_wait<0>();
+    add_step();
+    release(values, state.value);
+    softmax.template exponentiate<1, 2>(tSrS, scale);
+    convert();
+  };
+  while (n_block >= blocks.begin) {
+    if (n_block < blocks.full_end) {
+      for (; n_block >= blocks.full_begin; --n_block) step(false_type{});
+    }
+    if (n_block >= blocks.begin) {
+      step(true_type{});
+      --n_block;
+    }
+  }
+
+  if constexpr (!Traits::kTwoLevels) rescale_out();
+  values.full[state.value.stage].wait(state.value.phase);
+  issue_out();
+  keep_factor();
+  warpgroup_wait<0>();
+  add_step();
+  release(values, state.value);
+  CUTLASS_PRAGMA_UNROLL
+  for (int i = 0; i < size(tOrO); ++i) tOrO(i) *= value_scale;
+  CUTLASS_PRAGMA_UNROLL
+  for (int row = 0; row < kRowsPerThread; ++row) softmax.row_max[row] -= kShift;
+}
+
+}  // namespace jax_fa3::fp8

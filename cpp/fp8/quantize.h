@@ -1,0 +1,28 @@
+// 16-bit rows to e4m3, one scale per block of rows and head, with a Hadamard transform before it.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "fp8/fp8.h"
+
+namespace jax_fa3::fp8 {
+
+struct Quantize {
+  int batch, seqlen, num_heads;
+  int head_dim;        // a multiple of 16 up to 256
+  int transform;       // greatest power of two that divides head_dim: columns of one transform
+  DType dtype;         // of x
+  void const* x;       // [b, t, n, h]
+  float const* signs;  // [h], or null: no transform
+  int const* lengths;  // [b], or null: t. Rows from there on count as 0
+  uint8_t* out;        // [b, t, n, h]
+  float* scales;       // [b, ceil(t / kBlock), n]: x = scale * out, NaN where a row is not finite
+};
+
+#ifdef JAX_FA3_HAS_FLOAT8_E4M3FN
+cudaError_t launch(Quantize const& problem, cudaStream_t stream);
+#else  // a build without these kernels
+inline cudaError_t launch(Quantize const&, cudaStream_t) { return cudaErrorNotSupported; }
+#endif
+
+}  // namespace jax_fa3::fp8

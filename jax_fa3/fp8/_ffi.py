@@ -1,0 +1,69 @@
+"""The custom calls of this package; one function per target, as in ../_ffi.py."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from .._ffi import FWD_FP8, QUANTIZE, attributes_of, custom_call, mask_operands
+from .._problem import Config, Masks
+
+# Rows that have one scale, and keys that the kernel transposes V by.
+BLOCK = 128
+
+
+def fwd(
+    config: Config,
+    dtype: np.dtype,
+    tensors: tuple[Array, Array, Array],
+    scales: tuple[Array, Array, Array],
+    masks: Masks,
+) -> tuple[Array, Array]:
+    """The forward kernel: out [B, T, N, H] in dtype, and lse, fp32 [B, N, T].
+
+    Args:
+        dtype: bf16, fp16 or fp32.
+        tensors: query, key and value, e4m3 [B, T, N, H], [B, S, K, H], [B, S, K, H].
+        scales: theirs, fp32 [B, blocks of T, N], [B, blocks of S, K] twice.
+    """
+    batch, length, heads, _ = tensors[0].shape
+    _, key_length, kv_heads, head_dim_v = tensors[2].shape
+    columns = blocks(key_length) * BLOCK
+    results = (
+        jax.ShapeDtypeStruct((batch, length, heads, head_dim_v), dtype),
+        jax.ShapeDtypeStruct((batch, heads, length), jnp.float32),
+        # Workspace: the counter of tiles, and V with its keys innermost, as FP8 WGMMA wants it.
+        jax.ShapeDtypeStruct((1,), jnp.int32),
+        jax.ShapeDtypeStruct((batch, kv_heads, head_dim_v, columns), jnp.uint8),
+    )
+    attributes = attributes_of(config, (heads, kv_heads), (0, 0, 0))
+    operands = *tensors, *scales, *mask_operands(masks)
+    out, lse, *_ = custom_call(FWD_FP8, results, attributes, *operands)
+    return out, lse
+
+
+def quantize(x: Array, signs: Array | None, lengths: Array | None) -> tuple[Array, Array]:
+    """The kernel for _quantize.plain with one scale per block: e4m3 [B, T, N, H] and its scales, fp32
+    [B, blocks of T, N].
+
+    Args:
+        x: bf16 or fp16 [B, T, N, H].
+        signs: fp32 [H]; None for no Hadamard transform.
+        lengths: int32 [B].
+    """
+    batch, length, heads, _ = x.shape
+    results = (
+        jax.ShapeDtypeStruct(x.shape, jnp.float8_e4m3fn),
+        jax.ShapeDtypeStruct((batch, blocks(length), heads), jnp.float32),
+    )
+    signs = jnp.zeros(0, jnp.float32) if signs is None else signs
+    lengths = jnp.zeros(0, jnp.int32) if lengths is None else lengths
+    quantized, scales = custom_call(QUANTIZE, results, {}, x, signs, lengths)
+    return quantized, scales
+
+
+def blocks(length: int) -> int:
+    """The blocks of a sequence, of which the last may be short; symbolic lengths as well."""
+    return (length + BLOCK - 1) // BLOCK

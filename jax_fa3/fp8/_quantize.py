@@ -1,0 +1,189 @@
+"""16-bit arrays to e4m3 with scales."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import ArrayLike
+
+from .. import _dispatch, _guards
+from .._arguments import Implementation
+from .._checks import Integers, int32, wrong
+from . import _ffi
+from ._checks import check_not_quantized, refusal_of_head_dim
+from ._ffi import BLOCK, blocks
+from ._hadamard import check_head_dim, checked_signs, transform
+
+Quantization = Literal["block", "head", "tensor"]
+E4M3_MAX = 448.0
+
+
+def quantize(
+    x: ArrayLike,
+    *,
+    lengths: Integers | None = None,
+    quantization: Quantization = "block",
+    signs: ArrayLike | None = None,
+    implementation: Implementation | None = None,
+) -> tuple[Array, Array]:
+    """x as e4m3 numbers times fp32 scales: scale * quantized is x, rounded.
+
+    Block quantization of FlashAttention-3 (arXiv 2407.08608, section 3.3). A scale is the greatest
+    magnitude of what it stands for, divided by 448, the greatest e4m3 number; 1 where all is 0.
+
+    Args:
+        x: [B, T, N, H], or [T, N, H]; a floating dtype of 16 bits or more. The kernel takes bfloat16
+            and float16, H a multiple of 16 from 64 to 256, and "block".
+        lengths: int32 [B]; rows from the length on count as 0, whatever they hold, and become 0.
+        quantization: which numbers share a scale: "block", each 128 rows of one head; "head", one
+            head of one batch entry; "tensor", all of x.
+        signs: [H] of +1 and -1: x is transformed first, as by `hadamard_transform` but without
+            rounding in between; None for no transform.
+        implementation: "fa3", the kernel, "xla", plain JAX, or whichever
+            `jax_fa3.dot_product_attention` would choose (None; plain JAX for "head" and "tensor").
+
+    Returns:
+        quantized: float8_e4m3fn, x's shape, computed in fp32 and rounded to nearest even.
+        scales: fp32 [B, ceil(T / 128), N], or without B, whichever numbers share one.
+        Where a NaN or an infinity is among the numbers of a scale, it is NaN, and so are they.
+
+    It has no derivative, and says so.
+
+    Raises:
+        ValueError: shapes, dtypes or names that mean nothing.
+        NotImplementedError: "fa3", and the kernel does not take x or this machine has none;
+            differentiation.
+    """
+    array = jnp.asarray(x)
+    if array.ndim not in (3, 4):
+        raise wrong("x", f"shape {array.shape}", "(B, T, N, H), or (T, N, H)")
+    check_not_quantized("x", array)
+    check_quantization(quantization)
+    if implementation not in (None, "fa3", "xla"):
+        raise wrong("implementation", repr(implementation), "None, 'fa3' or 'xla'")
+    flips = checked_signs(signs, array.shape[-1])
+    if flips is not None:
+        check_head_dim("x", array.shape[-1], ", or signs=None")
+    batched = array.ndim == 4
+    array = array if batched else array[None]
+    counts = None if lengths is None else int32("lengths", lengths, array.shape[:1], batched)
+    if quantization == "block":
+        chosen = _dispatch.choose(implementation, _refusal(array), stacklevel=2)
+    elif implementation == "fa3":
+        wanted = f"wanted 'block', or {_dispatch.ELSEWHERE}"
+        raise NotImplementedError(f"quantization: got {quantization!r}, {wanted}")
+    else:
+        chosen = "xla"
+    quantized, scales = _quantize(chosen, quantization, array, flips, counts)
+    return (quantized, scales) if batched else (quantized[0], scales[0])
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
+def _quantize(
+    implementation: Implementation | None,
+    quantization: Quantization,
+    x: Array,
+    signs: Array | None,
+    lengths: Array | None,
+) -> tuple[Array, Array]:
+    x = _guards.quantized(x)
+    signs = None if signs is None else _guards.quantized(signs)[None]
+    top = whole_top(x, signs, lengths) if quantization == "tensor" else None
+    operands = x, signs, lengths, top
+    all_letters = zip(operands, ("b.n.", "..", "b", "..."), strict=True)
+    letters = tuple(None if operand is None else dims for operand, dims in all_letters)
+    static = implementation, kernel, plain, (quantization,), letters, ("b.n.", "b.n")
+    quantized, scales = _dispatch.run(*static, *operands)
+    return quantized, scales
+
+
+def kernel(
+    quantization: Quantization,
+    x: Array,
+    signs: Array | None,
+    lengths: Array | None,
+    top: Array | None,
+) -> tuple[Array, Array]:
+    """`plain` by the kernel, where that does it."""
+    if quantization != "block":
+        return plain(quantization, x, signs, lengths, top)
+    if signs is not None and signs.shape[0] > 1:  # under vmap; the kernel takes the same for all
+        x, signs = x * signs[:, None, None].astype(x.dtype), jnp.ones_like(signs)
+    return _ffi.quantize(x, None if signs is None else signs[0], lengths)
+
+
+def plain(
+    quantization: Quantization,
+    x: Array,
+    signs: Array | None,
+    lengths: Array | None,
+    top: Array | None,
+) -> tuple[Array, Array]:
+    """e4m3 [B, T, N, H] and its scales, fp32 [B, blocks of T, N].
+
+    Args:
+        x: [B, T, N, H].
+        signs: fp32 [1 or B, H], for a Hadamard transform before.
+        lengths: int32 [B].
+        top: for "tensor" alone, the greatest magnitude of the whole array, [1 or B, 1, 1].
+    """
+    batch, length, heads, head_dim = x.shape
+    count = blocks(length)
+    x = _prepared(x, signs, lengths)
+    x = jnp.pad(x, ((0, 0), (0, count * BLOCK - length), (0, 0), (0, 0)))
+    x = x.reshape(batch, count, BLOCK, heads, head_dim)
+    if quantization == "block":
+        top = _top(x, (2, 4))
+    elif quantization == "head":
+        top = _top(x, (1, 2, 4))[:, None]
+    assert top is not None
+    scales = jnp.broadcast_to(_scale(top), (batch, count, heads))
+    # A conversion to e4m3 makes NaN of what is beyond its range; a NaN stays one.
+    x = jnp.clip(x / scales[:, :, None, :, None], -E4M3_MAX, E4M3_MAX)
+    x = x.reshape(batch, count * BLOCK, heads, head_dim)[:, :length]
+    return x.astype(jnp.float8_e4m3fn), scales
+
+
+def whole_top(x: Array, signs: Array | None, lengths: Array | None) -> Array:
+    """The greatest magnitude of all of x, [1, 1, 1]. To be called on whole arrays, not on a device's
+    part of them."""
+    return _top(_prepared(x, signs, lengths), (0, 1, 2, 3)).reshape(1, 1, 1)
+
+
+def check_quantization(x: Any) -> None:
+    if x not in ("block", "head", "tensor"):
+        raise wrong("quantization", repr(x), "'block', 'head' or 'tensor'")
+
+
+def _prepared(x: Array, signs: Array | None, lengths: Array | None) -> Array:
+    """x in fp32, transformed, and 0 from the lengths on."""
+    x = x.astype(jnp.float32)
+    if lengths is not None:
+        inside = jnp.arange(x.shape[1], dtype=jnp.int32) < lengths[:, None]
+        x = jnp.where(inside[..., None, None], x, 0)
+    return x if signs is None else transform(x, signs[:, None, None])
+
+
+def _top(x: Array, axes: tuple[int, ...]) -> Array:
+    """The greatest magnitude, NaN if there is a NaN or an infinity: XLA's max on CPUs may lose a NaN."""
+    return jnp.where(jnp.isfinite(x).all(axes), jnp.abs(x).max(axes, initial=0), jnp.nan)
+
+
+def _scale(top: Array) -> Array:
+    """From the greatest magnitude; never 0 or subnormal, so that dividing by it is exact enough."""
+    # As the kernel does it, and as XLA would write a division.
+    scale = jnp.maximum(top * np.float32(1 / E4M3_MAX), float(np.finfo(np.float32).tiny))
+    return jnp.where(jnp.isnan(top), jnp.nan, jnp.where(top == 0, 1, scale))
+
+
+def _refusal(x: Array) -> str | None:
+    """Why the kernel cannot take x."""
+    if x.dtype.name not in ("bfloat16", "float16"):
+        wanted = f"wanted bfloat16 or float16, or {_dispatch.ELSEWHERE}"
+        return f"x: got dtype {x.dtype}, {wanted}"
+    return refusal_of_head_dim("x", x.shape[-1])

@@ -1,0 +1,47 @@
+"""The FP8 kernel's attention in plain JAX: the same e4m3 numbers and scales, multiplied in fp32."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from .. import _xla
+from .._problem import Config, Masks
+from ._ffi import BLOCK
+
+
+def attention(
+    config: Config,
+    dtype: np.dtype,
+    tensors: tuple[Array, Array, Array],
+    scales: tuple[Array, Array, Array],
+    masks: Masks,
+) -> tuple[Array, Array]:
+    """What _ffi.fwd computes, in fp32 from the dequantized arrays; memory linear in T and S."""
+    query, key, value = map(dequantized, tensors, scales)
+    # A bad scale of value's must not reach rows that do not see it, but 0 * NaN is NaN; scores of keys
+    # that a row does not see are no part of any product.
+    bad = _rows(jnp.isnan(_checked(scales[2])), value.shape[1])[..., None]
+    key, value = jnp.where(bad, jnp.nan, key), jnp.where(bad, 0, value)
+    options: Any = {"scale": config.scale, "logits_soft_cap": config.logits_soft_cap}
+    with jax.default_matmul_precision("highest"):
+        out, lse = _xla.attention(query, key, value, masks, config.window, **options)
+    return out.astype(dtype), lse
+
+
+def dequantized(x: Array, scales: Array) -> Array:
+    """[B, T, N, H] in fp32; NaN where the scale is not positive and finite."""
+    return x.astype(jnp.float32) * _rows(_checked(scales), x.shape[1])[..., None]
+
+
+def _checked(scales: Array) -> Array:
+    return jnp.where((scales > 0) & (scales < jnp.inf), scales, jnp.nan)
+
+
+def _rows(x: Array, length: int) -> Array:
+    """[B, blocks, N] to [B, length, N]."""
+    return jnp.repeat(x, BLOCK, axis=1)[:, :length]

@@ -1,0 +1,111 @@
+"""For the FP8 tests: quantization in NumPy, and attention of dequantized numbers, exact and rounded."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from cases import Case
+from helpers import Results
+from jax import Array, lax
+from jax.typing import DTypeLike
+
+from jax_fa3 import _reference
+
+BLOCK = 128
+E4M3 = ml_dtypes.float8_e4m3fn
+# FP8 WGMMA multiplies 32 columns at a time and adds the products to a sum of so many mantissa bits,
+# the others cut off (SageAttention2, arXiv 2411.10958).
+WGMMA_COLUMNS, WGMMA_BITS = 32, 13
+
+
+def sylvester(size: int) -> np.ndarray:
+    """The Hadamard matrix of this power of two, fp64."""
+    matrix = np.ones((1, 1))
+    while len(matrix) < size:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    return matrix
+
+
+def transformed(x: np.ndarray, signs: Any = None) -> np.ndarray:
+    """hadamard_transform in fp64."""
+    size = x.shape[-1] & -x.shape[-1]
+    runs = (x * (1 if signs is None else np.asarray(signs, float))).reshape(*x.shape[:-1], -1, size)
+    return (runs @ sylvester(size) / np.sqrt(size)).reshape(x.shape)
+
+
+def quantized(x: np.ndarray, lengths: Any = None, quantization: str = "block") -> Any:
+    """fp32 or fp64 x [B, T, N, H] as e4m3 and fp32 scales [B, blocks, N], one block at a time."""
+    batch, length, heads, _ = x.shape
+    x = x.copy()
+    for entry, n in zip(x, [length] * batch if lengths is None else lengths, strict=True):
+        entry[max(n, 0) :] = 0
+    starts = range(0, length, BLOCK)
+    scales = np.ones((batch, len(starts), heads), np.float32)
+    out = np.empty(x.shape, E4M3)
+    for b, i, n in np.ndindex(scales.shape):
+        rows = slice(i * BLOCK, (i + 1) * BLOCK)
+        shared = {"block": x[b, rows, n], "head": x[b, :, n], "tensor": x}[quantization]
+        top = np.abs(shared).max()
+        if top > 0:
+            scales[b, i, n] = np.float32(top) / np.float32(448)
+        out[b, rows, n] = (x[b, rows, n] / scales[b, i, n]).clip(-448, 448).astype(E4M3)
+    return out, scales
+
+
+def dequantized(x: Any, scales: Any) -> np.ndarray:
+    """fp32."""
+    by_row = np.repeat(np.asarray(scales), BLOCK, axis=1)[:, : x.shape[1], :, None]
+    return np.asarray(x).astype(np.float32) * by_row
+
+
+def rounding(dtype: DTypeLike) -> _reference.Rounding:
+    """What the kernel rounds: the scores' sums, the weights to e4m3 after times 2^8, and out."""
+
+    def products(query: Array, key: Array) -> Array:
+        total = jnp.zeros(())
+        for i in range(0, query.shape[3], WGMMA_COLUMNS):
+            columns = slice(i, i + WGMMA_COLUMNS)
+            total = total + _reference.products(query[..., columns], key[..., columns])
+            kept = lax.bitcast_convert_type(total, jnp.int32) & (-1 << (23 - WGMMA_BITS))
+            total = lax.bitcast_convert_type(kept, jnp.float32)
+        return total
+
+    def probabilities(weights: Array, total: Array) -> Array:
+        return _reference.rounded(weights * 2**8, jnp.float8_e4m3fn) / 2**8 / total
+
+    return _reference.Rounding(
+        lambda scores: scores, probabilities, lambda x: _reference.rounded(x, dtype), products
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def oracle(case: Case, inputs: Any, dtype: Any = None) -> Results:
+    """Of fp32 query, key and value: exact, or rounded as the kernel does for results in dtype."""
+    round_to = None if dtype is None else rounding(dtype)
+    with jax.default_matmul_precision("highest"):
+        return Results(*_reference.attention(*inputs, **case.arguments, round_to=round_to))
+
+
+def all_dequantized(tensors: Any, scales: Any) -> list[Array]:
+    return [jnp.asarray(dequantized(*pair)) for pair in zip(tensors, scales, strict=True)]
+
+
+def scaled(case: Case, seed: int = 0) -> tuple[Any, Any]:
+    """e4m3 query, key and value of a case, NaN planted past the lengths if it says so, and scales
+    that differ from block to block. They are powers of two: then a sum is cut off at the same bit
+    whether its terms were scaled or not."""
+    rng = np.random.default_rng(seed)
+    plain = dataclasses.replace(case, planted=False)
+    pairs = [quantized(np.asarray(x)) for x in plain.inputs(jnp.float32, seed)]
+    tensors, scales = map(list, zip(*pairs, strict=True))
+    scales = [2 ** np.round(np.log2(s) + rng.uniform(-2, 1, s.shape)) for s in scales]
+    if case.planted:
+        names = "query_seq_lengths", *["key_value_seq_lengths"] * 2
+        for x, name in zip(tensors, names, strict=True):
+            for entry, length in zip(x, case.mask.get(name, ()), strict=False):
+                entry[max(length, 0) :] = np.nan
+    return [jnp.asarray(x) for x in tensors], [jnp.asarray(s, jnp.float32) for s in scales]

@@ -1,0 +1,131 @@
+"""Gradients of attention in FP8: the 16-bit backward, under every transformation."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import TABLE, Case
+from lowering import hide_gpus, lower, targets
+
+import jax_fa3
+from jax_fa3 import _xla, fp8
+from jax_fa3._problem import Config, Masks
+
+QUANTIZE, FWD, BWD = "jax_fa3.quantize.v1", "jax_fa3.fwd_fp8.v1", "jax_fa3.bwd.v1"
+CASES = {case.name: case for case in TABLE}
+CASE = Case("fp8", 140, 260, 4, 2, 64, B=2, mask={"is_causal": True, "query_offset": 60})
+QKV = CASE.inputs(jnp.float16)
+
+
+@pytest.fixture(autouse=True)
+def _on_cpu(monkeypatch):
+    hide_gpus(monkeypatch)
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        yield
+
+
+def attention(*qkv: Any, **options: Any) -> Any:
+    return fp8.dot_product_attention(*qkv, **{"return_residual": True} | options)
+
+
+def assert_close(found: Any, exact: Any, tolerance: float) -> None:
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(exact), strict=True):
+        assert x.shape == y.shape
+        np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance)
+
+
+def weighted(call: Any, weights: Any = 1.0) -> Any:
+    def loss(*qkv):
+        out, lse = call(*qkv)
+        return (out * weights).astype(jnp.float32).sum() + jnp.sin(lse).sum()
+
+    return loss
+
+
+def test_gradients_are_of_the_saved_arrays():
+    """The 16-bit backward with the FP8 forward's out and log-sum-exp."""
+    cotangents = CASE.cotangents(jnp.float16)
+    (out, lse), pullback = jax.vjp(functools.partial(attention, **CASE.mask), *QKV)
+    found = pullback(cotangents)
+    config = Config(64**-0.5, (None, 60), None, False, partial=True)
+    dlse = cotangents[1].swapaxes(1, 2)
+    exact = _xla.backward(config, *QKV, Masks(), lse.swapaxes(1, 2), cotangents[0], dlse, out)
+    assert_close(found, [x.astype(jnp.float16) for x in exact], 1e-3)
+    plain = functools.partial(jax_fa3.dot_product_attention, return_residual=True, **CASE.mask)
+    for x, y in zip(found, jax.vjp(plain, *QKV)[1](cotangents), strict=True):
+        assert x.dtype == jnp.float16
+        error, size = (np.linalg.norm(np.asarray(a, np.float64)) for a in (x - y, y))
+        assert error < 0.06 * size
+
+
+Q, K, V = QKV
+QQ = jnp.stack([Q, -2 * Q])
+
+
+@pytest.mark.parametrize(
+    ("transform", "operands"),
+    [
+        (lambda f: jax.jit(jax.grad(weighted(f), (0, 2))), QKV),
+        (lambda f: jax.grad(jax.checkpoint(weighted(f)), (0, 1)), QKV),
+        (lambda f: jax.vmap(jax.grad(weighted(f), (0, 1)), (0, None, None)), (QQ, K, V)),
+        (
+            lambda f: jax.grad(lambda *x: jax.vmap(weighted(f), (0, None, None))(*x).sum(), 1),
+            (QQ, K, V),
+        ),
+    ],
+    ids=["jit", "remat", "vmap of grad", "grad of vmap"],
+)
+def test_transformations(transform, operands):
+    """As if each were written out."""
+    call = functools.partial(attention, **CASE.mask)
+    found = transform(call)(*operands)
+
+    def loops(q, k, v):
+        return sum(weighted(call)(x, k, v) for x in q) if q.ndim == 5 else weighted(call)(q, k, v)
+
+    all_three = jax.grad(loops, (0, 1, 2))(*operands)
+    if isinstance(found, jax.Array):
+        assert_close(found, all_three[1], 0.02)
+    else:
+        assert_close(found[0], all_three[0], 0.02)
+
+
+@pytest.mark.parametrize("implementation", [None, "xla", "fa3"])
+def test_other_derivatives_are_refused(implementation):
+    loss = weighted(functools.partial(attention, implementation=implementation))
+    for derivative in (jax.hessian(loss), lambda *x: jax.jvp(loss, x, x)):
+        with pytest.raises(NotImplementedError, match="jax_fa3.fp8 .* first derivatives in rev"):
+            lower(derivative, *QKV)
+
+
+@pytest.mark.parametrize("quantization", ["block", "tensor"])
+def test_padding_never_shows(quantization):
+    case = CASES["planted, causal"]
+    call = functools.partial(attention, **case.arguments, quantization=quantization)
+    clean = [jnp.nan_to_num(x, nan=0, posinf=0) for x in case.inputs(jnp.float16)]
+    cotangents = case.cotangents(jnp.float16)
+
+    @jax.jit
+    def everything(*qkv):
+        results, pullback = jax.vjp(call, *qkv)
+        return results, pullback(cotangents)
+
+    found = everything(*case.inputs(jnp.float16))
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(everything(*clean)), strict=True):
+        np.testing.assert_array_equal(x, y)
+    assert not any(np.isnan(np.asarray(x)).any() for x in jax.tree.leaves(found))
+
+
+def test_lowers_to_one_forward_and_one_backward():
+    shapes = (2, 140, 4, 128), (2, 260, 2, 128), (2, 260, 2, 128)
+    operands = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+    gradients = jax.grad(weighted(attention), (0, 1, 2))
+    assert targets(lower(gradients, *operands)) == [QUANTIZE] * 3 + [FWD, BWD]
+    policy = jax.checkpoint_policies.save_only_these_names(*jax_fa3.RESIDUAL_NAMES)
+    for options, forwards in (({}, 2), ({"policy": policy}, 1)):
+        loss = weighted(jax.checkpoint(attention, **options))
+        found = targets(lower(jax.grad(loss, (0, 1, 2)), *operands))
+        assert found.count(FWD) == forwards and found.count(BWD) == 1

@@ -1,0 +1,199 @@
+"""Attention in FP8 on a Hopper GPU: the kernel, and the function that quantizes for it."""
+
+import dataclasses
+import functools
+import re
+from typing import Any
+
+import fp8_oracle
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import LONG, TABLE, Case
+from helpers import Results, assert_rounded, equal, oracle, poison, with_gradients
+from jax import Array
+
+import jax_fa3
+from jax_fa3 import fp8
+
+pytestmark = pytest.mark.gpu
+
+DIMS = [64, 80, 128, 192, 256]
+DTYPES = pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bf16", "fp16"])
+quantized_attention = functools.partial(
+    fp8.quantized_dot_product_attention, implementation="fa3", return_residual=True
+)
+attention = functools.partial(fp8.dot_product_attention, implementation="fa3", return_residual=True)
+
+
+def _table() -> list[tuple[Case, Any]]:
+    """Every second case of the table and all long ones, head dims and dtypes in turn, and each head
+    dim with every kind of block: whole, masked, short."""
+    cases = [case for case in TABLE if not case.name.startswith("head dims")][::2]
+    cases += [case for case in TABLE if case.planted or "documents" in case.name] + LONG
+    cases = list(dict.fromkeys(cases))
+    turned = [dataclasses.replace(x, H=DIMS[i % 5], V=0) for i, x in enumerate(cases)]
+    turned += [
+        Case(f"head dim {h}, {name}", 300, 450, 4, 2, h, mask=mask)
+        for h in DIMS
+        for name, mask in (("full", {}), ("causal", {"is_causal": True, "query_offset": 150}))
+    ]
+    return [(case, (jnp.bfloat16, jnp.float16)[i // 5 % 2]) for i, case in enumerate(turned)]
+
+
+@pytest.mark.parametrize(("case", "dtype"), _table(), ids=str)
+def test_table(case: Case, dtype: Any):
+    """By the tolerance rule: weights rounded to e4m3, scores as FP8 WGMMA sums them."""
+    tensors, scales = fp8_oracle.scaled(case)
+    poison(case, dtype)
+    call = functools.partial(quantized_attention, dtype=dtype, **case.arguments)
+    out, lse = jax.jit(call)(*tensors, *scales)
+    assert out.dtype == dtype and lse.dtype == jnp.float32
+    inputs = fp8_oracle.all_dequantized(tensors, scales)
+    exact, rounded = fp8_oracle.oracle(case, inputs), fp8_oracle.oracle(case, inputs, dtype)
+    assert_rounded(Results(out, lse), exact, rounded, case, jnp.finfo(dtype).eps)
+
+
+CAUSAL = Case("causal", 300, 450, 4, 2, 128, mask={"is_causal": True, "query_offset": 150})
+MANY = Case("many", 2048, 2048, 8, 2, 128, B=1, mask={"is_causal": True})
+
+
+def test_fp32_results():
+    tensors, scales = fp8_oracle.scaled(CAUSAL)
+    call = functools.partial(quantized_attention, **CAUSAL.arguments)
+    wide, narrow = (call(*tensors, *scales, dtype=x)[0] for x in (jnp.float32, jnp.bfloat16))
+    assert wide.dtype == jnp.float32 and equal(wide.astype(jnp.bfloat16), narrow)
+
+
+@pytest.mark.parametrize("head_dim", DIMS)
+def test_bit_equal_200_times(head_dim: int):
+    case = dataclasses.replace(MANY, H=head_dim)
+    tensors, scales = fp8_oracle.scaled(case)
+    call = jax.jit(functools.partial(quantized_attention, **case.arguments))
+    first = call(*tensors, *scales)
+
+    @jax.jit
+    def same(x: Any, y: Any) -> Array:
+        return jnp.array([jnp.array_equal(a, b) for a, b in zip(x, y, strict=True)]).all()
+
+    for _ in range(5):
+        poison(case, jnp.bfloat16)
+        repeats = [same(first, call(*tensors, *scales)) for _ in range(40)]
+        assert all(repeats)
+
+
+def seen_by(case: Case, keys: slice) -> np.ndarray:
+    """bool [T]: rows that see one of these keys, under a causal mask with an offset."""
+    return np.arange(case.T) + case.mask["query_offset"] >= keys.start
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0, np.nan, np.inf])
+@pytest.mark.parametrize("which", [0, 1, 2], ids=["query", "key", "value"])
+def test_bad_scales(which: int, bad: float):
+    """NaN where they are used; other batch entries and heads as ever."""
+    case = CAUSAL
+    tensors, scales = fp8_oracle.scaled(case)
+    call = jax.jit(functools.partial(quantized_attention, **case.arguments))
+    clean = np.asarray(call(*tensors, *scales)[0], np.float32)
+    broken = [np.array(x) for x in scales]
+    broken[which][1, 1, 0] = bad
+    out = np.asarray(call(*tensors, *broken)[0], np.float32)
+    rows = np.zeros(case.T, bool)
+    rows[128:256] = True
+    rows = rows if which == 0 else seen_by(case, slice(128, 256))
+    heads = 1 if which == 0 else 2
+    assert np.isnan(out[1, rows, :heads]).all()
+    np.testing.assert_array_equal(out[0], clean[0])
+    np.testing.assert_array_equal(out[1, :, heads:], clean[1, :, heads:])
+
+
+def test_a_nan_key_reaches_the_rows_that_see_it():
+    tensors, scales = fp8_oracle.scaled(CAUSAL)
+    tensors[1] = tensors[1].at[0, 300, 1, 5].set(jnp.nan)
+    out, lse = quantized_attention(*tensors, *scales, **CAUSAL.arguments)
+    wanted = np.zeros(lse.shape, bool)
+    wanted[0, seen_by(CAUSAL, slice(300, 301)), 2:] = True
+    np.testing.assert_array_equal(np.isnan(np.asarray(lse)), wanted)
+    np.testing.assert_array_equal(np.isnan(np.asarray(out, np.float32)).all(-1), wanted)
+
+
+def test_padding_may_have_any_scale():
+    lengths: Any = {"query_seq_lengths": [128, 0], "key_value_seq_lengths": [256, 128]}
+    tensors, scales = fp8_oracle.scaled(CAUSAL)
+    call = jax.jit(functools.partial(quantized_attention, **lengths))
+    clean = call(*tensors, *scales)
+    scales = [np.array(x) for x in scales]
+    scales[0][:, 1:] = np.nan
+    scales[1][:, 2:], scales[2][:, 2:] = np.nan, np.nan
+    assert equal(clean, call(*tensors, *scales))
+
+
+NO_WORK = {"parameter", "custom-call", "get-tuple-element", "tuple", "constant", "bitcast"}
+
+
+def test_is_one_kernel():
+    """No copies, transposes or anything else around the custom call."""
+    tensors, scales = fp8_oracle.scaled(CAUSAL)
+
+    def call(*operands: Any) -> Array:
+        return quantized_attention(*operands, is_causal=True)[0]
+
+    text = jax.jit(call).lower(*tensors, *scales).compile().as_text()
+    assert text is not None and text.count('custom_call_target="jax_fa3.fwd_fp8.v1"') == 1
+    found = re.findall(r"^\s+(?:ROOT )?\S+ = .*?[\]})] ([a-z][\w-]*)\(", text, re.MULTILINE)
+    assert set(found) - {"fusion"} <= NO_WORK
+
+
+FUNCTION = ["planted, causal", "planted, window", "documents, padding", "soft cap, documents"]
+
+
+@DTYPES
+@pytest.mark.parametrize("name", [*FUNCTION, "long, causal"])
+@pytest.mark.parametrize("options", [{}, {"incoherent_key": None, "quantization": "head"}], ids=str)
+def test_function(name: str, dtype: Any, options: Any):
+    """Results and gradients, against 16-bit attention: errors are at most twice those of the oracle's
+    out and log-sum-exp, and of the gradients of the same in plain JAX."""
+    case = {case.name: case for case in [*TABLE, *LONG]}[name]
+    case = dataclasses.replace(case, H=128, V=0)
+    inputs, cotangents = case.inputs(dtype), case.cotangents(dtype)
+
+    def results(implementation: str) -> Results:
+        call = functools.partial(
+            attention, **case.arguments, **options | {"implementation": implementation}
+        )
+        return jax.jit(functools.partial(with_gradients, call))(cotangents, *inputs)
+
+    found, plain = results("fa3"), results("xla")
+    exact = oracle(case, dtype, inputs, cotangents)
+    signs = None if "incoherent_key" in options else fp8.random_signs(0, case.H)
+    lengths = [case.mask.get(f"{x}_seq_lengths") for x in ("query", "key_value", "key_value")]
+    quantize = functools.partial(
+        fp8.quantize, quantization=options.get("quantization", "block"), implementation="xla"
+    )
+    pairs = [
+        quantize(x, lengths=n, signs=s)
+        for x, n, s in zip(inputs, lengths, (signs, signs, None), strict=True)
+    ]
+    dequantized = fp8_oracle.all_dequantized(*zip(*pairs, strict=True))
+    rounded = fp8_oracle.oracle(case, dequantized, dtype)
+    rounded = rounded._replace(dq=plain.dq, dk=plain.dk, dv=plain.dv)
+    assert found.out.dtype == found.dq.dtype == dtype
+    assert_rounded(found, exact, rounded, case, jnp.finfo(dtype).eps)
+
+
+def test_vmap_is_batch():
+    q, k, v = MANY.inputs(jnp.bfloat16)
+    queries, lengths = jnp.stack([q, -q, q[:, ::-1]]), jnp.array([[700], [0], [2048]])
+    call = jax.jit(lambda q, n: attention(q, k, v, key_value_seq_lengths=n, is_causal=True))
+    found = jax.jit(jax.vmap(call))(queries, lengths)
+    for i in range(3):
+        assert equal([x[i] for x in found], call(queries[i], lengths[i]))
+
+
+def test_none_takes_the_kernels():
+    q, k, v = MANY.inputs(jnp.bfloat16)
+    assert equal(fp8.dot_product_attention(q, k, v), attention(q, k, v)[0])
+    exact = jax_fa3.dot_product_attention(q, k, v, implementation="fa3")
+    error = fp8.dot_product_attention(q, k, v).astype(jnp.float32) - exact
+    assert 0 < jnp.linalg.norm(error) < 0.1 * jnp.linalg.norm(exact.astype(jnp.float32))

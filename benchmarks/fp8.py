@@ -123,10 +123,10 @@ def _hadamard(head_dim: int) -> np.ndarray:
     """Sylvester's matrix of the largest power of two in head_dim, as often along the diagonal as
     fits; orthonormal."""
     size = head_dim & -head_dim
-    matrix = np.ones((1, 1), np.float32)
+    matrix = np.ones((1, 1))
     while len(matrix) < size:
         matrix = np.block([[matrix, matrix], [matrix, -matrix]])
-    return np.kron(np.eye(head_dim // size), matrix / np.sqrt(size)).astype(np.float32)
+    return np.kron(np.eye(head_dim // size), matrix / np.sqrt(size))
 
 
 def check_preparation(point: Point, inputs: Arrays, results) -> float:
@@ -137,7 +137,8 @@ def check_preparation(point: Point, inputs: Arrays, results) -> float:
     """
     if isinstance(results, jax.Array):  # of a copy
         return 0.0
-    transform = np.asarray(_signs(point), np.float32)[:, None] * _hadamard(point.head_dim)
+    # In fp64: small numbers are sums of large ones, which fp32 does not give to a thousandth.
+    transform = np.asarray(_signs(point), np.float64)[:, None] * _hadamard(point.head_dim)
     worst = 0.0
     for what, x, (x8, scale), matrix in zip(
         ("query", "key", "value"), inputs, results, (transform, transform, None), strict=True

@@ -10,7 +10,6 @@
 #include <utility>
 #include <vector>
 
-#include "bwd/turns.h"
 #include "common/mask.h"
 #include "common/tile_scheduler.h"
 #include "dispatch.h"
@@ -70,24 +69,14 @@ NB_MODULE(_C, module) {
     return std::tuple{w.row_stats, w.row_intervals, w.block_hulls, w.dq_accum, w.turns};
   });
   module.def("heads_per_section", &jax_fa3::heads_per_section);
-  module.def("tile_order", [](int num_m_blocks, int num_heads, int batch, int section, int run) {
-    jax_fa3::TileOrder const order{num_m_blocks, num_heads, batch, section, false, run};
+  module.def("tile_order", [](int num_m_blocks, int num_heads, int batch, int section) {
+    jax_fa3::TileOrder const order{num_m_blocks, num_heads, batch, section};
     std::vector<std::tuple<int, int, int>> tiles;
     for (int index = 0; index < order.num_tiles(); ++index) {
       auto const tile = order(index);
       tiles.emplace_back(tile.m_block, tile.head, tile.batch);
     }
     return tiles;
-  });
-  module.def("turn_start", [](int num_m_blocks, int num_n_blocks, int n_block) {
-    return jax_fa3::bwd::Turns::of(num_m_blocks, num_n_blocks, 0).start(n_block);
-  });
-  module.def("turn_group",
-             [](int num_sms) { return jax_fa3::bwd::Turns::of(1, 1, num_sms).group; });
-  module.def("turns_before", [](int num_m_blocks, int num_n_blocks, int num_sms, int m_block,
-                                int n_block, int first, int end) {
-    return jax_fa3::bwd::Turns::of(num_m_blocks, num_n_blocks, num_sms)
-        .before(m_block, n_block, first, end);
   });
   module.def("tile_of_round", &jax_fa3::tile_of_round);
   module.def("row_interval",

@@ -95,81 +95,16 @@ def test_block_range_far_away():
 @pytest.mark.parametrize("section", [1, 2, 3, 4, 6, 100])
 def test_tile_order(section: int):
     for blocks, heads, batch in itertools.product((1, 2, 5), (1, 4, 6), (1, 3)):
-        tiles = C.tile_order(blocks, heads, batch, section, 1)
+        tiles = C.tile_order(blocks, heads, batch, section)
         assert sorted(tiles) == sorted(itertools.product(*map(range, (blocks, heads, batch))))
         # Sections one after the other; in each the last rows first.
         keys = [((entry * heads + head) // section, -m_block) for m_block, head, entry in tiles]
         assert keys == sorted(keys)
 
 
-@pytest.mark.parametrize("run", [2, 3, 8])
-def test_tile_order_in_runs(run: int):
-    """Runs of one head's tiles; the next runs of the same heads when each has had its turn."""
-    for blocks, heads, batch, section in itertools.product((1, 5, 6), (1, 3), (1, 2), (1, 2)):
-        tiles = C.tile_order(blocks, heads, batch, section, run)
-        assert sorted(tiles) == sorted(itertools.product(*map(range, (blocks, heads, batch))))
-        places = [(blocks - 1 - m_block, entry * heads + head) for m_block, head, entry in tiles]
-        keys = [(row // section, place // run, row, place) for place, row in places]
-        assert keys == sorted(keys)
-
-
 def test_tile_order_of_nothing():
     for sizes in itertools.product((0, 2), repeat=3):
-        assert bool(C.tile_order(*sizes, 2, 1)) == all(sizes)
-
-
-def steps_in_turn(num_m: int, num_n: int, visitors: list[range], num_sms: int = 132) -> list[int]:
-    """When each block of keys is done, if all of a group run, one step each at a time, and wait for
-    their turns. visitors: of each query block, the key blocks that add to it."""
-    walks, group_size = [], C.turn_group(num_sms)
-    for n in range(num_n):
-        order = [(C.turn_start(num_m, num_n, n) + i) % num_m for i in range(num_m)]
-        walks.append([m for m in order if n in visitors[m]])
-    turns, place, done = [0] * num_m, [0] * num_n, [0] * num_n
-    for time in itertools.count(1):
-        left = [n for n in range(num_n) if place[n] < len(walks[n])]
-        if not left:
-            return done
-        group = min(left) // group_size  # the first that is not done: it must get on by itself
-        moved = []
-        for n in left:
-            m = walks[n][place[n]]
-            bounds = visitors[m].start, visitors[m].stop
-            if n // group_size == group and turns[m] == C.turns_before(
-                num_m, num_n, num_sms, m, n, *bounds
-            ):
-                moved.append((n, m))
-        assert moved, "nobody gets on"
-        assert len({m for _, m in moved}) == len(moved)
-        for n, m in moved:
-            turns[m], place[n], done[n] = turns[m] + 1, place[n] + 1, time
-
-
-@pytest.mark.parametrize(
-    "sizes", [(64, 32), (32, 32), (7, 30), (50, 3), (130, 65), (300, 150), (1, 9)]
-)
-def test_turns(sizes: tuple[int, int]):
-    """Everybody has a turn at every query block that it visits, whatever the mask leaves out."""
-    num_m, num_n = sizes
-    rng = random.Random(num_m)
-    for _ in range(20):
-        edges = [sorted(rng.choices(range(num_n + 1), k=2)) for _ in range(num_m)]
-        for num_sms in (132, 30, 1):
-            steps_in_turn(num_m, num_n, [range(*edge) for edge in edges], num_sms)
-
-
-def test_two_groups_fit():
-    groups = [C.turn_group(num_sms) for num_sms in range(1, 200)]
-    assert all(group == 1 or 2 * group <= num_sms for num_sms, group in enumerate(groups, 1))
-    assert C.turn_group(132) == C.turn_group(150) == 64 and C.turn_group(78) == 32
-
-
-def test_nobody_waits_without_a_mask_or_under_a_causal_one():
-    full, causal = (
-        [range(end) for end in ends] for ends in ([32] * 64, [m // 2 + 1 for m in range(64)])
-    )
-    assert steps_in_turn(64, 32, full) == [64] * 32
-    assert steps_in_turn(64, 32, causal) == [64 - 2 * n for n in range(32)]
+        assert bool(C.tile_order(*sizes, 2)) == all(sizes)
 
 
 @pytest.mark.parametrize("ctas", [1, 2, 7, 132])

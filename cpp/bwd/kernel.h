@@ -19,7 +19,7 @@ CUTLASS_DEVICE void init_barriers(typename Traits::SharedStorage& storage) {
   storage.key_full.init(1);
   storage.value_full.init(1);
   storage.staged.init(1);
-  storage.query_pipeline.init(kConsumerWarps + Traits::kFused);  // and the dQ writer
+  storage.query_pipeline.init(kConsumerWarps + Traits::kWritersdQ);
   storage.dout_pipeline.init(kConsumerWarps);
   cutlass::arch::fence_barrier_init();
 }
@@ -71,8 +71,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     cutlass::arch::warpgroup_reg_dealloc<Traits::kProducerRegisters>();
     if (warp == 0) {
       load<Traits>(params, storage, tile);
-    } else if (warp == 1) {
-      if constexpr (Traits::kFused) write_dq<Traits>(params, storage, tile);
+    } else if (warp <= Traits::kWritersdQ) {
+      if constexpr (Traits::kFused) write_dq<Traits>(params, storage, tile, warp - 1);
     }
   } else {
     cutlass::arch::warpgroup_reg_alloc<Traits::kConsumerRegisters>();

@@ -72,19 +72,11 @@ cudaError_t make_params(BackwardProblem const& problem, Params* params) {
   };
   int64_t const heads =  // Q, dO and the sum of dQ in fp32
       heads_per_section(int64_t{p.seqlen_q} * group, 3 * p.head_dim, p.head_dim_v, 1);
-  int const num_n_blocks = ceil_div(p.seqlen_k, tile.block_n);
-  params->order = {num_n_blocks, p.num_heads_k, p.batch, section(masked ? heads : 1, p.num_heads_k),
-                   true};
   params->turns = tile.fused ? problem.turns : nullptr;
-  if (params->turns != nullptr) {
-    int num_sms = 0;
-    JAX_FA3_RETURN_IF_ERROR(count_sms(&num_sms));
-    params->turn_order = Turns::of(params->num_m_blocks, num_n_blocks, num_sms);
-    int const run = params->turn_order.group;
-    params->order.run = run;
-    // A head's next group is launched when others have taken the SMs in between.
-    params->order.section = section(num_n_blocks > run ? num_sms / run : 1, p.num_heads_k);
-  }
+  bool const in_turn = params->turns != nullptr;
+  // In turn, several heads always: key blocks of one head that start together wait for each other.
+  params->order = {ceil_div(p.seqlen_k, tile.block_n), p.num_heads_k, p.batch,
+                   section(masked || in_turn ? heads : 1, p.num_heads_k), !in_turn};
   int64_t const heads_q = heads_per_section(p.seqlen_k, p.head_dim, p.head_dim_v, group);
   params->dq_order = {ceil_div(p.seqlen_q, kBlockM), p.num_heads_q, p.batch,
                       section(masked ? heads_q : group, p.num_heads_q)};

@@ -102,15 +102,6 @@ CUTLASS_DEVICE void load(Params const& params, typename Traits::SharedStorage& s
     state.advance();
   };
 
-  // In turns, query blocks are walked over from another one for each block of keys, round the end.
-  int const start =
-      Traits::kFused && params.turns != nullptr ? params.turn_order.start(tile.m_block) : 0;
-  auto const block_of = [&](int place) {
-    if constexpr (!Traits::kFused) return place;
-    int const m_block = start + place;
-    return m_block < params.num_m_blocks ? m_block : m_block - params.num_m_blocks;
-  };
-
   // A step is sent when it is known whether another follows.
   Step pending{-1, 0, false, true};
 
@@ -120,8 +111,7 @@ CUTLASS_DEVICE void load(Params const& params, typename Traits::SharedStorage& s
       bool visited = false;
       bool full = false;
       if (chunk + lane < params.num_m_blocks) {
-        int4 const bounds =
-            params.block_hulls[int64_t{batch} * params.num_m_blocks + block_of(chunk + lane)];
+        int4 const bounds = params.block_hulls[int64_t{batch} * params.num_m_blocks + chunk + lane];
         IntervalHull const hull{bounds.x, bounds.y, bounds.z, bounds.w};
         visited = hull.max_end > first_key && hull.min_begin < first_key + kBlockN;
         full = hull.max_begin <= first_key && hull.min_end >= first_key + kBlockN;
@@ -131,7 +121,7 @@ CUTLASS_DEVICE void load(Params const& params, typename Traits::SharedStorage& s
       for (uint32_t blocks = __ballot_sync(~0u, visited); blocks != 0; blocks &= blocks - 1) {
         int const bit = __ffs(blocks) - 1;
         if (pending.m_block >= 0) load_step(pending);
-        pending = {block_of(chunk + bit), head, (full_blocks >> bit & 1) == 0, false};
+        pending = {chunk + bit, head, (full_blocks >> bit & 1) == 0, false};
       }
     }
   }

@@ -126,9 +126,9 @@ CUTLASS_DEVICE void mma(Params const& params, typename Traits::SharedStorage& st
     sync(NamedBarrier::kDScoresWritten, (1 - warpgroup) * 2 + stage, 256);
     issue_gemm_zero(mma_dq, tdQrdS(_, _, _, stage), tdQrK, tdQ);
   };
-  auto const hand_over_dq = [&] {
+  auto const hand_over_dq = [&](int stage) {
     warpgroup_fence_operand(tdQ);
-    sync(NamedBarrier::kDQueryEmpty0, warpgroup, 128 + 32);
+    sync(NamedBarrier::kDQueryEmpty, warpgroup, 128 + 32);
     auto* const part = reinterpret_cast<float4*>(storage.dquery + warpgroup * Traits::kSizeQ / 2) +
                        threadIdx.x % 128;
     CUTLASS_PRAGMA_UNROLL
@@ -136,7 +136,7 @@ CUTLASS_DEVICE void mma(Params const& params, typename Traits::SharedStorage& st
       part[i / 4 * 128] = float4{tdQ(i), tdQ(i + 1), tdQ(i + 2), tdQ(i + 3)};
     }
     cutlass::arch::fence_view_async_shared();
-    arrive(NamedBarrier::kDQueryFull0, warpgroup, 128 + 32);
+    arrive(NamedBarrier::kDQueryFull, warpgroup * 2 + stage, 128 + 32);
   };
 
   queries.full[0].wait(0);
@@ -182,7 +182,7 @@ CUTLASS_DEVICE void mma(Params const& params, typename Traits::SharedStorage& st
       release_query(last_stage);
       make_p(step);
       warpgroup_wait<0>();
-      hand_over_dq();
+      hand_over_dq(last_stage);
       issue_dp();
     } else {
       // Fewer registers: dQ has left them when S comes. dP runs beside the exponentials.
@@ -193,7 +193,7 @@ CUTLASS_DEVICE void mma(Params const& params, typename Traits::SharedStorage& st
       warpgroup_wait<1>();
       release_dout(last_stage);
       take_next();
-      hand_over_dq();
+      hand_over_dq(last_stage);
       issue_s();
       warpgroup_wait<1>();
       release_query(last_stage);
@@ -212,7 +212,7 @@ CUTLASS_DEVICE void mma(Params const& params, typename Traits::SharedStorage& st
   issue_dq(state.stage);
   issue_dk(state.stage);
   warpgroup_wait<1>();
-  hand_over_dq();
+  hand_over_dq(state.stage);
   warpgroup_wait<0>();
   warpgroup_fence_operand(tdV);
   warpgroup_fence_operand(tdK);

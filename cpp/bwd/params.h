@@ -3,7 +3,6 @@
 
 #include <cuda.h>
 
-#include "bwd/turns.h"
 #include "common/mask.h"
 #include "common/tile_scheduler.h"
 #include "problem.h"
@@ -26,7 +25,6 @@ struct Params {
   int4* block_hulls;    // [b, m]
   float* dq_accum;      // [b, n, m, block_m * kHeadDim], in the order of the accumulators
   int* turns;           // [b, n, m] or null: dQ is summed in any order
-  Turns turn_order;
   Mask mask;
   TileOrder order;     // of the main kernel: blocks of keys, KV heads
   TileOrder dq_order;  // of dQ's own kernel: blocks of query rows, query heads

@@ -13,17 +13,15 @@ using namespace cute;
 
 // Hardware barriers of the CTA.
 enum class NamedBarrier : uint32_t {
-  kDScoresWritten = 1,  // fused: a warpgroup has written its part of dS; by warpgroup and buffer
-  kDQueryFull0 = 5,     // fused: a warpgroup's part of dQ is in shared memory; for the dQ writer
-  kDQueryFull1,
-  kDQueryEmpty0,  // fused: it has left shared memory again
-  kDQueryEmpty1,
-  kProbabilitiesFull0,  // wide: P has been handed from one warpgroup to the other, two buffers
-  kProbabilitiesFull1,
-  kProbabilitiesEmpty0,
-  kProbabilitiesEmpty1,
-  kKeysRead,          // nobody needs K and V any more: their memory may hold the gradients
-  kGradOfWarpgroup0,  // the threads of one warpgroup, around their gradient tile
+  kDScoresWritten = 1,     // fused: a warpgroup has written its part of dS; by warpgroup and buffer
+  kDQueryFull = 5,         // fused: its part of dQ is in shared memory; by warpgroup and dQ writer
+  kDQueryEmpty = 9,        // fused: it has left shared memory again; by warpgroup
+  kProbabilitiesFull = 5,  // wide: P has been handed from one warpgroup to the other; by buffer
+  kProbabilitiesEmpty = 7,  // wide: it has been taken
+  kKeyRead = 9,             // wide: nobody needs K any more: its memory may hold dK
+  kValueRead = 10,          // wide: likewise V and dV
+  kKeysRead = 13,           // fused: likewise both
+  kGradOfWarpgroup0 = 14,   // the threads of one warpgroup, around their gradient tile
   kGradOfWarpgroup1,
 };
 
@@ -53,10 +51,11 @@ struct Traits {
   static constexpr int kBlockM = kTile.block_m;  // query rows of a step
   static constexpr int kBlockN = kTile.block_n;  // keys of the CTA
   static constexpr bool kFused = kTile.fused;
-  static constexpr bool kNarrow = kHeadDim <= 64;  // registers for S and dQ at once
-  static constexpr int kStages = 2;                // of Q and of dO
+  static constexpr bool kNarrow = kHeadDim <= 64;          // registers for S and dQ at once
+  static constexpr int kStages = 2;                        // of Q and of dO
+  static constexpr int kWritersdQ = kFused ? kStages : 0;  // warps
 
-  // One producer warpgroup (a warp loads, a warp writes dQ), then two consumers. Fused: each owns
+  // One producer warpgroup (a warp loads, two write dQ), then two consumers. Fused: each owns
   // 64 keys. Wide: both own the same 64 keys, one computes dV, the other dK.
   static constexpr int kConsumerThreads = 256;
   static constexpr int kThreads = 128 + kConsumerThreads;

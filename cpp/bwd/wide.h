@@ -16,10 +16,10 @@ CUTLASS_DEVICE uint4* handover(typename Traits::SharedStorage& storage, int buff
   return reinterpret_cast<uint4*>(storage.exchange + buffer * Traits::kSizedS) + threadIdx.x % 128;
 }
 
-CUTLASS_DEVICE void named_sync(NamedBarrier first, int buffer) {
+CUTLASS_DEVICE void named_sync(NamedBarrier first, int buffer = 0) {
   cutlass::arch::NamedBarrier::sync(256, barrier_id(first, buffer));
 }
-CUTLASS_DEVICE void named_arrive(NamedBarrier first, int buffer) {
+CUTLASS_DEVICE void named_arrive(NamedBarrier first, int buffer = 0) {
   cutlass::arch::NamedBarrier::arrive(256, barrier_id(first, buffer));
 }
 
@@ -81,13 +81,13 @@ CUTLASS_DEVICE void consume_value(Params const& params, typename Traits::SharedS
       copy(packed<Element>(tS), p_for_ds);
     }
     if (elected) queries.empty[state.stage].arrive();
-    named_sync(NamedBarrier::kProbabilitiesEmpty0, state.stage);
+    named_sync(NamedBarrier::kProbabilitiesEmpty, state.stage);
     uint4* const out = handover<Traits>(storage, state.stage);
     CUTLASS_PRAGMA_UNROLL
     for (int i = 0; i < size(p_for_ds); i += 4) {
       out[i / 4 * 128] = uint4{p_for_ds(i), p_for_ds(i + 1), p_for_ds(i + 2), p_for_ds(i + 3)};
     }
-    named_arrive(NamedBarrier::kProbabilitiesFull0, state.stage);
+    named_arrive(NamedBarrier::kProbabilitiesFull, state.stage);
   };
 
   queries.full[0].wait(0);
@@ -121,7 +121,8 @@ CUTLASS_DEVICE void consume_value(Params const& params, typename Traits::SharedS
     warpgroup_fence_operand(tdV);
   }
   // dV takes the place of V, which the other warpgroup has read when it needs no more dP.
-  cutlass::arch::NamedBarrier::sync(256, barrier_id(NamedBarrier::kKeysRead));
+  named_arrive(NamedBarrier::kKeyRead);
+  named_sync(NamedBarrier::kValueRead);
   store_grad<Element, kBlockN, Traits::kHeadDimV>(
       tdV, 1.f, params.dvalue, params.dvalue_fp32, params.grads_fp32, storage.value, 0,
       tile.m_block * kBlockN, tile.head, tile.batch, params.mask.seqlen_k, params.head_dim_v,
@@ -160,7 +161,7 @@ CUTLASS_DEVICE void consume_key(Params const& params, typename Traits::SharedSto
   auto const issue_dp = [&] { issue_gemm_zero(mma_dp, tdPrV, tdPrdO(_, _, _, state.stage), tdP); };
   auto const issue_dk = [&](int stage) { issue_gemm(mma_dk, tdKrdS, tdKrQ(_, _, _, stage), tdK); };
   auto const take_p = [&](auto& p) {
-    named_sync(NamedBarrier::kProbabilitiesFull0, state.stage);
+    named_sync(NamedBarrier::kProbabilitiesFull, state.stage);
     uint4 const* const in = handover<Traits>(storage, state.stage);
     CUTLASS_PRAGMA_UNROLL
     for (int i = 0; i < size(p); i += 8) {
@@ -169,7 +170,7 @@ CUTLASS_DEVICE void consume_key(Params const& params, typename Traits::SharedSto
       CUTLASS_PRAGMA_UNROLL
       for (int e = 0; e < 8; ++e) p(i + e) = unpack<Element>(pairs[e / 2], e % 2);
     }
-    named_arrive(NamedBarrier::kProbabilitiesEmpty0, state.stage);
+    named_arrive(NamedBarrier::kProbabilitiesEmpty, state.stage);
   };
   auto const make_ds = [&] {
     warpgroup_fence_operand(tdP);
@@ -180,8 +181,8 @@ CUTLASS_DEVICE void consume_key(Params const& params, typename Traits::SharedSto
     score_grads(RowRecords{stats, stats + kBlockM, nullptr, 0}, p, tdP);
   };
 
-  named_arrive(NamedBarrier::kProbabilitiesEmpty0, 0);
-  named_arrive(NamedBarrier::kProbabilitiesEmpty0, 1);
+  named_arrive(NamedBarrier::kProbabilitiesEmpty, 0);
+  named_arrive(NamedBarrier::kProbabilitiesEmpty, 1);
   queries.full[0].wait(0);
   Step step = storage.steps[0];
   if (step.m_block >= 0) {
@@ -210,7 +211,8 @@ CUTLASS_DEVICE void consume_key(Params const& params, typename Traits::SharedSto
     warpgroup_wait<0>();
     warpgroup_fence_operand(tdK);
   }
-  cutlass::arch::NamedBarrier::sync(256, barrier_id(NamedBarrier::kKeysRead));
+  named_arrive(NamedBarrier::kValueRead);
+  named_sync(NamedBarrier::kKeyRead);
   store_grad<Element, kBlockN, Traits::kHeadDim>(
       tdK, params.softmax_scale, params.dkey, params.dkey_fp32, params.grads_fp32, storage.key, 0,
       tile.m_block * kBlockN, tile.head, tile.batch, params.mask.seqlen_k, params.head_dim,

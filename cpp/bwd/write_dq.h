@@ -1,4 +1,9 @@
-// The warp that adds dQ, from shared memory, to the sum in global memory.
+// The warps that add dQ, from shared memory, to the sum in global memory.
+//
+// In deterministic mode the key blocks of a head add to a block of query rows in turn, the last
+// first, which is the order of launch: a CTA waits only for CTAs that are running or done. What a
+// turn takes (to see that it has come, to add, to wait until all is written, to pass it on) is
+// longer than a step, so two warps take the steps by turns.
 #pragma once
 
 #include "bwd/params.h"
@@ -23,53 +28,54 @@ CUTLASS_DEVICE void pass_turn(int* turns, int turn) {
 
 template <class Traits>
 CUTLASS_DEVICE void write_dq(Params const& params, typename Traits::SharedStorage& storage,
-                             TileCoord tile) {
+                             TileCoord tile, int writer) {
   constexpr int kPart = Traits::kSizeQ / 2;  // of one warpgroup
   PipelineState<Traits::kStages> state;
   bool const elected = threadIdx.x % 32 == 0;
-  auto const wait_full = [](int warpgroup) {
-    cutlass::arch::NamedBarrier::sync(128 + 32, barrier_id(NamedBarrier::kDQueryFull0, warpgroup));
-  };
   auto const release = [](int warpgroup) {
     cutlass::arch::NamedBarrier::arrive(128 + 32,
-                                        barrier_id(NamedBarrier::kDQueryEmpty0, warpgroup));
+                                        barrier_id(NamedBarrier::kDQueryEmpty, warpgroup));
   };
-  release(0);
-  release(1);
+  if (writer == 0) {
+    release(0);
+    release(1);
+  }
   for (;; state.advance()) {
     storage.query_pipeline.full[state.stage].wait(state.phase);
     Step const step = storage.steps[state.stage];
     __syncwarp();
     if (step.m_block < 0) return;
     if (elected) storage.query_pipeline.empty[state.stage].arrive();
-    int64_t const index = params.m_block_index(tile.batch, step.head, step.m_block);
-    float* const sum = params.dq_accum + index * Traits::kSizeQ;
-    bool const in_turn = params.turns != nullptr && elected;
-    int turn = 0;
-    if (in_turn) {
-      int4 const hull =
-          params.block_hulls[int64_t{tile.batch} * params.num_m_blocks + step.m_block];
-      turn = params.turn_order.before(step.m_block, tile.m_block, hull.x / Traits::kBlockN,
-                                      (hull.w + Traits::kBlockN - 1) / Traits::kBlockN);
-      wait_for_turn(params.turns + index, turn);
-    }
-    __syncwarp();
-    CUTLASS_PRAGMA_UNROLL
-    for (int warpgroup = 0; warpgroup < 2; ++warpgroup) {
-      wait_full(warpgroup);
-      if (elected) {
-        bulk_add_fp32(sum + warpgroup * kPart, storage.dquery + warpgroup * kPart, kPart * 4);
-        cute::tma_store_arrive();
+    if (state.stage == writer) {
+      int64_t const index = params.m_block_index(tile.batch, step.head, step.m_block);
+      float* const sum = params.dq_accum + index * Traits::kSizeQ;
+      bool const in_turn = params.turns != nullptr && elected;
+      int turn = 0;
+      if (in_turn) {
+        int const end =
+            params.block_hulls[int64_t{tile.batch} * params.num_m_blocks + step.m_block].w;
+        turn = (end - 1) / Traits::kBlockN - tile.m_block;  // key blocks behind this one
+        wait_for_turn(params.turns + index, turn);
       }
       __syncwarp();
+      CUTLASS_PRAGMA_UNROLL
+      for (int warpgroup = 0; warpgroup < 2; ++warpgroup) {
+        cutlass::arch::NamedBarrier::sync(
+            128 + 32, barrier_id(NamedBarrier::kDQueryFull, warpgroup * 2 + writer));
+        if (elected) {
+          bulk_add_fp32(sum + warpgroup * kPart, storage.dquery + warpgroup * kPart, kPart * 4);
+          cute::tma_store_arrive();
+        }
+        __syncwarp();
+      }
+      if (elected) cute::tma_store_wait<1>();
+      __syncwarp();
+      release(0);
+      if (elected) cute::tma_store_wait<0>();
+      __syncwarp();
+      release(1);
+      if (in_turn) pass_turn(params.turns + index, turn);
     }
-    if (elected) cute::tma_store_wait<1>();
-    __syncwarp();
-    release(0);
-    if (elected) cute::tma_store_wait<0>();
-    __syncwarp();
-    release(1);
-    if (in_turn) pass_turn(params.turns + index, turn);
     if (step.last) break;
   }
   if (elected) bulk_wait_written();

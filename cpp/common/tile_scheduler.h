@@ -20,7 +20,6 @@ struct TileOrder {
   int batch;
   int section;  // heads of one section, counted over (batch, head)
   bool ascending = false;
-  int run = 1;  // blocks of one head that stand next to each other
 
   JAX_FA3_HOST_DEVICE int num_tiles() const { return num_m_blocks * num_heads * batch; }
 
@@ -29,11 +28,8 @@ struct TileOrder {
     int const first = index / (num_m_blocks * section) * section;
     int const width = rows - first < section ? rows - first : section;
     int const rest = index - first * num_m_blocks;
-    int const begin = rest / (width * run) * run;
-    int const length = num_m_blocks - begin < run ? num_m_blocks - begin : run;
-    int const place = rest - begin * width;
-    int const row = first + place / length;
-    int const m_block = begin + place % length;
+    int const row = first + rest % width;
+    int const m_block = rest / width;
     return {ascending ? m_block : num_m_blocks - 1 - m_block, row % num_heads, row / num_heads};
   }
 };

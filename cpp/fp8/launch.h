@@ -31,13 +31,14 @@ cudaError_t make_params(Problem const& problem, Params* params) {
     JAX_FA3_RETURN_IF_ERROR(make_tensor_map(&params->out, p.out, p.head_dim, p.seqlen_q,
                                             p.num_heads_q, p.batch, Traits::kSlabV, 64));
   }
-  fwd::set_common(p, kBlock, params);
+  fwd::set_common(p, Traits::kBlockM, params);
   params->softmax_scale = 1 / kLog2E;  // the maxima are exponents of base 2
   params->query_scale = problem.query_scale;
   params->key_scale = problem.key_scale;
   params->value_scale = problem.value_scale;
   params->num_m_blocks = ceil_div(p.seqlen_q, kBlock);
   params->num_n_blocks = ceil_div(p.seqlen_k, kBlock);
+  params->num_heads_k = p.num_heads_k;
   params->out_fp16 = p.out_dtype == DType::kFloat16;
   return cudaSuccess;
 }

@@ -6,22 +6,25 @@
 
 namespace jax_fa3::fp8 {
 
-// What a step needs of its block of keys. A scale that is none makes NaN of the rows that see the
-// block, and only of those: the key's scale meets scores before the mask does.
+CUTLASS_DEVICE bool is_scale(float x) { return x > 0.f && x < INFINITY; }
+
+// The scales of 32 blocks of keys, of one each lane. A load of one alone would be waited for in
+// every step, for ptxas moves what is the same in all lanes to a uniform register at once.
 struct BlockScales {
   float key;
   float value;
 
-  CUTLASS_DEVICE BlockScales(Params const& params, int batch, int n_block, int head) {
+  CUTLASS_DEVICE BlockScales(Params const& params, int batch, int head, int chunk) {
+    int const n_block = chunk * 32 + threadIdx.x % 32;
+    bool const exists = chunk >= 0 && n_block < params.num_n_blocks;
     int64_t const index =
-        (int64_t{batch} * params.num_n_blocks + n_block) * (params.num_heads_q / params.group) +
-        head;
-    key = __ldg(params.key_scale + index);
-    value = __ldg(params.value_scale + index);
+        (int64_t{batch} * params.num_n_blocks + n_block) * params.num_heads_k + head;
+    key = exists ? __ldg(params.key_scale + index) : 1.f;
+    value = exists ? __ldg(params.value_scale + index) : 1.f;
   }
 
-  CUTLASS_DEVICE static bool is_scale(float x) { return x > 0.f && x < INFINITY; }
-
+  // A scale that is none makes NaN of the rows that see the block, and only of those: the key's
+  // scale meets scores before the mask does.
   CUTLASS_DEVICE void check() {
     bool const valid = is_scale(value);
     if (!valid || !is_scale(key)) key = NAN;
@@ -83,12 +86,14 @@ CUTLASS_DEVICE void mma(Traits<kHeadDim>, Params const& params, Storage& storage
     if (elected && last) storage.query_empty[turns.warpgroup].arrive();
   };
 
-  float const query_scale =
-      params.query_scale[(int64_t{batch} * params.num_m_blocks + work.tile.m_block) *
-                             params.num_heads_q +
+  int const first_row = work.tile.m_block * Traits::kBlockM + turns.warpgroup * 64;
+  int const query_block = min(first_row / kBlock, params.num_m_blocks - 1);
+  float query_scale =
+      params.query_scale[(int64_t{batch} * params.num_m_blocks + query_block) * params.num_heads_q +
                          work.tile.head];
-  float const scores_scale = BlockScales::is_scale(query_scale) ? query_scale : NAN;
-  BlockScales next{params, batch, blocks.end - 1, head_k};
+  int chunk = (blocks.end - 1) / 32;
+  BlockScales scales{params, batch, head_k, chunk};
+  BlockScales next{params, batch, head_k, chunk - 1};
   float value_scale = 1.f;       // of what O holds
   float factor[kRowsPerThread];  // of O before a step's P V is added to it
 
@@ -113,16 +118,20 @@ CUTLASS_DEVICE void mma(Traits<kHeadDim>, Params const& params, Storage& storage
       packed(i) = pack_e4m3(tSrS(first), tSrS(first + 1), tSrS(first + 4), tSrS(first + 5));
     }
   };
-  // The block's scales, while those of the one after it are fetched; the exponent's factor.
+  // The block's scales; the exponent's factor.
   auto const take_scales = [&](int n_block, bool masked) {
-    BlockScales current = next;
-    if (n_block > blocks.begin) next = BlockScales{params, batch, n_block - 1, head_k};
-    current.check();
-    float const scale = current.key * scores_scale;
+    if (n_block / 32 != chunk) {
+      --chunk;
+      scales = next;
+      scales.check();
+      next = BlockScales{params, batch, head_k, chunk - 1};
+    }
+    float const scale = __shfl_sync(~0u, scales.key, n_block % 32) * query_scale;
+    float const next_value_scale = __shfl_sync(~0u, scales.value, n_block % 32);
     if (masked) mask_block(n_block, scale);
     softmax.update_max(tSrS, masked ? softmax.scale_log2 : softmax.scale_log2 * scale);
-    float const ratio = __fdividef(value_scale, current.value);
-    value_scale = current.value;
+    float const ratio = __fdividef(value_scale, next_value_scale);
+    value_scale = next_value_scale;
     CUTLASS_PRAGMA_UNROLL
     for (int row = 0; row < kRowsPerThread; ++row) softmax.rescale[row] *= ratio;
     return masked ? softmax.scale_log2 : softmax.scale_log2 * scale;
@@ -152,14 +161,14 @@ CUTLASS_DEVICE void mma(Traits<kHeadDim>, Params const& params, Storage& storage
   storage.query_full[turns.warpgroup].wait(state.query_phase);
   state.query_phase ^= 1;
   keys.full[state.key.stage].wait(state.key.phase);
-  turns.wait();
   issue_scores();
-  turns.pass();
   clear(tOrO);
   find_rows(rows);
   warpgroup_wait<0>();
   warpgroup_fence_operand(tSrS);
   release(keys, state.key);
+  query_scale = __shfl_sync(~0u, is_scale(query_scale) ? query_scale : NAN, 0);
+  scales.check();
   {
     bool const masked = n_block < blocks.full_begin || n_block >= blocks.full_end;
     float const scale = take_scales(n_block, masked);
@@ -169,25 +178,34 @@ CUTLASS_DEVICE void mma(Traits<kHeadDim>, Params const& params, Storage& storage
   }
   --n_block;
 
-  // S of block n beside P V of block n + 1.
+  auto const add_out = [&] {
+    warpgroup_wait<0>();
+    add_step();
+    release(values, state.value);
+  };
+
+  // S of block n, and P V of block n + 1.
   auto const step = [&](auto masked) {
-    keys.full[state.key.stage].wait(state.key.phase);
-    turns.wait();
-    issue_scores();
+    if constexpr (Traits::kBesideOut) {
+      keys.full[state.key.stage].wait(state.key.phase);
+      issue_scores();
+    }
     if constexpr (!Traits::kTwoLevels) rescale_out();
     values.full[state.value.stage].wait(state.value.phase);
     issue_out();
-    turns.pass();
     keep_factor();
-    warpgroup_wait<1>();
+    if constexpr (!Traits::kBesideOut) {
+      add_out();
+      keys.full[state.key.stage].wait(state.key.phase);
+      issue_scores();
+    }
+    warpgroup_wait<Traits::kBesideOut ? 1 : 0>();
     warpgroup_fence_operand(tSrS);
     release(keys, state.key);
     float const scale = take_scales(n_block, decltype(masked)::value);
     softmax.template exponentiate<0, 2>(tSrS, scale);
     release_query(n_block);
-    warpgroup_wait<0>();
-    add_step();
-    release(values, state.value);
+    if constexpr (Traits::kBesideOut) add_out();
     softmax.template exponentiate<1, 2>(tSrS, scale);
     convert();
   };
@@ -205,9 +223,7 @@ CUTLASS_DEVICE void mma(Traits<kHeadDim>, Params const& params, Storage& storage
   values.full[state.value.stage].wait(state.value.phase);
   issue_out();
   keep_factor();
-  warpgroup_wait<0>();
-  add_step();
-  release(values, state.value);
+  add_out();
   CUTLASS_PRAGMA_UNROLL
   for (int i = 0; i < size(tOrO); ++i) tOrO(i) *= value_scale;
   CUTLASS_PRAGMA_UNROLL

@@ -34,15 +34,18 @@ struct Softmax {
   // running maximum.
   template <class Scores>
   CUTLASS_DEVICE void update_max(Scores const& scores, float scale) {
-    float block_max[kRowsPerThread] = {-INFINITY, -INFINITY};
+    constexpr int kChains = 8;  // side by side, for a maximum waits for the one before it
+    float chains[kChains];
     CUTLASS_PRAGMA_UNROLL
     for (int i = 0; i < size(scores); ++i) {
-      block_max[fragment_row(i)] = fmaxf(block_max[fragment_row(i)], scores(i));
+      chains[i % kChains] = i < kChains ? scores(i) : fmaxf(chains[i % kChains], scores(i));
     }
     CUTLASS_PRAGMA_UNROLL
     for (int row = 0; row < kRowsPerThread; ++row) {
       float const previous = row_max[row];
-      row_max[row] = fmaxf(previous, quad_max(block_max[row]) * scale);
+      float const* const part = chains + 2 * row;
+      float const block_max = fmaxf(fmaxf(part[0], part[1]), fmaxf(part[4], part[5]));
+      row_max[row] = fmaxf(previous, quad_max(block_max) * scale);
       rescale[row] = exp2f(previous - finite_max(row));
       row_sum[row] *= rescale[row];
     }

@@ -13,7 +13,7 @@ struct Params : fwd::Params {  // value is V^T: [b, k, v, s], keys in the order 
   float const* query_scale;    // [b, t / kBlock, n]
   float const* key_scale;      // [b, s / kBlock, k]
   float const* value_scale;    // [b, s / kBlock, k]
-  int num_m_blocks, num_n_blocks;
+  int num_m_blocks, num_n_blocks, num_heads_k;
   bool out_fp16;
 };
 
@@ -24,8 +24,13 @@ struct Traits {
   using Element = cutlass::float_e4m3_t;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kHeadDimV = kHeadDim_;
-  static constexpr int kBlockM = kBlock;  // a tile has one scale, and so has a step
-  static constexpr int kBlockN = kBlock;
+  // Where the registers suffice, S of a step is computed beside P V of the one before. A narrow O
+  // leaves them to a third warpgroup instead, each of whose GEMMs waits for the last.
+  static constexpr int kConsumerWarpgroups = kHeadDim <= 64 ? 3 : 2;
+  static constexpr bool kBesideOut = kConsumerWarpgroups == 2;
+  static constexpr bool kPingPong = false;  // no gain from it (README.md)
+  static constexpr int kBlockM = 64 * kConsumerWarpgroups;
+  static constexpr int kBlockN = kBlock;  // a step has one scale, and so has a warpgroup's Q
   static constexpr bool kOutOverValue = false;
   static constexpr int kStages = kHeadDim <= 128 ? 4 : 2;  // of K and of V
   static constexpr int kWorkStages = 1;
@@ -33,11 +38,10 @@ struct Traits {
   // itself and added to O in fp32, where the registers suffice.
   static constexpr bool kTwoLevels = kHeadDim <= 128;
 
-  static constexpr int kConsumerWarpgroups = 2;
   static constexpr int kConsumerThreads = kConsumerWarpgroups * 128;
   static constexpr int kThreads = 128 + kConsumerThreads;
-  static constexpr int kProducerRegisters = 24;
-  static constexpr int kConsumerRegisters = 240;
+  static constexpr int kProducerRegisters = kConsumerWarpgroups == 3 ? 32 : 24;
+  static constexpr int kConsumerRegisters = kConsumerWarpgroups == 3 ? 160 : 240;
 
   static constexpr int kSlab = slab8(kHeadDim);
   static constexpr int kSlabV = slab(kHeadDim);  // of the output, 16 bits

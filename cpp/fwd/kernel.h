@@ -14,7 +14,7 @@ namespace jax_fa3::fwd {
 template <class Traits>
 CUTLASS_DEVICE void consume(typename Traits::Params const& params,
                             typename Traits::SharedStorage& storage, int warpgroup) {
-  Turns<Traits::kConsumerWarpgroups> const turns{warpgroup};
+  Turns<Traits::kPingPong ? Traits::kConsumerWarpgroups : 1> const turns{warpgroup};
   ConsumerState<Traits> state;
   Tensor tOrO = partition_fragment_C(typename Traits::MmaPV{},
                                      Shape<Int<Traits::kBlockM>, Int<Traits::kHeadDimV>>{});

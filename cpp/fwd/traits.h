@@ -50,6 +50,7 @@ struct Traits {
 
   // One producer warpgroup (a warp loads, a warp schedules), then the consumers, 64 rows each.
   static constexpr int kConsumerWarpgroups = kBlockM / 64;
+  static constexpr bool kPingPong = true;
   static constexpr int kConsumerThreads = kConsumerWarpgroups * 128;
   static constexpr int kThreads = 128 + kConsumerThreads;
   static constexpr int kProducerRegisters = kConsumerWarpgroups == 2 ? 40 : 32;

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 from jax.typing import ArrayLike
 
 from .. import _dispatch, _guards
@@ -146,7 +146,8 @@ def plain(
     # A conversion to e4m3 makes NaN of what is beyond its range; a NaN stays one.
     x = jnp.clip(x / scales[:, :, None, :, None], -E4M3_MAX, E4M3_MAX)
     x = x.reshape(batch, count * BLOCK, heads, head_dim)[:, :length]
-    return x.astype(jnp.float8_e4m3fn), scales
+    # The barrier keeps XLA from dropping this conversion and that back, which it may do to be exact.
+    return lax.optimization_barrier(x.astype(jnp.float8_e4m3fn)), scales
 
 
 def whole_top(x: Array, signs: Array | None, lengths: Array | None) -> Array:

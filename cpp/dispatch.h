@@ -54,7 +54,7 @@ constexpr bool is_built([[maybe_unused]] DType dtype) {
   return false;
 }
 
-// Head dims of which there is an FP8 kernel, too: one tile fits them all.
+// Head dims of which there is an FP8 kernel, too: their rows are whole slabs of 64 or 128 bytes.
 constexpr bool has_fp8(KernelSize const& size) {
   bool const slabs = size.head_dim == 64 || size.head_dim == 128 || size.head_dim == 256;
   return slabs && size.head_dim_v == size.head_dim;

@@ -76,10 +76,11 @@ def rounding(dtype: DTypeLike) -> _reference.Rounding:
         query, key = jnp.moveaxis(query, 1, 2)[:, :, :, None], jnp.moveaxis(key, 1, 2)[:, :, None]
         total = jnp.zeros((*query.shape[:3], key.shape[3]))
         for i in range(0, query.shape[-1], WGMMA_COLUMNS):
-            factors = [x[..., i : i + WGMMA_COLUMNS] for x in (query, key)]
-            exponents = sum(map(_exponent, factors)).max(-1)
+            columns = slice(i, i + WGMMA_COLUMNS)
+            q, k = query[..., columns], key[..., columns]
+            exponents = (_exponent(q) + _exponent(k)).max(-1)
             unit = 2.0 ** (jnp.maximum(exponents, _exponent(total)) - WGMMA_BITS)
-            terms = jnp.trunc(factors[0] * factors[1] / unit[..., None]).sum(-1)
+            terms = jnp.trunc(q * k / unit[..., None]).sum(-1)
             kept = lax.bitcast_convert_type((terms + jnp.trunc(total / unit)) * unit, jnp.int32)
             total = lax.bitcast_convert_type(kept & (-1 << (23 - WGMMA_BITS)), jnp.float32)
         return total

@@ -81,6 +81,21 @@ def test_deterministic(name: str):
     assert equal(first, call(*arguments))
 
 
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("heads", [(8, 8), (32, 8)], ids=["MHA", "GQA"])
+@pytest.mark.parametrize("mask", [{}, CAUSAL, {"local_window_size": (300, 0)}], ids=str)
+def test_deterministic_in_more_ctas_than_run_at_once(mask: Any, heads: Any, head_dim: int):
+    """512 CTAs: bit-equal, and what any order gives but for rounding."""
+    n, k = heads
+    case = Case("many", 2048, 2048, n, k, head_dim, B=4, mask=mask)
+    call, arguments = gradients(case, deterministic_backward=True)
+    in_any_order = gradients(case)[0](*arguments)
+    first = call(*arguments)
+    assert all(equal(first, call(*arguments)) for _ in range(5))
+    found, wanted = (np.asarray(x.dq, np.float32) for x in (first, in_any_order))
+    np.testing.assert_allclose(found, wanted, rtol=2**-7, atol=2**-9 * np.abs(wanted).max())
+
+
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_dk_and_dv_are_always_bit_equal(head_dim: int):
     call, arguments = gradients(Case("repeats", 1024, 1024, 4, 4, head_dim, B=4, mask=CAUSAL))

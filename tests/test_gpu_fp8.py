@@ -29,7 +29,7 @@ attention = functools.partial(fp8.dot_product_attention, implementation="fa3", r
 
 def _table() -> list[tuple[Case, Any]]:
     """Every second case of the table and all long ones, head dims and dtypes in turn, and each head
-    dim with every kind of block: whole, masked, short."""
+    dim with every kind of block: whole, masked, short; and with more blocks than a warp has lanes."""
     cases = [case for case in TABLE if not case.name.startswith("head dims")][::2]
     cases += [case for case in TABLE if case.planted or "documents" in case.name] + LONG
     cases = list(dict.fromkeys(cases))
@@ -38,6 +38,11 @@ def _table() -> list[tuple[Case, Any]]:
         Case(f"head dim {h}, {name}", 300, 450, 4, 2, h, mask=mask)
         for h in DIMS
         for name, mask in (("full", {}), ("causal", {"is_causal": True, "query_offset": 150}))
+    ]
+    turned += [
+        Case(f"head dim {h}, 100 blocks of keys, {name}", 130, 12738, 4, 2, h, B=1, mask=mask)
+        for h in DIMS
+        for name, mask in (("full", {}), ("causal", {"is_causal": True, "query_offset": 12608}))
     ]
     return [(case, (jnp.bfloat16, jnp.float16)[i // 5 % 2]) for i, case in enumerate(turned)]
 

@@ -38,15 +38,18 @@ attention = functools.partial(
 )
 
 
-@pytest.mark.parametrize(("what", "clean"), [("table", True), ("overrun", False)])
-def test_memcheck(what: str, clean: bool):
+@pytest.mark.parametrize(
+    ("tool", "what", "clean"),
+    [("memcheck", "table", True), ("memcheck", "overrun", False), ("synccheck", "table", True)],
+)
+def test_sanitizer(tool: str, what: str, clean: bool):
     """No error in small cases; and where a buffer is too short on purpose, memcheck says so."""
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
         pytest.skip("needs compute-sanitizer on the PATH")
     if not clean:
         pytest.importorskip("cupy", reason="needs cupy, for an array that lies about its size")
-    command = [sanitizer, "--tool", "memcheck", sys.executable, __file__, what]
+    command = [sanitizer, "--tool", tool, sys.executable, __file__, what]
     # One allocation per buffer: an overrun within XLA's pool would go unseen.
     environment = {**os.environ, "XLA_PYTHON_CLIENT_ALLOCATOR": "platform"}
     run = subprocess.run(

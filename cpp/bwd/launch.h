@@ -74,7 +74,8 @@ cudaError_t make_params(BackwardProblem const& problem, Params* params) {
       heads_per_section(int64_t{p.seqlen_q} * group, 3 * p.head_dim, p.head_dim_v, 1);
   params->turns = tile.fused ? problem.turns : nullptr;
   bool const in_turn = params->turns != nullptr;
-  // In turn, several heads always: key blocks of one head that start together wait for each other.
+  // In turn, heads share a section without a mask, too: key blocks of one head that start together
+  // wait for each other.
   params->order = {ceil_div(p.seqlen_k, tile.block_n), p.num_heads_k, p.batch,
                    section(masked || in_turn ? heads : 1, p.num_heads_k), !in_turn};
   int64_t const heads_q = heads_per_section(p.seqlen_k, p.head_dim, p.head_dim_v, group);

@@ -20,12 +20,12 @@ enum class NamedBarrier : uint32_t {
   kProbabilitiesEmpty = 7,  // wide: it has been taken
   kKeyRead = 9,             // wide: nobody needs K any more: its memory may hold dK
   kValueRead = 10,          // wide: likewise V and dV
-  kKeysRead = 13,           // fused: likewise both
+  kKeysRead = 13,           // fused: likewise K and dK
   kGradOfWarpgroup0 = 14,   // the threads of one warpgroup, around their gradient tile
   kGradOfWarpgroup1,
 };
 
-// All 15 that there are beside that of __syncthreads: also those that CUTLASS reserves, whose users
+// Up to 15, beside that of __syncthreads: also those that CUTLASS reserves, whose users
 // are not used here. A plain number would be counted from the end of those.
 using BarrierId = cutlass::arch::ReservedNamedBarriers;
 static_assert(static_cast<uint32_t>(NamedBarrier::kGradOfWarpgroup1) <= 15);
@@ -53,7 +53,7 @@ struct Traits {
   static constexpr bool kFused = kTile.fused;
   static constexpr bool kNarrow = kHeadDim <= 64;          // registers for S and dQ at once
   static constexpr int kStages = 2;                        // of Q and of dO
-  static constexpr int kWritersdQ = kFused ? kStages : 0;  // warps
+  static constexpr int kWritersdQ = kFused ? kStages : 0;  // warps: one for the steps of a stage
 
   // One producer warpgroup (a warp loads, two write dQ), then two consumers. Fused: each owns
   // 64 keys. Wide: both own the same 64 keys, one computes dV, the other dK.

@@ -13,7 +13,7 @@ struct TileCoord {
 
 // A fixed order of all tiles: heads in sections whose K and V share the L2 cache; within a section
 // the last rows first (or the first, where tiles are of keys), so that under a causal mask the
-// longest tiles start first.
+// longest tiles start first. Keys that add in turn (bwd/write_dq.h) have the last first, too.
 struct TileOrder {
   int num_m_blocks;
   int num_heads;

@@ -1,8 +1,6 @@
 // Host side of the FP8 forward: Problem -> descriptors and scalars -> two launches.
 #pragma once
 
-#include <algorithm>
-
 #include "fp8/load.h"
 #include "fp8/mma.h"
 #include "fp8/transpose.h"
@@ -36,8 +34,8 @@ cudaError_t make_params(Problem const& problem, Params* params) {
   params->query_scale = problem.query_scale;
   params->key_scale = problem.key_scale;
   params->value_scale = problem.value_scale;
-  params->num_m_blocks = ceil_div(p.seqlen_q, kBlock);
-  params->num_n_blocks = ceil_div(p.seqlen_k, kBlock);
+  params->num_query_blocks = ceil_div(p.seqlen_q, kBlock);
+  params->num_key_blocks = ceil_div(p.seqlen_k, kBlock);
   params->num_heads_k = p.num_heads_k;
   params->out_fp16 = p.out_dtype == DType::kFloat16;
   return cudaSuccess;

@@ -16,9 +16,9 @@ struct BlockScales {
 
   CUTLASS_DEVICE BlockScales(Params const& params, int batch, int head, int chunk) {
     int const n_block = chunk * 32 + threadIdx.x % 32;
-    bool const exists = chunk >= 0 && n_block < params.num_n_blocks;
+    bool const exists = chunk >= 0 && n_block < params.num_key_blocks;
     int64_t const index =
-        (int64_t{batch} * params.num_n_blocks + n_block) * params.num_heads_k + head;
+        (int64_t{batch} * params.num_key_blocks + n_block) * params.num_heads_k + head;
     key = exists ? __ldg(params.key_scale + index) : 1.f;
     value = exists ? __ldg(params.value_scale + index) : 1.f;
   }
@@ -87,10 +87,10 @@ CUTLASS_DEVICE void mma(Traits<kHeadDim>, Params const& params, Storage& storage
   };
 
   int const first_row = work.tile.m_block * Traits::kBlockM + turns.warpgroup * 64;
-  int const query_block = min(first_row / kBlock, params.num_m_blocks - 1);
-  float query_scale =
-      params.query_scale[(int64_t{batch} * params.num_m_blocks + query_block) * params.num_heads_q +
-                         work.tile.head];
+  int const query_block = min(first_row / kBlock, params.num_query_blocks - 1);
+  float query_scale = params.query_scale[(int64_t{batch} * params.num_query_blocks + query_block) *
+                                             params.num_heads_q +
+                                         work.tile.head];
   int chunk = (blocks.end - 1) / 32;
   BlockScales scales{params, batch, head_k, chunk};
   BlockScales next{params, batch, head_k, chunk - 1};
@@ -161,12 +161,15 @@ CUTLASS_DEVICE void mma(Traits<kHeadDim>, Params const& params, Storage& storage
   storage.query_full[turns.warpgroup].wait(state.query_phase);
   state.query_phase ^= 1;
   keys.full[state.key.stage].wait(state.key.phase);
+  turns.wait();
   issue_scores();
+  turns.pass();
   clear(tOrO);
   find_rows(rows);
   warpgroup_wait<0>();
   warpgroup_fence_operand(tSrS);
   release(keys, state.key);
+  // Not before: as what is the same in all lanes it would be waited for at once (BlockScales).
   query_scale = __shfl_sync(~0u, is_scale(query_scale) ? query_scale : NAN, 0);
   scales.check();
   {
@@ -188,10 +191,12 @@ CUTLASS_DEVICE void mma(Traits<kHeadDim>, Params const& params, Storage& storage
   auto const step = [&](auto masked) {
     if constexpr (Traits::kBesideOut) {
       keys.full[state.key.stage].wait(state.key.phase);
+      turns.wait();
       issue_scores();
     }
     if constexpr (!Traits::kTwoLevels) rescale_out();
     values.full[state.value.stage].wait(state.value.phase);
+    if constexpr (!Traits::kBesideOut) turns.wait();
     issue_out();
     keep_factor();
     if constexpr (!Traits::kBesideOut) {
@@ -199,6 +204,7 @@ CUTLASS_DEVICE void mma(Traits<kHeadDim>, Params const& params, Storage& storage
       keys.full[state.key.stage].wait(state.key.phase);
       issue_scores();
     }
+    turns.pass();
     warpgroup_wait<Traits::kBesideOut ? 1 : 0>();
     warpgroup_fence_operand(tSrS);
     release(keys, state.key);

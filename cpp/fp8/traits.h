@@ -13,7 +13,7 @@ struct Params : fwd::Params {  // value is V^T: [b, k, v, s], keys in the order 
   float const* query_scale;    // [b, t / kBlock, n]
   float const* key_scale;      // [b, s / kBlock, k]
   float const* value_scale;    // [b, s / kBlock, k]
-  int num_m_blocks, num_n_blocks, num_heads_k;
+  int num_query_blocks, num_key_blocks, num_heads_k;
   bool out_fp16;
 };
 
@@ -28,7 +28,7 @@ struct Traits {
   // leaves them to a third warpgroup instead, each of whose GEMMs waits for the last.
   static constexpr int kConsumerWarpgroups = kHeadDim <= 64 ? 3 : 2;
   static constexpr bool kBesideOut = kConsumerWarpgroups == 2;
-  static constexpr bool kPingPong = false;  // no gain from it (README.md)
+  static constexpr bool kPingPong = false;  // 3 % slower (README.md)
   static constexpr int kBlockM = 64 * kConsumerWarpgroups;
   static constexpr int kBlockN = kBlock;  // a step has one scale, and so has a warpgroup's Q
   static constexpr bool kOutOverValue = false;

@@ -37,6 +37,17 @@ def hopper(pytestconfig: pytest.Config):
     return found[0]
 
 
+@pytest.fixture
+def on_cpu(monkeypatch: pytest.MonkeyPatch):
+    """As on a machine without GPUs, also where there are some."""
+    import jax
+    from lowering import hide_gpus
+
+    hide_gpus(monkeypatch)
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _gpu(request: pytest.FixtureRequest):
     """Tests marked gpu skip themselves where there is none."""

@@ -19,8 +19,7 @@ BLOCK = 128
 E4M3 = ml_dtypes.float8_e4m3fn
 # FP8 WGMMA takes 32 columns at a time. Their products and the sum so far are aligned to the largest
 # exponent among them (of a product: the sum of its factors' exponents), cut off after so many bits
-# behind its leading one, and added; of the result as many bits are kept. So it is on an H200, to the
-# last bit of 49,152 sums.
+# behind its leading one, and added; of the result as many bits are kept (test_gpu_fp8.py).
 WGMMA_COLUMNS, WGMMA_BITS = 32, 13
 
 

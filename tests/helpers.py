@@ -92,6 +92,13 @@ def equal(x: Any, y: Any) -> bool:
     return all(np.array_equal(a, b) for a, b in zip(x, y, strict=True))
 
 
+def assert_close(found: Any, exact: Any, tolerance: float) -> None:
+    """Two pytrees of arrays."""
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(exact), strict=True):
+        assert x.shape == y.shape
+        np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance)
+
+
 def assert_same(found: Results, exact: Results, *, rtol: float) -> None:
     """For fp32 and fp64, where rounding is not an issue: close, NaN and inf in the same places."""
     for name, x, y in zip(Results._fields, found, exact, strict=True):

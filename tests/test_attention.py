@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from lowering import hide_gpus, lower, operations, targets
+from lowering import lower, operations, targets
 
 import jax_fa3
 from jax_fa3 import _reference
@@ -30,11 +30,7 @@ MASKS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _on_cpu(monkeypatch):
-    hide_gpus(monkeypatch)
-    with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        yield
+pytestmark = pytest.mark.usefixtures("on_cpu")
 
 
 def normal(*shape: int, seed: int = 0, dtype: Any = jnp.float16) -> jax.Array:

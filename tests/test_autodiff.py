@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.test_util import check_grads
-from lowering import hide_gpus, lower, targets
+from lowering import lower, targets
 
 import jax_fa3
 
@@ -27,11 +27,7 @@ MASKS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _on_cpu(monkeypatch):
-    hide_gpus(monkeypatch)
-    with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        yield
+pytestmark = pytest.mark.usefixtures("on_cpu")
 
 
 def normal(*shape: int, seed: int = 0) -> jax.Array:

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import Case
-from helpers import Results, assert_rounded
-from lowering import hide_gpus, lower, operations, targets
+from helpers import Results, assert_close, assert_rounded
+from lowering import lower, operations, targets
 from masks import documents, packed
 
 import jax_fa3
@@ -21,21 +21,11 @@ QKV = CASE.inputs(jnp.float16)
 KEYS = jax.random.split(jax.random.key(0))
 
 
-@pytest.fixture(autouse=True)
-def _on_cpu(monkeypatch):
-    hide_gpus(monkeypatch)
-    with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        yield
+pytestmark = pytest.mark.usefixtures("on_cpu")
 
 
 def attention(*qkv: Any, **options: Any) -> Any:
     return fp8.dot_product_attention(*qkv, **{"return_residual": True} | options)
-
-
-def assert_close(found: Any, exact: Any, tolerance: float) -> None:
-    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(exact), strict=True):
-        assert x.shape == y.shape
-        np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("quantization", ["block", "head", "tensor"])

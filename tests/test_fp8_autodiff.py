@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import TABLE, Case
-from lowering import hide_gpus, lower, targets
+from helpers import assert_close
+from lowering import lower, targets
 
 import jax_fa3
 from jax_fa3 import _xla, fp8
@@ -20,21 +21,11 @@ CASE = Case("fp8", 140, 260, 4, 2, 64, B=2, mask={"is_causal": True, "query_offs
 QKV = CASE.inputs(jnp.float16)
 
 
-@pytest.fixture(autouse=True)
-def _on_cpu(monkeypatch):
-    hide_gpus(monkeypatch)
-    with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        yield
+pytestmark = pytest.mark.usefixtures("on_cpu")
 
 
 def attention(*qkv: Any, **options: Any) -> Any:
     return fp8.dot_product_attention(*qkv, **{"return_residual": True} | options)
-
-
-def assert_close(found: Any, exact: Any, tolerance: float) -> None:
-    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(exact), strict=True):
-        assert x.shape == y.shape
-        np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance)
 
 
 def weighted(call: Any, weights: Any = 1.0) -> Any:

@@ -11,10 +11,7 @@ from jax_fa3 import fp8
 H = 64
 
 
-@pytest.fixture(autouse=True)
-def _on_cpu():
-    with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        yield
+pytestmark = pytest.mark.usefixtures("on_cpu")
 
 
 def normal(*shape: int, seed: int = 0) -> np.ndarray:

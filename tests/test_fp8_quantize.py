@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from lowering import hide_gpus, lower, operations, targets
+from lowering import lower, operations, targets
 
 from jax_fa3 import fp8
 
@@ -17,11 +17,7 @@ E4M3 = jnp.float8_e4m3fn
 QUANTIZE = "jax_fa3.quantize.v1"
 
 
-@pytest.fixture(autouse=True)
-def _on_cpu(monkeypatch):
-    hide_gpus(monkeypatch)
-    with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        yield
+pytestmark = pytest.mark.usefixtures("on_cpu")
 
 
 def normal(*shape: int, seed: int = 0) -> np.ndarray:

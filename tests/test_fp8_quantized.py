@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from cases import TABLE, Case
 from helpers import Results, assert_same
-from lowering import hide_gpus, lower, operations, targets
+from lowering import lower, operations, targets
 from masks import ints
 
 import jax_fa3
@@ -22,11 +22,7 @@ CASES = {case.name: case for case in TABLE}
 B, T, S, N, K, H = 2, 140, 260, 4, 2, 64
 
 
-@pytest.fixture(autouse=True)
-def _on_cpu(monkeypatch):
-    hide_gpus(monkeypatch)
-    with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        yield
+pytestmark = pytest.mark.usefixtures("on_cpu")
 
 
 def attention(*operands: Any, **options: Any) -> Any:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from lowering import hide_gpus, lower, operations, targets
+from lowering import lower, operations, targets
 from meshes import AUTO, EXPLICIT, make_mesh, run
 
 import jax_fa3
@@ -22,11 +22,7 @@ KINDS = ["automatic", "argument", "explicit", "manual"]
 QUANTIZE, FWD = "jax_fa3.quantize.v1", "jax_fa3.fwd_fp8.v1"
 
 
-@pytest.fixture(autouse=True)
-def _on_cpu(monkeypatch):
-    hide_gpus(monkeypatch)
-    with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        yield
+pytestmark = pytest.mark.usefixtures("on_cpu")
 
 
 def inputs(head_dim: int = H) -> list[jax.Array]:

@@ -60,6 +60,26 @@ def test_table(case: Case, dtype: Any):
     assert_rounded(Results(out, lse), exact, rounded, case, jnp.finfo(dtype).eps)
 
 
+@pytest.mark.parametrize("octaves", [0, 8], ids=["normal", "spread"])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_sums_are_those_of_the_oracle(head_dim: int, octaves: int):
+    """To the last bit: of one key, the log-sum-exp is the score."""
+    rng = np.random.default_rng(head_dim)
+
+    def e4m3(length: int) -> np.ndarray:
+        x = rng.standard_normal((64, length, 1, head_dim))
+        x *= np.exp2(rng.uniform(-octaves, 0, x.shape))
+        return (x * (448 / np.abs(x).max(-1, keepdims=True))).astype(fp8_oracle.E4M3)
+
+    query, key, one = e4m3(128), e4m3(1), np.ones((), np.float32)
+    scale = 2.0**-14
+    _, lse = quantized_attention(query, key, key, one, one, one, scale=scale)
+    wide = (jnp.asarray(x.astype(np.float32)) for x in (query, key))
+    wanted = np.asarray(fp8_oracle.rounding(jnp.bfloat16).products(*wide))[:, 0, :, 0]
+    # Sums have 14 bits, so the nearest others are 6e-5 of them away.
+    np.testing.assert_allclose(np.asarray(lse)[:, :, 0] / scale, wanted, rtol=1e-6, atol=0.02)
+
+
 CAUSAL = Case("causal", 300, 450, 4, 2, 128, mask={"is_causal": True, "query_offset": 150})
 MANY = Case("many", 2048, 2048, 8, 2, 128, B=1, mask={"is_causal": True})
 

@@ -9,7 +9,6 @@ import pytest
 from helpers import Results
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from lowering import hide_gpus
 from meshes import (
     AUTO,
     GQA,
@@ -27,12 +26,7 @@ from meshes import (
 
 import jax_fa3
 
-
-@pytest.fixture(autouse=True)
-def _on_cpu(monkeypatch):
-    hide_gpus(monkeypatch)
-    with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        yield
+pytestmark = pytest.mark.usefixtures("on_cpu")
 
 
 def test_argument_takes_the_mesh_of_the_context():

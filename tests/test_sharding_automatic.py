@@ -10,7 +10,7 @@ from helpers import Results
 from jax import export
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from lowering import hide_gpus, lower, targets
+from lowering import lower, targets
 from meshes import (
     AUTO,
     GQA,
@@ -30,12 +30,7 @@ from meshes import (
 
 import jax_fa3
 
-
-@pytest.fixture(autouse=True)
-def _on_cpu(monkeypatch):
-    hide_gpus(monkeypatch)
-    with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        yield
+pytestmark = pytest.mark.usefixtures("on_cpu")
 
 
 LINE, PLANE, CUBE = {"x": 8}, {"x": 2, "y": 4}, {"x": 2, "y": 2, "z": 2}

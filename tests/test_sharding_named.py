@@ -9,7 +9,7 @@ import pytest
 from helpers import Results
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from lowering import hide_gpus, lower, operations, targets
+from lowering import lower, operations, targets
 from meshes import (
     AUTO,
     EXPLICIT,
@@ -36,11 +36,7 @@ GATHERS_INSIDE_MANUAL = GATHERS_NESTED or jax.__version_info__ >= (0, 12)
 LINE, PLANE, CUBE = {"x": 8}, {"x": 2, "y": 4}, {"x": 2, "y": 2, "z": 2}
 
 
-@pytest.fixture(autouse=True)
-def _on_cpu(monkeypatch):
-    hide_gpus(monkeypatch)
-    with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        yield
+pytestmark = pytest.mark.usefixtures("on_cpu")
 
 
 @pytest.mark.parametrize("kind", [AUTO, EXPLICIT])

@@ -15,7 +15,7 @@ import pytest
 from jax import export
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from lowering import hide_gpus, lower, targets
+from lowering import lower, targets
 from meshes import AUTO, EXPLICIT, collectives, make_mesh
 
 import jax_fa3
@@ -25,11 +25,7 @@ KINDS = ["one device", "automatic", "argument", "explicit", "manual"]
 DISABLED = jax_fa3.DISABLE_JAX_EXPORT_CHECKS
 
 
-@pytest.fixture(autouse=True)
-def _on_cpu(monkeypatch):
-    hide_gpus(monkeypatch)
-    with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        yield
+pytestmark = pytest.mark.usefixtures("on_cpu")
 
 
 def tensors(kind: str, *, head_dim: int = H) -> tuple[Any, Any]:

@@ -25,8 +25,8 @@ enum class NamedBarrier : uint32_t {
   kGradOfWarpgroup1,
 };
 
-// Up to 15, beside that of __syncthreads: also those that CUTLASS reserves, whose users
-// are not used here. A plain number would be counted from the end of those.
+// 1 to 15, for 0 is that of __syncthreads: also those that CUTLASS reserves, whose users are not
+// used here. A plain number would be counted from the end of those.
 using BarrierId = cutlass::arch::ReservedNamedBarriers;
 static_assert(static_cast<uint32_t>(NamedBarrier::kGradOfWarpgroup1) <= 15);
 

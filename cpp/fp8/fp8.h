@@ -4,12 +4,17 @@
 
 #include <cuda_runtime_api.h>
 
+#include <cmath>
+
 #include "problem.h"
 
 namespace jax_fa3::fp8 {
 
 // Rows of one head that share a scale: x = scale * (e4m3 element).
 inline constexpr int kBlock = 128;
+
+// Others make NaN of the rows that use them.
+JAX_FA3_HOST_DEVICE bool is_scale(float x) { return x > 0.f && x < INFINITY; }
 
 struct Problem {
   jax_fa3::Problem forward;  // query, key and value are e4m3, out_dtype bf16, fp16 or fp32

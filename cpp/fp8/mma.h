@@ -6,8 +6,6 @@
 
 namespace jax_fa3::fp8 {
 
-CUTLASS_DEVICE bool is_scale(float x) { return x > 0.f && x < INFINITY; }
-
 // The scales of 32 blocks of keys, of one each lane. A load of one alone would be waited for in
 // every step, for ptxas moves what is the same in all lanes to a uniform register at once.
 struct BlockScales {
@@ -118,8 +116,9 @@ CUTLASS_DEVICE void mma(Traits<kHeadDim>, Params const& params, Storage& storage
       packed(i) = pack_e4m3(tSrS(first), tSrS(first + 1), tSrS(first + 4), tSrS(first + 5));
     }
   };
-  // The block's scales; the exponent's factor.
-  auto const take_scales = [&](int n_block, bool masked) {
+  // Takes a block's scores, masked if need be, into the maximum, and its scales into what O is
+  // multiplied by. Returns what the exponentials are to multiply the scores by.
+  auto const take_block = [&](int n_block, bool masked) {
     if (n_block / 32 != chunk) {
       --chunk;
       scales = next;
@@ -129,12 +128,13 @@ CUTLASS_DEVICE void mma(Traits<kHeadDim>, Params const& params, Storage& storage
     float const scale = __shfl_sync(~0u, scales.key, n_block % 32) * query_scale;
     float const next_value_scale = __shfl_sync(~0u, scales.value, n_block % 32);
     if (masked) mask_block(n_block, scale);
-    softmax.update_max(tSrS, masked ? softmax.scale_log2 : softmax.scale_log2 * scale);
+    float const exponent_scale = masked ? softmax.scale_log2 : softmax.scale_log2 * scale;
+    softmax.update_max(tSrS, exponent_scale);
     float const ratio = __fdividef(value_scale, next_value_scale);
     value_scale = next_value_scale;
     CUTLASS_PRAGMA_UNROLL
     for (int row = 0; row < kRowsPerThread; ++row) softmax.rescale[row] *= ratio;
-    return masked ? softmax.scale_log2 : softmax.scale_log2 * scale;
+    return exponent_scale;
   };
   auto const keep_factor = [&] {
     CUTLASS_PRAGMA_UNROLL
@@ -174,7 +174,7 @@ CUTLASS_DEVICE void mma(Traits<kHeadDim>, Params const& params, Storage& storage
   scales.check();
   {
     bool const masked = n_block < blocks.full_begin || n_block >= blocks.full_end;
-    float const scale = take_scales(n_block, masked);
+    float const scale = take_block(n_block, masked);
     softmax.template exponentiate<0, 1>(tSrS, scale);
     release_query(n_block);
     convert();
@@ -208,7 +208,7 @@ CUTLASS_DEVICE void mma(Traits<kHeadDim>, Params const& params, Storage& storage
     warpgroup_wait<Traits::kBesideOut ? 1 : 0>();
     warpgroup_fence_operand(tSrS);
     release(keys, state.key);
-    float const scale = take_scales(n_block, decltype(masked)::value);
+    float const scale = take_block(n_block, decltype(masked)::value);
     softmax.template exponentiate<0, 2>(tSrS, scale);
     release_query(n_block);
     if constexpr (Traits::kBesideOut) add_out();

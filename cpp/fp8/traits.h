@@ -28,7 +28,7 @@ struct Traits {
   // leaves them to a third warpgroup instead, each of whose GEMMs waits for the last.
   static constexpr int kConsumerWarpgroups = kHeadDim <= 64 ? 3 : 2;
   static constexpr bool kBesideOut = kConsumerWarpgroups == 2;
-  static constexpr bool kPingPong = false;  // 3 % slower (README.md)
+  static constexpr bool kPingPong = false;  // no gain (README.md)
   static constexpr int kBlockM = 64 * kConsumerWarpgroups;
   static constexpr int kBlockN = kBlock;  // a step has one scale, and so has a warpgroup's Q
   static constexpr bool kOutOverValue = false;

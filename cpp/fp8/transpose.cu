@@ -1,5 +1,3 @@
-#include <cmath>
-
 #include "common/launch.h"
 #include "fp8/transpose.h"
 #include "plan.h"
@@ -36,7 +34,7 @@ __global__ void __launch_bounds__(kThreads)
   // Rows that see a block without a scale are NaN by its scores (mma.h); others must not be.
   float const scale =
       params.scale[(int64_t{batch} * params.num_blocks + block) * params.num_heads + head];
-  bool const valid = scale > 0.f && scale < INFINITY;
+  bool const valid = is_scale(scale);
   auto const* const source = static_cast<uint8_t const*>(params.value.data) +
                              batch * params.value.batch_stride + head * params.value.head_stride +
                              column;

@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--size", choices=example.SIZES, default="350m")
     parser.add_argument(
-        "--implementations", help="comma-separated; default fa3,cudnn, with --curves fa3,xla"
+        "--implementations", help="comma-separated; default fa3,cudnn, with --curves fa3,fp8,xla"
     )
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--curves", action="store_true")
@@ -111,7 +111,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.add_argument(f"--{name}", type=int, help="instead of the size's own")
     args = parser.parse_args(argv)
     changes = {x: getattr(args, x) for x in ("steps", "length", "rows") if getattr(args, x)}
-    default = "fa3,xla" if args.curves else "fa3,cudnn"
+    default = "fa3,fp8,xla" if args.curves else "fa3,cudnn"
     names = str(args.implementations or default).split(",")
     models = contenders(args.size, names, **changes)
     report: dict[str, Any] = {
@@ -123,6 +123,8 @@ def main(argv: list[str] | None = None) -> None:
         # Packed, as the example is by default.
         packed = [(n, dataclasses.replace(c, packed=True)) for n, c in models if not c.packed]
         report["losses"] = curves(packed)
+        for name, losses in report["losses"].items():
+            print(f"{name}: mean loss of the last 20 steps {statistics.mean(losses[-20:]):.4f}")
         if args.plot:
             plot(report["losses"], args.plot)
     else:

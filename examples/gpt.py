@@ -16,8 +16,13 @@ import numpy as np
 from flax import linen as nn
 
 import jax_fa3
+import jax_fa3.fp8
 from jax_fa3.flax.linen import MultiHeadAttention
 
+ATTENTION = {  # beside the implementations of jax_fa3.dot_product_attention
+    "fp8": jax_fa3.fp8.dot_product_attention,  # the forward; the backward is that of 16 bits
+    "cudnn": functools.partial(jax.nn.dot_product_attention, implementation="cudnn"),
+}
 PIECE = re.compile(r" ?\w+|\s+|[^\w\s]")
 
 
@@ -49,9 +54,8 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, key_begin: Any) -> tuple[jax.Array, None]:
         options: dict[str, Any] = {"implementation": self.config.implementation}
-        if self.config.implementation == "cudnn":
-            cudnn = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
-            options = {"attention_fn": cudnn}
+        if self.config.implementation in ATTENTION:
+            options = {"attention_fn": ATTENTION[self.config.implementation]}
         norm = functools.partial(nn.RMSNorm, dtype=jnp.bfloat16)
         dense = functools.partial(nn.Dense, use_bias=False, dtype=jnp.bfloat16)
         x += MultiHeadAttention(

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import orbax.checkpoint as ocp
-from gpt import SIZES, Config, Text, Transformer
+from gpt import ATTENTION, SIZES, Config, Text, Transformer
 
 import jax_fa3
 
@@ -159,7 +159,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int)
     parser.add_argument("--length", type=int, help="tokens of a row")
     parser.add_argument("--rows", type=int, help="of a batch")
-    parser.add_argument("--implementation", choices=["fa3", "xla", "cudnn"])
+    parser.add_argument("--implementation", choices=["fa3", "xla", *ATTENTION])
     parser.add_argument("--plain", action="store_true", help="documents see those before them")
     parser.add_argument(
         "--checkpoint", type=Path, help="directory that gets a checkpoint at the end"

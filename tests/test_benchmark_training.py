@@ -36,9 +36,11 @@ def test_curves(tmp_path):
     pytest.importorskip("matplotlib")
     file, picture = tmp_path / "curves.json", tmp_path / "curves.png"
     training.main(
-        ["--curves", "--size", "tiny", "--implementations", "xla"]
+        ["--curves", "--size", "tiny", "--implementations", "xla,fp8"]
         + ["--json", str(file), "--plot", str(picture)]
     )
     losses = json.loads(file.read_text())["losses"]
-    assert [len(x) for x in losses.values()] == [3]
+    assert [len(x) for x in losses.values()] == [3, 3]
+    assert losses["xla"][0] == pytest.approx(losses["fp8"][0], rel=1e-2)
+    assert losses["xla"] != losses["fp8"]
     assert picture.read_bytes().startswith(b"\x89PNG")

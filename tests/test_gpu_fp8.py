@@ -60,6 +60,27 @@ def test_table(case: Case, dtype: Any):
     assert_rounded(Results(out, lse), exact, rounded, case, jnp.finfo(dtype).eps)
 
 
+@pytest.mark.parametrize("negative", ["all", "blocks of keys", "rows"])
+@pytest.mark.parametrize("head_dim", DIMS)
+def test_signs_of_scores(head_dim: int, negative: str):
+    """The kernel takes maxima of positive scores by a way of their own."""
+    case = Case("signs", 130, 900, 4, 2, head_dim, B=1)
+    tensors, scales = fp8_oracle.scaled(case)
+    query, key, value = (x.astype(jnp.float32) for x in tensors)
+    query, key = abs(query), abs(key)
+    if negative == "rows":
+        query = jnp.where(jnp.arange(130)[:, None, None] % 3 == 0, query, -query)
+    else:
+        odd = jnp.arange(900)[:, None, None] // 128 % 2 == 1
+        key = jnp.where((negative != "all") & odd, key, -key)
+    tensors = [x.astype(fp8_oracle.E4M3) for x in (query, key, value)]
+    out, lse = quantized_attention(*tensors, *scales, **case.arguments)
+    inputs = fp8_oracle.all_dequantized(tensors, scales)
+    exact = fp8_oracle.oracle(case, inputs)
+    rounded = fp8_oracle.oracle(case, inputs, jnp.bfloat16)
+    assert_rounded(Results(out, lse), exact, rounded, case, jnp.finfo(jnp.bfloat16).eps)
+
+
 @pytest.mark.parametrize("octaves", [0, 8], ids=["normal", "spread"])
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_sums_are_those_of_the_oracle(head_dim: int, octaves: int):

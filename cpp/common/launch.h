@@ -30,6 +30,13 @@ inline ScoreScale score_scale(Problem const& problem) {
   return capped ? ScoreScale{problem.soft_cap, cap_scale} : ScoreScale{problem.softmax_scale, 0.f};
 }
 
+// Of the current device.
+inline cudaError_t count_sms(int* num_sms) {
+  int device = 0;
+  JAX_FA3_RETURN_IF_ERROR(cudaGetDevice(&device));
+  return cudaDeviceGetAttribute(num_sms, cudaDevAttrMultiProcessorCount, device);
+}
+
 // Not <<<>>>, after which an older call's error cannot be told from this one's.
 template <class Params>
 cudaError_t launch_kernel(void (*kernel)(Params), int64_t num_ctas, int num_threads,

@@ -16,8 +16,7 @@ CUTLASS_DEVICE void load(Traits<kHeadDim>, Params const& params,
   constexpr auto kReadOnce = TMA::CacheHintSm90::EVICT_FIRST;  // Q
   if (threadIdx.x % 32 != 0) return;
   PipelineState<Traits::kWorkStages> work_state;
-  PipelineState<Traits::kStages> key_state;
-  PipelineState<Traits::kStages> value_state;
+  PipelineState<Traits::kStages> state;
   uint32_t query_phase = 0;
   auto const raw = [](FullBarrier& barrier) { return reinterpret_cast<uint64_t*>(&barrier); };
 
@@ -31,28 +30,28 @@ CUTLASS_DEVICE void load(Traits<kHeadDim>, Params const& params,
     BlockRange const blocks = work.blocks;
     if (blocks.begin >= blocks.end) continue;
 
-    auto const load_key = [&](int n_block) {
-      auto& pipeline = storage.key_pipeline;
-      FullBarrier& full = pipeline.full[key_state.stage];
-      pipeline.empty[key_state.stage].wait(key_state.phase ^ 1);
-      full.arrive_and_expect_tx(Traits::kSizeK);
-      tma_load_rows<kBlockN, kHeadDim, Traits::kSlab>(
-          params.key, raw(full), kKeep, storage.key + key_state.stage * Traits::kSizeK,
-          n_block * kBlockN, head_k, batch);
-      key_state.advance();
-    };
-    auto const load_value = [&](int n_block) {
-      auto& pipeline = storage.value_pipeline;
-      FullBarrier& full = pipeline.full[value_state.stage];
-      pipeline.empty[value_state.stage].wait(value_state.phase ^ 1);
-      full.arrive_and_expect_tx(Traits::kSizeK);
-      SM90_TMA_LOAD_4D::copy(&params.value, raw(full), static_cast<uint64_t>(kKeep),
-                             storage.value + value_state.stage * Traits::kSizeK, n_block * kBlockN,
-                             0, head_k, batch);
-      value_state.advance();
+    // What a step reads: K of a block and V of the one after it, where there are such.
+    auto const load_step = [&](int key_block, int value_block) {
+      auto& pipeline = storage.step_pipeline;
+      FullBarrier& full = pipeline.full[state.stage];
+      pipeline.empty[state.stage].wait(state.phase ^ 1);
+      bool const has_key = key_block >= blocks.begin;
+      bool const has_value = value_block < blocks.end;
+      full.arrive_and_expect_tx((has_key + has_value) * Traits::kSizeK);
+      if (has_key) {
+        tma_load_rows<kBlockN, kHeadDim, Traits::kSlab>(params.key, raw(full), kKeep,
+                                                        storage.key + state.stage * Traits::kSizeK,
+                                                        key_block * kBlockN, head_k, batch);
+      }
+      if (has_value) {
+        SM90_TMA_LOAD_4D::copy(&params.value, raw(full), static_cast<uint64_t>(kKeep),
+                               storage.value + state.stage * Traits::kSizeK, value_block * kBlockN,
+                               0, head_k, batch);
+      }
+      state.advance();
     };
 
-    load_key(blocks.end - 1);
+    load_step(blocks.end - 1, blocks.end);
     for (int warpgroup = 0; warpgroup < Traits::kConsumerWarpgroups; ++warpgroup) {
       storage.query_empty[warpgroup].wait(query_phase ^ 1);
       FullBarrier& full = storage.query_full[warpgroup];
@@ -62,11 +61,9 @@ CUTLASS_DEVICE void load(Traits<kHeadDim>, Params const& params,
           work.tile.m_block * kBlockM + warpgroup * 64, work.tile.head, batch);
     }
     query_phase ^= 1;
-    for (int n_block = blocks.end - 2; n_block >= blocks.begin; --n_block) {
-      load_key(n_block);
-      load_value(n_block + 1);
+    for (int n_block = blocks.end - 2; n_block >= blocks.begin - 1; --n_block) {
+      load_step(n_block, n_block + 1);
     }
-    load_value(blocks.begin);
   }
 }
 

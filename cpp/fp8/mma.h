@@ -9,8 +9,9 @@ namespace jax_fa3::fp8 {
 // The scales of 32 blocks of keys, of one each lane. A load of one alone would be waited for in
 // every step, for ptxas moves what is the same in all lanes to a uniform register at once.
 struct BlockScales {
-  float key;
+  float key;  // times query's, after prepare()
   float value;
+  float ratio;  // after prepare(): of the next block's value scale to this one's
 
   CUTLASS_DEVICE BlockScales(Params const& params, int batch, int head, int chunk) {
     int const n_block = chunk * 32 + threadIdx.x % 32;
@@ -22,11 +23,13 @@ struct BlockScales {
   }
 
   // A scale that is none makes NaN of the rows that see the block, and only of those: the key's
-  // scale meets scores before the mask does.
-  CUTLASS_DEVICE void check() {
+  // scale meets scores before the mask does. `next_value`: of the block after the last of these.
+  CUTLASS_DEVICE void prepare(float query_scale, float next_value) {
     bool const valid = is_scale(value);
-    if (!valid || !is_scale(key)) key = NAN;
+    key = valid && is_scale(key) ? key * query_scale : NAN;
     if (!valid) value = 1.f;
+    float const behind = __shfl_down_sync(~0u, value, 1);
+    ratio = __fdividef(threadIdx.x % 32 == 31 ? next_value : behind, value);
   }
 };
 
@@ -58,23 +61,23 @@ CUTLASS_DEVICE void mma(Traits<kHeadDim>, Params const& params, Storage& storage
 
   int const lane_column = threadIdx.x % 4 * 2;
   bool const elected = threadIdx.x % 32 == 0;
-  auto& keys = storage.key_pipeline;
-  auto& values = storage.value_pipeline;
+  auto& position = state.key;  // of the step in the one ring that there is
   int const batch = work.tile.batch;
   int const head_k = work.tile.head / params.group;
 
   auto const issue_scores = [&] {
-    issue_gemm_zero(mma_qk, tSrQ, tSrK(_, _, _, state.key.stage), tSrS);
+    issue_gemm_zero(mma_qk, tSrQ, tSrK(_, _, _, position.stage), tSrS);
   };
   auto const issue_out = [&] {
     if constexpr (Traits::kTwoLevels) {
-      issue_gemm_zero(mma_pv, tOrP, tOrV(_, _, _, state.value.stage), tOrStep);
+      issue_gemm_zero(mma_pv, tOrP, tOrV(_, _, _, position.stage), tOrStep);
     } else {
-      issue_gemm(mma_pv, tOrP, tOrV(_, _, _, state.value.stage), tOrO);
+      issue_gemm(mma_pv, tOrP, tOrV(_, _, _, position.stage), tOrO);
     }
   };
-  auto const release = [&](auto& pipeline, auto& position) {
-    if (elected) pipeline.empty[position.stage].arrive();
+  auto const wait_step = [&] { storage.step_pipeline.full[position.stage].wait(position.phase); };
+  auto const release_step = [&] {
+    if (elected) storage.step_pipeline.empty[position.stage].arrive();
     position.advance();
   };
   // After the tile's last S, Q may be overwritten. No sum is negative, but that ptxas cannot know:
@@ -89,10 +92,9 @@ CUTLASS_DEVICE void mma(Traits<kHeadDim>, Params const& params, Storage& storage
   float query_scale = params.query_scale[(int64_t{batch} * params.num_query_blocks + query_block) *
                                              params.num_heads_q +
                                          work.tile.head];
-  int chunk = (blocks.end - 1) / 32;
-  BlockScales scales{params, batch, head_k, chunk};
-  BlockScales next{params, batch, head_k, chunk - 1};
-  float value_scale = 1.f;       // of what O holds
+  int const last_chunk = (blocks.end - 1) / 32;
+  BlockScales scales{params, batch, head_k, last_chunk};
+  BlockScales next{params, batch, head_k, last_chunk - 1};
   float factor[kRowsPerThread];  // of O before a step's P V is added to it
 
   // Scores of a masked (or capped) block in their true size.
@@ -119,19 +121,11 @@ CUTLASS_DEVICE void mma(Traits<kHeadDim>, Params const& params, Storage& storage
   // Takes a block's scores, masked if need be, into the maximum, and its scales into what O is
   // multiplied by. Returns what the exponentials are to multiply the scores by.
   auto const take_block = [&](int n_block, bool masked) {
-    if (n_block / 32 != chunk) {
-      --chunk;
-      scales = next;
-      scales.check();
-      next = BlockScales{params, batch, head_k, chunk - 1};
-    }
-    float const scale = __shfl_sync(~0u, scales.key, n_block % 32) * query_scale;
-    float const next_value_scale = __shfl_sync(~0u, scales.value, n_block % 32);
+    float const scale = __shfl_sync(~0u, scales.key, n_block % 32);
+    float const ratio = __shfl_sync(~0u, scales.ratio, n_block % 32);
     if (masked) mask_block(n_block, scale);
     float const exponent_scale = masked ? softmax.scale_log2 : softmax.scale_log2 * scale;
     softmax.update_max(tSrS, exponent_scale);
-    float const ratio = __fdividef(value_scale, next_value_scale);
-    value_scale = next_value_scale;
     CUTLASS_PRAGMA_UNROLL
     for (int row = 0; row < kRowsPerThread; ++row) softmax.rescale[row] *= ratio;
     return exponent_scale;
@@ -160,7 +154,7 @@ CUTLASS_DEVICE void mma(Traits<kHeadDim>, Params const& params, Storage& storage
   int n_block = blocks.end - 1;
   storage.query_full[turns.warpgroup].wait(state.query_phase);
   state.query_phase ^= 1;
-  keys.full[state.key.stage].wait(state.key.phase);
+  wait_step();
   turns.wait();
   issue_scores();
   turns.pass();
@@ -168,10 +162,10 @@ CUTLASS_DEVICE void mma(Traits<kHeadDim>, Params const& params, Storage& storage
   find_rows(rows);
   warpgroup_wait<0>();
   warpgroup_fence_operand(tSrS);
-  release(keys, state.key);
+  release_step();
   // Not before: as what is the same in all lanes it would be waited for at once (BlockScales).
   query_scale = __shfl_sync(~0u, is_scale(query_scale) ? query_scale : NAN, 0);
-  scales.check();
+  scales.prepare(query_scale, 1.f);
   {
     bool const masked = n_block < blocks.full_begin || n_block >= blocks.full_end;
     float const scale = take_block(n_block, masked);
@@ -184,34 +178,37 @@ CUTLASS_DEVICE void mma(Traits<kHeadDim>, Params const& params, Storage& storage
   auto const add_out = [&] {
     warpgroup_wait<0>();
     add_step();
-    release(values, state.value);
   };
 
   // S of block n, and P V of block n + 1.
   auto const step = [&](auto masked) {
-    if constexpr (Traits::kBesideOut) {
-      keys.full[state.key.stage].wait(state.key.phase);
-      turns.wait();
-      issue_scores();
-    }
+    wait_step();
+    turns.wait();
+    if constexpr (Traits::kBesideOut) issue_scores();
     if constexpr (!Traits::kTwoLevels) rescale_out();
-    values.full[state.value.stage].wait(state.value.phase);
-    if constexpr (!Traits::kBesideOut) turns.wait();
     issue_out();
     keep_factor();
     if constexpr (!Traits::kBesideOut) {
       add_out();
-      keys.full[state.key.stage].wait(state.key.phase);
       issue_scores();
     }
     turns.pass();
     warpgroup_wait<Traits::kBesideOut ? 1 : 0>();
     warpgroup_fence_operand(tSrS);
-    release(keys, state.key);
+    if constexpr (!Traits::kBesideOut) release_step();
+    if (n_block % 32 == 31) {
+      float const value_behind = __shfl_sync(~0u, scales.value, 0);
+      scales = next;
+      scales.prepare(query_scale, value_behind);
+      next = BlockScales{params, batch, head_k, n_block / 32 - 1};
+    }
     float const scale = take_block(n_block, decltype(masked)::value);
     softmax.template exponentiate<0, 2>(tSrS, scale);
     release_query(n_block);
-    if constexpr (Traits::kBesideOut) add_out();
+    if constexpr (Traits::kBesideOut) {
+      add_out();
+      release_step();
+    }
     softmax.template exponentiate<1, 2>(tSrS, scale);
     convert();
   };
@@ -226,10 +223,12 @@ CUTLASS_DEVICE void mma(Traits<kHeadDim>, Params const& params, Storage& storage
   }
 
   if constexpr (!Traits::kTwoLevels) rescale_out();
-  values.full[state.value.stage].wait(state.value.phase);
+  wait_step();
   issue_out();
   keep_factor();
   add_out();
+  release_step();
+  float const value_scale = __shfl_sync(~0u, scales.value, blocks.begin % 32);
   CUTLASS_PRAGMA_UNROLL
   for (int i = 0; i < size(tOrO); ++i) tOrO(i) *= value_scale;
   CUTLASS_PRAGMA_UNROLL

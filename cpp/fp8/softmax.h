@@ -24,29 +24,38 @@ CUTLASS_DEVICE uint32_t pack_e4m3(float a, float b, float c, float d) {
   return result;
 }
 
+// As fmaxf, but the maximum of a NaN and anything is NaN.
+CUTLASS_DEVICE float max_or_nan(float a, float b) {
+  float result;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
+}
+
 struct Softmax {
-  float scale_log2;                                        // of scores in their true size
-  float row_max[kRowsPerThread] = {-INFINITY, -INFINITY};  // an exponent of base 2
-  float row_sum[kRowsPerThread] = {0.f, 0.f};              // of this thread's columns only
+  float scale_log2;  // of scores in their true size
+  // An exponent of base 2. Where no key has been seen it is finite: -inf - -inf would be NaN.
+  float row_max[kRowsPerThread] = {-1e30f, -1e30f};
+  float row_sum[kRowsPerThread] = {0.f, 0.f};  // of this thread's columns only
   float rescale[kRowsPerThread] = {1.f, 1.f};  // of what was accumulated before the last update
 
   // Takes one more block's scores, each still to be multiplied by `scale` (base 2), into the
-  // running maximum.
+  // running maximum. As integers, three numbers are compared at once; their order is that of the
+  // floats unless both are negative, so a maximum from 0 on is right.
   template <class Scores>
   CUTLASS_DEVICE void update_max(Scores const& scores, float scale) {
-    constexpr int kChains = 8;  // side by side, for a maximum waits for the one before it
-    float chains[kChains];
-    CUTLASS_PRAGMA_UNROLL
-    for (int i = 0; i < size(scores); ++i) {
-      chains[i % kChains] = i < kChains ? scores(i) : fmaxf(chains[i % kChains], scores(i));
+    float const previous[kRowsPerThread] = {row_max[0], row_max[1]};
+    raise_max(scores, scale, [](float a, float b, float c) {
+      return __int_as_float(__vimax3_s32(__float_as_int(a), __float_as_int(b), __float_as_int(c)));
+    });
+    if (__any_sync(~0u, fminf(row_max[0], row_max[1]) < 0.f)) {
+      row_max[0] = previous[0];
+      row_max[1] = previous[1];
+      raise_max(scores, scale,
+                [](float a, float b, float c) { return max_or_nan(max_or_nan(a, b), c); });
     }
     CUTLASS_PRAGMA_UNROLL
     for (int row = 0; row < kRowsPerThread; ++row) {
-      float const previous = row_max[row];
-      float const* const part = chains + 2 * row;
-      float const block_max = fmaxf(fmaxf(part[0], part[1]), fmaxf(part[4], part[5]));
-      row_max[row] = fmaxf(previous, quad_max(block_max) * scale);
-      rescale[row] = exp2f(previous - finite_max(row));
+      rescale[row] = exp2f(previous[row] - row_max[row]);
       row_sum[row] *= rescale[row];
     }
   }
@@ -54,7 +63,7 @@ struct Softmax {
   // One of kParts equal parts of the scores becomes probabilities relative to the running maximum.
   template <int kPart, int kParts, class Scores>
   CUTLASS_DEVICE void exponentiate(Scores& scores, float scale) {
-    float const offsets[kRowsPerThread] = {kShift - finite_max(0), kShift - finite_max(1)};
+    float const offsets[kRowsPerThread] = {kShift - row_max[0], kShift - row_max[1]};
     constexpr int kSize = decltype(size(scores))::value;
     CUTLASS_PRAGMA_UNROLL
     for (int i = kSize / kParts * kPart; i < kSize / kParts * (kPart + 1); ++i) {
@@ -64,9 +73,26 @@ struct Softmax {
   }
 
  private:
-  // Of a row that has seen no key yet: -inf - -inf would be NaN.
-  CUTLASS_DEVICE float finite_max(int row) const {
-    return row_max[row] == -INFINITY ? 0.f : row_max[row];
+  template <class Scores, class MaxOfThree>
+  CUTLASS_DEVICE void raise_max(Scores const& scores, float scale, MaxOfThree max_of_three) {
+    constexpr int kChains = 4;  // of a row, side by side, for a maximum waits for the one before it
+    CUTLASS_PRAGMA_UNROLL
+    for (int row = 0; row < kRowsPerThread; ++row) {
+      auto const score = [&](int i) { return scores(i / 2 * 4 + i % 2 + 2 * row); };
+      constexpr int kSize = decltype(size(scores))::value / kRowsPerThread;
+      float chains[kChains];
+      CUTLASS_PRAGMA_UNROLL
+      for (int i = 0; i < kChains; ++i) chains[i] = score(i);
+      CUTLASS_PRAGMA_UNROLL
+      for (int i = kChains; i < kSize; i += 2) {
+        float& chain = chains[i / 2 % kChains];
+        chain = max_of_three(chain, score(i), score(i + 1));
+      }
+      float largest = max_or_nan(max_of_three(chains[0], chains[1], chains[2]), chains[3]);
+      largest = max_or_nan(largest, __shfl_xor_sync(~0u, largest, 1));
+      largest = max_or_nan(largest, __shfl_xor_sync(~0u, largest, 2));
+      row_max[row] = max_or_nan(row_max[row], largest * scale);
+    }
   }
 };
 

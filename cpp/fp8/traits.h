@@ -74,8 +74,7 @@ struct Traits {
     alignas(1024) uint16_t own_out[kBlockM * kHeadDim];
     FullBarrier query_full[kConsumerWarpgroups];
     EmptyBarrier query_empty[kConsumerWarpgroups];
-    Pipeline<kStages> key_pipeline;
-    Pipeline<kStages> value_pipeline;
+    Pipeline<kStages> step_pipeline;  // K of a block, and V of the one after it
     Pipeline<kWorkStages> work_pipeline;
     fwd::Work work[kWorkStages];
 
@@ -85,8 +84,7 @@ struct Traits {
         query_full[warpgroup].init(1);
         query_empty[warpgroup].init(4);
       }
-      key_pipeline.init(kConsumerWarps);
-      value_pipeline.init(kConsumerWarps);
+      step_pipeline.init(kConsumerWarps);
       work_pipeline.init(kConsumerWarps + 1);  // and the loading warp
       cutlass::arch::fence_barrier_init();
     }

@@ -24,7 +24,10 @@ __device__ __forceinline__ void transpose_4x4(uint32_t const (&rows)[4], uint32_
 // become 0: whatever stands there, NaN too, meets probabilities of 0 later.
 __global__ void __launch_bounds__(kThreads)
     transpose_kernel(__grid_constant__ Transpose const params) {
-  __shared__ alignas(16) uint32_t tile[kBlock][kColumns / 4];
+  constexpr int kRowWords = kColumns / 4;
+  // Behind each 16 keys 4 words are left out: then no two lanes read from one bank.
+  __shared__ alignas(16) uint32_t tile[kBlock * kRowWords + kBlock / 16 * 4];
+  auto const word_of = [](int key, int word) { return key * kRowWords + key / 16 * 4 + word; };
   int const column = blockIdx.x % params.num_columns * kColumns;
   int const head = blockIdx.x / params.num_columns % params.num_heads;
   int const rest = blockIdx.x / params.num_columns / params.num_heads;
@@ -39,16 +42,23 @@ __global__ void __launch_bounds__(kThreads)
                              batch * params.value.batch_stride + head * params.value.head_stride +
                              column;
   constexpr int kVectors = kColumns / 16;
-  for (int i = threadIdx.x; i < kBlock * kVectors; i += kThreads) {
-    int const row = i / kVectors;
-    int const vector = i % kVectors;
-    int const key = block * kBlock + row;
-    uint4 data{0, 0, 0, 0};
-    if (valid && key < length && column + vector * 16 < params.head_dim) {
-      data =
-          *reinterpret_cast<uint4 const*>(source + key * params.value.seqlen_stride + vector * 16);
+  constexpr int kLoads = kBlock * kVectors / kThreads;
+  int const vector = threadIdx.x % kVectors;
+  auto const key_of = [](int i) { return (threadIdx.x + i * kThreads) / kVectors; };
+  uint4 data[kLoads];
+#pragma unroll
+  for (int i = 0; i < kLoads; ++i) {
+    int const key = block * kBlock + key_of(i);
+    data[i] = uint4{0, 0, 0, 0};
+    if (key < length && column + vector * 16 < params.head_dim) {
+      data[i] = __ldcs(reinterpret_cast<uint4 const*>(source + key * params.value.seqlen_stride) +
+                       vector);
     }
-    *reinterpret_cast<uint4*>(&tile[row][vector * 4]) = data;
+  }
+#pragma unroll
+  for (int i = 0; i < kLoads; ++i) {
+    *reinterpret_cast<uint4*>(tile + word_of(key_of(i), vector * 4)) =
+        valid ? data[i] : uint4{0, 0, 0, 0};
   }
   __syncthreads();
 
@@ -59,9 +69,9 @@ __global__ void __launch_bounds__(kThreads)
     uint32_t out[4][4];  // [column][slots 4 c + {0, 1, 2, 3}]
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
-      uint32_t const rows[4] = {tile[group * 16 + 2 * c][word], tile[group * 16 + 2 * c + 1][word],
-                                tile[group * 16 + 8 + 2 * c][word],
-                                tile[group * 16 + 9 + 2 * c][word]};
+      int const key = group * 16 + 2 * c;
+      uint32_t const rows[4] = {tile[word_of(key, word)], tile[word_of(key + 1, word)],
+                                tile[word_of(key + 8, word)], tile[word_of(key + 9, word)]};
       uint32_t columns[4];
       transpose_4x4(rows, columns);
 #pragma unroll

@@ -59,10 +59,8 @@ cudaError_t make_params(Problem const& problem, Params* params) {
 
 template <class Traits>
 cudaError_t launch_persistent(typename Traits::Params& params, cudaStream_t stream) {
-  int device = 0;
   int num_sms = 0;
-  JAX_FA3_RETURN_IF_ERROR(cudaGetDevice(&device));
-  JAX_FA3_RETURN_IF_ERROR(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device));
+  JAX_FA3_RETURN_IF_ERROR(count_sms(&num_sms));
   if (params.tile_counter != nullptr) {
     JAX_FA3_RETURN_IF_ERROR(cudaMemsetAsync(params.tile_counter, 0, sizeof(int), stream));
   }

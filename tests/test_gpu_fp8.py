@@ -71,8 +71,8 @@ def test_signs_of_scores(head_dim: int, negative: str):
     if negative == "rows":
         query = jnp.where(jnp.arange(130)[:, None, None] % 3 == 0, query, -query)
     else:
-        odd = jnp.arange(900)[:, None, None] // 128 % 2 == 1
-        key = jnp.where((negative != "all") & odd, key, -key)
+        even = jnp.arange(900)[:, None, None] // 128 % 2 == 0  # not the last, which is taken first
+        key = jnp.where((negative != "all") & even, key, -key)
     tensors = [x.astype(fp8_oracle.E4M3) for x in (query, key, value)]
     out, lse = quantized_attention(*tensors, *scales, **case.arguments)
     inputs = fp8_oracle.all_dequantized(tensors, scales)
@@ -164,14 +164,15 @@ def test_a_nan_key_reaches_the_rows_that_see_it():
     np.testing.assert_array_equal(np.isnan(np.asarray(out, np.float32)).all(-1), wanted)
 
 
-def test_padding_may_have_any_scale():
+@pytest.mark.parametrize("any_scale", [np.nan, 3e38])
+def test_padding_may_have_any_scale(any_scale: float):
     lengths: Any = {"query_seq_lengths": [128, 0], "key_value_seq_lengths": [256, 128]}
     tensors, scales = fp8_oracle.scaled(CAUSAL)
     call = jax.jit(functools.partial(quantized_attention, **lengths))
     clean = call(*tensors, *scales)
     scales = [np.array(x) for x in scales]
-    scales[0][:, 1:] = np.nan
-    scales[1][:, 2:], scales[2][:, 2:] = np.nan, np.nan
+    scales[0][:, 1:] = any_scale
+    scales[1][:, 2:], scales[2][:, 2:] = any_scale, any_scale
     assert equal(clean, call(*tensors, *scales))
 
 

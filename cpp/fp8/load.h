@@ -1,4 +1,5 @@
-// The producer of the FP8 forward: as in fwd/load.h, but V is transposed and clean.
+// The producer of the FP8 forward: as in fwd/load.h, but K and V share a ring, and V is transposed
+// and clean.
 #pragma once
 
 #include "common/tma.h"

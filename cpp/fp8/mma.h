@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common/gemm.h"
+#include "common/softmax.h"
 #include "fp8/traits.h"
 
 namespace jax_fa3::fp8 {
@@ -11,7 +12,7 @@ namespace jax_fa3::fp8 {
 struct BlockScales {
   float key;  // times query's, after prepare()
   float value;
-  float ratio;  // after prepare(): of the next block's value scale to this one's
+  float ratio;  // after prepare(): of the value scale of the block behind to this one's
 
   CUTLASS_DEVICE BlockScales(Params const& params, int batch, int head, int chunk) {
     int const n_block = chunk * 32 + threadIdx.x % 32;
@@ -23,13 +24,15 @@ struct BlockScales {
   }
 
   // A scale that is none makes NaN of the rows that see the block, and only of those: the key's
-  // scale meets scores before the mask does. `next_value`: of the block after the last of these.
-  CUTLASS_DEVICE void prepare(float query_scale, float next_value) {
+  // scale meets scores before the mask does. `value_behind`: of the block behind the last of these.
+  CUTLASS_DEVICE void prepare(float query_scale, float value_behind) {
     bool const valid = is_scale(value);
     key = valid && is_scale(key) ? key * query_scale : NAN;
     if (!valid) value = 1.f;
     float const behind = __shfl_down_sync(~0u, value, 1);
-    ratio = __fdividef(threadIdx.x % 32 == 31 ? next_value : behind, value);
+    // Finite: the first block's is to one that is not read, whose scale may be any, and meets an O
+    // of 0.
+    ratio = fminf(__fdividef(threadIdx.x % 32 == 31 ? value_behind : behind, value), 0x1p127f);
   }
 };
 
@@ -61,7 +64,7 @@ CUTLASS_DEVICE void mma(Traits<kHeadDim>, Params const& params, Storage& storage
 
   int const lane_column = threadIdx.x % 4 * 2;
   bool const elected = threadIdx.x % 32 == 0;
-  auto& position = state.key;  // of the step in the one ring that there is
+  auto& position = state.step;
   int const batch = work.tile.batch;
   int const head_k = work.tile.head / params.group;
 

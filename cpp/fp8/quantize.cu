@@ -173,6 +173,7 @@ __global__ void __launch_bounds__(kThreads<kAcross>, kThreadsOfSm / kThreads<kAc
     }
     cutlass::arch::cp_async_fence();
     cutlass::arch::cp_async_wait<1>();
+    asm volatile("" ::: "memory");  // that alone does not keep the reads behind it
 
     float x[kPieces][8];
     float norm = 1.f;
@@ -200,8 +201,8 @@ __global__ void __launch_bounds__(kThreads<kAcross>, kThreadsOfSm / kThreads<kAc
       }
     }
 
-    // As integers, three at a time: the greatest of the positive numbers with a sign, and of the
-    // negative ones without. A NaN is beyond all others.
+    // As integers, three at a time: signed ones for the greatest positive number, unsigned ones for
+    // the negative number farthest from 0. A NaN is beyond all others.
     constexpr int kChains = 4;  // side by side, for a maximum waits for the one before it
     int above[kChains] = {};
     unsigned below[kChains] = {};
@@ -232,7 +233,7 @@ __global__ void __launch_bounds__(kThreads<kAcross>, kThreadsOfSm / kThreads<kAc
       largest = max_or_nan(largest, of_warp[stage][other]);
     }
 
-    // Beyond fp32's largest number the inverse of the smallest would be infinite.
+    // Not below the smallest normal number, whose inverse is still finite.
     largest *= norm;
     float const scale = largest == 0.f ? 1.f : fmaxf(largest * (1 / kLargest), 0x1p-126f);
     float const checked = largest < INFINITY ? scale : NAN;  // a comparison with NaN is false

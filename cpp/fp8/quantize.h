@@ -13,7 +13,7 @@ struct Quantize {
   int transform;       // greatest power of two that divides head_dim: columns of one transform
   DType dtype;         // of x
   void const* x;       // [b, t, n, h]
-  float const* signs;  // [h], or null: no transform
+  float const* signs;  // [h], of +1 and -1 (their sign bit is read), or null: no transform
   int const* lengths;  // [b], or null: t. Rows from there on count as 0
   uint8_t* out;        // [b, t, n, h]
   float* scales;       // [b, ceil(t / kBlock), n]: x = scale * out, NaN where a row is not finite

@@ -32,7 +32,7 @@ struct Traits {
   static constexpr int kBlockM = 64 * kConsumerWarpgroups;
   static constexpr int kBlockN = kBlock;  // a step has one scale, and so has a warpgroup's Q
   static constexpr bool kOutOverValue = false;
-  static constexpr int kStages = kHeadDim <= 128 ? 4 : 2;  // of K and of V
+  static constexpr int kStages = kHeadDim <= 128 ? 4 : 2;  // of K and the V of the block after it
   static constexpr int kWorkStages = 1;
   // wgmma adds 8-bit products with few bits more than they have: what a step adds to O is summed by
   // itself and added to O in fp32, where the registers suffice.
@@ -66,6 +66,12 @@ struct Traits {
 
   static constexpr int kSizeQ = kBlockM * kHeadDim;
   static constexpr int kSizeK = kBlockN * kHeadDim;  // of one stage; and of V
+
+  struct ConsumerState {  // positions, kept from tile to tile
+    PipelineState<kStages> step;
+    PipelineState<kWorkStages> work;
+    uint32_t query_phase = 0;
+  };
 
   struct SharedStorage {
     alignas(1024) uint8_t query[kSizeQ];

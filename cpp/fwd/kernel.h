@@ -15,7 +15,7 @@ template <class Traits>
 CUTLASS_DEVICE void consume(typename Traits::Params const& params,
                             typename Traits::SharedStorage& storage, int warpgroup) {
   Turns<Traits::kPingPong ? Traits::kConsumerWarpgroups : 1> const turns{warpgroup};
-  ConsumerState<Traits> state;
+  typename Traits::ConsumerState state;
   Tensor tOrO = partition_fragment_C(typename Traits::MmaPV{},
                                      Shape<Int<Traits::kBlockM>, Int<Traits::kHeadDimV>>{});
   int const tile_row = warpgroup * 64 + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;

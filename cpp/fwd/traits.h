@@ -23,15 +23,6 @@ struct Work {
   bool last;  // no tile: the CTA is done
 };
 
-// A consumer's positions in the pipelines, kept from tile to tile.
-template <class Traits>
-struct ConsumerState {
-  PipelineState<Traits::kStages> key;
-  PipelineState<Traits::kStages> value;
-  PipelineState<Traits::kWorkStages> work;
-  uint32_t query_phase = 0;
-};
-
 template <class Element_, int kHeadDim_, int kHeadDimV_, bool kFewKeys>
 struct Traits {
   using Params = fwd::Params;
@@ -91,6 +82,14 @@ struct Traits {
   static constexpr int kSizeK = kBlockN * kHeadDim;  // of one stage
   static constexpr int kSizeV = kBlockN * kHeadDimV;
   static constexpr int kSizeOut = kBlockM * kHeadDimV;
+
+  // A consumer's positions in the pipelines, kept from tile to tile.
+  struct ConsumerState {
+    PipelineState<kStages> key;
+    PipelineState<kStages> value;
+    PipelineState<kWorkStages> work;
+    uint32_t query_phase = 0;
+  };
 
   struct SharedStorage {
     alignas(1024) uint16_t query[kSizeQ];

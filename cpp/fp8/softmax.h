@@ -39,8 +39,8 @@ struct Softmax {
 
   // Takes one more block's scores, each still to be multiplied by `scale` (base 2), into the
   // running maximum. As integers, three numbers are compared at once; their order is that of the
-  // floats unless both are negative, so a maximum from 0 on is right. A NaN,
-  // which the hardware makes without a sign, is the greatest.
+  // floats unless both are negative, so a maximum from 0 on is right. A NaN, which the hardware
+  // makes without a sign, is the greatest.
   template <class Scores>
   CUTLASS_DEVICE void update_max(Scores const& scores, float scale) {
     float const previous[kRowsPerThread] = {row_max[0], row_max[1]};

@@ -76,13 +76,13 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def _why_not_here() -> str | None:
+def why_not_here() -> str | None:
     import jax
 
     try:
         device = jax.devices("gpu")[0]
     except RuntimeError:
-        return "no GPU: the benchmark needs an NVIDIA Hopper GPU and jax[cuda13]"
+        return "no GPU: the benchmark needs an NVIDIA Hopper GPU, and jax[cuda13] or jax[cuda12]"
     capability = getattr(device, "compute_capability", "unknown")
     if str(capability) != "9.0":
         return f"{device.device_kind} has compute capability {capability}: the kernels need 9.0 (Hopper)"
@@ -95,7 +95,7 @@ class _Stop(Exception):
 
 @contextlib.contextmanager
 def _measuring() -> Iterator[None]:
-    reason = _why_not_here()
+    reason = why_not_here()
     if reason:
         raise _Stop(NO_GPU, reason)
     from .check import WrongResult
@@ -201,7 +201,7 @@ ALONE = {"scaling": _scaling, "ring": _ring, "fp8-error": _fp8_error}
 def _suites(args: argparse.Namespace) -> None:
     points = [_only(p, args.contenders) for p in select(args.suites, args.points.split(","))]
     if args.list:
-        print("\n".join(f"{p.suite:<8}{p.name}" for p in points))
+        print("\n".join(f"{p.suite:<14}{p.name}" for p in points))
         return
     if args.table:
         files = [Path(name) for name in args.table.split(",")]

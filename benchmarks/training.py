@@ -20,6 +20,8 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
 
 import train_transformer as example  # pyright: ignore[reportMissingImports]
 
+from .__main__ import NO_GPU, why_not_here
+
 Contender = tuple[str, Any]  # its name and its example.Config
 
 
@@ -113,6 +115,8 @@ def main(argv: list[str] | None = None) -> None:
     changes = {x: getattr(args, x) for x in ("steps", "length", "rows") if getattr(args, x)}
     default = "fa3,fp8,xla" if args.curves else "fa3,cudnn"
     names = str(args.implementations or default).split(",")
+    if {"fa3", "cudnn"} & set(names) and (reason := why_not_here()):
+        parser.exit(NO_GPU, f"{reason}\n")
     models = contenders(args.size, names, **changes)
     report: dict[str, Any] = {
         "gpu": jax.devices()[0].device_kind,

@@ -69,15 +69,16 @@ NB_MODULE(_C, module) {
     return std::tuple{w.row_stats, w.row_intervals, w.block_hulls, w.dq_accum, w.turns};
   });
   module.def("heads_per_section", &jax_fa3::heads_per_section);
-  module.def("tile_order", [](int num_m_blocks, int num_heads, int batch, int section) {
-    jax_fa3::TileOrder const order{num_m_blocks, num_heads, batch, section};
-    std::vector<std::tuple<int, int, int>> tiles;
-    for (int index = 0; index < order.num_tiles(); ++index) {
-      auto const tile = order(index);
-      tiles.emplace_back(tile.m_block, tile.head, tile.batch);
-    }
-    return tiles;
-  });
+  module.def(
+      "tile_order", [](int num_m_blocks, int num_heads, int batch, int section, bool short_last) {
+        jax_fa3::TileOrder const order{num_m_blocks, num_heads, batch, section, false, short_last};
+        std::vector<std::tuple<int, int, int>> tiles;
+        for (int index = 0; index < order.num_tiles(); ++index) {
+          auto const tile = order(index);
+          tiles.emplace_back(tile.m_block, tile.head, tile.batch);
+        }
+        return tiles;
+      });
   module.def("tile_of_round", &jax_fa3::tile_of_round);
   module.def("row_interval",
              [](int row, int seqlen_q, int seqlen_k, int64_t window_left, int64_t window_right,

@@ -5,7 +5,7 @@
     python examples/train_transformer.py --checkpoint DIR      # and again with --resume --steps 200
 
 No document sees another. `--plain` lets them, for a comparison with `--implementation cudnn`, which
-has no such mask. Needs flax, optax and orbax-checkpoint: pip install 'jax_fa3[test]'.
+has no such mask. Needs flax, optax and orbax-checkpoint, which pip install ".[test]" brings.
 """
 
 import argparse

@@ -19,6 +19,10 @@ from . import _ffi, _guards, _sharding
 from ._arguments import Call, Implementation
 
 ELSEWHERE = "use implementation='xla'"
+_NO_KERNELS = (
+    "jax_fa3: got an install without CUDA kernels, wanted one with them: reinstall it on Linux (in a "
+    f"checkout, whose folder jax_fa3 has none, start Python elsewhere), or {ELSEWHERE}"
+)
 
 
 def refusal(call: Call, dtype: np.dtype, *, packed: bool = False) -> str | None:
@@ -60,6 +64,8 @@ def refusal_of_options(call: Call) -> str | None:
 
 def refusal_of_build(name: str, dtype: np.dtype, head_dim: int, head_dim_v: int) -> str | None:
     """Why this install has no kernel for these; name: of the argument to blame."""
+    if not _ffi.kernels():
+        return _NO_KERNELS
     built = [(h, v) for kernel, h, v in _ffi.kernels() if kernel == dtype.name]
     if not any(h >= head_dim and v >= head_dim_v for h, v in built):
         found = f"head dims ({head_dim}, {head_dim_v}) in {dtype}"
@@ -82,8 +88,7 @@ def machine_refusal() -> str | None:
         wanted = f"wanted an NVIDIA Hopper GPU (9.0, sm_90): {ELSEWHERE}"
         return f"device: got compute capability {found}, {wanted}"
     if not _ffi.is_built():
-        wanted = f"wanted one with them: reinstall it on Linux, or {ELSEWHERE}"
-        return f"jax_fa3: got an install without CUDA kernels, {wanted}"
+        return _NO_KERNELS
     return None
 
 

@@ -85,6 +85,6 @@ def test_error_points(capsys, monkeypatch):
     assert command.main(["--suite", "fp8-error", "--list", "--points", "*d128-s8192"]) == 0
     assert capsys.readouterr().out.split() == ["outliers-d128-s8192", "spread-d128-s8192"]
     assert [p.rows for p in fp8_error.points(["outliers-d64-*"])] == [1024, 8192, 2048, 512]
-    monkeypatch.setattr(command, "_why_not_here", lambda: "no GPU")
+    monkeypatch.setattr(command, "why_not_here", lambda: "no GPU")
     assert command.main(["--suite", "fp8-error"]) == command.NO_GPU
     assert "no GPU" in capsys.readouterr().err

@@ -38,6 +38,6 @@ def test_measure():
 
 
 def test_command_needs_gpus(monkeypatch, capsys):
-    monkeypatch.setattr(command, "_why_not_here", lambda: "no GPU")
+    monkeypatch.setattr(command, "why_not_here", lambda: "no GPU")
     assert command.main(["--suite", "scaling"]) == command.NO_GPU
     assert "no GPU" in capsys.readouterr().err

@@ -32,6 +32,14 @@ def test_speed(tmp_path, capsys):
     assert lines[-1].startswith("| xla, packed | ")
 
 
+def test_without_a_gpu(monkeypatch, capsys):
+    monkeypatch.setattr(training, "why_not_here", lambda: "no GPU")
+    for options in ([], ["--curves"], ["--size", "tiny"]):
+        with pytest.raises(SystemExit) as stopped:
+            training.main(options)
+        assert stopped.value.code == training.NO_GPU and capsys.readouterr().err == "no GPU\n"
+
+
 def test_curves(tmp_path):
     pytest.importorskip("matplotlib")
     file, picture = tmp_path / "curves.json", tmp_path / "curves.png"

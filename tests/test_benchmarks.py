@@ -220,14 +220,14 @@ def test_command(tmp_path, capsys, monkeypatch):
     assert command.main(["--table", str(file)]) == 0
     assert "| forward, head dim 64, causal |" in capsys.readouterr().out
 
-    monkeypatch.setattr(command, "_why_not_here", lambda: "no GPU")
+    monkeypatch.setattr(command, "why_not_here", lambda: "no GPU")
     assert command.main(["--quick"]) == command.NO_GPU
     assert "no GPU" in capsys.readouterr().err
 
 
 def test_command_measures_and_saves(tmp_path, capsys, monkeypatch):
     made = fake_report()
-    monkeypatch.setattr(command, "_why_not_here", lambda: None)
+    monkeypatch.setattr(command, "why_not_here", lambda: None)
     monkeypatch.setattr(command, "select", lambda *_: [SMALL])
     monkeypatch.setattr(timing, "flusher", lambda: lambda: None)
     monkeypatch.setattr(timing, "environment", lambda: made["environment"])

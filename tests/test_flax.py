@@ -22,7 +22,7 @@ def python(code: str) -> str:
 
 
 def test_without_flax():
-    assert "pip install 'jax_fa3[flax]'" in python(WITHOUT_FLAX)
+    assert "pip install flax" in python(WITHOUT_FLAX)
 
 
 def test_import_of_jax_fa3_leaves_flax_alone():

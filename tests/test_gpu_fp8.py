@@ -29,7 +29,8 @@ attention = functools.partial(fp8.dot_product_attention, implementation="fa3", r
 
 def _table() -> list[tuple[Case, Any]]:
     """Every second case of the table and all long ones, head dims and dtypes in turn, and each head
-    dim with every kind of block: whole, masked, short; and with more blocks than a warp has lanes."""
+    dim with every kind of block: whole, masked, short; and with more than are summed without a break.
+    """
     cases = [case for case in TABLE if not case.name.startswith("head dims")][::2]
     cases += [case for case in TABLE if case.planted or "documents" in case.name] + LONG
     cases = list(dict.fromkeys(cases))
@@ -42,7 +43,11 @@ def _table() -> list[tuple[Case, Any]]:
     turned += [
         Case(f"head dim {h}, 100 blocks of keys, {name}", 130, 12738, 4, 2, h, B=1, mask=mask)
         for h in DIMS
-        for name, mask in (("full", {}), ("causal", {"is_causal": True, "query_offset": 12608}))
+        for name, mask in (
+            ("full", {}),
+            ("causal", {"is_causal": True, "query_offset": 12608}),
+            ("window", {"local_window_size": (6000, 100), "query_offset": 9000}),
+        )
     ]
     return [(case, (jnp.bfloat16, jnp.float16)[i // 5 % 2]) for i, case in enumerate(turned)]
 
@@ -58,6 +63,39 @@ def test_table(case: Case, dtype: Any):
     inputs = fp8_oracle.all_dequantized(tensors, scales)
     exact, rounded = fp8_oracle.oracle(case, inputs), fp8_oracle.oracle(case, inputs, dtype)
     assert_rounded(Results(out, lse), exact, rounded, case, jnp.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("head_dim", DIMS)
+def test_many_tiles(head_dim: int):
+    """A CTA that has several tiles of many blocks gets what it gets for each alone."""
+    case = Case("tiles", 2000, 4500, 16, 16, head_dim, B=1)
+    tensors, scales = fp8_oracle.scaled(case)
+    call = jax.jit(functools.partial(quantized_attention, **case.arguments))
+    out, lse = call(*tensors, *scales)
+    for head in (0, 7, 15):
+        alone = [x[:, :, head : head + 1] for x in (*tensors, *scales)]
+        assert equal(call(*alone), (out[:, :, head : head + 1], lse[:, :, head : head + 1]))
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("small", [1e-3, 1e-20])
+def test_value_blocks_of_any_magnitude(head_dim: int, small: float):
+    """One of zeros, whose scale is 1, among smaller numbers; and halves of rows far apart."""
+    case = Case("magnitudes", 300, 1024, 2, 2, head_dim, B=1)
+    q, k, v = case.inputs(jnp.bfloat16)
+    halves = {"query_segment_ids": jnp.arange(300)[None] // 150}
+    halves["key_value_segment_ids"] = jnp.arange(1024)[None] // 512
+    values = (v.at[:, 256:384].set(0) * small, {}), (v.at[:, :512].mul(small), halves)
+    for value, mask in values:
+        quantized = [fp8.quantize(x) for x in (q, k, value)]
+        operands = [x for x, _ in quantized] + [scale for _, scale in quantized]
+        options = {"dtype": jnp.float32, **mask}
+        found, wanted = (
+            fp8.quantized_dot_product_attention(*operands, implementation=x, **options)
+            for x in ("fa3", "xla")
+        )
+        error = jnp.linalg.norm(found - wanted, axis=(2, 3)) / jnp.linalg.norm(wanted, axis=(2, 3))
+        assert error.max() < 0.1
 
 
 @pytest.mark.parametrize("negative", ["all", "blocks of keys", "rows"])

@@ -95,16 +95,23 @@ def test_block_range_far_away():
 @pytest.mark.parametrize("section", [1, 2, 3, 4, 6, 100])
 def test_tile_order(section: int):
     for blocks, heads, batch in itertools.product((1, 2, 5), (1, 4, 6), (1, 3)):
-        tiles = C.tile_order(blocks, heads, batch, section)
+        tiles = C.tile_order(blocks, heads, batch, section, False)
         assert sorted(tiles) == sorted(itertools.product(*map(range, (blocks, heads, batch))))
         # Sections one after the other; in each the last rows first.
         keys = [((entry * heads + head) // section, -m_block) for m_block, head, entry in tiles]
         assert keys == sorted(keys)
 
 
+def test_tile_order_short_last():
+    for blocks, heads, section in itertools.product((1, 2, 5), (1, 4), (1, 3)):
+        whole = C.tile_order(blocks - 1, heads, 2, section, False)
+        short = [(blocks - 1, head, entry) for entry in range(2) for head in range(heads)]
+        assert C.tile_order(blocks, heads, 2, section, True) == whole + short
+
+
 def test_tile_order_of_nothing():
-    for sizes in itertools.product((0, 2), repeat=3):
-        assert bool(C.tile_order(*sizes, 2)) == all(sizes)
+    for *sizes, short_last in itertools.product((0, 2), (0, 2), (0, 2), (False, True)):
+        assert bool(C.tile_order(*sizes, 2, short_last)) == all(sizes)
 
 
 @pytest.mark.parametrize("ctas", [1, 2, 7, 132])

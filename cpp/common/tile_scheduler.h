@@ -20,17 +20,24 @@ struct TileOrder {
   int batch;
   int section;  // heads of one section, counted over (batch, head)
   bool ascending = false;
+  bool short_last =
+      false;  // the tiles of the last rows, which take less time, come after all others
 
   JAX_FA3_HOST_DEVICE int num_tiles() const { return num_m_blocks * num_heads * batch; }
 
   JAX_FA3_HOST_DEVICE TileCoord operator()(int index) const {
     int const rows = num_heads * batch;
-    int const first = index / (num_m_blocks * section) * section;
+    int const blocks = short_last ? num_m_blocks - 1 : num_m_blocks;
+    if (index >= blocks * rows) {
+      int const row = index - blocks * rows;
+      return {blocks, row % num_heads, row / num_heads};
+    }
+    int const first = index / (blocks * section) * section;
     int const width = rows - first < section ? rows - first : section;
-    int const rest = index - first * num_m_blocks;
+    int const rest = index - first * blocks;
     int const row = first + rest % width;
     int const m_block = rest / width;
-    return {ascending ? m_block : num_m_blocks - 1 - m_block, row % num_heads, row / num_heads};
+    return {ascending ? m_block : blocks - 1 - m_block, row % num_heads, row / num_heads};
   }
 };
 

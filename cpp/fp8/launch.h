@@ -30,6 +30,9 @@ cudaError_t make_params(Problem const& problem, Params* params) {
                                             p.num_heads_q, p.batch, Traits::kSlabV, 64));
   }
   fwd::set_common(p, Traits::kBlockM, params);
+  // A tile that leaves a whole warpgroup nothing to do is a short one.
+  int const rows = p.seqlen_q % Traits::kBlockM;
+  params->order.short_last = !p.mask.restricts() && rows > 0 && rows <= Traits::kBlockM - 64;
   params->softmax_scale = 1 / kLog2E;  // the maxima are exponents of base 2
   params->query_scale = problem.query_scale;
   params->key_scale = problem.key_scale;

@@ -7,6 +7,43 @@
 
 namespace jax_fa3::fp8 {
 
+// Scales of one block of keys after the other, from the last on, each loaded while those behind it
+// are in use.
+class ScaleLoader {
+ public:
+  CUTLASS_DEVICE ScaleLoader(Params const& params, int batch, int head, int n_block)
+      : params_(params),
+        first_(int64_t{batch} * params.num_key_blocks * params.num_heads_k + head) {
+    fetch(n_block);
+  }
+
+  // Of the block that was fetched last; then fetches the one before it, if there is one.
+  // A scale that is none makes NaN of the rows that see the block, and only of those: the key's
+  // scale meets scores before the mask does.
+  CUTLASS_DEVICE BlockScale next(int n_block) {
+    bool const valid = is_scale(value_);
+    float const key = valid && is_scale(key_) ? key_ : NAN;
+    float const value = valid ? value_ : 1.f;
+    // Finite: an O of 0 is multiplied by it, too.
+    float const ratio = behind_ == value ? 1.f : fminf(__fdividef(behind_, value), 0x1p127f);
+    behind_ = value;
+    if (n_block > 0) fetch(n_block - 1);
+    return {key, value, ratio};
+  }
+
+ private:
+  CUTLASS_DEVICE void fetch(int n_block) {
+    int64_t const index = first_ + int64_t{n_block} * params_.num_heads_k;
+    key_ = __ldg(params_.key_scale + index);
+    value_ = __ldg(params_.value_scale + index);
+  }
+
+  Params const& params_;
+  int64_t first_;
+  float key_, value_;
+  float behind_ = 1.f;
+};
+
 template <int kHeadDim>
 CUTLASS_DEVICE void load(Traits<kHeadDim>, Params const& params,
                          typename Traits<kHeadDim>::SharedStorage& storage) {
@@ -31,13 +68,18 @@ CUTLASS_DEVICE void load(Traits<kHeadDim>, Params const& params,
     BlockRange const blocks = work.blocks;
     if (blocks.begin >= blocks.end) continue;
 
+    ScaleLoader scales{params, batch, head_k, blocks.end - 1};
+
     // What a step reads: K of a block and V of the one after it, where there are such.
     auto const load_step = [&](int key_block, int value_block) {
       auto& pipeline = storage.step_pipeline;
       FullBarrier& full = pipeline.full[state.stage];
-      pipeline.empty[state.stage].wait(state.phase ^ 1);
       bool const has_key = key_block >= blocks.begin;
       bool const has_value = value_block < blocks.end;
+      BlockScale scale;
+      if (has_key) scale = scales.next(key_block);
+      pipeline.empty[state.stage].wait(state.phase ^ 1);
+      if (has_key) storage.scale[state.stage] = scale;
       full.arrive_and_expect_tx((has_key + has_value) * Traits::kSizeK);
       if (has_key) {
         tma_load_rows<kBlockN, kHeadDim, Traits::kSlab>(params.key, raw(full), kKeep,

@@ -7,43 +7,15 @@
 
 namespace jax_fa3::fp8 {
 
-// The scales of 32 blocks of keys, of one each lane. A load of one alone would be waited for in
-// every step, for ptxas moves what is the same in all lanes to a uniform register at once.
-struct BlockScales {
-  float key;  // times query's, after prepare()
-  float value;
-  float ratio;  // after prepare(): of the value scale of the block behind to this one's
-
-  CUTLASS_DEVICE BlockScales(Params const& params, int batch, int head, int chunk) {
-    int const n_block = chunk * 32 + threadIdx.x % 32;
-    bool const exists = chunk >= 0 && n_block < params.num_key_blocks;
-    int64_t const index =
-        (int64_t{batch} * params.num_key_blocks + n_block) * params.num_heads_k + head;
-    key = exists ? __ldg(params.key_scale + index) : 1.f;
-    value = exists ? __ldg(params.value_scale + index) : 1.f;
-  }
-
-  // A scale that is none makes NaN of the rows that see the block, and only of those: the key's
-  // scale meets scores before the mask does. `value_behind`: of the block behind the last of these.
-  CUTLASS_DEVICE void prepare(float query_scale, float value_behind) {
-    bool const valid = is_scale(value);
-    key = valid && is_scale(key) ? key * query_scale : NAN;
-    if (!valid) value = 1.f;
-    float const behind = __shfl_down_sync(~0u, value, 1);
-    // Finite: the first block's is to one that is not read, whose scale may be any, and meets an O
-    // of 0.
-    ratio = fminf(__fdividef(threadIdx.x % 32 == 31 ? value_behind : behind, value), 0x1p127f);
-  }
-};
-
 template <int kHeadDim, class Storage, class State, class Turns, class FindRows, class Out>
 CUTLASS_DEVICE void mma(Traits<kHeadDim>, Params const& params, Storage& storage, State& state,
-                        Turns turns, fwd::Work const& work, FindRows const& find_rows,
+                        Turns turns, Work const& work, FindRows const& find_rows,
                         Interval (&rows)[kRowsPerThread], Softmax& softmax, Out& tOrO) {
   using Traits = Traits<kHeadDim>;
   using Element = typename Traits::Element;
   constexpr int kBlockN = Traits::kBlockN;
-  BlockRange const& blocks = work.blocks;
+  int const warpgroup = turns.warpgroup;
+  BlockRange const& blocks = work.own;
 
   typename Traits::MmaQK mma_qk;
   typename Traits::MmaPV mma_pv;
@@ -51,8 +23,8 @@ CUTLASS_DEVICE void mma(Traits<kHeadDim>, Params const& params, Storage& storage
   Tensor sQ = make_tensor(memory(storage.query), typename Traits::LayoutQ{});
   Tensor sK = make_tensor(memory(storage.key), typename Traits::LayoutK{});
   Tensor sVt = make_tensor(memory(storage.value), typename Traits::LayoutVt{});
-  auto const group_qk = mma_qk.get_slice(turns.warpgroup * 128);
-  auto const group_pv = mma_pv.get_slice(turns.warpgroup * 128);
+  auto const group_qk = mma_qk.get_slice(warpgroup * 128);
+  auto const group_pv = mma_pv.get_slice(warpgroup * 128);
   Tensor tSrQ = group_qk.partition_fragment_A(sQ)(_, _, _, 0);
   Tensor tSrK = group_qk.partition_fragment_B(sK);
   Tensor tOrV = group_pv.partition_fragment_B(sVt);
@@ -60,19 +32,17 @@ CUTLASS_DEVICE void mma(Traits<kHeadDim>, Params const& params, Storage& storage
   Tensor tSrS = partition_fragment_C(mma_qk, kShapeS);
   Tensor tOrP = make_fragment_like<Element>(group_pv.partition_A(make_tensor<Element>(kShapeS)));
   static_assert(size(tOrP) == size(tSrS));
-  Tensor tOrStep = make_fragment_like(tOrO);  // what a step adds to O
+  Tensor tOrStep = make_fragment_like(tOrO);  // what a step adds to O, kSumInRegisters
 
   int const lane_column = threadIdx.x % 4 * 2;
   bool const elected = threadIdx.x % 32 == 0;
   auto& position = state.step;
-  int const batch = work.tile.batch;
-  int const head_k = work.tile.head / params.group;
 
   auto const issue_scores = [&] {
     issue_gemm_zero(mma_qk, tSrQ, tSrK(_, _, _, position.stage), tSrS);
   };
   auto const issue_out = [&] {
-    if constexpr (Traits::kTwoLevels) {
+    if constexpr (Traits::kSumInRegisters) {
       issue_gemm_zero(mma_pv, tOrP, tOrV(_, _, _, position.stage), tOrStep);
     } else {
       issue_gemm(mma_pv, tOrP, tOrV(_, _, _, position.stage), tOrO);
@@ -83,22 +53,39 @@ CUTLASS_DEVICE void mma(Traits<kHeadDim>, Params const& params, Storage& storage
     if (elected) storage.step_pipeline.empty[position.stage].arrive();
     position.advance();
   };
+  // Steps of the tile with nothing to see for these rows.
+  auto const skip_steps = [&](int count) {
+    CUTLASS_PRAGMA_NO_UNROLL
+    for (; count > 0; --count) {
+      wait_step();
+      release_step();
+      __syncwarp();
+    }
+  };
+
+  int const first_row = work.tile.m_block * Traits::kBlockM + warpgroup * 64;
+  int const query_block = min(first_row / kBlock, params.num_query_blocks - 1);
+  float query_scale =
+      params.query_scale[(int64_t{work.tile.batch} * params.num_query_blocks + query_block) *
+                             params.num_heads_q +
+                         work.tile.head];
+
+  storage.query_full[warpgroup].wait(state.query_phase);
+  state.query_phase ^= 1;
+  if (blocks.begin >= blocks.end) {
+    if (elected) storage.query_empty[warpgroup].arrive();
+    find_rows(rows);
+    skip_steps(work.blocks.end - work.blocks.begin + 1);
+    return;
+  }
   // After the tile's last S, Q may be overwritten. No sum is negative, but that ptxas cannot know:
   // it may not move this, nor the wait behind it, before the exponentials that are summed already.
   auto const release_query = [&](int n_block) {
     bool const last = n_block == blocks.begin && !(softmax.row_sum[0] < 0.f);
-    if (elected && last) storage.query_empty[turns.warpgroup].arrive();
+    if (elected && last) storage.query_empty[warpgroup].arrive();
   };
 
-  int const first_row = work.tile.m_block * Traits::kBlockM + turns.warpgroup * 64;
-  int const query_block = min(first_row / kBlock, params.num_query_blocks - 1);
-  float query_scale = params.query_scale[(int64_t{batch} * params.num_query_blocks + query_block) *
-                                             params.num_heads_q +
-                                         work.tile.head];
-  int const last_chunk = (blocks.end - 1) / 32;
-  BlockScales scales{params, batch, head_k, last_chunk};
-  BlockScales next{params, batch, head_k, last_chunk - 1};
-  float factor[kRowsPerThread];  // of O before a step's P V is added to it
+  float out_unit;  // of O: the value scale of the block at hand
 
   // Scores of a masked (or capped) block in their true size.
   auto const mask_block = [&](int n_block, float scale) {
@@ -113,6 +100,18 @@ CUTLASS_DEVICE void mma(Traits<kHeadDim>, Params const& params, Storage& storage
     }
     mask_scores(tSrS, rows, n_block * kBlockN + lane_column);
   };
+  // Takes a block's scores, masked if need be, into the maximum, and its scales into what O is
+  // multiplied by. Returns what the exponentials are to multiply the scores by.
+  auto const take_block = [&](int n_block, bool masked, BlockScale scale) {
+    float const score_scale = scale.key * query_scale;
+    if (masked) mask_block(n_block, score_scale);
+    float const exponent_scale = masked ? softmax.scale_log2 : softmax.scale_log2 * score_scale;
+    softmax.update_max(tSrS, exponent_scale);
+    CUTLASS_PRAGMA_UNROLL
+    for (int row = 0; row < kRowsPerThread; ++row) softmax.rescale[row] *= scale.ratio;
+    out_unit = scale.value;
+    return exponent_scale;
+  };
   auto const convert = [&] {
     Tensor packed = recast<uint32_t>(tOrP);
     CUTLASS_PRAGMA_UNROLL
@@ -121,91 +120,103 @@ CUTLASS_DEVICE void mma(Traits<kHeadDim>, Params const& params, Storage& storage
       packed(i) = pack_e4m3(tSrS(first), tSrS(first + 1), tSrS(first + 4), tSrS(first + 5));
     }
   };
-  // Takes a block's scores, masked if need be, into the maximum, and its scales into what O is
-  // multiplied by. Returns what the exponentials are to multiply the scores by.
-  auto const take_block = [&](int n_block, bool masked) {
-    float const scale = __shfl_sync(~0u, scales.key, n_block % 32);
-    float const ratio = __shfl_sync(~0u, scales.ratio, n_block % 32);
-    if (masked) mask_block(n_block, scale);
-    float const exponent_scale = masked ? softmax.scale_log2 : softmax.scale_log2 * scale;
-    softmax.update_max(tSrS, exponent_scale);
-    CUTLASS_PRAGMA_UNROLL
-    for (int row = 0; row < kRowsPerThread; ++row) softmax.rescale[row] *= ratio;
-    return exponent_scale;
-  };
-  auto const keep_factor = [&] {
-    CUTLASS_PRAGMA_UNROLL
-    for (int row = 0; row < kRowsPerThread; ++row) factor[row] = softmax.rescale[row];
-  };
+
+  // O before a step is added to it.
   auto const rescale_out = [&] {
-    CUTLASS_PRAGMA_UNROLL
-    for (int i = 0; i < size(tOrO); ++i) tOrO(i) *= softmax.rescale[fragment_row(i)];
+    if constexpr (!Traits::kSumInRegisters) {
+      bool const changes = softmax.rescale[0] != 1.f || softmax.rescale[1] != 1.f;
+      if (!__any_sync(~0u, changes)) return;
+      CUTLASS_PRAGMA_UNROLL
+      for (int i = 0; i < size(tOrO); ++i) tOrO(i) *= softmax.rescale[fragment_row(i)];
+    }
   };
-  auto const add_step = [&] {
-    if constexpr (Traits::kTwoLevels) {
+  auto const add_out = [&] {
+    warpgroup_wait<0>();
+    if constexpr (Traits::kSumInRegisters) {
       warpgroup_fence_operand(tOrStep);
       CUTLASS_PRAGMA_UNROLL
       for (int i = 0; i < size(tOrO); ++i) {
-        tOrO(i) = tOrO(i) * factor[fragment_row(i)] + tOrStep(i);
+        tOrO(i) = tOrO(i) * softmax.rescale[fragment_row(i)] + tOrStep(i);
       }
     } else {
       warpgroup_fence_operand(tOrO);
     }
   };
 
+  // kSumInMemory: a thread's part of the sum, as O lies in its registers, and the exponents of base
+  // 2 that it is relative to.
+  float4* const sums = storage.sums(warpgroup) + threadIdx.x % 128;
+  float2* const sums_exponent = storage.sums_exponent + (threadIdx.x - 128);
+  bool summed = false;
+  auto const exponent = [&](int row) { return softmax.row_max[row] + log2f(out_unit); };
+  auto const add_sums = [&] {
+    float2 const then = *sums_exponent;
+    float const rescale[] = {exp2f(then.x - exponent(0)), exp2f(then.y - exponent(1))};
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < size(tOrO); i += 4) {
+      float4 const sum = sums[i / 4 * 128];
+      tOrO(i) += sum.x * rescale[0];
+      tOrO(i + 1) += sum.y * rescale[0];
+      tOrO(i + 2) += sum.z * rescale[1];
+      tOrO(i + 3) += sum.w * rescale[1];
+    }
+  };
+  auto const put_away = [&] {
+    rescale_out();
+    if (summed) {
+      add_sums();
+    } else {  // the previous tile's output may still be on its way from there
+      if (threadIdx.x % 128 == 0) tma_store_wait<0>();
+      cutlass::arch::NamedBarrier::sync(128, barrier_id(NamedBarrier::kOutOfWarpgroup0, warpgroup));
+    }
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < size(tOrO); i += 4) {
+      sums[i / 4 * 128] = float4{tOrO(i), tOrO(i + 1), tOrO(i + 2), tOrO(i + 3)};
+    }
+    clear(tOrO);
+    *sums_exponent = float2{exponent(0), exponent(1)};
+    summed = true;
+  };
+
   // The last block: nothing to overlap with.
+  skip_steps(work.blocks.end - blocks.end);
   int n_block = blocks.end - 1;
-  storage.query_full[turns.warpgroup].wait(state.query_phase);
-  state.query_phase ^= 1;
   wait_step();
-  turns.wait();
+  BlockScale const last_scale = storage.scale[position.stage];
   issue_scores();
-  turns.pass();
   clear(tOrO);
   find_rows(rows);
   warpgroup_wait<0>();
   warpgroup_fence_operand(tSrS);
   release_step();
-  // Not before: as what is the same in all lanes it would be waited for at once (BlockScales).
-  query_scale = __shfl_sync(~0u, is_scale(query_scale) ? query_scale : NAN, 0);
-  scales.prepare(query_scale, 1.f);
+  if (!is_scale(query_scale)) query_scale = NAN;
   {
     bool const masked = n_block < blocks.full_begin || n_block >= blocks.full_end;
-    float const scale = take_block(n_block, masked);
+    float const scale = take_block(n_block, masked, last_scale);
     softmax.template exponentiate<0, 1>(tSrS, scale);
     release_query(n_block);
     convert();
   }
   --n_block;
 
-  auto const add_out = [&] {
-    warpgroup_wait<0>();
-    add_step();
-  };
-
   // S of block n, and P V of block n + 1.
   auto const step = [&](auto masked) {
+    rescale_out();
     wait_step();
-    turns.wait();
-    if constexpr (Traits::kBesideOut) issue_scores();
-    if constexpr (!Traits::kTwoLevels) rescale_out();
-    issue_out();
-    keep_factor();
-    if constexpr (!Traits::kBesideOut) {
+    BlockScale const block_scale = storage.scale[position.stage];
+    if constexpr (Traits::kBesideOut) {
+      issue_scores();
+      issue_out();
+      warpgroup_wait<1>();
+    } else {
+      issue_out();
       add_out();
       issue_scores();
+      warpgroup_wait<0>();
     }
-    turns.pass();
-    warpgroup_wait<Traits::kBesideOut ? 1 : 0>();
     warpgroup_fence_operand(tSrS);
     if constexpr (!Traits::kBesideOut) release_step();
-    if (n_block % 32 == 31) {
-      float const value_behind = __shfl_sync(~0u, scales.value, 0);
-      scales = next;
-      scales.prepare(query_scale, value_behind);
-      next = BlockScales{params, batch, head_k, n_block / 32 - 1};
-    }
-    float const scale = take_block(n_block, decltype(masked)::value);
+    float const scale = take_block(n_block, decltype(masked)::value, block_scale);
     softmax.template exponentiate<0, 2>(tSrS, scale);
     release_query(n_block);
     if constexpr (Traits::kBesideOut) {
@@ -216,24 +227,36 @@ CUTLASS_DEVICE void mma(Traits<kHeadDim>, Params const& params, Storage& storage
     convert();
   };
   while (n_block >= blocks.begin) {
-    if (n_block < blocks.full_end) {
-      for (; n_block >= blocks.full_begin; --n_block) step(false_type{});
+    // To the block after whose scores O is put away; asked in every step that would cost 4 %.
+    constexpr int kSteps = Traits::kSumInMemory ? Traits::kStepsOfSum : 1 << 30;
+    int const last = max(n_block / kSteps * kSteps, blocks.begin);
+    while (n_block >= last) {
+      if (n_block < blocks.full_end) {
+        for (int const end = max(last, blocks.full_begin); n_block >= end; --n_block) {
+          step(false_type{});
+        }
+      }
+      if (n_block >= last) {
+        step(true_type{});
+        --n_block;
+      }
     }
-    if (n_block >= blocks.begin) {
-      step(true_type{});
-      --n_block;
+    if constexpr (Traits::kSumInMemory) {
+      if (n_block >= blocks.begin) put_away();
     }
   }
 
-  if constexpr (!Traits::kTwoLevels) rescale_out();
+  rescale_out();
   wait_step();
   issue_out();
-  keep_factor();
   add_out();
   release_step();
-  float const value_scale = __shfl_sync(~0u, scales.value, blocks.begin % 32);
+  skip_steps(blocks.begin - work.blocks.begin);
+  if constexpr (Traits::kSumInMemory) {
+    if (summed) add_sums();
+  }
   CUTLASS_PRAGMA_UNROLL
-  for (int i = 0; i < size(tOrO); ++i) tOrO(i) *= value_scale;
+  for (int i = 0; i < size(tOrO); ++i) tOrO(i) *= out_unit;
   CUTLASS_PRAGMA_UNROLL
   for (int row = 0; row < kRowsPerThread; ++row) softmax.row_max[row] -= kShift;
 }

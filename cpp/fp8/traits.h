@@ -17,26 +17,44 @@ struct Params : fwd::Params {  // value is V^T: [b, k, v, s], keys in the order 
   bool out_fp16;
 };
 
+// What a step needs to know of its block of keys.
+struct BlockScale {
+  float key;
+  float value;
+  float ratio;  // of the value scale of the block behind to this one's
+};
+
+struct Work : fwd::Work {
+  BlockRange own;  // those of the tile's blocks that the warpgroup's 64 rows see
+};
+
 template <int kHeadDim_>
 struct Traits {
   using Params = fp8::Params;
+  using Work = fp8::Work;
   using Softmax = fp8::Softmax;
   using Element = cutlass::float_e4m3_t;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kHeadDimV = kHeadDim_;
-  // Where the registers suffice, S of a step is computed beside P V of the one before. A narrow O
-  // leaves them to a third warpgroup instead, each of whose GEMMs waits for the last.
-  static constexpr int kConsumerWarpgroups = kHeadDim <= 64 ? 3 : 2;
+  // Three warpgroups hide each other's waits: each computes P V, then S, then the softmax. A wide O
+  // leaves registers for two; they compute S of a step beside P V of the one before.
+  static constexpr int kConsumerWarpgroups = kHeadDim <= 128 ? 3 : 2;
   static constexpr bool kBesideOut = kConsumerWarpgroups == 2;
   static constexpr bool kPingPong = false;  // no gain (README.md)
   static constexpr int kBlockM = 64 * kConsumerWarpgroups;
   static constexpr int kBlockN = kBlock;  // a step has one scale, and so has a warpgroup's Q
   static constexpr bool kOutOverValue = false;
-  static constexpr int kStages = kHeadDim <= 128 ? 4 : 2;  // of K and the V of the block after it
+  static constexpr int kStages = kHeadDim <= 64 ? 4 : kHeadDim <= 128 ? 3 : 2;  // of K and V
   static constexpr int kWorkStages = 1;
-  // wgmma adds 8-bit products with few bits more than they have: what a step adds to O is summed by
-  // itself and added to O in fp32, where the registers suffice.
-  static constexpr bool kTwoLevels = kHeadDim <= 128;
+
+  // wgmma adds 8-bit products with few bits more than they have, so a long sum must not be left to
+  // it. What a step adds to O is summed by itself and added in fp32, where the registers suffice;
+  // or every 32 steps O is added to a sum in shared memory, where that suffices.
+  static constexpr bool kSumInRegisters = kHeadDim <= 64;
+  static constexpr bool kSumInMemory = kHeadDim == 128;
+  static constexpr int kStepsOfSum = 32;
+  static_assert(!kSumInRegisters || !kBesideOut, "update_max() overwrites what O is rescaled by");
+  static constexpr bool kOwnBlocks = true;  // a warpgroup leaves out what its rows do not see
 
   static constexpr int kConsumerThreads = kConsumerWarpgroups * 128;
   static constexpr int kThreads = 128 + kConsumerThreads;
@@ -45,6 +63,7 @@ struct Traits {
 
   static constexpr int kSlab = slab8(kHeadDim);
   static constexpr int kSlabV = slab(kHeadDim);  // of the output, 16 bits
+  static constexpr int kOutRows = 64;            // a warpgroup's part is contiguous
 
   using Warpgroups = Layout<Shape<Int<kConsumerWarpgroups>, _1, _1>>;
   using MmaQK = decltype(make_tiled_mma(
@@ -65,7 +84,8 @@ struct Traits {
   }
 
   static constexpr int kSizeQ = kBlockM * kHeadDim;
-  static constexpr int kSizeK = kBlockN * kHeadDim;  // of one stage; and of V
+  static constexpr int kSizeK = kBlockN * kHeadDim;                        // of one stage; and of V
+  static constexpr int kSizeOut = 64 * kHeadDim * (kSumInMemory ? 4 : 2);  // bytes, of a warpgroup
 
   struct ConsumerState {  // positions, kept from tile to tile
     PipelineState<kStages> step;
@@ -77,12 +97,15 @@ struct Traits {
     alignas(1024) uint8_t query[kSizeQ];
     alignas(1024) uint8_t key[kStages * kSizeK];
     alignas(1024) uint8_t value[kStages * kSizeK];
-    alignas(1024) uint16_t own_out[kBlockM * kHeadDim];
+    alignas(1024) uint8_t own_out[kConsumerWarpgroups * kSizeOut];
     FullBarrier query_full[kConsumerWarpgroups];
     EmptyBarrier query_empty[kConsumerWarpgroups];
     Pipeline<kStages> step_pipeline;  // K of a block, and V of the one after it
     Pipeline<kWorkStages> work_pipeline;
     fwd::Work work[kWorkStages];
+    BlockRange own_blocks[kWorkStages][kConsumerWarpgroups];
+    BlockScale scale[kStages];  // of the block whose K is in the stage
+    float2 sums_exponent[kSumInMemory ? kConsumerThreads : 1];
 
     CUTLASS_DEVICE void init_barriers() {
       constexpr int kConsumerWarps = kConsumerWarpgroups * 4;
@@ -95,7 +118,17 @@ struct Traits {
       cutlass::arch::fence_barrier_init();
     }
 
-    CUTLASS_DEVICE uint16_t* out() { return own_out; }
+    CUTLASS_DEVICE Work work_of(int stage, int warpgroup) const {
+      return {work[stage], own_blocks[stage][warpgroup]};
+    }
+
+    // A warpgroup's output, and before it its sums (kSumInMemory).
+    CUTLASS_DEVICE uint16_t* out(int warpgroup) {
+      return reinterpret_cast<uint16_t*>(own_out + warpgroup * kSizeOut);
+    }
+    CUTLASS_DEVICE float4* sums(int warpgroup) {
+      return reinterpret_cast<float4*>(own_out + warpgroup * kSizeOut);
+    }
   };
   static_assert(sizeof(SharedStorage) <= 227 * 1024);
 };

@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(kThreads)
   int const block = rest % params.num_blocks;
   int const batch = rest / params.num_blocks;
   int const length = params.mask.length_k(batch);
-  // Rows that see a block without a scale are NaN by its scores (mma.h); others must not be.
+  // Rows that see a block without a scale are NaN by its scores (load.h); others must not be.
   float const scale =
       params.scale[(int64_t{batch} * params.num_blocks + block) * params.num_heads + head];
   bool const valid = is_scale(scale);

@@ -51,7 +51,7 @@ CUTLASS_DEVICE void store(typename Traits::Params const& params,
     }
   } else {
     uint32_t const barrier = barrier_id(NamedBarrier::kOutOfWarpgroup0, warpgroup);
-    uint16_t* const smem = storage.out() + warpgroup * 64 * Traits::kSlabV;
+    uint16_t* const smem = storage.out(warpgroup);
     if constexpr (Traits::kOutOverValue) {
       cutlass::arch::NamedBarrier::sync(Traits::kConsumerThreads,
                                         barrier_id(NamedBarrier::kValueRead));
@@ -60,13 +60,13 @@ CUTLASS_DEVICE void store(typename Traits::Params const& params,
       if (thread == 0) tma_store_wait<0>();
       cutlass::arch::NamedBarrier::sync(128, barrier);
     }
-    // `smem` is the warpgroup's part: the tile's rows are a stride there, its own are 64.
-    stage_packed<Traits::kBlockM, Traits::kHeadDimV, Traits::kSlabV>(
+    // `smem` is the warpgroup's part, of 64 rows; from slab to slab it is kOutRows.
+    stage_packed<Traits::kOutRows, Traits::kHeadDimV, Traits::kSlabV>(
         Traits::packed_out(params, tOrO), smem, thread / 32 * 16);
     tma_store_fence();
     cutlass::arch::NamedBarrier::sync(128, barrier);
     if (thread == 0) {
-      tma_store_rows<Traits::kBlockM, Traits::kHeadDimV, Traits::kSlabV>(
+      tma_store_rows<Traits::kOutRows, Traits::kHeadDimV, Traits::kSlabV>(
           params.out, smem, tile.m_block * Traits::kBlockM + warpgroup * 64, tile.head, tile.batch);
       tma_store_arrive();
     }

@@ -23,7 +23,7 @@ CUTLASS_DEVICE void consume(typename Traits::Params const& params,
   turns.start();
   for (;; state.work.advance()) {
     storage.work_pipeline.full[state.work.stage].wait(state.work.phase);
-    Work const work = storage.work[state.work.stage];
+    auto const work = storage.work_of(state.work.stage, warpgroup);
     __syncwarp();
     if (threadIdx.x % 32 == 0) storage.work_pipeline.empty[state.work.stage].arrive();
     if (work.last) break;

@@ -21,16 +21,33 @@ CUTLASS_DEVICE void schedule(Params const& params, typename Traits::SharedStorag
     work.last = index >= num_tiles;
     if (!work.last) {
       work.tile = params.order(index);
-      IntervalHull hull;
-      CUTLASS_PRAGMA_UNROLL
-      for (int row = 0; row < Traits::kBlockM; row += 32) {
+      auto const add_row = [&](IntervalHull& hull, int row) {
         hull.add(params.mask.row_interval(work.tile.batch,
                                           work.tile.m_block * Traits::kBlockM + row + lane));
+      };
+      auto const blocks_of = [&](IntervalHull const& hull) {
+        BlockRange blocks = hull.blocks(Traits::kBlockN);
+        // The soft cap is applied where the mask is: every block takes that way.
+        if (params.cap_scale != 0.f) blocks.full_end = blocks.full_begin;
+        return blocks;
+      };
+      IntervalHull hull;
+      if constexpr (Traits::kOwnBlocks) {  // of each warpgroup
+        CUTLASS_PRAGMA_UNROLL
+        for (int warpgroup = 0; warpgroup < Traits::kConsumerWarpgroups; ++warpgroup) {
+          IntervalHull own;
+          add_row(own, warpgroup * 64);
+          add_row(own, warpgroup * 64 + 32);
+          own.reduce_warp();
+          if (lane == 0) storage.own_blocks[state.stage][warpgroup] = blocks_of(own);
+          hull.merge(own);
+        }
+      } else {
+        CUTLASS_PRAGMA_UNROLL
+        for (int row = 0; row < Traits::kBlockM; row += 32) add_row(hull, row);
+        hull.reduce_warp();
       }
-      hull.reduce_warp();
-      work.blocks = hull.blocks(Traits::kBlockN);
-      // The soft cap is applied where the mask is: every block takes that way.
-      if (params.cap_scale != 0.f) work.blocks.full_end = work.blocks.full_begin;
+      work.blocks = blocks_of(hull);
     }
     if (lane == 0) {
       storage.work[state.stage] = work;

@@ -26,6 +26,7 @@ struct Work {
 template <class Element_, int kHeadDim_, int kHeadDimV_, bool kFewKeys>
 struct Traits {
   using Params = fwd::Params;
+  using Work = fwd::Work;
   using Softmax = jax_fa3::Softmax;
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;
@@ -42,6 +43,7 @@ struct Traits {
   // One producer warpgroup (a warp loads, a warp schedules), then the consumers, 64 rows each.
   static constexpr int kConsumerWarpgroups = kBlockM / 64;
   static constexpr bool kPingPong = true;
+  static constexpr bool kOwnBlocks = false;  // every warpgroup visits all blocks of the tile
   static constexpr int kConsumerThreads = kConsumerWarpgroups * 128;
   static constexpr int kThreads = 128 + kConsumerThreads;
   static constexpr int kProducerRegisters = kConsumerWarpgroups == 2 ? 40 : 32;
@@ -82,6 +84,7 @@ struct Traits {
   static constexpr int kSizeK = kBlockN * kHeadDim;  // of one stage
   static constexpr int kSizeV = kBlockN * kHeadDimV;
   static constexpr int kSizeOut = kBlockM * kHeadDimV;
+  static constexpr int kOutRows = kBlockM;  // of a slab of the output
 
   // A consumer's positions in the pipelines, kept from tile to tile.
   struct ConsumerState {
@@ -119,12 +122,11 @@ struct Traits {
       cutlass::arch::fence_barrier_init();
     }
 
-    CUTLASS_DEVICE uint16_t* out() {
-      if constexpr (kOutOverValue) {
-        return value;
-      } else {
-        return own_out;
-      }
+    CUTLASS_DEVICE Work work_of(int stage, int) const { return work[stage]; }
+
+    CUTLASS_DEVICE uint16_t* out(int warpgroup) {
+      uint16_t* const tile = kOutOverValue ? value : own_out;
+      return tile + warpgroup * 64 * kSlabV;
     }
   };
   static_assert(!kOutOverValue || kSizeOut <= kStages * kSizeV);

@@ -7,9 +7,7 @@ package, and Flax, alone.
 try:
     import flax as _flax
 except ImportError as error:
-    raise ImportError(
-        "jax_fa3.flax: got no module flax, wanted Flax: pip install 'jax_fa3[flax]'"
-    ) from error
+    raise ImportError("jax_fa3.flax: got no module flax, wanted Flax: pip install flax") from error
 
 from . import linen, nnx
 from ._attention_fn import make_attention_fn

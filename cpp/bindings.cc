@@ -64,10 +64,11 @@ NB_MODULE(_C, module) {
     auto const tile = jax_fa3::fwd_tile(head_dim, head_dim_v, few_keys);
     return std::pair{tile.block_m, tile.block_n};
   });
-  module.def("bwd_workspace", [](int batch, int seqlen_q, int num_heads_q, int head_dim) {
-    auto const w = jax_fa3::bwd_workspace(batch, seqlen_q, num_heads_q, head_dim);
-    return std::tuple{w.row_stats, w.row_intervals, w.block_hulls, w.dq_accum, w.turns};
-  });
+  module.def(
+      "bwd_workspace", [](int batch, int seqlen_q, int num_heads_q, int head_dim, bool sums_dq) {
+        auto const w = jax_fa3::bwd_workspace(batch, seqlen_q, num_heads_q, head_dim, sums_dq);
+        return std::tuple{w.row_stats, w.row_intervals, w.block_hulls, w.dq_accum, w.turns};
+      });
   module.def("heads_per_section", &jax_fa3::heads_per_section);
   module.def(
       "tile_order", [](int num_m_blocks, int num_heads, int batch, int section, bool short_last) {

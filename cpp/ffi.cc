@@ -1,6 +1,8 @@
 // XLA's calls: buffers and attributes become a Problem, which is launched on XLA's stream.
 #include "ffi.h"
 
+#include <optional>
+
 #include "dispatch.h"
 #include "ffi_call.h"
 #include "plan.h"
@@ -52,7 +54,14 @@ struct BackwardInputs {
   FloatBuffer lse;
   ffi::AnyBuffer dout;
   FloatBuffer dlse;
+  std::optional<FloatBuffer> summed_dq;  // dq_accum of the call before
 };
+
+// Optional operands and results have no elements when absent.
+template <class Buffer>
+bool is_absent(Buffer const& buffer) {
+  return buffer.element_count() == 0;
+}
 
 struct Workspace {
   FloatResult row_stats;
@@ -61,9 +70,9 @@ struct Workspace {
   Int32Result turns;
 };
 
-ffi::Error check_workspace(Problem const& p, Workspace& workspace) {
-  BwdWorkspace const needed = bwd_workspace(p.batch, p.seqlen_q, p.num_heads_q,
-                                            kernel_size(p.head_dim, p.head_dim_v).head_dim);
+ffi::Error check_workspace(Problem const& p, bool sums_dq, Workspace& workspace) {
+  int const head_dim = kernel_size(p.head_dim, p.head_dim_v).head_dim;
+  BwdWorkspace const needed = bwd_workspace(p.batch, p.seqlen_q, p.num_heads_q, head_dim, sums_dq);
   auto const holds = [](auto& buffer, int64_t count) {
     return static_cast<int64_t>(buffer->element_count()) >= count;
   };
@@ -84,36 +93,45 @@ ffi::Error launch_backward(cudaStream_t stream, Inputs inputs, BackwardInputs ba
   Problem& forward = problem.forward;
   JAX_FA3_RETURN_IF_FAILED(to_problem(inputs, attributes, &forward));
   ffi::DataType const dtype = inputs.query.element_type();
-  if (!out_fits(forward, backward.out, backward.lse) ||
-      !out_fits(forward, backward.dout, backward.dlse) || backward.out.element_type() != dtype ||
-      backward.dout.element_type() != dtype) {
+  auto const& out = is_absent(backward.out) ? backward.dout : backward.out;
+  if (!out_fits(forward, out, backward.lse) || !out_fits(forward, backward.dout, backward.dlse) ||
+      out.element_type() != dtype || backward.dout.element_type() != dtype) {
     return invalid("out " + shape_of(backward.out) + ", lse " + shape_of(backward.lse) +
                    ", dout or dlse does not fit query " + shape_of(inputs.query) + " and value " +
                    shape_of(inputs.value));
   }
   auto const same_shape = [](auto const& x, auto const& y) { return shape_of(x) == shape_of(y); };
-  auto const grad_dtype = to_dtype(grads.query->element_type());
-  if (!same_shape(*grads.query, inputs.query) || !same_shape(*grads.key, inputs.key) ||
-      !same_shape(*grads.value, inputs.value) || !grad_dtype ||
-      (*grad_dtype != forward.dtype && *grad_dtype != DType::kFloat32) ||
-      grads.key->element_type() != grads.query->element_type() ||
-      grads.value->element_type() != grads.query->element_type()) {
-    return invalid("the gradients must have the operands' shapes, and their dtype or float32");
+  bool const finishes_dq = !is_absent(*grads.query);
+  auto const dkv_dtype = to_dtype(grads.key->element_type());
+  if ((finishes_dq && !same_shape(*grads.query, inputs.query)) ||
+      grads.query->element_type() != dtype || !same_shape(*grads.key, inputs.key) ||
+      !same_shape(*grads.value, inputs.value) || !dkv_dtype ||
+      (*dkv_dtype != forward.dtype && *dkv_dtype != DType::kFloat32) ||
+      grads.value->element_type() != grads.key->element_type()) {
+    return invalid(
+        "the gradients must have the operands' shapes and their dtype, those of key and value may "
+        "be float32");
+  }
+  problem.continues_dq = backward.summed_dq && !is_absent(*backward.summed_dq);
+  if (problem.continues_dq &&
+      backward.summed_dq->typed_data() != workspace.dq_accum->typed_data()) {
+    return invalid("the sum of dq must be continued where it is");
   }
   if (!is_built(forward.dtype) || kernel_size(forward.head_dim, forward.head_dim_v).head_dim == 0) {
     return not_built(forward);
   }
-  JAX_FA3_RETURN_IF_FAILED(check_workspace(forward, workspace));
+  JAX_FA3_RETURN_IF_FAILED(
+      check_workspace(forward, problem.continues_dq || !finishes_dq, workspace));
 
-  forward.out = to_operand(backward.out, 0, 0);
+  if (!is_absent(backward.out)) forward.out = to_operand(backward.out, 0, 0);
   forward.lse = backward.lse.typed_data();
   problem.dout = to_operand(backward.dout, 0, 0);
   problem.dlse = backward.dlse.typed_data();
-  int64_t const size = *grad_dtype == DType::kFloat32 ? 4 : 2;
-  problem.dquery = to_operand(*grads.query, grads.first_head_q, size);
+  if (finishes_dq) problem.dquery = to_operand(*grads.query, grads.first_head_q, 2);
+  int64_t const size = *dkv_dtype == DType::kFloat32 ? 4 : 2;
   problem.dkey = to_operand(*grads.key, grads.first_head_k, size);
   problem.dvalue = to_operand(*grads.value, grads.first_head_v, size);
-  problem.grad_dtype = *grad_dtype;
+  problem.dkv_dtype = *dkv_dtype;
   problem.row_stats = workspace.row_stats->typed_data();
   problem.row_intervals = workspace.row_intervals->typed_data();
   problem.block_hulls = workspace.block_hulls->typed_data();
@@ -128,9 +146,9 @@ ffi::Error bwd_impl(cudaStream_t stream, ffi::AnyBuffer query, ffi::AnyBuffer ke
                     ffi::AnyBuffer value, Int32Buffer query_offset, Int32Buffer query_seq_lengths,
                     Int32Buffer key_value_seq_lengths, Int32Buffer key_begin, Int32Buffer key_end,
                     ffi::AnyBuffer out, FloatBuffer lse, ffi::AnyBuffer dout, FloatBuffer dlse,
-                    AnyResult dquery, AnyResult dkey, AnyResult dvalue, FloatResult row_stats,
-                    Int32Result row_intervals, Int32Result block_hulls, FloatResult dq_accum,
-                    Int32Result turns, Attributes attributes) {
+                    FloatBuffer summed_dq, AnyResult dquery, AnyResult dkey, AnyResult dvalue,
+                    FloatResult row_stats, Int32Result row_intervals, Int32Result block_hulls,
+                    FloatResult dq_accum, Int32Result turns, Attributes attributes) {
   auto const heads_of = [](ffi::AnyBuffer const& x) {
     return x.dimensions().size() == 4 ? x.dimensions()[2] : -1;
   };
@@ -142,7 +160,7 @@ ffi::Error bwd_impl(cudaStream_t stream, ffi::AnyBuffer query, ffi::AnyBuffer ke
   return launch_backward(stream,
                          {query, key, value, query_offset, query_seq_lengths, key_value_seq_lengths,
                           key_begin, key_end},
-                         {out, lse, dout, dlse}, {dquery, dkey, dvalue, 0, 0, 0},
+                         {out, lse, dout, dlse, summed_dq}, {dquery, dkey, dvalue, 0, 0, 0},
                          {row_stats, row_intervals, block_hulls, dq_accum, turns}, attributes);
 }
 
@@ -164,7 +182,7 @@ ffi::Error bwd_packed_impl(cudaStream_t stream, ffi::AnyBuffer qkv, Int32Buffer 
   return launch_backward(
       stream,
       {qkv, qkv, qkv, query_offset, query_seq_lengths, key_value_seq_lengths, key_begin, key_end},
-      {out, lse, dout, dlse},
+      {out, lse, dout, dlse, std::nullopt},
       {dqkv, dqkv, dqkv, attributes.first_head_q, attributes.first_head_k, attributes.first_head_v},
       {row_stats, row_intervals, block_hulls, dq_accum, turns}, attributes);
 }
@@ -228,7 +246,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_fa3_bwd, jax_fa3::bwd_impl,
                               JAX_FA3_BIND.Arg<xla::ffi::AnyBuffer>()
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Arg<xla::ffi::AnyBuffer>()
-                                      JAX_FA3_MASKS JAX_FA3_COTANGENTS.Ret<xla::ffi::AnyBuffer>()
+                                      JAX_FA3_MASKS JAX_FA3_COTANGENTS.Arg<jax_fa3::FloatBuffer>()
+                                  .Ret<xla::ffi::AnyBuffer>()
                                   .Ret<xla::ffi::AnyBuffer>()
                                   .Ret<xla::ffi::AnyBuffer>()
                                       JAX_FA3_WORKSPACE.Attrs<jax_fa3::Attributes>(),

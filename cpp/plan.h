@@ -45,19 +45,23 @@ constexpr BwdTile bwd_tile(int head_dim) {
   return {64, 64, false};
 }
 
-// Elements of the backward's workspace (problem.h).
+constexpr int kBwdQueryRows = 128;  // of a tile of dQ's own kernel
+
+// Elements of the backward's workspace (problem.h); sums_dq: over several calls.
 struct BwdWorkspace {
   int64_t row_stats, row_intervals, block_hulls, dq_accum, turns;
 };
 
 constexpr BwdWorkspace bwd_workspace(int64_t batch, int64_t seqlen_q, int64_t num_heads_q,
-                                     int head_dim) {
+                                     int head_dim, bool sums_dq) {
   BwdTile const tile = bwd_tile(head_dim);
   int64_t const blocks = ceil_div(seqlen_q, tile.block_m);
   int64_t const rows = blocks * tile.block_m;
   int64_t const heads = batch * num_heads_q;
+  int64_t const summed_rows =
+      tile.fused ? rows : (sums_dq ? ceil_div(seqlen_q, kBwdQueryRows) * kBwdQueryRows : 0);
   return {heads * rows * 2, batch * rows * 2, batch * blocks * 4,
-          tile.fused ? heads * rows * bwd_width(head_dim) : 0, tile.fused ? heads * blocks : 0};
+          heads * summed_rows * bwd_width(head_dim), tile.fused ? heads * blocks : 0};
 }
 
 // Keys that a row sees at most, by the sizes and the window alone.

@@ -44,19 +44,24 @@ struct Problem {
 
 // The gradients of a Problem.
 struct BackwardProblem {
-  Problem forward;   // out and lse are read here
-  Operand dout;      // [b, t, n, v]
-  float* dlse;       // [b, n, t]
-  Operand dquery;    // [b, t, n, h], of grad_dtype, like the other two
-  Operand dkey;      // [b, s, k, h]
-  Operand dvalue;    // [b, s, k, v]
-  DType grad_dtype;  // dtype, or kFloat32 for partial results that are summed elsewhere
+  Problem forward;  // out and lse are read here; out.data null: dlse has its part in it already
+  Operand dout;     // [b, t, n, v]
+  float* dlse;      // [b, n, t]; with no out it is dlse - rowsum(dout * out)
+  // [b, t, n, h], of dtype. A sum over several calls, each with other keys, is kept in dq_accum:
+  // calls with data null leave it there, calls that continue it find it there.
+  Operand dquery;
+  bool continues_dq;  // else dq_accum is cleared
+  Operand dkey;       // [b, s, k, h], of dkv_dtype, like the other
+  Operand dvalue;     // [b, s, k, v]
+  DType dkv_dtype;    // dtype, or kFloat32 for partial results that are summed elsewhere
   // Workspace (plan.h), with m blocks of bwd_tile().block_m query rows each.
   float* row_stats;    // [b, n, m, 2, block_m]: log-sum-exp in base 2, delta
   int* row_intervals;  // [b, m, block_m, 2]: key_begin, key_end
   int* block_hulls;    // [b, m, 4]: IntervalHull of the rows
-  float* dq_accum;     // [b, n, m, block_m * head dim of the kernel], where the tile is fused
-  int* turns;          // [b, n, m], for gradients that are bit-equal from run to run, or null
+  // [b, n, m, block_m * head dim of the kernel], where the tile is fused; else, and only for a sum
+  // over several calls, [b, n, blocks of kBwdQueryRows, kBwdQueryRows * head dim of the kernel].
+  float* dq_accum;
+  int* turns;  // [b, n, m], for gradients that are bit-equal from run to run, or null
 };
 
 }  // namespace jax_fa3

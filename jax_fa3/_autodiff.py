@@ -13,8 +13,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from . import _dispatch, _ffi, _guards, _mask, _sharding, _xla
 from ._arguments import Call, Implementation
-from ._ffi import vary_together
 from ._problem import Config, Masks
+from ._varying import vary_together
 
 # What the forward leaves for the backward besides its arguments. With the jax.checkpoint policy
 # save_only_these_names(*RESIDUAL_NAMES) the forward kernel runs once, not twice.
@@ -188,7 +188,8 @@ def _plain_backward(
     config: Config, packed: Packed, operands: Operands, masks: Masks, *results: Array
 ) -> Operands:
     out, lse, dout, dlse = results
-    grads = _xla.backward(config, *_split(packed, operands), masks, lse, dout, dlse, out)
+    dq, *dkv = _xla.backward(config, *_split(packed, operands), masks, lse, dout, dlse, out)
+    grads = dq.astype(operands[0].dtype), *dkv
     if packed is not None:
         grads = (jnp.concatenate(grads, axis=2).reshape(operands[0].shape),)
     return vary_together((grads, operands))[0]  # without elements they are constants

@@ -9,7 +9,7 @@ import importlib
 import pathlib
 import re
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +17,7 @@ import numpy as np
 from jax import Array
 
 from ._problem import Config, Masks
-
-_Tree = TypeVar("_Tree")
+from ._varying import vary_as, vary_together
 
 FWD = "jax_fa3.fwd.v1"
 BWD = "jax_fa3.bwd.v1"
@@ -31,8 +30,10 @@ TARGETS = (FWD, BWD, BWD_PACKED, SEGMENT_INTERVALS, FWD_FP8, QUANTIZE)
 _UNBOUNDED = 2**62
 _FARTHEST = 2**61  # far beyond every int32 position, and sums with one still fit int64
 
-# Query rows of a backward tile: at least, and a common multiple (cpp/plan.h).
+# Of the backward (cpp/plan.h): query rows of a tile, at least, and a common multiple; the head dims
+# that it computes with, and the widest of which dq is always summed in global memory.
 _FEWEST_ROWS, _ROWS = 64, 128
+_WIDTHS, _WIDEST_FUSED = (64, 128, 192, 256), 128
 
 # What an install without kernels lowers for: the default build, (dtype, head_dim, head_dim_v).
 _HEAD_DIMS = ((64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
@@ -114,7 +115,8 @@ def fwd(
     batch, query_length = query.shape[:2]
     results = (
         jax.ShapeDtypeStruct(
-            (batch, query_length, heads[0], value.shape[3]), _result_dtype(config, query)
+            (batch, query_length, heads[0], value.shape[3]),
+            jnp.float32 if config.partial else query.dtype,
         ),
         jax.ShapeDtypeStruct((batch, heads[0], query_length), jnp.float32),
         jax.ShapeDtypeStruct((1,), jnp.int32),  # workspace: the counter of tiles
@@ -130,49 +132,70 @@ def bwd(
     key: Array,
     value: Array,
     masks: Masks,
-    out: Array,
+    out: Array | None,
     lse: Array,
     dout: Array,
     dlse: Array,
     *,
     num_heads: tuple[int, int] | None = None,
     first_head: tuple[int, int, int] = (0, 0, 0),
+    summed_dq: Array | None = None,
+    finish_dq: bool = True,
 ) -> tuple[Array, ...]:
     """The backward kernels: (dq, dk, dv), or with num_heads the gradient of the packed array alone;
-    in the operands' dtype, or fp32 if config.partial.
+    in the operands' dtype, but dk and dv in fp32 if config.partial.
 
     Args:
         query, key, value, masks, num_heads, first_head: as for fwd.
         out, lse: what fwd gave, or what was made of it, in query's dtype and fp32.
-        dout, dlse: their cotangents, in their dtypes.
+        dout, dlse: their cotangents, in their dtypes. With out None dlse is dlse - rowsum(dout * out).
+        summed_dq: what calls with other keys gave for dq without finish_dq; it is overwritten.
+        finish_dq: False for a sum of dq, as dq_sum_of says, which only such calls can read.
     """
     heads = num_heads or (query.shape[2], key.shape[2])
-    batch, query_length = query.shape[:2]
-    operands = (query, key, value) if num_heads is None else (query,)
-    grads = [jax.ShapeDtypeStruct(x.shape, _result_dtype(config, x)) for x in operands]
-    # Rows of whole tiles, of whichever height.
-    rows = (query_length + _ROWS - 1) // _ROWS * _ROWS
-    width = _summed_width(query.dtype.name, query.shape[3], value.shape[3])
+    packed = num_heads is not None
+    operands = (query,) if packed else (query, key, value)
+    dtypes = query.dtype, *[jnp.float32 if config.partial else query.dtype] * 2
+    grads = [jax.ShapeDtypeStruct(x.shape, d) for x, d in zip(operands, dtypes, strict=False)]
+    if not finish_dq:
+        grads[0] = jax.ShapeDtypeStruct((0,), query.dtype)
+    dq_sum = dq_sum_of(query, heads[0], value)
+    batch, _, rows, width = dq_sum.shape
+    if width > _WIDEST_FUSED and finish_dq and summed_dq is None:
+        dq_sum = jax.ShapeDtypeStruct((batch, heads[0], rows, 0), jnp.float32)
     turns = batch * heads[0] * rows // _FEWEST_ROWS if config.deterministic_backward else 0
     workspace = (  # cpp/problem.h
         jax.ShapeDtypeStruct((batch, heads[0], rows, 2), jnp.float32),  # log-sum-exp, delta
         jax.ShapeDtypeStruct((batch, rows, 2), jnp.int32),  # key intervals
         jax.ShapeDtypeStruct((batch, rows // _FEWEST_ROWS, 4), jnp.int32),  # their hulls
-        jax.ShapeDtypeStruct((batch, heads[0], rows, width), jnp.float32),  # the sum of dq
+        dq_sum,
         jax.ShapeDtypeStruct((turns,), jnp.int32),
     )
-    results = custom_call(
-        BWD if num_heads is None else BWD_PACKED,
-        (*grads, *workspace),
-        attributes_of(config, heads, first_head),
-        *operands,
-        *mask_operands(masks),
-        out,
-        lse,
-        dout,
-        dlse,
+    out = jnp.zeros(0, query.dtype) if out is None else out
+    call = *operands, *mask_operands(masks), out, lse, dout, dlse
+    results, attributes = (*grads, *workspace), attributes_of(config, heads, first_head)
+    if packed:
+        return tuple(custom_call(BWD_PACKED, results, attributes, *call)[:1])
+    aliases = {} if summed_dq is None else {len(call): len(results) - 2}
+    call += (jnp.zeros(0, jnp.float32) if summed_dq is None else summed_dq,)
+    dq, dk, dv, *_, dq_sum, _ = custom_call(BWD, results, attributes, *call, aliases=aliases)
+    return dq if finish_dq else dq_sum, dk, dv
+
+
+def dq_sum_of(query: Array, num_heads: int, value: Array) -> jax.ShapeDtypeStruct:
+    """The fp32 sum of dq in global memory, in an order of the kernel's own: [B, N, rows of whole
+    tiles, of whichever height, the head dim that the kernel computes with]."""
+    batch, length, _, head_dim = query.shape
+    sizes = head_dim, value.shape[3]
+    fits = (
+        h
+        for name, h, v in kernels()
+        if name == query.dtype.name and h >= sizes[0] and v >= sizes[1]
     )
-    return tuple(results[: len(grads)])
+    kernel = next(fits, max(sizes))  # an install without kernels can lower, too
+    width = next((width for width in _WIDTHS if width >= kernel), kernel)
+    rows = (length + _ROWS - 1) // _ROWS * _ROWS
+    return jax.ShapeDtypeStruct((batch, num_heads, rows, width), jnp.float32)
 
 
 def segment_intervals(
@@ -185,16 +208,18 @@ def segment_intervals(
     return key_begin, key_end
 
 
-def _result_dtype(config: Config, operand: Array) -> Any:
-    return jnp.float32 if config.partial else operand.dtype
-
-
 def custom_call(
-    target: str, results: Any, attributes: dict[str, Any], *operands: Array
+    target: str,
+    results: Any,
+    attributes: dict[str, Any],
+    *operands: Array,
+    aliases: dict[int, int] | None = None,
 ) -> list[Array]:
+    """aliases: operands, by their place, that become results where they are."""
     varying = vary_together(operands)
-    found = jax.ffi.ffi_call(target, results)(*varying, **attributes)
-    return [_vary(x, _varying(varying[0])) for x in found]
+    call = jax.ffi.ffi_call(target, results, input_output_aliases=aliases)
+    found = call(*varying, **attributes)
+    return [vary_as(x, varying[0]) for x in found]
 
 
 def mask_operands(masks: Masks) -> list[Array]:
@@ -219,30 +244,5 @@ def attributes_of(
     }
 
 
-def _summed_width(dtype: str, head_dim: int, head_dim_v: int) -> int:
-    """Columns of the fp32 sum of dq in global memory; wide heads have a kernel without one."""
-    fits = (h for name, h, v in kernels() if name == dtype and h >= head_dim and v >= head_dim_v)
-    kernel = next(fits, max(head_dim, head_dim_v))  # an install without kernels can lower, too
-    return 0 if kernel > 128 else 64 if kernel <= 64 else 128
-
-
 def _window_attribute(distance: int | None) -> int:
     return _UNBOUNDED if distance is None else min(max(distance, -_FARTHEST), _FARTHEST)
-
-
-def vary_together(arrays: _Tree) -> _Tree:
-    """The arrays of a pytree, each varying over all mesh axes of shard_map that any varies over.
-
-    A custom call demands it of its operands. In front of a custom_vjp it keeps gradients right: the
-    transpose of this promotion is the sum over the devices among which an operand is replicated.
-    """
-    axes = frozenset[Any]().union(*map(_varying, jax.tree.leaves(arrays)))
-    return jax.tree.map(lambda x: _vary(x, axes), arrays)
-
-
-def _vary(x: Array, axes: frozenset[Any]) -> Array:
-    return jax.lax.pcast(x, tuple(sorted(axes - _varying(x))), to="varying")
-
-
-def _varying(x: Array) -> frozenset[Any]:
-    return jax.typeof(x).manual_axis_type.varying

@@ -18,8 +18,8 @@ from jax import Array
 from . import _dispatch, _ffi
 from ._arguments import Implementation, parse_masks
 from ._checks import Integers, natural, wrong
-from ._ffi import vary_together
 from ._problem import Masks, Sizes, Window
+from ._varying import vary_together
 
 INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1
 

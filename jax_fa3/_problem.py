@@ -27,8 +27,9 @@ class Config:
     window: row i sees key j only if i + query_offset - left <= j <= i + query_offset + right;
     None is unbounded. is_causal, local_window_size and a static query_offset are folded in as
     Python integers of any size.
-    partial: the keys are only a part of those that the rows see. Results, out or gradients, are fp32,
-    to be summed elsewhere; what the backward is given of the forward, out and lse, is of all keys.
+    partial: the keys are only a part of those that the rows see, or the rows of those that see the
+    keys. Results that are summed elsewhere, out, dk and dv, are fp32; what the backward is given of
+    the forward, out and lse, is of all keys.
     """
 
     scale: float

@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from cases import Case
 from helpers import Results, with_gradients
@@ -12,7 +13,12 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jax_fa3 import context_parallel
+import jax_fa3
+from jax_fa3 import _mask, context_parallel
+from jax_fa3._problem import Config, Masks
+from jax_fa3.context_parallel import _steps
+from jax_fa3.context_parallel._layout import Layout
+from jax_fa3.context_parallel._masks import of_one_part
 
 MESHES = {"sequence": 8, "batch": (2, 4), "heads": (2, 2, 2), "two": 2, "three": 3, "four": 4}
 AXES = {
@@ -110,3 +116,47 @@ class Split:
             return with_gradients(attention, cotangents, *inputs)
 
         return call(case.cotangents(dtype), case.inputs(dtype))
+
+
+def in_steps(
+    case: Case,
+    parts: int,
+    implementation: Any,
+    inputs: tuple[Array, Array, Array],
+    cotangents: tuple[Array, Array],
+    *,
+    deterministic: bool = False,
+) -> Results:
+    """The case's results as the ring has them, on one device, with the keys in equal parts: the last
+    first."""
+    query, key, value = inputs
+    config = Config(case.scale or case.H**-0.5, (None, None), case.logits_soft_cap, deterministic)
+    masks, layout, length = _all_masks(case), Layout("", parts, zigzag=False), case.S // parts
+    steps = [
+        (
+            (query, *(x[:, part * length : (part + 1) * length] for x in (key, value))),
+            of_one_part(layout, masks, jnp.int32(part), length),
+        )
+        for part in reversed(range(parts))
+    ]
+    whole: Any = {"return_residual": True, "implementation": implementation}
+    out, lse = jax_fa3.dot_product_attention(*inputs, **case.arguments, **whole)
+    dout, dlse = cotangents
+    dlse = dlse - (dout.astype(jnp.float32) * out).sum(-1)
+    rows = jnp.swapaxes(lse, 1, 2), dout, jnp.swapaxes(dlse, 1, 2)
+    config = dataclasses.replace(config, partial=True)
+    dq, dkv = None, []
+    for i, operands in enumerate(steps):
+        is_last = i + 1 == parts
+        dq, *dpart = _steps.backward(implementation, config, is_last, *operands, *rows, dq)
+        dkv.insert(0, dpart)
+    dk, dv = (jnp.concatenate(x, axis=1).astype(query.dtype) for x in zip(*dkv, strict=True))
+    return Results(out, lse, dq, dk, dv)
+
+
+def _all_masks(case: Case) -> Masks:
+    """In key_begin and key_end; and the lengths, for what stands past them must not be read."""
+    begin, end = _mask.key_intervals(case.T, case.S, batch=case.B, **case.mask)
+    names = "query_seq_lengths", "key_value_seq_lengths"
+    lengths = {name: jnp.asarray(case.mask[name]) for name in names if name in case.mask}
+    return Masks(key_begin=begin, key_end=end, **lengths)

@@ -1,5 +1,6 @@
 """The custom calls as they are lowered, and registration. What the handlers do: test_gpu_*."""
 
+import functools
 import math
 import re
 import types
@@ -86,6 +87,29 @@ def test_bwd_operands_and_results(deterministic):
     assert f"-> ({made})" in text
 
 
+@pytest.mark.parametrize(("dim", "width"), [(40, 64), (128, 128), (192, 192)])
+def test_bwd_of_parts_of_the_keys(dim, width):
+    """dk and dv in fp32. The sum of dq stays in the workspace, where the next call continues it."""
+    config = Config(0.5, (None, None), None, False, partial=True)
+    q, kv, lse = struct(B, T, N, dim), struct(B, S, K, dim), struct(B, N, T, dtype=jnp.float32)
+
+    def backward(q, k, v, *rows):
+        call = functools.partial(_ffi.bwd, config, q, k, v, Masks(), None, *rows)
+        return call(summed_dq=call(finish_dq=False)[0])
+
+    text = lower(backward, q, kv, kv, lse, q, lse)
+    assert operations(text) == {"custom_call", "output_operand_alias", "broadcast_in_dim"}
+    summed = f"tensor<2x4x128x{width}xf32>"
+    calls = re.findall(r"custom_call @jax_fa3.bwd.v1\(.*?: \((.*?)\) -> \((.*?)\)\n", text)
+    operands, results = ([x.split(", ") for x in group] for group in zip(*calls, strict=True))
+    assert [x[8] for x in operands] == ["tensor<0xbf16>"] * 2  # out
+    assert [x[12] for x in operands] == ["tensor<0xf32>", summed]
+    assert [x[0] for x in results] == ["tensor<0xbf16>", f"tensor<2x16x4x{dim}xbf16>"]
+    assert all(x[1:3] == [f"tensor<2x24x2x{dim}xf32>"] * 2 and x[6] == summed for x in results)
+    aliases = r"output_tuple_indices = \[6\], operand_index = 12"
+    assert len(re.findall(aliases, text)) == text.count("output_operand_alias<") == 1
+
+
 def test_bwd_of_packed_is_one_gradient():
     qkv = struct(B, T, N + 2 * K, H)
     results = struct(B, T, N, H), struct(B, N, T, dtype=jnp.float32)
@@ -103,13 +127,14 @@ def test_bwd_of_packed_is_one_gradient():
 @pytest.mark.skipif(_ffi._C is None or not _ffi._C.kernels(), reason="no kernels in this install")
 @pytest.mark.parametrize("head_dim", [8, 64, 72, 96, 128, 160, 192, 256])
 @pytest.mark.parametrize("length", [0, 1, 63, 64, 65, 129, 4096])
-def test_bwd_workspace_is_large_enough(head_dim, length):
+@pytest.mark.parametrize("finish_dq", [True, False])
+def test_bwd_workspace_is_large_enough(head_dim, length, finish_dq):
     config = Config(0.5, (None, None), None, True)
     q, lse = struct(B, length, N, head_dim), struct(B, N, length, dtype=jnp.float32)
     kv = struct(B, S, K, head_dim)
 
     def backward(q, k, v, *results):
-        return _ffi.bwd(config, q, k, v, Masks(), *results)
+        return _ffi.bwd(config, q, k, v, Masks(), *results, finish_dq=finish_dq)
 
     text = lower(backward, q, kv, kv, q, lse, q, lse)
     made = re.findall(r"tensor<([\dx]+)x(?:f32|i32)>", text[text.rindex("-> (") :])
@@ -117,7 +142,7 @@ def test_bwd_workspace_is_large_enough(head_dim, length):
     built = [(h, v) for name, h, v in _ffi.kernels() if name == "bfloat16"]
     kernel = next(h for h, v in built if h >= head_dim and v >= head_dim)
     assert _ffi._C is not None
-    needed = _ffi._C.bwd_workspace(B, length, N, kernel)
+    needed = _ffi._C.bwd_workspace(B, length, N, kernel, not finish_dq)
     assert all(x >= y for x, y in zip(sizes, needed, strict=True))
 
 

@@ -18,7 +18,7 @@ struct QueryTraits {
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kHeadDimV = kHeadDimV_;
-  static constexpr int kBlockM = 128;
+  static constexpr int kBlockM = kBwdQueryRows;
   static constexpr int kBlockN = 64;
   static constexpr int kStages = 2;                               // of K
   static constexpr int kStagesV = kHeadDim > 192 ? 1 : 2;         // of V: there is no room for more
@@ -237,13 +237,27 @@ CUTLASS_DEVICE void consume_dq(Params const& params, typename Traits::SharedStor
   }
 
   mark_broken_rows(params.mask, tile.batch, row, tdQ);
+  if (params.continues_dq || !params.finishes_dq) {
+    int64_t const head = int64_t{tile.batch} * params.num_heads_q + tile.head;
+    int64_t const index = head * params.dq_order.num_m_blocks + tile.m_block;
+    float4* const sum =
+        summed_by_thread(params.dq_accum + index * Traits::kSizeQ + warpgroup * Traits::kSizeQ / 2);
+    if (params.continues_dq) add_sum(sum, tdQ);
+    if (!params.finishes_dq) {
+      CUTLASS_PRAGMA_UNROLL
+      for (int i = 0; i < size(tdQ); i += 4) {
+        sum[i / 4 * 128] = float4{tdQ(i), tdQ(i + 1), tdQ(i + 2), tdQ(i + 3)};
+      }
+      return;
+    }
+  }
   // dQ takes the place of Q, of which a warpgroup reads just its own rows.
   BarrierId const barrier = barrier_id(NamedBarrier::kGradOfWarpgroup0, warpgroup);
   cutlass::arch::NamedBarrier::sync(128, barrier);
-  store_grad<Element, kBlockM, Traits::kHeadDim>(
-      tdQ, params.softmax_scale, params.dquery, params.dquery_fp32, params.grads_fp32,
-      storage.query, warpgroup * 64, tile.m_block * kBlockM, tile.head, tile.batch,
-      params.mask.seqlen_q, params.head_dim, barrier);
+  store_grad<Element, kBlockM, Traits::kHeadDim>(tdQ, params.softmax_scale, params.dquery,
+                                                 Operand{}, false, storage.query, warpgroup * 64,
+                                                 tile.m_block * kBlockM, tile.head, tile.batch,
+                                                 params.mask.seqlen_q, params.head_dim, barrier);
 }
 
 template <class Traits>

@@ -41,11 +41,11 @@ CUTLASS_DEVICE void consume_fused(Params const& params, typename Traits::SharedS
   BarrierId const barrier = barrier_id(NamedBarrier::kGradOfWarpgroup0, warpgroup);
   int const rows = params.mask.seqlen_k;
   store_grad<Element, kBlockN, Traits::kHeadDimV>(
-      tdV, 1.f, params.dvalue, params.dvalue_fp32, params.grads_fp32, storage.value, warpgroup * 64,
+      tdV, 1.f, params.dvalue, params.dvalue_fp32, params.dkv_fp32, storage.value, warpgroup * 64,
       tile.m_block * kBlockN, tile.head, tile.batch, rows, params.head_dim_v, barrier);
   cutlass::arch::NamedBarrier::sync(Traits::kConsumerThreads, barrier_id(NamedBarrier::kKeysRead));
   store_grad<Element, kBlockN, Traits::kHeadDim>(tdK, params.softmax_scale, params.dkey,
-                                                 params.dkey_fp32, params.grads_fp32, storage.key,
+                                                 params.dkey_fp32, params.dkv_fp32, storage.key,
                                                  warpgroup * 64, tile.m_block * kBlockN, tile.head,
                                                  tile.batch, rows, params.head_dim, barrier);
 }

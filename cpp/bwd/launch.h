@@ -34,13 +34,17 @@ cudaError_t make_params(BackwardProblem const& problem, Params* params) {
   JAX_FA3_RETURN_IF_ERROR(map(&params->dout, problem.dout, false, true, kBlockM));
   JAX_FA3_RETURN_IF_ERROR(map(&params->key, p.key, true, false, kBlockN));
   JAX_FA3_RETURN_IF_ERROR(map(&params->value, p.value, true, true, kBlockN));
-  params->grads_fp32 = problem.grad_dtype == DType::kFloat32;
-  if (params->grads_fp32) {
-    params->dquery_fp32 = problem.dquery;
+  params->continues_dq = problem.continues_dq;
+  params->finishes_dq = problem.dquery.data != nullptr;
+  params->dkv_fp32 = problem.dkv_dtype == DType::kFloat32;
+  // Gradients are stored by warpgroups, 64 rows each.
+  if (params->finishes_dq) {
+    JAX_FA3_RETURN_IF_ERROR(map(&params->dquery, problem.dquery, false, false, 64));
+  }
+  if (params->dkv_fp32) {
     params->dkey_fp32 = problem.dkey;
     params->dvalue_fp32 = problem.dvalue;
-  } else {  // stored by warpgroups, 64 rows each
-    JAX_FA3_RETURN_IF_ERROR(map(&params->dquery, problem.dquery, false, false, 64));
+  } else {
     JAX_FA3_RETURN_IF_ERROR(map(&params->dkey, problem.dkey, true, false, 64));
     JAX_FA3_RETURN_IF_ERROR(map(&params->dvalue, problem.dvalue, true, true, 64));
   }
@@ -110,6 +114,7 @@ cudaError_t launch(BackwardProblem const& problem, cudaStream_t stream) {
   JAX_FA3_RETURN_IF_ERROR(launch_if_any(bwd_kernel<Main>, params.order.num_tiles(), Main::kThreads,
                                         sizeof(typename Main::SharedStorage), params, stream));
   if constexpr (Main::kFused) {
+    if (!params.finishes_dq) return cudaSuccess;
     return launch_if_any(postprocess_kernel<Main>, blocks, Main::kConsumerThreads, 0, params,
                          stream);
   } else {

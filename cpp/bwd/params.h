@@ -10,20 +10,24 @@
 namespace jax_fa3::bwd {
 
 struct Params {
-  CUtensorMap query;                 // [b, t, n, h]
-  CUtensorMap key;                   // [b, s, k, h]
-  CUtensorMap value;                 // [b, s, k, v]
-  CUtensorMap dout;                  // [b, t, n, v]
-  CUtensorMap dquery, dkey, dvalue;  // unused where grads_fp32
-  Operand out, dout_rows;            // read by preprocess, row by row
-  Operand dquery_fp32, dkey_fp32, dvalue_fp32;
-  bool grads_fp32;
+  CUtensorMap query;         // [b, t, n, h]
+  CUtensorMap key;           // [b, s, k, h]
+  CUtensorMap value;         // [b, s, k, v]
+  CUtensorMap dout;          // [b, t, n, v]
+  CUtensorMap dquery;        // unused where the sum is left in dq_accum
+  CUtensorMap dkey, dvalue;  // unused where dkv_fp32
+  Operand out, dout_rows;    // read by preprocess, row by row; no out: delta is -dlse
+  Operand dkey_fp32, dvalue_fp32;
+  bool dkv_fp32;
+  bool continues_dq;    // dq_accum holds the sum of other calls
+  bool finishes_dq;     // else it is left there
   float const* lse;     // [b, n, t]
   float const* dlse;    // [b, n, t]
   float* row_stats;     // [b, n, m, 2, block_m]
   int2* row_intervals;  // [b, m, block_m]
   int4* block_hulls;    // [b, m]
-  float* dq_accum;      // [b, n, m, block_m * kHeadDim], in the order of the accumulators
+  float* dq_accum;      // [b, n, m, block_m * kHeadDim], in the order of the accumulators; m and
+                        // block_m of the main kernel where that is fused, else of dQ's own
   int* turns;           // [b, n, m] or null: dQ is summed in any order
   Mask mask;
   TileOrder order;     // of the main kernel: blocks of keys, KV heads

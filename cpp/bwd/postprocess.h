@@ -18,6 +18,24 @@ CUTLASS_DEVICE void mark_broken_rows(Mask const& mask, int batch, int row, Fragm
   }
 }
 
+// The thread's elements of its warpgroup's part of a tile in dq_accum: all threads' first 16 bytes,
+// then their next.
+CUTLASS_DEVICE float4* summed_by_thread(float* part) {
+  return reinterpret_cast<float4*>(part) + threadIdx.x % 128;
+}
+
+template <class Fragment>
+CUTLASS_DEVICE void add_sum(float4 const* sum, Fragment& grad) {
+  CUTLASS_PRAGMA_UNROLL
+  for (int i = 0; i < size(grad); i += 4) {
+    float4 const vector = sum[i / 4 * 128];
+    grad(i) += vector.x;
+    grad(i + 1) += vector.y;
+    grad(i + 2) += vector.z;
+    grad(i + 3) += vector.w;
+  }
+}
+
 // One CTA per block of query rows and head, its threads where those of the main kernel were.
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kConsumerThreads)
@@ -31,17 +49,11 @@ __global__ void __launch_bounds__(Traits::kConsumerThreads)
   int const warpgroup = threadIdx.x / 128;
 
   Tensor grad = make_tensor<float>(Int<Traits::kSizeQ / Traits::kConsumerThreads>{});
-  auto const* const sum = reinterpret_cast<float4 const*>(
-      params.dq_accum + params.m_block_index(batch, head, m_block) * Traits::kSizeQ +
-      warpgroup * Traits::kSizeQ / 2);
-  CUTLASS_PRAGMA_UNROLL
-  for (int i = 0; i < size(grad); i += 4) {
-    float4 const vector = sum[i / 4 * 128 + threadIdx.x % 128];
-    grad(i) = vector.x;
-    grad(i + 1) = vector.y;
-    grad(i + 2) = vector.z;
-    grad(i + 3) = vector.w;
-  }
+  clear(grad);
+  add_sum(summed_by_thread(params.dq_accum +
+                           params.m_block_index(batch, head, m_block) * Traits::kSizeQ +
+                           warpgroup * Traits::kSizeQ / 2),
+          grad);
   // The warpgroups share the rows, or the columns.
   int const first_row = Traits::kWarpgroupsM == 2 ? warpgroup * 64 : 0;
   int const first_column = Traits::kWarpgroupsM == 2 ? 0 : warpgroup * kColumns;
@@ -51,16 +63,6 @@ __global__ void __launch_bounds__(Traits::kConsumerThreads)
   CUTLASS_PRAGMA_UNROLL
   for (int i = 0; i < size(grad); ++i) grad(i) *= params.softmax_scale;
 
-  int const row = m_block * kBlockM + first_row;
-  if (params.grads_fp32) {
-    Operand const& out = params.dquery_fp32;
-    store_fp32(grad,
-               static_cast<float*>(out.data) + batch * out.batch_stride + head * out.head_stride +
-                   first_column,
-               out.seqlen_stride, row + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4,
-               params.mask.seqlen_q, params.head_dim - first_column);
-    return;
-  }
   constexpr int kSlab = slab(Traits::kHeadDim);
   stage_packed<kBlockM, kColumns, kSlab>(packed<typename Traits::Element>(grad), memory,
                                          first_row + threadIdx.x % 128 / 32 * 16, first_column);

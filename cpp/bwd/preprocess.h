@@ -45,7 +45,8 @@ __global__ void __launch_bounds__(kPreprocessThreads)
 
   if constexpr (kAccumulators > 0) {
     auto* const sum = reinterpret_cast<float4*>(params.dq_accum + index * kAccumulators);
-    for (int i = threadIdx.x; i < kAccumulators / 4; i += kPreprocessThreads) {
+    int const cleared = params.continues_dq ? 0 : kAccumulators / 4;
+    for (int i = threadIdx.x; i < cleared; i += kPreprocessThreads) {
       sum[i] = float4{0.f, 0.f, 0.f, 0.f};
     }
     if (params.turns != nullptr && threadIdx.x == 0) params.turns[index] = 0;
@@ -74,7 +75,7 @@ __global__ void __launch_bounds__(kPreprocessThreads)
     // Rows without keys may hold anything. Their probabilities are exp2(score - inf) = 0.
     bool const sees = !mask.row_interval(batch, first_row + row).empty();
     float delta = 0.f;
-    if (sees && column < params.head_dim_v) {
+    if (sees && column < params.head_dim_v && params.out.data != nullptr) {
       delta = dot8<Element>(load_vector(params.out, batch, first_row + row, head, column),
                             load_vector(params.dout_rows, batch, first_row + row, head, column));
     }

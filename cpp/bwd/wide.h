@@ -124,7 +124,7 @@ CUTLASS_DEVICE void consume_value(Params const& params, typename Traits::SharedS
   named_arrive(NamedBarrier::kKeyRead);
   named_sync(NamedBarrier::kValueRead);
   store_grad<Element, kBlockN, Traits::kHeadDimV>(
-      tdV, 1.f, params.dvalue, params.dvalue_fp32, params.grads_fp32, storage.value, 0,
+      tdV, 1.f, params.dvalue, params.dvalue_fp32, params.dkv_fp32, storage.value, 0,
       tile.m_block * kBlockN, tile.head, tile.batch, params.mask.seqlen_k, params.head_dim_v,
       barrier_id(NamedBarrier::kGradOfWarpgroup0));
 }
@@ -214,7 +214,7 @@ CUTLASS_DEVICE void consume_key(Params const& params, typename Traits::SharedSto
   named_arrive(NamedBarrier::kValueRead);
   named_sync(NamedBarrier::kKeyRead);
   store_grad<Element, kBlockN, Traits::kHeadDim>(
-      tdK, params.softmax_scale, params.dkey, params.dkey_fp32, params.grads_fp32, storage.key, 0,
+      tdK, params.softmax_scale, params.dkey, params.dkey_fp32, params.dkv_fp32, storage.key, 0,
       tile.m_block * kBlockN, tile.head, tile.batch, params.mask.seqlen_k, params.head_dim,
       barrier_id(NamedBarrier::kGradOfWarpgroup1));
 }

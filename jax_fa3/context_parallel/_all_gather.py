@@ -9,8 +9,8 @@ from jax import Array
 
 from .. import _autodiff
 from .._arguments import Implementation
-from .._ffi import vary_together
 from .._problem import Config, Masks
+from .._varying import vary_together
 from ._layout import Layout
 
 
@@ -36,9 +36,9 @@ def backward(
     cotangents: tuple[Array, Array],
 ) -> tuple[Array, ...]:
     """dq, dk, dv."""
-    config = dataclasses.replace(config, partial=True)  # gradients in fp32
+    config = dataclasses.replace(config, partial=True)  # dk and dv in fp32
     (query, *part), masks, out, lse = residuals
     call = vary_together(((query, *map(layout.gather, part)), masks, out, lse))
     (dquery, *dpart), _ = _autodiff._backward(implementation, config, None, call, cotangents)
     summed = (layout.scatter_sum(dx).astype(x.dtype) for dx, x in zip(dpart, part, strict=True))
-    return dquery.astype(query.dtype), *summed
+    return dquery, *summed

@@ -17,8 +17,8 @@ from .. import _arguments, _dispatch, _guards
 from .._arguments import Implementation, Options
 from .._autodiff import RESIDUAL_NAMES
 from .._checks import refuse_dense, static_bool, wrong
-from .._ffi import vary_together
 from .._problem import Config, Masks, Sizes
+from .._varying import vary_together
 from . import _all_gather, _all_to_all, _ring
 from ._checks import axis_size, check_lengths, check_replication
 from ._layout import Layout

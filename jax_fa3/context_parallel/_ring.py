@@ -2,7 +2,7 @@
 part is worked on the next one is under way. Memory is linear in the length of one device's part.
 
 Each step's result, for one device's keys, is merged in fp32. The backward goes round the ring as
-well: with the log-sum-exp and out of all keys, each step gives its own part of every gradient; those
+well: with the log-sum-exp and out of all keys, each step adds its own part to every gradient; those
 of K and V travel with them, in fp32.
 """
 
@@ -17,8 +17,9 @@ from jax import Array, lax
 
 from .. import _autodiff
 from .._arguments import Implementation
-from .._ffi import vary_together
 from .._problem import Config, Masks
+from .._varying import vary_together
+from . import _steps
 from ._layout import Layout
 from ._masks import of_one_part
 from ._merge import merge
@@ -59,7 +60,9 @@ def backward(
     """dq, dk, dv."""
     config = dataclasses.replace(config, partial=True)
     (query, *part), masks, out, lse = residuals
-    dtypes = [x.dtype for x in (query, *part)]
+    dout, dlse = cotangents
+    dlse = dlse - jnp.swapaxes((dout.astype(lse.dtype) * out).sum(-1), 1, 2)
+    dtypes = [x.dtype for x in part]
     dquery: Any = None
     dpart: Any = None
     for step in range(layout.size):
@@ -67,13 +70,12 @@ def backward(
         # The next part, and the gradients so far of the one that is here now.
         arriving, sums = layout.send((None if is_last else part, dpart))
         keys = of_one_part(layout, masks, layout.device(step), part[0].shape[1])
-        call = vary_together(((query, *part), keys, out, lse))
-        (dq, *dpart), _ = _autodiff._backward(implementation, config, None, call, cotangents)
-        dquery = dq if dquery is None else dquery + dq
+        call = vary_together(((query, *part), keys, lse, dout, dlse, dquery))
+        dquery, *dpart = _steps.backward(implementation, config, is_last, *call)
         dpart = dpart if sums is None else jax.tree.map(jnp.add, sums, dpart)
         if not is_last:
             part, (dquery, dpart) = _when_done(arriving, (dquery, dpart))
-    dquery, *dpart = (x.astype(dtype) for x, dtype in zip((dquery, *dpart), dtypes, strict=True))
+    dpart = [x.astype(dtype) for x, dtype in zip(dpart, dtypes, strict=True)]
     return dquery, *(layout.send(dpart) if layout.size > 1 else dpart)  # the last hop leads home
 
 

@@ -14,8 +14,8 @@ from jax.ad_checkpoint import checkpoint_name
 from .. import _autodiff, _dispatch, _guards
 from .._arguments import Implementation
 from .._autodiff import RESIDUAL_NAMES
-from .._ffi import vary_together
 from .._problem import Config, Masks
+from .._varying import vary_together
 from . import _ffi, _quantize, _xla
 from ._quantize import Quantization
 

@@ -1,0 +1,82 @@
+"""A step of the ring: attention to one part of the keys, joined with that to the parts before."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+
+from .. import _autodiff, _dispatch, _ffi, _xla
+from .._arguments import Implementation
+from .._problem import Config, Masks
+from .._varying import vary_together
+
+Operands = tuple[Array, ...]  # query, and a part of key and value
+
+
+def backward(
+    implementation: Implementation | None,
+    config: Config,
+    finish_dq: bool,
+    operands: Operands,
+    masks: Masks,
+    lse: Array,
+    dout: Array,
+    dlse: Array,
+    summed_dq: Array | None,
+) -> tuple[Array, ...]:
+    """dq, of this part and those before, in query's dtype; dk and dv of this part, fp32.
+
+    Args:
+        finish_dq: False for a sum of dq for the next step, in the order of _ffi.dq_sum_of.
+        lse, dout: of all keys.
+        dlse: the cotangent of lse minus rowsum(dout * out).
+        summed_dq: that of the steps before.
+    """
+    tensors, per_mask, (rows, per_row) = _autodiff._letters(operands, masks)
+    summed = "bn.."
+    letters = tensors, per_mask, per_row, rows, per_row, None if summed_dq is None else summed
+    results = tensors if finish_dq else (summed, *tensors[1:])
+    functions = _backward_kernel, _plain_backward
+    static = implementation, *functions, (config, finish_dq), letters, results
+    return _dispatch.run(*static, operands, masks, lse, dout, dlse, summed_dq)
+
+
+def _backward_kernel(
+    config: Config,
+    finish_dq: bool,
+    operands: Operands,
+    masks: Masks,
+    lse: Array,
+    dout: Array,
+    dlse: Array,
+    summed_dq: Array | None,
+) -> tuple[Array, ...]:
+    query, key, value = operands
+    options: Any = {"summed_dq": summed_dq, "finish_dq": finish_dq}
+    return _ffi.bwd(config, query, key, value, masks, None, lse, dout, dlse, **options)
+
+
+def _plain_backward(
+    config: Config,
+    finish_dq: bool,
+    operands: Operands,
+    masks: Masks,
+    lse: Array,
+    dout: Array,
+    dlse: Array,
+    summed_dq: Array | None,
+) -> tuple[Array, ...]:
+    """The sum of dq is [B, N, T, H] here, filled up with zeros."""
+    query, key, value = operands
+    dq, dk, dv = _xla.backward(config, query, key, value, masks, lse, dout, dlse)
+    if summed_dq is not None:
+        dq += jnp.swapaxes(summed_dq[:, :, : dq.shape[1], : dq.shape[3]], 1, 2)
+    if finish_dq:
+        dq = dq.astype(query.dtype)
+    else:
+        shape = _ffi.dq_sum_of(query, query.shape[2], value).shape
+        dq = jnp.swapaxes(dq, 1, 2)
+        dq = jnp.pad(dq, [(0, n - m) for n, m in zip(shape, dq.shape, strict=True)])
+    return vary_together(((dq, dk, dv), operands))[0]  # without elements they are constants

@@ -15,11 +15,17 @@ using FloatResult = ffi::Result<FloatBuffer>;
 using Int32Result = ffi::Result<Int32Buffer>;
 using AnyResult = ffi::Result<ffi::AnyBuffer>;
 
+// Optional operands and results have no elements when absent.
+template <class Buffer>
+bool is_absent(Buffer const& buffer) {
+  return buffer.element_count() == 0;
+}
+
 ffi::Error fwd_impl(cudaStream_t stream, ffi::AnyBuffer query, ffi::AnyBuffer key,
                     ffi::AnyBuffer value, Int32Buffer query_offset, Int32Buffer query_seq_lengths,
                     Int32Buffer key_value_seq_lengths, Int32Buffer key_begin, Int32Buffer key_end,
-                    AnyResult out, FloatResult lse, Int32Result tile_counter,
-                    Attributes attributes) {
+                    FloatBuffer out_before, FloatBuffer lse_before, AnyResult out, FloatResult lse,
+                    Int32Result tile_counter, Attributes attributes) {
   JAX_FA3_RETURN_IF_FAILED(check_device());
   Inputs inputs{query,     key,    value, query_offset, query_seq_lengths, key_value_seq_lengths,
                 key_begin, key_end};
@@ -36,6 +42,17 @@ ffi::Error fwd_impl(cudaStream_t stream, ffi::AnyBuffer query, ffi::AnyBuffer ke
   }
   problem.out_dtype = *out_dtype;
   problem.out = to_operand(*out, 0, 0);
+  if (!is_absent(out_before)) {
+    if (!out_fits(problem, out_before, lse_before)) {
+      return invalid("out_before " + shape_of(out_before) + " does not fit out " + shape_of(*out));
+    }
+    bool const out_is_its = out_before.untyped_data() == out->untyped_data();
+    if (lse_before.typed_data() != lse->typed_data() ||
+        out_is_its != (*out_dtype == DType::kFloat32)) {
+      return invalid("what is merged with must be where the results are");
+    }
+    problem.out_before = out_before.typed_data();
+  }
   problem.lse = lse->typed_data();
   problem.tile_counter = tile_counter->typed_data();
   if (out->element_count() == 0) return ffi::Error::Success();
@@ -56,12 +73,6 @@ struct BackwardInputs {
   FloatBuffer dlse;
   std::optional<FloatBuffer> summed_dq;  // dq_accum of the call before
 };
-
-// Optional operands and results have no elements when absent.
-template <class Buffer>
-bool is_absent(Buffer const& buffer) {
-  return buffer.element_count() == 0;
-}
 
 struct Workspace {
   FloatResult row_stats;
@@ -236,7 +247,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_fa3_fwd, jax_fa3::fwd_impl,
                               JAX_FA3_BIND.Arg<xla::ffi::AnyBuffer>()
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Arg<xla::ffi::AnyBuffer>()
-                                      JAX_FA3_MASKS.Ret<xla::ffi::AnyBuffer>()
+                                      JAX_FA3_MASKS.Arg<jax_fa3::FloatBuffer>()
+                                  .Arg<jax_fa3::FloatBuffer>()
+                                  .Ret<xla::ffi::AnyBuffer>()
                                   .Ret<jax_fa3::FloatBuffer>()
                                   .Ret<jax_fa3::Int32Buffer>()
                                   .Attrs<jax_fa3::Attributes>(),

@@ -37,6 +37,9 @@ struct Problem {
   Operand value;  // [b, s, k, v]
   Operand out;    // [b, t, n, v]
   float* lse;     // [b, n, t], natural logarithm
+  // [b, t, n, v] or null: the result for other keys, whose log-sum-exp is in lse. Out and lse
+  // become those for all of these keys. Where out is fp32 it is the same array.
+  float const* out_before;
   Mask mask;
 
   int* tile_counter;  // [1], workspace

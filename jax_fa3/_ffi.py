@@ -102,6 +102,7 @@ def fwd(
     *,
     num_heads: tuple[int, int] | None = None,
     first_head: tuple[int, int, int] = (0, 0, 0),
+    before: tuple[Array, Array] | None = None,
 ) -> tuple[Array, Array]:
     """The forward kernel: out [B, T, N, V] in query's dtype, or fp32 if config.partial, and lse,
     fp32 [B, N, T].
@@ -110,19 +111,21 @@ def fwd(
         query, key, value: bf16 or fp16 [B, T, *, H], [B, S, *, H], [B, S, *, V], each with the
             heads that are meant from first_head on; the same packed array may stand for all three.
         num_heads: (N, K); as many as query and key have if None.
+        before: fp32 results for other keys, to be joined with; they are overwritten.
     """
     heads = num_heads or (query.shape[2], key.shape[2])
     batch, query_length = query.shape[:2]
+    shape, dtype = (batch, query_length, heads[0], value.shape[3]), query.dtype
     results = (
-        jax.ShapeDtypeStruct(
-            (batch, query_length, heads[0], value.shape[3]),
-            jnp.float32 if config.partial else query.dtype,
-        ),
+        jax.ShapeDtypeStruct(shape, jnp.float32 if config.partial else dtype),
         jax.ShapeDtypeStruct((batch, heads[0], query_length), jnp.float32),
         jax.ShapeDtypeStruct((1,), jnp.int32),  # workspace: the counter of tiles
     )
+    absent = jnp.zeros(0, jnp.float32)
+    call = query, key, value, *mask_operands(masks), *(before or (absent, absent))
+    aliases = {len(call) - 1: 1} | ({len(call) - 2: 0} if config.partial else {})
     attributes = attributes_of(config, heads, first_head)
-    out, lse, _ = custom_call(FWD, results, attributes, query, key, value, *mask_operands(masks))
+    out, lse, _ = custom_call(FWD, results, attributes, *call, aliases=aliases if before else {})
     return out, lse
 
 
@@ -186,13 +189,9 @@ def dq_sum_of(query: Array, num_heads: int, value: Array) -> jax.ShapeDtypeStruc
     """The fp32 sum of dq in global memory, in an order of the kernel's own: [B, N, rows of whole
     tiles, of whichever height, the head dim that the kernel computes with]."""
     batch, length, _, head_dim = query.shape
-    sizes = head_dim, value.shape[3]
-    fits = (
-        h
-        for name, h, v in kernels()
-        if name == query.dtype.name and h >= sizes[0] and v >= sizes[1]
-    )
-    kernel = next(fits, max(sizes))  # an install without kernels can lower, too
+    head_dim_v, built = value.shape[3], [x[1:] for x in kernels() if x[0] == query.dtype.name]
+    fits = (h for h, v in built if h >= head_dim and v >= head_dim_v)
+    kernel = next(fits, max(head_dim, head_dim_v))  # an install without kernels can lower, too
     width = next((width for width in _WIDTHS if width >= kernel), kernel)
     rows = (length + _ROWS - 1) // _ROWS * _ROWS
     return jax.ShapeDtypeStruct((batch, num_heads, rows, width), jnp.float32)

@@ -13,7 +13,6 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-import jax_fa3
 from jax_fa3 import _mask, context_parallel
 from jax_fa3._problem import Config, Masks
 from jax_fa3.context_parallel import _steps
@@ -139,19 +138,22 @@ def in_steps(
         )
         for part in reversed(range(parts))
     ]
-    whole: Any = {"return_residual": True, "implementation": implementation}
-    out, lse = jax_fa3.dot_product_attention(*inputs, **case.arguments, **whole)
+    before: Any = None
+    for i, operands in enumerate(steps):
+        config = dataclasses.replace(config, partial=i + 1 < parts)
+        before = _steps.forward(implementation, config, *operands, before)
+    out, lse = before
     dout, dlse = cotangents
-    dlse = dlse - (dout.astype(jnp.float32) * out).sum(-1)
-    rows = jnp.swapaxes(lse, 1, 2), dout, jnp.swapaxes(dlse, 1, 2)
+    dlse = jnp.swapaxes(dlse - (dout.astype(jnp.float32) * out).sum(-1), 1, 2)
     config = dataclasses.replace(config, partial=True)
     dq, dkv = None, []
     for i, operands in enumerate(steps):
-        is_last = i + 1 == parts
-        dq, *dpart = _steps.backward(implementation, config, is_last, *operands, *rows, dq)
+        finish_dq = i + 1 == parts
+        rows = lse, dout, dlse, dq
+        dq, *dpart = _steps.backward(implementation, config, finish_dq, *operands, *rows)
         dkv.insert(0, dpart)
     dk, dv = (jnp.concatenate(x, axis=1).astype(query.dtype) for x in zip(*dkv, strict=True))
-    return Results(out, lse, dq, dk, dv)
+    return Results(out, jnp.swapaxes(lse, 1, 2), dq, dk, dv)
 
 
 def _all_masks(case: Case) -> Masks:

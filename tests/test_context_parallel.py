@@ -144,14 +144,15 @@ SEND, STEP = ["collective_permute"], ["jax_fa3.fwd.v1", "optimization_barrier"]
 
 
 def test_ring_sends_before_it_computes():
-    """One kernel call a step, whatever the mask, with results in fp32; the next K and V leave before
-    it, as one array, but not before the step before is done. On GPUs XLA takes the barriers out after
-    it has scheduled; on CPUs before."""
+    """One kernel call a step, whatever the mask, with results in fp32 but the last; the next K and V
+    leave before it, as one array, but not before the step before is done. On GPUs XLA takes the
+    barriers out after it has scheduled; on CPUs before."""
     text = lower(loss(Split(mesh="four"), query_segment_ids=IDS, key_value_segment_ids=IDS), *QKV)
     assert targets(text) == ["jax_fa3.segment_intervals.v1"] + ["jax_fa3.fwd.v1"] * 4
     assert re.findall("|".join({*SEND, *STEP}), text) == [*SEND, *STEP] * 3 + STEP[:1]
-    calls = re.findall(r"@jax_fa3.fwd.v1\(.*-> \((.*)\)", text)
-    assert calls == ["tensor<1x32x4x64xf32>, tensor<1x4x32xf32>, tensor<1xi32>"] * 4
+    calls = re.findall(r"@jax_fa3.fwd.v1\(.*-> \((.*), tensor<1xi32>\)", text)
+    partial, lse = "tensor<1x32x4x64xf32>", "tensor<1x4x32xf32>"
+    assert calls == [f"{partial}, {lse}"] * 3 + [f"tensor<1x32x4x64xbf16>, {lse}"]
 
 
 QKV, IDS = operands(32, 4), np.zeros((1, 128), np.int32)

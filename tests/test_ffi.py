@@ -1,5 +1,6 @@
 """The custom calls as they are lowered, and registration. What the handlers do: test_gpu_*."""
 
+import dataclasses
 import functools
 import math
 import re
@@ -38,14 +39,15 @@ def test_fwd_operands_and_results():
     assert targets(text) == ["jax_fa3.fwd.v1"]
     assert operations(text) == {"custom_call", "broadcast_in_dim"}  # the latter: of no elements
     shapes = (
-        "2x16x4x192xbf16, 2x24x2x192xbf16, 2x24x2x128xbf16, 1xi32, 0xi32, 0xi32, 0xi32, 2x16xi32"
+        "2x16x4x192xbf16, 2x24x2x192xbf16, 2x24x2x128xbf16, 1xi32, 0xi32, 0xi32, 0xi32, 2x16xi32, "
+        "0xf32, 0xf32"
     )
     operands = ", ".join(f"tensor<{shape}>" for shape in shapes.split(", "))
     results = "tensor<2x16x4x128xbf16>, tensor<2x4x16xf32>, tensor<1xi32>"  # the last: workspace
     assert f": ({operands}) -> ({results})" in text
     layouts = re.findall(r"dense<\[?([\d, ]+)\]?> : tensor<(\d)xindex>", text)
     row_major = {"1": "0", "2": "1, 0", "3": "2, 1, 0", "4": "3, 2, 1, 0"}
-    assert [rank for _, rank in layouts] == list("44411112431")
+    assert [rank for _, rank in layouts] == list("4441111211431")
     assert all(layout == row_major[rank] for layout, rank in layouts)
 
 
@@ -66,6 +68,27 @@ def test_fwd_attributes():
     assert found["soft_cap"] == "3.000000e+01 : f32"
     found = attributes(Config(0.5, (10**30, -(10**30)), None, False))
     assert (found["window_left"], found["window_right"]) == (f"{2**61} : i64", f"{-(2**61)} : i64")
+
+
+def test_fwd_of_parts_of_the_keys():
+    """Results in fp32 are joined with those before where these are; the last are in query's dtype."""
+
+    def forward(*operands):
+        before: Any = None
+        for partial in (True, True, False):
+            config = dataclasses.replace(CONFIG, partial=partial)
+            before = _ffi.fwd(config, *operands, Masks(), before=before)
+        return before
+
+    text = lower(forward, *OPERANDS)
+    calls = re.findall(r"custom_call @jax_fa3.fwd.v1\((.*)\) {.*: \((.*)\) -> \((.*), .*\)\n", text)
+    out, lse, absent = "tensor<2x16x4x128xf32>", "tensor<2x4x16xf32>", "tensor<0xf32>"
+    befores = [operands.split(", ")[8:] for _, operands, _ in calls]
+    assert befores == [[absent] * 2, [out, lse], [out, lse]]
+    results = [results for *_, results in calls]
+    assert results == [f"{out}, {lse}"] * 2 + [f"tensor<2x16x4x128xbf16>, {lse}"]
+    aliases = re.findall(r"output_tuple_indices = \[(\d)\], operand_index = (\d)", text)
+    assert aliases == [("0", "8"), ("1", "9"), ("1", "9")]
 
 
 @pytest.mark.parametrize("deterministic", [False, True])

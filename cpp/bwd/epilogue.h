@@ -22,8 +22,9 @@ CUTLASS_DEVICE void store_grad(Fragment& grad, float scale, CUtensorMap const& m
   if (is_fp32) {
     float* const out =
         static_cast<float*>(fp32.data) + batch * fp32.batch_stride + head * fp32.head_stride;
-    store_fp32(grad, out, fp32.seqlen_stride, row + first_row + thread / 32 * 16 + thread % 32 / 4,
-               rows, columns);
+    int const index = row + first_row + thread / 32 * 16 + thread % 32 / 4;
+    auto const exists = [&](int i) { return index + i * 8 < rows; };
+    store_fp32(grad, out, fp32.seqlen_stride, index, exists, columns);
     return;
   }
   stage_packed<kRows, kColumns, kSlab>(packed<Element>(grad), smem, first_row + thread / 32 * 16);

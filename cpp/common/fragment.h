@@ -69,14 +69,15 @@ CUTLASS_DEVICE void stage_packed(Packed const& packed, uint16_t* smem, int first
 }
 
 // fp32, straight from registers to rows `row_stride` elements apart; `first_row` is the thread's.
-template <class Fragment>
+// `stored(i)`: whether its i-th row is.
+template <class Fragment, class Stored>
 CUTLASS_DEVICE void store_fp32(Fragment const& fragment, float* out, int64_t row_stride,
-                               int first_row, int rows, int columns) {
+                               int first_row, Stored const& stored, int columns) {
   CUTLASS_PRAGMA_UNROLL
   for (int i = 0; i < size(fragment); i += 2) {
     int const row = first_row + fragment_row(i) * 8;
     int const column = fragment_column(i) + threadIdx.x % 4 * 2;
-    if (row < rows && column < columns) {
+    if (stored(fragment_row(i)) && column < columns) {
       *reinterpret_cast<float2*>(out + row * row_stride + column) =
           float2{fragment(i), fragment(i + 1)};
     }

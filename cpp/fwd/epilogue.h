@@ -30,6 +30,46 @@ CUTLASS_DEVICE void finalize(Interval const (&rows)[kRowsPerThread], float softm
   }
 }
 
+// Takes in the result for other keys: before[first_row] is the thread's first row of its out,
+// lse_before[row] its log-sum-exp. In place, rows that see no key of this call stay as they are:
+// they are not read, and `stored` becomes false for them.
+template <class Out>
+CUTLASS_DEVICE void merge(Interval const (&rows)[kRowsPerThread], float const* before,
+                          int64_t row_stride, int columns, float const* lse_before, bool in_place,
+                          bool (&stored)[kRowsPerThread], Out& tOrO, float (&lse)[kRowsPerThread]) {
+  float weight[kRowsPerThread];
+  float weight_before[kRowsPerThread];
+  CUTLASS_PRAGMA_UNROLL
+  for (int row = 0; row < kRowsPerThread; ++row) {
+    float const other = stored[row] ? lse_before[row * 8] : -INFINITY;
+    if (rows[row].empty() && !rows[row].broken()) {
+      stored[row] = stored[row] && !in_place;
+      weight[row] = 0.f;
+      weight_before[row] = 1.f;
+      lse[row] = other;
+      continue;
+    }
+    float const top = fmaxf(lse[row], other);  // a NaN comes back by either difference
+    float const share = exp2f((lse[row] - top) * kLog2E);
+    float const share_before = exp2f((other - top) * kLog2E);
+    float const sum = share + share_before;
+    weight[row] = share / sum;
+    weight_before[row] = share_before / sum;
+    lse[row] = top + logf(sum);
+  }
+  CUTLASS_PRAGMA_UNROLL
+  for (int i = 0; i < size(tOrO); i += 2) {
+    int const row = fragment_row(i);
+    int const column = fragment_column(i) + threadIdx.x % 4 * 2;
+    if (stored[row] && column < columns) {
+      auto const pair = *reinterpret_cast<float2 const*>(before + row * 8 * row_stride + column);
+      tOrO(i) = weight[row] * tOrO(i) + weight_before[row] * pair.x;
+      tOrO(i + 1) = weight[row] * tOrO(i + 1) + weight_before[row] * pair.y;
+    }
+  }
+  __syncwarp();  // all have read the log-sum-exp that one of four lanes overwrites
+}
+
 template <class Traits, class Out>
 CUTLASS_DEVICE void store(typename Traits::Params const& params,
                           typename Traits::SharedStorage& storage, TileCoord tile, int warpgroup,
@@ -38,14 +78,24 @@ CUTLASS_DEVICE void store(typename Traits::Params const& params,
   int const thread = threadIdx.x % 128;
   int const first_row = tile.m_block * Traits::kBlockM + warpgroup * 64 + thread / 32 * 16 +
                         thread % 32 / 4;  // of this thread
+  int const seqlen_q = params.mask.seqlen_q;
+  bool stored[kRowsPerThread] = {first_row < seqlen_q, first_row + 8 < seqlen_q};
+  float* const lse_out =
+      params.lse + (int64_t{tile.batch} * params.num_heads_q + tile.head) * seqlen_q + first_row;
   float lse[kRowsPerThread];
   finalize(rows, params.softmax_scale, softmax, tOrO, lse);
 
+  int64_t const offset =
+      tile.batch * params.out_batch_stride + tile.head * params.out_head_stride;  // of out in fp32
+  if (params.out_before != nullptr) {
+    merge(rows, params.out_before + offset + first_row * params.out_seqlen_stride,
+          params.out_seqlen_stride, params.head_dim_v, lse_out, params.out_fp32 != nullptr, stored,
+          tOrO, lse);
+  }
   if (params.out_fp32 != nullptr) {
     store_fp32(
-        tOrO,
-        params.out_fp32 + tile.batch * params.out_batch_stride + tile.head * params.out_head_stride,
-        params.out_seqlen_stride, first_row, params.mask.seqlen_q, params.head_dim_v);
+        tOrO, params.out_fp32 + offset, params.out_seqlen_stride, first_row,
+        [&](int i) { return stored[i]; }, params.head_dim_v);
     if constexpr (Traits::kOutOverValue) {
       if (thread % 32 == 0) storage.out_stored.arrive();
     }
@@ -77,11 +127,9 @@ CUTLASS_DEVICE void store(typename Traits::Params const& params,
   }
 
   if (thread % 4 == 0) {
-    int64_t const head = int64_t{tile.batch} * params.num_heads_q + tile.head;
     CUTLASS_PRAGMA_UNROLL
     for (int row = 0; row < kRowsPerThread; ++row) {
-      int const index = first_row + row * 8;
-      if (index < params.mask.seqlen_q) params.lse[head * params.mask.seqlen_q + index] = lse[row];
+      if (stored[row]) lse_out[row * 8] = lse[row];
     }
   }
 }

@@ -18,6 +18,7 @@ inline void set_common(Problem const& p, int block_m, Params* params) {
   params->out_seqlen_stride = p.out.seqlen_stride;
   params->out_head_stride = p.out.head_stride;
   params->lse = p.lse;
+  params->out_before = p.out_before;
   params->mask = p.mask;
   params->num_heads_q = p.num_heads_q;
   params->group = p.num_heads_q / p.num_heads_k;

@@ -15,13 +15,15 @@ struct Params {
   CUtensorMap out;    // [b, t, n, v], unused where out_fp32 is set
   float* out_fp32;    // [b, t, n, v] or null
   float* lse;         // [b, n, t]
+  // [b, t, n, v] or null: the result for other keys, to be merged with; its log-sum-exp is in lse.
+  float const* out_before;
   Mask mask;
   TileOrder order;
   int* tile_counter;  // 0 at the start, or null: tiles are dealt in fixed rounds
   int num_heads_q;
   int group;  // query heads of one key/value head
   int head_dim_v;
-  int64_t out_batch_stride, out_seqlen_stride, out_head_stride;  // of out_fp32, in elements
+  int64_t out_batch_stride, out_seqlen_stride, out_head_stride;  // of the fp32 ones, in elements
   // Scores x = q.k become exponents: softmax_scale * x, or with a soft cap
   // softmax_scale * tanh(cap_scale * x), where softmax_scale is then the cap.
   float softmax_scale;

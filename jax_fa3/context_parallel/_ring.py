@@ -1,9 +1,9 @@
 """Ring attention (Liu et al., arXiv 2310.01889): K and V go from device to device, and while one
 part is worked on the next one is under way. Memory is linear in the length of one device's part.
 
-Each step's result, for one device's keys, is merged in fp32. The backward goes round the ring as
-well: with the log-sum-exp and out of all keys, each step adds its own part to every gradient; those
-of K and V travel with them, in fp32.
+Each step's result, for one device's keys, is joined in fp32 with that of the steps before. The
+backward goes round the ring as well: with the log-sum-exp and out of all keys, each step adds its
+own part to every gradient; those of K and V travel with them, in fp32.
 """
 
 from __future__ import annotations
@@ -15,14 +15,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from .. import _autodiff
 from .._arguments import Implementation
 from .._problem import Config, Masks
 from .._varying import vary_together
 from . import _steps
 from ._layout import Layout
 from ._masks import of_one_part
-from ._merge import merge
 
 
 def forward(
@@ -33,21 +31,18 @@ def forward(
     masks: Masks,
 ) -> tuple[Array, Array]:
     """out [B, T, N, V] and lse [B, N, T]; everything of one device, masks from of_this_device."""
-    config = dataclasses.replace(config, partial=True)
     query, *part = operands
     total: Any = None
     for step in range(layout.size):
         is_last = step + 1 == layout.size
         arriving = None if is_last else layout.send(part)
         keys = of_one_part(layout, masks, layout.device(step), part[0].shape[1])
-        call = vary_together(((query, *part), keys))
-        out, lse = _autodiff._primal(implementation, config, None, *call)
-        result = out, jnp.swapaxes(lse, 1, 2)
-        total = result if total is None else merge(*zip(total, result, strict=True))
+        config = dataclasses.replace(config, partial=not is_last)
+        call = vary_together(((query, *part), keys, total))
+        total = _steps.forward(implementation, config, *call)
         if not is_last:
             part, total = _when_done(arriving, total)
-    out, lse = total
-    return out.astype(query.dtype), jnp.swapaxes(lse, 1, 2)
+    return total
 
 
 def backward(

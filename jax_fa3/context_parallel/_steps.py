@@ -11,8 +11,49 @@ from .. import _autodiff, _dispatch, _ffi, _xla
 from .._arguments import Implementation
 from .._problem import Config, Masks
 from .._varying import vary_together
+from ._merge import merge
 
 Operands = tuple[Array, ...]  # query, and a part of key and value
+
+
+def forward(
+    implementation: Implementation | None,
+    config: Config,
+    operands: Operands,
+    masks: Masks,
+    before: tuple[Array, Array] | None,
+) -> tuple[Array, ...]:
+    """out [B, T, N, V] and lse [B, N, T], of this part and those before; out is fp32 if
+    config.partial, else in query's dtype.
+
+    Args:
+        before: those of the steps before, fp32.
+    """
+    tensors, per_mask, results = _autodiff._letters(operands, masks)
+    letters = tensors, per_mask, None if before is None else results
+    static = implementation, _forward_kernel, _plain_forward, (config,), letters, results
+    return _dispatch.run(*static, operands, masks, before)
+
+
+def _forward_kernel(
+    config: Config, operands: Operands, masks: Masks, before: tuple[Array, Array] | None
+) -> tuple[Array, Array]:
+    query, key, value = operands
+    return _ffi.fwd(config, query, key, value, masks, before=before)
+
+
+def _plain_forward(
+    config: Config, operands: Operands, masks: Masks, before: tuple[Array, Array] | None
+) -> tuple[Array, Array]:
+    query, key, value = operands
+    options: Any = {"scale": config.scale, "logits_soft_cap": config.logits_soft_cap}
+    options |= {"partial": config.partial or before is not None}
+    found = _xla.attention(query, key, value, masks, config.window, **options)
+    if before is not None:
+        parts = ((out, jnp.swapaxes(lse, 1, 2)) for out, lse in (before, found))
+        out, lse = merge(*zip(*parts, strict=True))
+        found = out if config.partial else out.astype(query.dtype), jnp.swapaxes(lse, 1, 2)
+    return found
 
 
 def backward(

@@ -111,12 +111,17 @@ ffi::Error launch_backward(cudaStream_t stream, Inputs inputs, BackwardInputs ba
                    ", dout or dlse does not fit query " + shape_of(inputs.query) + " and value " +
                    shape_of(inputs.value));
   }
-  auto const same_shape = [](auto const& x, auto const& y) { return shape_of(x) == shape_of(y); };
+  auto const has_shape_of = [](auto const& grad, auto const& x, int head_dim) {
+    auto const a = grad.dimensions();
+    auto const b = x.dimensions();
+    return a.size() == 4 && a[0] == b[0] && a[1] == b[1] && a[2] == b[2] && a[3] == head_dim;
+  };
   bool const finishes_dq = !is_absent(*grads.query);
   auto const dkv_dtype = to_dtype(grads.key->element_type());
-  if ((finishes_dq && !same_shape(*grads.query, inputs.query)) ||
-      grads.query->element_type() != dtype || !same_shape(*grads.key, inputs.key) ||
-      !same_shape(*grads.value, inputs.value) || !dkv_dtype ||
+  if ((finishes_dq && !has_shape_of(*grads.query, inputs.query, forward.head_dim)) ||
+      grads.query->element_type() != dtype ||
+      !has_shape_of(*grads.key, inputs.key, forward.head_dim) ||
+      !has_shape_of(*grads.value, inputs.value, forward.head_dim_v) || !dkv_dtype ||
       (*dkv_dtype != forward.dtype && *dkv_dtype != DType::kFloat32) ||
       grads.value->element_type() != grads.key->element_type()) {
     return invalid(

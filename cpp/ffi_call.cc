@@ -84,10 +84,14 @@ ffi::Error to_problem(Inputs& inputs, Attributes const& attributes, Problem* pro
   int64_t const seqlen_q = q[1];
   int64_t const seqlen_k = k[1];
   int64_t const head_dim = q[3];
-  int64_t const head_dim_v = v[3];
+  int64_t const head_dim_v = attributes.head_dim_v;
+  int64_t const first_column_v = attributes.first_column_v;
+  int64_t const columns_v = v[3] * per_element(inputs.value);
   std::string const query = "query " + shape_of(inputs.query);
   std::string const key = "key " + shape_of(inputs.key);
-  if (k[0] != batch || v[0] != batch || v[1] != seqlen_k || k[3] != head_dim) {
+  if (k[0] != batch || v[0] != batch || v[1] != seqlen_k ||
+      k[3] * per_element(inputs.key) < head_dim || first_column_v < 0 ||
+      first_column_v > columns_v || head_dim_v > columns_v - first_column_v) {
     return invalid(query + ", " + key + " and value " + shape_of(inputs.value) +
                    " do not fit together");
   }
@@ -113,9 +117,12 @@ ffi::Error to_problem(Inputs& inputs, Attributes const& attributes, Problem* pro
                    std::to_string(head_dim) + " and " + std::to_string(head_dim_v));
   }
   auto const dtype = to_dtype(inputs.query.element_type());
+  auto const is_of_dtype = [&](ffi::AnyBuffer const& x) {
+    bool const words = !float8 && x.element_type() == ffi::DataType::U32;
+    return words || x.element_type() == inputs.query.element_type();
+  };
   if (!dtype || *dtype == DType::kFloat32 || (*dtype == DType::kFloat8E4M3) != float8 ||
-      inputs.key.element_type() != inputs.query.element_type() ||
-      inputs.value.element_type() != inputs.query.element_type()) {
+      !is_of_dtype(inputs.key) || !is_of_dtype(inputs.value)) {
     return invalid(float8 ? "query, key and value must all be float8_e4m3fn"
                           : "query, key and value must all be bfloat16 or all float16");
   }
@@ -144,7 +151,7 @@ ffi::Error to_problem(Inputs& inputs, Attributes const& attributes, Problem* pro
   int64_t const bytes = float8 ? 1 : 2;
   problem->query = to_operand(inputs.query, attributes.first_head_q, bytes);
   problem->key = to_operand(inputs.key, attributes.first_head_k, bytes);
-  problem->value = to_operand(inputs.value, attributes.first_head_v, bytes);
+  problem->value = to_operand(inputs.value, attributes.first_head_v, bytes, first_column_v);
 
   Mask& mask = problem->mask;
   mask.seqlen_q = problem->seqlen_q;

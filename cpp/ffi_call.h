@@ -37,14 +37,21 @@ std::string shape_of(Buffer const& buffer) {
   return text.empty() ? "[]" : text + "]";
 }
 
-// A [b, t, n, h] operand in row-major order, from head `first_head` on.
+// Numbers of an operand in one of its array's elements: two of 16 bits make a word of 32.
 template <class Buffer>
-Operand to_operand(Buffer& buffer, int64_t first_head, int64_t element_size) {
+int64_t per_element(Buffer const& buffer) {
+  return buffer.element_type() == ffi::DataType::U32 ? 2 : 1;
+}
+
+// A [b, t, n, h] operand in row-major order, from head `first_head` and of each head from column
+// `first_column` on. Sizes are of the operand's numbers.
+template <class Buffer>
+Operand to_operand(Buffer& buffer, int64_t first_head, int64_t size, int64_t first_column = 0) {
   auto const dims = buffer.dimensions();
   int64_t const heads = dims[2];
-  int64_t const head_dim = dims[3];
-  return {static_cast<char*>(buffer.untyped_data()) + first_head * head_dim * element_size,
-          dims[1] * heads * head_dim, heads * head_dim, head_dim};
+  int64_t const columns = dims[3] * per_element(buffer);
+  return {static_cast<char*>(buffer.untyped_data()) + (first_head * columns + first_column) * size,
+          dims[1] * heads * columns, heads * columns, columns};
 }
 
 struct Attributes {
@@ -53,6 +60,9 @@ struct Attributes {
   int64_t window_left, window_right;
   int64_t num_heads_q, num_heads_k;
   int64_t first_head_q, first_head_k, first_head_v;
+  // Of key's and value's columns the first head_dim (which is query's), and the head_dim_v from
+  // first_column_v on, are meant: so they may lie side by side in one array.
+  int64_t head_dim_v, first_column_v;
 };
 
 struct Inputs {
@@ -60,8 +70,8 @@ struct Inputs {
   Int32Buffer query_offset, query_seq_lengths, key_value_seq_lengths, key_begin, key_end;
 };
 
-// All of a Problem but out, lse and workspace. Operands are of 16 bits, or e4m3 where that is
-// wanted.
+// All of a Problem but out, lse and workspace. Operands are of 16 bits, key and value also in words
+// of 32; or e4m3 where that is wanted.
 ffi::Error to_problem(Inputs& inputs, Attributes const& attributes, Problem* problem,
                       bool float8 = false);
 
@@ -82,15 +92,14 @@ bool out_fits(Problem const& p, Out const& out, Lse const& lse) {
 
 }  // namespace jax_fa3
 
-XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(jax_fa3::Attributes, xla::ffi::StructMember<float>("scale"),
-                                      xla::ffi::StructMember<float>("soft_cap"),
-                                      xla::ffi::StructMember<int64_t>("window_left"),
-                                      xla::ffi::StructMember<int64_t>("window_right"),
-                                      xla::ffi::StructMember<int64_t>("num_heads_q"),
-                                      xla::ffi::StructMember<int64_t>("num_heads_k"),
-                                      xla::ffi::StructMember<int64_t>("first_head_q"),
-                                      xla::ffi::StructMember<int64_t>("first_head_k"),
-                                      xla::ffi::StructMember<int64_t>("first_head_v"));
+XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
+    jax_fa3::Attributes, xla::ffi::StructMember<float>("scale"),
+    xla::ffi::StructMember<float>("soft_cap"), xla::ffi::StructMember<int64_t>("window_left"),
+    xla::ffi::StructMember<int64_t>("window_right"), xla::ffi::StructMember<int64_t>("num_heads_q"),
+    xla::ffi::StructMember<int64_t>("num_heads_k"), xla::ffi::StructMember<int64_t>("first_head_q"),
+    xla::ffi::StructMember<int64_t>("first_head_k"),
+    xla::ffi::StructMember<int64_t>("first_head_v"), xla::ffi::StructMember<int64_t>("head_dim_v"),
+    xla::ffi::StructMember<int64_t>("first_column_v"));
 
 // The mask's arrays: query_offset, query_seq_lengths, key_value_seq_lengths, key_begin, key_end.
 #define JAX_FA3_MASKS              \

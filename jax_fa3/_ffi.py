@@ -9,15 +9,13 @@ import importlib
 import pathlib
 import re
 from types import ModuleType
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
+from ._custom_call import attributes_of, custom_call, mask_operands
 from ._problem import Config, Masks
-from ._varying import vary_as, vary_together
 
 FWD = "jax_fa3.fwd.v1"
 BWD = "jax_fa3.bwd.v1"
@@ -26,9 +24,6 @@ SEGMENT_INTERVALS = "jax_fa3.segment_intervals.v1"
 FWD_FP8 = "jax_fa3.fwd_fp8.v1"  # these two are called by fp8/_ffi.py
 QUANTIZE = "jax_fa3.quantize.v1"
 TARGETS = (FWD, BWD, BWD_PACKED, SEGMENT_INTERVALS, FWD_FP8, QUANTIZE)
-
-_UNBOUNDED = 2**62
-_FARTHEST = 2**61  # far beyond every int32 position, and sums with one still fit int64
 
 # Of the backward (cpp/plan.h): query rows of a tile, at least, and a common multiple; the head dims
 # that it computes with, and the widest of which dq is always summed in global memory.
@@ -97,7 +92,7 @@ def fwd(
     config: Config,
     query: Array,
     key: Array,
-    value: Array,
+    value: Array | None,
     masks: Masks,
     *,
     num_heads: tuple[int, int] | None = None,
@@ -110,12 +105,16 @@ def fwd(
     Args:
         query, key, value: bf16 or fp16 [B, T, *, H], [B, S, *, H], [B, S, *, V], each with the
             heads that are meant from first_head on; the same packed array may stand for all three.
+            With value None key holds both, side by side: [B, S, K, H + V].
         num_heads: (N, K); as many as query and key have if None.
         before: fp32 results for other keys, to be joined with; they are overwritten.
     """
     heads = num_heads or (query.shape[2], key.shape[2])
-    batch, query_length = query.shape[:2]
-    shape, dtype = (batch, query_length, heads[0], value.shape[3]), query.dtype
+    (batch, query_length, _, head_dim), columns_v = query.shape, 0
+    if value is None:
+        value, columns_v = key, head_dim
+    head_dim_v = value.shape[3] - columns_v
+    shape, dtype = (batch, query_length, heads[0], head_dim_v), query.dtype
     results = (
         jax.ShapeDtypeStruct(shape, jnp.float32 if config.partial else dtype),
         jax.ShapeDtypeStruct((batch, heads[0], query_length), jnp.float32),
@@ -124,7 +123,7 @@ def fwd(
     absent = jnp.zeros(0, jnp.float32)
     call = query, key, value, *mask_operands(masks), *(before or (absent, absent))
     aliases = {len(call) - 1: 1} | ({len(call) - 2: 0} if config.partial else {})
-    attributes = attributes_of(config, heads, first_head)
+    attributes = attributes_of(config, heads, first_head, head_dim_v, columns_v)
     out, lse, _ = custom_call(FWD, results, attributes, *call, aliases=aliases if before else {})
     return out, lse
 
@@ -133,7 +132,7 @@ def bwd(
     config: Config,
     query: Array,
     key: Array,
-    value: Array,
+    value: Array | None,
     masks: Masks,
     out: Array | None,
     lse: Array,
@@ -149,20 +148,25 @@ def bwd(
     in the operands' dtype, but dk and dv in fp32 if config.partial.
 
     Args:
-        query, key, value, masks, num_heads, first_head: as for fwd.
+        query, key, value, masks, num_heads, first_head: as for fwd. Key and value side by side may
+            also be uint32 words of two numbers each, with more behind them: [B, S, K, *].
         out, lse: what fwd gave, or what was made of it, in query's dtype and fp32.
         dout, dlse: their cotangents, in their dtypes. With out None dlse is dlse - rowsum(dout * out).
         summed_dq: what calls with other keys gave for dq without finish_dq; it is overwritten.
         finish_dq: False for a sum of dq, as dq_sum_of says, which only such calls can read.
     """
     heads = num_heads or (query.shape[2], key.shape[2])
-    packed = num_heads is not None
-    operands = (query,) if packed else (query, key, value)
+    head_dim, head_dim_v = query.shape[3], dout.shape[3]
+    dims = (head_dim,) if num_heads else (head_dim, head_dim, head_dim_v)
+    operands = (query,) if num_heads else (query, key, key if value is None else value)
     dtypes = query.dtype, *[jnp.float32 if config.partial else query.dtype] * 2
-    grads = [jax.ShapeDtypeStruct(x.shape, d) for x, d in zip(operands, dtypes, strict=False)]
+    grads = [
+        jax.ShapeDtypeStruct((*x.shape[:3], dim), dtype)
+        for x, dim, dtype in zip(operands, dims, dtypes, strict=False)
+    ]
     if not finish_dq:
         grads[0] = jax.ShapeDtypeStruct((0,), query.dtype)
-    dq_sum = dq_sum_of(query, heads[0], value)
+    dq_sum = dq_sum_of(query, heads[0], head_dim_v)
     batch, _, rows, width = dq_sum.shape
     if width > _WIDEST_FUSED and finish_dq and summed_dq is None:
         dq_sum = jax.ShapeDtypeStruct((batch, heads[0], rows, 0), jnp.float32)
@@ -174,10 +178,11 @@ def bwd(
         dq_sum,
         jax.ShapeDtypeStruct((turns,), jnp.int32),
     )
+    results, columns_v = (*grads, *workspace), head_dim if value is None else 0
+    attributes = attributes_of(config, heads, first_head, head_dim_v, columns_v)
     out = jnp.zeros(0, query.dtype) if out is None else out
     call = *operands, *mask_operands(masks), out, lse, dout, dlse
-    results, attributes = (*grads, *workspace), attributes_of(config, heads, first_head)
-    if packed:
+    if num_heads:
         return tuple(custom_call(BWD_PACKED, results, attributes, *call)[:1])
     aliases = {} if summed_dq is None else {len(call): len(results) - 2}
     call += (jnp.zeros(0, jnp.float32) if summed_dq is None else summed_dq,)
@@ -185,11 +190,11 @@ def bwd(
     return dq if finish_dq else dq_sum, dk, dv
 
 
-def dq_sum_of(query: Array, num_heads: int, value: Array) -> jax.ShapeDtypeStruct:
+def dq_sum_of(query: Array, num_heads: int, head_dim_v: int) -> jax.ShapeDtypeStruct:
     """The fp32 sum of dq in global memory, in an order of the kernel's own: [B, N, rows of whole
     tiles, of whichever height, the head dim that the kernel computes with]."""
     batch, length, _, head_dim = query.shape
-    head_dim_v, built = value.shape[3], [x[1:] for x in kernels() if x[0] == query.dtype.name]
+    built = [x[1:] for x in kernels() if x[0] == query.dtype.name]
     fits = (h for h, v in built if h >= head_dim and v >= head_dim_v)
     kernel = next(fits, max(head_dim, head_dim_v))  # an install without kernels can lower, too
     width = next((width for width in _WIDTHS if width >= kernel), kernel)
@@ -205,43 +210,3 @@ def segment_intervals(
     operands = query_segment_ids, key_value_segment_ids
     key_begin, key_end = custom_call(SEGMENT_INTERVALS, (result, result), {}, *operands)
     return key_begin, key_end
-
-
-def custom_call(
-    target: str,
-    results: Any,
-    attributes: dict[str, Any],
-    *operands: Array,
-    aliases: dict[int, int] | None = None,
-) -> list[Array]:
-    """aliases: operands, by their place, that become results where they are."""
-    varying = vary_together(operands)
-    call = jax.ffi.ffi_call(target, results, input_output_aliases=aliases)
-    found = call(*varying, **attributes)
-    return [vary_as(x, varying[0]) for x in found]
-
-
-def mask_operands(masks: Masks) -> list[Array]:
-    absent = jnp.zeros(0, jnp.int32)
-    return [absent if mask is None else mask for mask in masks]
-
-
-def attributes_of(
-    config: Config, num_heads: tuple[int, int], first_head: tuple[int, int, int]
-) -> dict[str, Any]:
-    left, right = map(_window_attribute, config.window)
-    return {
-        "scale": np.float32(config.scale),
-        "soft_cap": np.float32(config.logits_soft_cap or 0),
-        "window_left": left,
-        "window_right": right,
-        "num_heads_q": num_heads[0],
-        "num_heads_k": num_heads[1],
-        "first_head_q": first_head[0],
-        "first_head_k": first_head[1],
-        "first_head_v": first_head[2],
-    }
-
-
-def _window_attribute(distance: int | None) -> int:
-    return _UNBOUNDED if distance is None else min(max(distance, -_FARTHEST), _FARTHEST)

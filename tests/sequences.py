@@ -18,6 +18,7 @@ from jax_fa3._problem import Config, Masks
 from jax_fa3.context_parallel import _steps
 from jax_fa3.context_parallel._layout import Layout
 from jax_fa3.context_parallel._masks import of_one_part
+from jax_fa3.context_parallel._words import to_words
 
 MESHES = {"sequence": 8, "batch": (2, 4), "heads": (2, 2, 2), "two": 2, "three": 3, "four": 4}
 AXES = {
@@ -131,26 +132,27 @@ def in_steps(
     query, key, value = inputs
     config = Config(case.scale or case.H**-0.5, (None, None), case.logits_soft_cap, deterministic)
     masks, layout, length = _all_masks(case), Layout("", parts, zigzag=False), case.S // parts
+    key_value = jnp.concatenate([key, value], axis=-1)
     steps = [
         (
-            (query, *(x[:, part * length : (part + 1) * length] for x in (key, value))),
+            key_value[:, part * length : (part + 1) * length],
             of_one_part(layout, masks, jnp.int32(part), length),
         )
         for part in reversed(range(parts))
     ]
     before: Any = None
-    for i, operands in enumerate(steps):
+    for i, (part, keys) in enumerate(steps):
         config = dataclasses.replace(config, partial=i + 1 < parts)
-        before = _steps.forward(implementation, config, *operands, before)
+        before = _steps.forward(implementation, config, (query, part), keys, before)
     out, lse = before
     dout, dlse = cotangents
     dlse = jnp.swapaxes(dlse - (dout.astype(jnp.float32) * out).sum(-1), 1, 2)
     config = dataclasses.replace(config, partial=True)
     dq, dkv = None, []
-    for i, operands in enumerate(steps):
-        finish_dq = i + 1 == parts
-        rows = lse, dout, dlse, dq
-        dq, *dpart = _steps.backward(implementation, config, finish_dq, *operands, *rows)
+    for i, (part, keys) in enumerate(steps):
+        static = implementation, config, i + 1 == parts
+        words = jnp.pad(to_words(part), [(0, 0)] * 3 + [(0, 4 * i)])  # in the ring, gradients
+        dq, *dpart = _steps.backward(*static, (query, words), keys, lse, dout, dlse, dq)
         dkv.insert(0, dpart)
     dk, dv = (jnp.concatenate(x, axis=1).astype(query.dtype) for x in zip(*dkv, strict=True))
     return Results(out, jnp.swapaxes(lse, 1, 2), dq, dk, dv)

@@ -62,6 +62,8 @@ def test_fwd_attributes():
         "first_head_q": "0 : i64",
         "first_head_k": "0 : i64",
         "first_head_v": "0 : i64",
+        "head_dim_v": "128 : i64",
+        "first_column_v": "0 : i64",
     }
     found = attributes(Config(0.5, (7, -3), 30.0, False))
     assert (found["window_left"], found["window_right"]) == ("7 : i64", "-3 : i64")
@@ -73,11 +75,11 @@ def test_fwd_attributes():
 def test_fwd_of_parts_of_the_keys():
     """Results in fp32 are joined with those before where these are; the last are in query's dtype."""
 
-    def forward(*operands):
-        before: Any = None
+    def forward(q, k, v):
+        before = None
         for partial in (True, True, False):
             config = dataclasses.replace(CONFIG, partial=partial)
-            before = _ffi.fwd(config, *operands, Masks(), before=before)
+            before = _ffi.fwd(config, q, k, v, Masks(), before=before)
         return before
 
     text = lower(forward, *OPERANDS)
@@ -89,6 +91,25 @@ def test_fwd_of_parts_of_the_keys():
     assert results == [f"{out}, {lse}"] * 2 + [f"tensor<2x16x4x128xbf16>, {lse}"]
     aliases = re.findall(r"output_tuple_indices = \[(\d)\], operand_index = (\d)", text)
     assert aliases == [("0", "8"), ("1", "9"), ("1", "9")]
+
+
+def test_key_and_value_side_by_side():
+    """One array stands for both, without a copy; for the backward in words, with more behind them."""
+    q, _, _ = OPERANDS
+    together, words = struct(B, S, K, H + V), struct(B, S, K, 500, dtype=jnp.uint32)
+    rows = struct(B, N, T, dtype=jnp.float32), struct(B, T, N, V)
+
+    def both(q, together, words, lse, dout):
+        forward = _ffi.fwd(CONFIG, q, together, None, Masks())
+        return forward, _ffi.bwd(CONFIG, q, words, None, Masks(), None, lse, dout, lse)
+
+    text = lower(both, q, together, words, *rows)
+    assert operations(text) == {"custom_call", "broadcast_in_dim"}
+    assert text.count(f"first_column_v = {H} : i64") == text.count(f"head_dim_v = {V} : i64") == 2
+    assert "(%arg0, %arg1, %arg1, " in text and "(%arg0, %arg2, %arg2, " in text
+    assert "-> (tensor<2x16x4x128xbf16>, " in text
+    grads = "tensor<2x16x4x192xbf16>, tensor<2x24x2x192xbf16>, tensor<2x24x2x128xbf16>"
+    assert f"-> ({grads}, " in text
 
 
 @pytest.mark.parametrize("deterministic", [False, True])

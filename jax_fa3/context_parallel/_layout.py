@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from types import ModuleType
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -92,21 +90,10 @@ class Layout:
         """The index of the device that is `back` before this one on the ring."""
         return (lax.axis_index(self.axis_name) - back) % self.size
 
-    def send(self, tree: Any) -> Any:
-        """Every array to the next device of the ring, in one transfer: of several, XLA lets one run
-        beside a kernel and the others before it."""
-        arrays, structure = jax.tree.flatten(tree)
-        if not arrays:
-            return tree
-        words = [lax.bitcast_convert_type(x, jnp.uint16) for x in arrays]
+    def send(self, x: Array) -> Array:
+        """x to the next device of the ring, and what the one before sends."""
         ring = [(i, (i + 1) % self.size) for i in range(self.size)]
-        joined = lax.ppermute(jnp.concatenate([x.ravel() for x in words]), self.axis_name, ring)
-        ends = list(itertools.accumulate(x.size for x in words))[:-1]
-        received = [
-            lax.bitcast_convert_type(part.reshape(sent.shape), x.dtype)
-            for part, sent, x in zip(jnp.split(joined, ends), words, arrays, strict=True)
-        ]
-        return jax.tree.unflatten(structure, received)
+        return lax.ppermute(x, self.axis_name, ring)
 
     def gather(self, x: Array) -> Array:
         """[B, T, ...], T of one device, to all of the sequence in its natural order."""

@@ -4,6 +4,9 @@ part is worked on the next one is under way. Memory is linear in the length of o
 Each step's result, for one device's keys, is joined in fp32 with that of the steps before. The
 backward goes round the ring as well: with the log-sum-exp and out of all keys, each step adds its
 own part to every gradient; those of K and V travel with them, in fp32.
+
+All that travels at a time is one array: of several, XLA lets one run beside a kernel, and the others
+before it. K and V stay where they arrive: the kernels read them side by side.
 """
 
 from __future__ import annotations
@@ -11,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -21,6 +23,7 @@ from .._varying import vary_together
 from . import _steps
 from ._layout import Layout
 from ._masks import of_one_part
+from ._words import from_words, to_words
 
 
 def forward(
@@ -31,14 +34,15 @@ def forward(
     masks: Masks,
 ) -> tuple[Array, Array]:
     """out [B, T, N, V] and lse [B, N, T]; everything of one device, masks from of_this_device."""
-    query, *part = operands
+    query, key, value = operands
+    part = jnp.concatenate([key, value], axis=-1)
     total: Any = None
     for step in range(layout.size):
         is_last = step + 1 == layout.size
         arriving = None if is_last else layout.send(part)
-        keys = of_one_part(layout, masks, layout.device(step), part[0].shape[1])
+        keys = of_one_part(layout, masks, layout.device(step), key.shape[1])
         config = dataclasses.replace(config, partial=not is_last)
-        call = vary_together(((query, *part), keys, total))
+        call = vary_together(((query, part), keys, total))
         total = _steps.forward(implementation, config, *call)
         if not is_last:
             part, total = _when_done(arriving, total)
@@ -54,24 +58,35 @@ def backward(
 ) -> tuple[Array, ...]:
     """dq, dk, dv."""
     config = dataclasses.replace(config, partial=True)
-    (query, *part), masks, out, lse = residuals
+    (query, key, value), masks, out, lse = residuals
     dout, dlse = cotangents
     dlse = dlse - jnp.swapaxes((dout.astype(lse.dtype) * out).sum(-1), 1, 2)
-    dtypes = [x.dtype for x in part]
+    part = to_words(jnp.concatenate([key, value], axis=-1))
+    words = part.shape[-1]
     dquery: Any = None
-    dpart: Any = None
+    dpart: Any = None  # [B, S, K, H + V]
     for step in range(layout.size):
         is_last = step + 1 == layout.size
         # The next part, and the gradients so far of the one that is here now.
-        arriving, sums = layout.send((None if is_last else part, dpart))
-        keys = of_one_part(layout, masks, layout.device(step), part[0].shape[1])
-        call = vary_together(((query, *part), keys, lse, dout, dlse, dquery))
-        dquery, *dpart = _steps.backward(implementation, config, is_last, *call)
-        dpart = dpart if sums is None else jax.tree.map(jnp.add, sums, dpart)
+        outgoing = [] if is_last else [part[..., :words]]
+        outgoing += [] if dpart is None else [to_words(dpart)]
+        arriving: Any = layout.send(jnp.concatenate(outgoing, axis=-1)) if outgoing else None
+        keys = of_one_part(layout, masks, layout.device(step), key.shape[1])
+        call = vary_together(((query, part), keys, lse, dout, dlse, dquery))
+        dquery, *dkv = _steps.backward(implementation, config, is_last, *call)
         if not is_last:
-            part, (dquery, dpart) = _when_done(arriving, (dquery, dpart))
-    dpart = [x.astype(dtype) for x, dtype in zip(dpart, dtypes, strict=True)]
-    return dquery, *(layout.send(dpart) if layout.size > 1 else dpart)  # the last hop leads home
+            arriving, (dquery, dkv) = _when_done(arriving, (dquery, dkv))
+        own = jnp.concatenate(dkv, axis=-1)
+        if dpart is None:
+            dpart = own
+        else:
+            sums = arriving if is_last else arriving[..., words:]
+            dpart = from_words(sums, own.dtype, own.shape[-1]) + own
+        part = arriving
+    dpart = dpart.astype(key.dtype)
+    if layout.size > 1:
+        dpart = layout.send(dpart)  # home
+    return dquery, *jnp.split(dpart, [key.shape[-1]], axis=-1)
 
 
 def _when_done(arriving: Any, results: Any) -> Any:

@@ -12,8 +12,10 @@ from .._arguments import Implementation
 from .._problem import Config, Masks
 from .._varying import vary_together
 from ._merge import merge
+from ._words import from_words
 
-Operands = tuple[Array, ...]  # query, and a part of key and value
+# Query, and a part of key and value, side by side: [B, S, K, H + V].
+Operands = tuple[Array, Array]
 
 
 def forward(
@@ -29,7 +31,7 @@ def forward(
     Args:
         before: those of the steps before, fp32.
     """
-    tensors, per_mask, results = _autodiff._letters(operands, masks)
+    tensors, per_mask, results = _letters(operands, masks)
     letters = tensors, per_mask, None if before is None else results
     static = implementation, _forward_kernel, _plain_forward, (config,), letters, results
     return _dispatch.run(*static, operands, masks, before)
@@ -38,14 +40,15 @@ def forward(
 def _forward_kernel(
     config: Config, operands: Operands, masks: Masks, before: tuple[Array, Array] | None
 ) -> tuple[Array, Array]:
-    query, key, value = operands
-    return _ffi.fwd(config, query, key, value, masks, before=before)
+    query, part = operands
+    return _ffi.fwd(config, query, part, None, masks, before=before)
 
 
 def _plain_forward(
     config: Config, operands: Operands, masks: Masks, before: tuple[Array, Array] | None
 ) -> tuple[Array, Array]:
-    query, key, value = operands
+    query, part = operands
+    key, value = jnp.split(part, [query.shape[-1]], axis=-1)
     options: Any = {"scale": config.scale, "logits_soft_cap": config.logits_soft_cap}
     options |= {"partial": config.partial or before is not None}
     found = _xla.attention(query, key, value, masks, config.window, **options)
@@ -70,15 +73,16 @@ def backward(
     """dq, of this part and those before, in query's dtype; dk and dv of this part, fp32.
 
     Args:
+        operands: the part in words, of which there may be more behind it.
         finish_dq: False for a sum of dq for the next step, in the order of _ffi.dq_sum_of.
         lse, dout: of all keys.
         dlse: the cotangent of lse minus rowsum(dout * out).
         summed_dq: that of the steps before.
     """
-    tensors, per_mask, (rows, per_row) = _autodiff._letters(operands, masks)
+    tensors, per_mask, (rows, per_row) = _letters(operands, masks)
     summed = "bn.."
     letters = tensors, per_mask, per_row, rows, per_row, None if summed_dq is None else summed
-    results = tensors if finish_dq else (summed, *tensors[1:])
+    results = rows if finish_dq else summed, tensors[1], tensors[1]
     functions = _backward_kernel, _plain_backward
     static = implementation, *functions, (config, finish_dq), letters, results
     return _dispatch.run(*static, operands, masks, lse, dout, dlse, summed_dq)
@@ -94,9 +98,9 @@ def _backward_kernel(
     dlse: Array,
     summed_dq: Array | None,
 ) -> tuple[Array, ...]:
-    query, key, value = operands
+    query, part = operands
     options: Any = {"summed_dq": summed_dq, "finish_dq": finish_dq}
-    return _ffi.bwd(config, query, key, value, masks, None, lse, dout, dlse, **options)
+    return _ffi.bwd(config, query, part, None, masks, None, lse, dout, dlse, **options)
 
 
 def _plain_backward(
@@ -110,14 +114,24 @@ def _plain_backward(
     summed_dq: Array | None,
 ) -> tuple[Array, ...]:
     """The sum of dq is [B, N, T, H] here, filled up with zeros."""
-    query, key, value = operands
+    query, part = operands
+    head_dim, head_dim_v = query.shape[-1], dout.shape[-1]
+    part = from_words(part, query.dtype, head_dim + head_dim_v)
+    key, value = jnp.split(part, [head_dim], axis=-1)
     dq, dk, dv = _xla.backward(config, query, key, value, masks, lse, dout, dlse)
     if summed_dq is not None:
         dq += jnp.swapaxes(summed_dq[:, :, : dq.shape[1], : dq.shape[3]], 1, 2)
     if finish_dq:
         dq = dq.astype(query.dtype)
     else:
-        shape = _ffi.dq_sum_of(query, query.shape[2], value).shape
+        shape = _ffi.dq_sum_of(query, query.shape[2], head_dim_v).shape
         dq = jnp.swapaxes(dq, 1, 2)
         dq = jnp.pad(dq, [(0, n - m) for n, m in zip(shape, dq.shape, strict=True)])
     return vary_together(((dq, dk, dv), operands))[0]  # without elements they are constants
+
+
+def _letters(operands: Operands, masks: Masks) -> tuple[tuple[str, str], Any, tuple[str, str]]:
+    """Of operands and masks; and of out and lse."""
+    query, part = operands
+    (rows, keys, _), per_mask, results = _autodiff._letters((query, part, part), masks)
+    return (rows, keys), per_mask, results

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from .._ffi import FWD_FP8, QUANTIZE, attributes_of, custom_call, mask_operands
+from .._custom_call import attributes_of, custom_call, mask_operands
+from .._ffi import FWD_FP8, QUANTIZE
 from .._problem import Config, Masks
 
 # Rows that have one scale, and keys that the kernel transposes V by.
@@ -38,7 +39,7 @@ def fwd(
         jax.ShapeDtypeStruct((1,), jnp.int32),
         jax.ShapeDtypeStruct((batch, kv_heads, head_dim_v, columns), jnp.uint8),
     )
-    attributes = attributes_of(config, (heads, kv_heads), (0, 0, 0))
+    attributes = attributes_of(config, (heads, kv_heads), (0, 0, 0), head_dim_v)
     operands = *tensors, *scales, *mask_operands(masks)
     out, lse, *_ = custom_call(FWD_FP8, results, attributes, *operands)
     return out, lse

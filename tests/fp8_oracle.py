@@ -68,8 +68,45 @@ def _exponent(x: Array) -> Array:
     return jnp.where(x == 0, -60, (lax.bitcast_convert_type(x, jnp.int32) >> 23 & 255) - 127)
 
 
-def rounding(dtype: DTypeLike) -> _reference.Rounding:
-    """What the kernel rounds: the scores' sums, the weights to e4m3 after times 2^8, and out."""
+def _stepwise(weights: Array, value_scale: Array, head_dim: int) -> Array:
+    """Weights as the kernel rounds them: from the last block of keys to the first, times 2^8 above a
+    maximum that is raised where it is exceeded by more than 2^0.75, and by V's scale in a unit that
+    follows the scales where one is more than twice as large or small. A tile of rows starts with
+    the last block that one of them sees."""
+    if weights.size == 0:
+        return weights
+    tile = 192 if head_dim <= 128 else 128
+    blocks = value_scale.shape[1]
+    b, n, t, s = weights.shape
+    sizes = [(0, 0)] * 2 + [(0, -t % tile), (0, blocks * BLOCK - s)]
+    weights = jnp.pad(weights, sizes).reshape(b, n, -1, tile, blocks, BLOCK)
+    seen = (weights > 0).any((1, 3, 5))  # [B, tiles, blocks]
+    last = jnp.where(seen, jnp.arange(blocks), -1).max(-1)[:, None]
+    exponents = jnp.log2(value_scale).swapaxes(1, 2).repeat(n // value_scale.shape[2], 1)
+
+    def step(carry: Any, block: Any) -> Any:
+        unit, top = carry
+        index, exponent, of_block = block
+        exponent = exponent[..., None] - unit
+        changes = (abs(exponent) > 1) & (index <= last)
+        unit = unit + jnp.where(changes, exponent, 0)
+        exponent = jnp.where(changes, 0, exponent)[..., None]  # [B, N, tiles, 1]
+        largest = jnp.log2(of_block.max(-1)) + exponent
+        top = jnp.where(largest > top + 0.75, largest, top)
+        factor = jnp.exp2(exponent - jnp.maximum(top, -100) + 8)[..., None]  # finite
+        return (unit, top), _reference.rounded(of_block * factor, jnp.float8_e4m3fn) / factor
+
+    start = jnp.zeros(weights.shape[:3]), jnp.full(weights.shape[:4], -1e30)
+    steps = jnp.arange(blocks), jnp.moveaxis(exponents, 2, 0), jnp.moveaxis(weights, 4, 0)
+    result = jnp.moveaxis(lax.scan(step, start, steps, reverse=True)[1], 0, 4)
+    return result.reshape(b, n, -1, blocks * BLOCK)[:, :, :t, :s]
+
+
+def rounding(dtype: DTypeLike, value_scale: Any = None, head_dim: int = 0) -> _reference.Rounding:
+    """What the kernel rounds: the scores' sums, the weights to e4m3, and out.
+
+    value_scale: [B, blocks, K]; without it, weights are rounded times 2^8.
+    """
 
     def products(query: Array, key: Array) -> Array:
         query, key = jnp.moveaxis(query, 1, 2)[:, :, :, None], jnp.moveaxis(key, 1, 2)[:, :, None]
@@ -85,7 +122,9 @@ def rounding(dtype: DTypeLike) -> _reference.Rounding:
         return total
 
     def probabilities(weights: Array, total: Array) -> Array:
-        return _reference.rounded(weights * 2**8, jnp.float8_e4m3fn) / 2**8 / total
+        if value_scale is None:
+            return _reference.rounded(weights * 2**8, jnp.float8_e4m3fn) / 2**8 / total
+        return _stepwise(weights, jnp.asarray(value_scale), head_dim) / total
 
     return _reference.Rounding(
         lambda scores: scores, probabilities, lambda x: _reference.rounded(x, dtype), products
@@ -93,9 +132,9 @@ def rounding(dtype: DTypeLike) -> _reference.Rounding:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2))
-def oracle(case: Case, inputs: Any, dtype: Any = None) -> Results:
+def oracle(case: Case, inputs: Any, dtype: Any = None, value_scale: Any = None) -> Results:
     """Of fp32 query, key and value: exact, or rounded as the kernel does for results in dtype."""
-    round_to = None if dtype is None else rounding(dtype)
+    round_to = None if dtype is None else rounding(dtype, value_scale, case.H)
     with jax.default_matmul_precision("highest"):
         return Results(*_reference.attention(*inputs, **case.arguments, round_to=round_to))
 

@@ -155,6 +155,15 @@ def test_ring_sends_before_it_computes():
     assert calls == [f"{partial}, {lse}"] * 3 + [f"tensor<1x32x4x64xbf16>, {lse}"]
 
 
+def test_ring_goes_back_after_the_forward():
+    """The backward's first part waits behind a barrier for what the forward makes last; or XLA sends it
+    beside the forward's own."""
+    text = lower(jax.grad(loss(Split(mesh="four")), (0, 1, 2)), *QKV)
+    events = re.findall("|".join({*SEND, *STEP, "jax_fa3.bwd.v1"}), text)
+    between = events[len(events) - events[::-1].index(STEP[0]) : events.index("jax_fa3.bwd.v1")]
+    assert between == [STEP[1], *SEND]
+
+
 QKV, IDS = operands(32, 4), np.zeros((1, 128), np.int32)
 
 

@@ -61,7 +61,8 @@ def test_table(case: Case, dtype: Any):
     out, lse = jax.jit(call)(*tensors, *scales)
     assert out.dtype == dtype and lse.dtype == jnp.float32
     inputs = fp8_oracle.all_dequantized(tensors, scales)
-    exact, rounded = fp8_oracle.oracle(case, inputs), fp8_oracle.oracle(case, inputs, dtype)
+    exact = fp8_oracle.oracle(case, inputs)
+    rounded = fp8_oracle.oracle(case, inputs, dtype, scales[2])
     assert_rounded(Results(out, lse), exact, rounded, case, jnp.finfo(dtype).eps)
 
 
@@ -115,7 +116,7 @@ def test_signs_of_scores(head_dim: int, negative: str):
     out, lse = quantized_attention(*tensors, *scales, **case.arguments)
     inputs = fp8_oracle.all_dequantized(tensors, scales)
     exact = fp8_oracle.oracle(case, inputs)
-    rounded = fp8_oracle.oracle(case, inputs, jnp.bfloat16)
+    rounded = fp8_oracle.oracle(case, inputs, jnp.bfloat16, scales[2])
     assert_rounded(Results(out, lse), exact, rounded, case, jnp.finfo(jnp.bfloat16).eps)
 
 
@@ -261,7 +262,7 @@ def test_function(name: str, dtype: Any, options: Any):
         for x, n, s in zip(inputs, lengths, (signs, signs, None), strict=True)
     ]
     dequantized = fp8_oracle.all_dequantized(*zip(*pairs, strict=True))
-    rounded = fp8_oracle.oracle(case, dequantized, dtype)
+    rounded = fp8_oracle.oracle(case, dequantized, dtype, pairs[2][1])
     rounded = rounded._replace(dq=plain.dq, dk=plain.dk, dv=plain.dv)
     assert found.out.dtype == found.dq.dtype == dtype
     assert_rounded(found, exact, rounded, case, jnp.finfo(dtype).eps)

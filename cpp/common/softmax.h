@@ -50,6 +50,7 @@ struct Softmax {
   float row_max[kRowsPerThread] = {-INFINITY, -INFINITY};
   float row_sum[kRowsPerThread] = {0.f, 0.f};  // of this thread's columns only
   float rescale[kRowsPerThread] = {1.f, 1.f};  // of what was accumulated before the last update
+  static constexpr float out_unit = 1.f;       // what the accumulated output counts in
 
   // Takes the scores of one more block into the running maximum.
   template <class Scores>

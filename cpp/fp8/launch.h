@@ -50,10 +50,12 @@ cudaError_t launch(Problem const& problem, cudaStream_t stream) {
   Transpose const transpose{
       p.batch, p.num_heads_k,      p.head_dim, p.value, problem.transposed_value,
       p.mask,  problem.value_scale};
-  JAX_FA3_RETURN_IF_ERROR(launch(transpose, stream));
   Params params{};
   JAX_FA3_RETURN_IF_ERROR(make_params<kHeadDim>(problem, &params));
-  return fwd::launch_persistent<Traits<kHeadDim>>(params, stream);
+  // Before the transposition: what the kernel starts beside must be that.
+  JAX_FA3_RETURN_IF_ERROR(fwd::reset_counter(params, stream));
+  JAX_FA3_RETURN_IF_ERROR(launch(transpose, stream));
+  return fwd::launch_persistent<Traits<kHeadDim>>(params, stream, Start::kBeside);
 }
 
 }  // namespace jax_fa3::fp8

@@ -17,18 +17,22 @@ class ScaleLoader {
     fetch(n_block);
   }
 
-  // Of the block that was fetched last; then fetches the one before it, if there is one.
-  // A scale that is none makes NaN of the rows that see the block, and only of those: the key's
-  // scale meets scores before the mask does.
+  // Of the block that was fetched last; then fetches the one before it, if there is one. A scale
+  // that is none makes NaN of the rows that see the block, and only of those: the key's scale meets
+  // scores before the mask does.
   CUTLASS_DEVICE BlockScale next(int n_block) {
     bool const valid = is_scale(value_);
     float const key = valid && is_scale(key_) ? key_ : NAN;
-    float const value = valid ? value_ : 1.f;
-    // Finite: an O of 0 is multiplied by it, too.
-    float const ratio = behind_ == value ? 1.f : fminf(__fdividef(behind_, value), 0x1p127f);
-    behind_ = value;
+    float const value = valid ? value_ : unit_;
+    float exponent = __log2f(value) - __log2f(unit_);
+    float ratio = 1.f;
+    if (fabsf(exponent) > kUnitRange) {
+      ratio = fminf(exp2f(-exponent), 0x1p127f);  // finite: an O of 0 is multiplied by it, too
+      exponent = 0.f;
+      unit_ = value;
+    }
     if (n_block > 0) fetch(n_block - 1);
-    return {key, value, ratio};
+    return {key, unit_, ratio, exponent};
   }
 
  private:
@@ -41,7 +45,7 @@ class ScaleLoader {
   Params const& params_;
   int64_t first_;
   float key_, value_;
-  float behind_ = 1.f;
+  float unit_ = 1.f;
 };
 
 template <int kHeadDim>
@@ -55,18 +59,24 @@ CUTLASS_DEVICE void load(Traits<kHeadDim>, Params const& params,
   if (threadIdx.x % 32 != 0) return;
   PipelineState<Traits::kWorkStages> work_state;
   PipelineState<Traits::kStages> state;
-  uint32_t query_phase = 0;
   auto const raw = [](FullBarrier& barrier) { return reinterpret_cast<uint64_t*>(&barrier); };
 
   for (;; work_state.advance()) {
     storage.work_pipeline.full[work_state.stage].wait(work_state.phase);
     fwd::Work const work = storage.work[work_state.stage];
     storage.work_pipeline.empty[work_state.stage].arrive();
-    if (work.last) return;
+    if (work.last) break;
     int const batch = work.tile.batch;
     int const head_k = work.tile.head / params.group;
     BlockRange const blocks = work.blocks;
-    if (blocks.begin >= blocks.end) continue;
+    uint32_t const query_phase = Traits::query_phase(work_state.stage);
+    if (blocks.begin >= blocks.end) {
+      for (int warpgroup = 0; warpgroup < Traits::kConsumerWarpgroups; ++warpgroup) {
+        storage.query_empty[warpgroup].wait(query_phase ^ 1);
+        storage.query_full[warpgroup].arrive();
+      }
+      continue;
+    }
 
     ScaleLoader scales{params, batch, head_k, blocks.end - 1};
 
@@ -103,11 +113,12 @@ CUTLASS_DEVICE void load(Traits<kHeadDim>, Params const& params,
           params.query, raw(full), kReadOnce, storage.query + warpgroup * 64 * Traits::kSlab,
           work.tile.m_block * kBlockM + warpgroup * 64, work.tile.head, batch);
     }
-    query_phase ^= 1;
+    cudaGridDependencySynchronize();  // V is what the kernel before this one makes
     for (int n_block = blocks.end - 2; n_block >= blocks.begin - 1; --n_block) {
       load_step(n_block, n_block + 1);
     }
   }
+  cudaGridDependencySynchronize();  // a grid without work must not end before that one either
 }
 
 }  // namespace jax_fa3::fp8

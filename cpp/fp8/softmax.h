@@ -13,6 +13,11 @@ inline constexpr float kShift = 8.f;
 // O need not be rescaled. 2^(kShift + kSlack) is below 448, the greatest e4m3 number.
 inline constexpr float kSlack = 0.75f;
 
+// V's scales are taken into P, in a unit that changes where a block's scale is further from it than
+// so many powers of 2. Then O need not be rescaled for every block; and a block of large scale
+// whose numbers are small after all makes P of the others no smaller than 2^-2 of what it could be.
+inline constexpr float kUnitRange = 1.f;
+
 // 4 fp32 values as neighbouring e4m3 elements; NaN stays NaN.
 CUTLASS_DEVICE uint32_t pack_e4m3(float a, float b, float c, float d) {
   uint32_t result;
@@ -35,26 +40,28 @@ CUTLASS_DEVICE float max_or_nan(float a, float b) {
 }
 
 struct Softmax {
-  float scale_log2;  // of scores in their true size
-  // An exponent of base 2. Where no key has been seen it is finite: -inf - -inf would be NaN.
+  // An exponent of base 2, of weights times V's scale in O's unit. Where no key has been seen it is
+  // finite: -inf - -inf would be NaN.
   float row_max[kRowsPerThread] = {-1e30f, -1e30f};
-  float row_sum[kRowsPerThread] = {0.f, 0.f};  // of this thread's columns only
+  float row_sum[kRowsPerThread] = {0.f, 0.f};  // of weights, of this thread's columns only
   float rescale[kRowsPerThread] = {1.f, 1.f};  // of what was accumulated before the last update
+  float block_sum[kRowsPerThread];             // of P, of the block at hand
+  float out_unit;                              // what O counts in
 
-  // Takes one more block's scores, each still to be multiplied by `scale` (base 2), into the
-  // running maximum. As integers, three numbers are compared at once; their order is that of the
-  // floats unless both are negative, so a maximum from 0 on is right. A NaN, which the hardware
-  // makes without a sign, is the greatest.
+  // Takes one more block's scores, each still to be multiplied by `scale` and added to `exponent`
+  // (base 2), into the running maximum. As integers, three numbers are compared at once; their
+  // order is that of the floats unless both are negative, so a maximum not below `exponent` is
+  // right. A NaN, which the hardware makes without a sign, is the greatest.
   template <class Scores>
-  CUTLASS_DEVICE void update_max(Scores const& scores, float scale) {
+  CUTLASS_DEVICE void update_max(Scores const& scores, float scale, float exponent) {
     float const previous[kRowsPerThread] = {row_max[0], row_max[1]};
-    raise_max(scores, scale, [](float a, float b, float c) {
+    raise_max(scores, scale, exponent, [](float a, float b, float c) {
       return __int_as_float(__vimax3_s32(__float_as_int(a), __float_as_int(b), __float_as_int(c)));
     });
-    if (__any_sync(~0u, fminf(row_max[0], row_max[1]) < 0.f)) {
+    if (__any_sync(~0u, fminf(row_max[0], row_max[1]) < exponent)) {
       row_max[0] = previous[0];
       row_max[1] = previous[1];
-      raise_max(scores, scale,
+      raise_max(scores, scale, exponent,
                 [](float a, float b, float c) { return max_or_nan(max_or_nan(a, b), c); });
     }
     CUTLASS_PRAGMA_UNROLL
@@ -65,21 +72,30 @@ struct Softmax {
     }
   }
 
-  // One of kParts equal parts of the scores becomes probabilities relative to the running maximum.
+  // One of kParts equal parts of the scores becomes P, relative to the running maximum.
   template <int kPart, int kParts, class Scores>
-  CUTLASS_DEVICE void exponentiate(Scores& scores, float scale) {
-    float const offsets[kRowsPerThread] = {kShift - row_max[0], kShift - row_max[1]};
+  CUTLASS_DEVICE void exponentiate(Scores& scores, float scale, float exponent) {
+    float const offset = exponent + kShift;
+    float const offsets[kRowsPerThread] = {offset - row_max[0], offset - row_max[1]};
     constexpr int kSize = decltype(size(scores))::value;
+    if constexpr (kPart == 0) block_sum[0] = block_sum[1] = 0.f;
     CUTLASS_PRAGMA_UNROLL
     for (int i = kSize / kParts * kPart; i < kSize / kParts * (kPart + 1); ++i) {
       scores(i) = exp2f(scores(i) * scale + offsets[fragment_row(i)]);
-      row_sum[fragment_row(i)] += scores(i);
+      block_sum[fragment_row(i)] += scores(i);
+    }
+    if constexpr (kPart == kParts - 1) {
+      CUTLASS_PRAGMA_UNROLL
+      for (int row = 0; row < kRowsPerThread; ++row) {
+        row_sum[row] += block_sum[row] * exp2f(-exponent);
+      }
     }
   }
 
  private:
   template <class Scores, class MaxOfThree>
-  CUTLASS_DEVICE void raise_max(Scores const& scores, float scale, MaxOfThree max_of_three) {
+  CUTLASS_DEVICE void raise_max(Scores const& scores, float scale, float exponent,
+                                MaxOfThree max_of_three) {
     constexpr int kChains = 4;  // of a row, side by side, for a maximum waits for the one before it
     CUTLASS_PRAGMA_UNROLL
     for (int row = 0; row < kRowsPerThread; ++row) {
@@ -96,7 +112,7 @@ struct Softmax {
       float largest = max_or_nan(max_of_three(chains[0], chains[1], chains[2]), chains[3]);
       largest = max_or_nan(largest, __shfl_xor_sync(~0u, largest, 1));
       largest = max_or_nan(largest, __shfl_xor_sync(~0u, largest, 2));
-      row_max[row] = max_or_nan(row_max[row], largest * scale);
+      row_max[row] = max_or_nan(row_max[row], largest * scale + exponent);
     }
   }
 };

@@ -20,18 +20,14 @@ struct Params : fwd::Params {  // value is V^T: [b, k, v, s], keys in the order 
 // What a step needs to know of its block of keys.
 struct BlockScale {
   float key;
-  float value;
-  float ratio;  // of the value scale of the block behind to this one's
-};
-
-struct Work : fwd::Work {
-  BlockRange own;  // those of the tile's blocks that the warpgroup's 64 rows see
+  float unit;      // of O
+  float ratio;     // of the unit at the block behind to this one
+  float exponent;  // of base 2: the value scale in that unit
 };
 
 template <int kHeadDim_>
 struct Traits {
   using Params = fp8::Params;
-  using Work = fp8::Work;
   using Softmax = fp8::Softmax;
   using Element = cutlass::float_e4m3_t;
   static constexpr int kHeadDim = kHeadDim_;
@@ -44,8 +40,12 @@ struct Traits {
   static constexpr int kBlockM = 64 * kConsumerWarpgroups;
   static constexpr int kBlockN = kBlock;  // a step has one scale, and so has a warpgroup's Q
   static constexpr bool kOutOverValue = false;
+  static constexpr bool kMerges = false;  // a ring's steps are in 16 bits
   static constexpr int kStages = kHeadDim <= 64 ? 4 : kHeadDim <= 128 ? 3 : 2;  // of K and V
-  static constexpr int kWorkStages = 1;
+  static constexpr int kWorkStages = 2;  // of a tile, until its output is stored, and of the next
+  // Q's memory is filled once for every tile.
+  CUTLASS_DEVICE static constexpr uint32_t query_phase(int work_stage) { return work_stage; }
+  static_assert(kWorkStages == 2);
 
   // wgmma adds 8-bit products with few bits more than they have, so a long sum must not be left to
   // it. What a step adds to O is summed by itself and added in fp32, where the registers suffice;
@@ -78,20 +78,15 @@ struct Traits {
   using LayoutK = LayoutRows8<kBlockN, kHeadDim, kStages>;
   using LayoutVt = LayoutRows8<kHeadDim, kBlockN, kStages>;
 
-  template <class Fragment>
-  CUTLASS_DEVICE static auto packed_out(Params const& params, Fragment const& tOrO) {
-    return params.out_fp16 ? packed<cutlass::half_t>(tOrO) : packed<cutlass::bfloat16_t>(tOrO);
+  // Calls visit() with an element of the output, of 16 bits.
+  template <class Visit>
+  CUTLASS_DEVICE static void visit_out_element(Params const& params, Visit const& visit) {
+    params.out_fp16 ? visit(cutlass::half_t{}) : visit(cutlass::bfloat16_t{});
   }
 
   static constexpr int kSizeQ = kBlockM * kHeadDim;
   static constexpr int kSizeK = kBlockN * kHeadDim;                        // of one stage; and of V
   static constexpr int kSizeOut = 64 * kHeadDim * (kSumInMemory ? 4 : 2);  // bytes, of a warpgroup
-
-  struct ConsumerState {  // positions, kept from tile to tile
-    PipelineState<kStages> step;
-    PipelineState<kWorkStages> work;
-    uint32_t query_phase = 0;
-  };
 
   struct SharedStorage {
     alignas(1024) uint8_t query[kSizeQ];
@@ -103,6 +98,7 @@ struct Traits {
     Pipeline<kStages> step_pipeline;  // K of a block, and V of the one after it
     Pipeline<kWorkStages> work_pipeline;
     fwd::Work work[kWorkStages];
+    // Those of the tile's blocks that a warpgroup's 64 rows see.
     BlockRange own_blocks[kWorkStages][kConsumerWarpgroups];
     BlockScale scale[kStages];  // of the block whose K is in the stage
     float2 sums_exponent[kSumInMemory ? kConsumerThreads : 1];
@@ -116,10 +112,6 @@ struct Traits {
       step_pipeline.init(kConsumerWarps);
       work_pipeline.init(kConsumerWarps + 1);  // and the loading warp
       cutlass::arch::fence_barrier_init();
-    }
-
-    CUTLASS_DEVICE Work work_of(int stage, int warpgroup) const {
-      return {work[stage], own_blocks[stage][warpgroup]};
     }
 
     // A warpgroup's output, and before it its sums (kSumInMemory).

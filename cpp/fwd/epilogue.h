@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common/fragment.h"
+#include "common/launch.h"  // kLog2E
 #include "common/softmax.h"
 #include "common/tma.h"
 #include "fwd/params.h"
@@ -18,7 +19,7 @@ CUTLASS_DEVICE void finalize(Interval const (&rows)[kRowsPerThread], float softm
   CUTLASS_PRAGMA_UNROLL
   for (int row = 0; row < kRowsPerThread; ++row) {
     float const sum = quad_sum(softmax.row_sum[row]);
-    inverse_sum[row] = 1.f / sum;
+    inverse_sum[row] = softmax.out_unit / sum;
     lse[row] = softmax.row_max[row] * softmax_scale + logf(sum);
     if (rows[row].empty()) lse[row] = rows[row].broken() ? NAN : -INFINITY;
   }
@@ -87,10 +88,12 @@ CUTLASS_DEVICE void store(typename Traits::Params const& params,
 
   int64_t const offset =
       tile.batch * params.out_batch_stride + tile.head * params.out_head_stride;  // of out in fp32
-  if (params.out_before != nullptr) {
-    merge(rows, params.out_before + offset + first_row * params.out_seqlen_stride,
-          params.out_seqlen_stride, params.head_dim_v, lse_out, params.out_fp32 != nullptr, stored,
-          tOrO, lse);
+  if constexpr (Traits::kMerges) {
+    if (params.out_before != nullptr) {
+      merge(rows, params.out_before + offset + first_row * params.out_seqlen_stride,
+            params.out_seqlen_stride, params.head_dim_v, lse_out, params.out_fp32 != nullptr,
+            stored, tOrO, lse);
+    }
   }
   if (params.out_fp32 != nullptr) {
     store_fp32(
@@ -111,8 +114,13 @@ CUTLASS_DEVICE void store(typename Traits::Params const& params,
       cutlass::arch::NamedBarrier::sync(128, barrier);
     }
     // `smem` is the warpgroup's part, of 64 rows; from slab to slab it is kOutRows.
-    stage_packed<Traits::kOutRows, Traits::kHeadDimV, Traits::kSlabV>(
-        Traits::packed_out(params, tOrO), smem, thread / 32 * 16);
+    Traits::visit_out_element(params, [&](auto element) {
+      auto const pair = [&](int i) {  // packed where it is stored: registers are few
+        return pack<decltype(element)>(tOrO(2 * i), tOrO(2 * i + 1));
+      };
+      stage_packed<Traits::kOutRows, Traits::kHeadDimV, Traits::kSlabV>(pair, smem,
+                                                                        thread / 32 * 16);
+    });
     tma_store_fence();
     cutlass::arch::NamedBarrier::sync(128, barrier);
     if (thread == 0) {

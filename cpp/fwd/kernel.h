@@ -10,10 +10,12 @@
 
 namespace jax_fa3::fwd {
 
-// load() and mma() are those beside the traits: of this folder, or of fp8/.
-template <class Traits>
-CUTLASS_DEVICE void consume(typename Traits::Params const& params,
-                            typename Traits::SharedStorage& storage, int warpgroup) {
+template <class Element, int kHeadDim, int kHeadDimV, bool kFewKeys>
+CUTLASS_DEVICE void consume(
+    Traits<Element, kHeadDim, kHeadDimV, kFewKeys>, Params const& params,
+    typename Traits<Element, kHeadDim, kHeadDimV, kFewKeys>::SharedStorage& storage,
+    int warpgroup) {
+  using Traits = Traits<Element, kHeadDim, kHeadDimV, kFewKeys>;
   Turns<Traits::kPingPong ? Traits::kConsumerWarpgroups : 1> const turns{warpgroup};
   typename Traits::ConsumerState state;
   Tensor tOrO = partition_fragment_C(typename Traits::MmaPV{},
@@ -23,7 +25,7 @@ CUTLASS_DEVICE void consume(typename Traits::Params const& params,
   turns.start();
   for (;; state.work.advance()) {
     storage.work_pipeline.full[state.work.stage].wait(state.work.phase);
-    auto const work = storage.work_of(state.work.stage, warpgroup);
+    Work const work = storage.work[state.work.stage];
     __syncwarp();
     if (threadIdx.x % 32 == 0) storage.work_pipeline.empty[state.work.stage].arrive();
     if (work.last) break;
@@ -36,7 +38,7 @@ CUTLASS_DEVICE void consume(typename Traits::Params const& params,
       }
     };
     Interval rows[kRowsPerThread];
-    typename Traits::Softmax softmax{params.softmax_scale_log2};
+    Softmax softmax{params.softmax_scale_log2};
     if (work.blocks.begin < work.blocks.end) {
       mma(Traits{}, params, storage, state, turns, work, find_rows, rows, softmax, tOrO);
     } else {
@@ -47,6 +49,7 @@ CUTLASS_DEVICE void consume(typename Traits::Params const& params,
   tma_store_wait<0>();
 }
 
+// load() and consume() are those beside the traits: of this folder, or of fp8/.
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, 1)
     fwd_kernel(__grid_constant__ typename Traits::Params const params) {
@@ -71,7 +74,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     }
   } else {
     cutlass::arch::warpgroup_reg_alloc<Traits::kConsumerRegisters>();
-    consume<Traits>(params, storage, warp / 4 - 1);
+    consume(Traits{}, params, storage, warp / 4 - 1);
   }
 }
 

@@ -58,21 +58,26 @@ cudaError_t make_params(Problem const& problem, Params* params) {
   return cudaSuccess;
 }
 
+inline cudaError_t reset_counter(Params const& params, cudaStream_t stream) {
+  if (params.tile_counter == nullptr) return cudaSuccess;
+  return cudaMemsetAsync(params.tile_counter, 0, sizeof(int), stream);
+}
+
 template <class Traits>
-cudaError_t launch_persistent(typename Traits::Params& params, cudaStream_t stream) {
+cudaError_t launch_persistent(typename Traits::Params& params, cudaStream_t stream,
+                              Start start = Start::kAfter) {
   int num_sms = 0;
   JAX_FA3_RETURN_IF_ERROR(count_sms(&num_sms));
-  if (params.tile_counter != nullptr) {
-    JAX_FA3_RETURN_IF_ERROR(cudaMemsetAsync(params.tile_counter, 0, sizeof(int), stream));
-  }
   return launch_kernel(fwd_kernel<Traits>, std::min(num_sms, params.order.num_tiles()),
-                       Traits::kThreads, sizeof(typename Traits::SharedStorage), params, stream);
+                       Traits::kThreads, sizeof(typename Traits::SharedStorage), params, stream,
+                       start);
 }
 
 template <class Traits>
 cudaError_t launch_tile(Problem const& problem, cudaStream_t stream) {
   Params params{};
   JAX_FA3_RETURN_IF_ERROR(make_params<Traits>(problem, &params));
+  JAX_FA3_RETURN_IF_ERROR(reset_counter(params, stream));
   return launch_persistent<Traits>(params, stream);
 }
 

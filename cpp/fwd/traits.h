@@ -26,7 +26,6 @@ struct Work {
 template <class Element_, int kHeadDim_, int kHeadDimV_, bool kFewKeys>
 struct Traits {
   using Params = fwd::Params;
-  using Work = fwd::Work;
   using Softmax = jax_fa3::Softmax;
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;
@@ -35,7 +34,8 @@ struct Traits {
   static constexpr int kBlockM = kTile.block_m;
   static constexpr int kBlockN = kTile.block_n;
   static constexpr bool kOutOverValue = kTile.out_over_value;
-  static constexpr int kStages = 2;  // of K and of V
+  static constexpr bool kMerges = true;  // with the result for other keys, of a ring's step before
+  static constexpr int kStages = 2;      // of K and of V
   // Tiles taken ahead of the one at hand: just the one whose loads begin early. More would leave
   // the last tiles to CTAs that are not done yet.
   static constexpr int kWorkStages = 1;
@@ -75,9 +75,9 @@ struct Traits {
   using LayoutK = LayoutRows<kBlockN, kHeadDim, kStages>;
   using LayoutVt = LayoutColumns<kBlockN, kHeadDimV, kStages>;
 
-  template <class Fragment>
-  CUTLASS_DEVICE static auto packed_out(Params const&, Fragment const& tOrO) {
-    return packed<Element>(tOrO);
+  template <class Visit>
+  CUTLASS_DEVICE static void visit_out_element(Params const&, Visit const& visit) {
+    visit(Element{});
   }
 
   static constexpr int kSizeQ = kBlockM * kHeadDim;
@@ -121,8 +121,6 @@ struct Traits {
       work_pipeline.init(kConsumerWarps + 1);  // and the loading warp
       cutlass::arch::fence_barrier_init();
     }
-
-    CUTLASS_DEVICE Work work_of(int stage, int) const { return work[stage]; }
 
     CUTLASS_DEVICE uint16_t* out(int warpgroup) {
       uint16_t* const tile = kOutOverValue ? value : own_out;

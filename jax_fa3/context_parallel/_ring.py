@@ -61,7 +61,9 @@ def backward(
     (query, key, value), masks, out, lse = residuals
     dout, dlse = cotangents
     dlse = dlse - jnp.swapaxes((dout.astype(lse.dtype) * out).sum(-1), 1, 2)
-    part = to_words(jnp.concatenate([key, value], axis=-1))
+    part: Any = to_words(jnp.concatenate([key, value], axis=-1))
+    # Not under way before the forward is done, beside whose steps its own parts travel.
+    part, dlse = lax.optimization_barrier((part, dlse))
     words = part.shape[-1]
     dquery: Any = None
     dpart: Any = None  # [B, S, K, H + V]
@@ -70,7 +72,10 @@ def backward(
         # The next part, and the gradients so far of the one that is here now.
         outgoing = [] if is_last else [part[..., :words]]
         outgoing += [] if dpart is None else [to_words(dpart)]
-        arriving: Any = layout.send(jnp.concatenate(outgoing, axis=-1)) if outgoing else None
+        leaving: Any = jnp.concatenate(outgoing, axis=-1) if outgoing else None
+        arriving: Any = None if leaving is None else layout.send(leaving)
+        if not is_last:
+            part = leaving  # read where it must stay anyway, so that what arrived can go
         keys = of_one_part(layout, masks, layout.device(step), key.shape[1])
         call = vary_together(((query, part), keys, lse, dout, dlse, dquery))
         dquery, *dkv = _steps.backward(implementation, config, is_last, *call)

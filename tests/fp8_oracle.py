@@ -88,7 +88,7 @@ def _stepwise(weights: Array, value_scale: Array, head_dim: int) -> Array:
         unit, top = carry
         index, exponent, of_block = block
         exponent = exponent[..., None] - unit
-        changes = (abs(exponent) > 1) & (index <= last)
+        changes = (abs(exponent) > 1 + 1e-4) & (index <= last)  # log2 may be inexact
         unit = unit + jnp.where(changes, exponent, 0)
         exponent = jnp.where(changes, 0, exponent)[..., None]  # [B, N, tiles, 1]
         largest = jnp.log2(of_block.max(-1)) + exponent

@@ -52,10 +52,12 @@ cudaError_t launch(Problem const& problem, cudaStream_t stream) {
       p.mask,  problem.value_scale};
   Params params{};
   JAX_FA3_RETURN_IF_ERROR(make_params<kHeadDim>(problem, &params));
-  // Before the transposition: what the kernel starts beside must be that.
+  // The forward starts beside the transposition, so nothing else may come between the two; without
+  // keys there is none to start beside.
   JAX_FA3_RETURN_IF_ERROR(fwd::reset_counter(params, stream));
   JAX_FA3_RETURN_IF_ERROR(launch(transpose, stream));
-  return fwd::launch_persistent<Traits<kHeadDim>>(params, stream, Start::kBeside);
+  Start const start = p.seqlen_k > 0 ? Start::kBeside : Start::kAfter;
+  return fwd::launch_persistent<Traits<kHeadDim>>(params, stream, start);
 }
 
 }  // namespace jax_fa3::fp8

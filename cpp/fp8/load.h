@@ -118,7 +118,8 @@ CUTLASS_DEVICE void load(Traits<kHeadDim>, Params const& params,
       load_step(n_block, n_block + 1);
     }
   }
-  cudaGridDependencySynchronize();  // a grid without work must not end before that one either
+  // A CTA without blocks must not end before V is there, either: what comes next relies on it.
+  cudaGridDependencySynchronize();
 }
 
 }  // namespace jax_fa3::fp8

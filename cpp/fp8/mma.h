@@ -120,7 +120,7 @@ CUTLASS_DEVICE void consume(Traits<kHeadDim>, Params const& params,
     }
     warpgroup_wait<0>();
     warpgroup_fence_operand(tSrS);
-    block_scale = storage.scale[position.stage];
+    block_scale = storage.scale[position.stage];  // of no meaning if there is no block, as S
     if (sees) release_step();
   };
   // After the tile's last S, Q may be overwritten. No sum is negative, but that ptxas cannot know:

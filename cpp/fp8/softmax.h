@@ -40,12 +40,12 @@ CUTLASS_DEVICE float max_or_nan(float a, float b) {
 }
 
 struct Softmax {
-  // An exponent of base 2, of weights times V's scale in O's unit. Where no key has been seen it is
-  // finite: -inf - -inf would be NaN.
+  // An exponent of base 2, of weights times V's scale, each in the unit that O had at its block.
+  // Where no key has been seen it is finite: -inf - -inf would be NaN.
   float row_max[kRowsPerThread] = {-1e30f, -1e30f};
   float row_sum[kRowsPerThread] = {0.f, 0.f};  // of weights, of this thread's columns only
   float rescale[kRowsPerThread] = {1.f, 1.f};  // of what was accumulated before the last update
-  float block_sum[kRowsPerThread];             // of P, of the block at hand
+  float block_sum[kRowsPerThread];             // of P, of the block at hand, as above
   float out_unit;                              // what O counts in
 
   // Takes one more block's scores, each still to be multiplied by `scale` and added to `exponent`

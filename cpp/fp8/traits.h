@@ -21,7 +21,7 @@ struct Params : fwd::Params {  // value is V^T: [b, k, v, s], keys in the order 
 struct BlockScale {
   float key;
   float unit;      // of O
-  float ratio;     // of the unit at the block behind to this one
+  float ratio;     // the unit at the block behind, in this one
   float exponent;  // of base 2: the value scale in that unit
 };
 
@@ -43,7 +43,7 @@ struct Traits {
   static constexpr bool kMerges = false;  // a ring's steps are in 16 bits
   static constexpr int kStages = kHeadDim <= 64 ? 4 : kHeadDim <= 128 ? 3 : 2;  // of K and V
   static constexpr int kWorkStages = 2;  // of a tile, until its output is stored, and of the next
-  // Q's memory is filled once for every tile.
+  // query_full completes once for every tile, also for one without blocks.
   CUTLASS_DEVICE static constexpr uint32_t query_phase(int work_stage) { return work_stage; }
   static_assert(kWorkStages == 2);
 

@@ -25,7 +25,7 @@ __device__ __forceinline__ void transpose_4x4(uint32_t const (&rows)[4], uint32_
 __global__ void __launch_bounds__(kThreads)
     transpose_kernel(__grid_constant__ Transpose const params) {
   constexpr int kRowWords = kColumns / 4;
-  cudaTriggerProgrammaticLaunchCompletion();  // the forward may start where CTAs have ended
+  cudaTriggerProgrammaticLaunchCompletion();  // the forward may start where an SM has room
   // Behind each 16 keys 4 words are left out: then no two lanes read from one bank.
   __shared__ alignas(16) uint32_t tile[kBlock * kRowWords + kBlock / 16 * 4];
   auto const word_of = [](int key, int word) { return key * kRowWords + key / 16 * 4 + word; };

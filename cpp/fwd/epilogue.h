@@ -19,14 +19,14 @@ CUTLASS_DEVICE void finalize(Interval const (&rows)[kRowsPerThread], float softm
   CUTLASS_PRAGMA_UNROLL
   for (int row = 0; row < kRowsPerThread; ++row) {
     float const sum = quad_sum(softmax.row_sum[row]);
-    inverse_sum[row] = softmax.out_unit / sum;
+    inverse_sum[row] = 1.f / sum;
     lse[row] = softmax.row_max[row] * softmax_scale + logf(sum);
     if (rows[row].empty()) lse[row] = rows[row].broken() ? NAN : -INFINITY;
   }
   CUTLASS_PRAGMA_UNROLL
   for (int i = 0; i < size(tOrO); ++i) {
     int const row = fragment_row(i);
-    tOrO(i) *= inverse_sum[row];
+    tOrO(i) = tOrO(i) * inverse_sum[row] * softmax.out_unit;  // their product may be too small
     if (rows[row].empty()) tOrO(i) = rows[row].broken() ? NAN : 0.f;
   }
 }

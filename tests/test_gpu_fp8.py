@@ -1,4 +1,4 @@
-"""Attention in FP8 on a Hopper GPU: the kernel, and the function that quantizes for it."""
+"""The kernel of FP8 attention on a Hopper GPU."""
 
 import dataclasses
 import functools
@@ -11,20 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import LONG, TABLE, Case
-from helpers import Results, assert_rounded, equal, oracle, poison, with_gradients
+from helpers import Results, assert_rounded, equal, poison
 from jax import Array
 
-import jax_fa3
 from jax_fa3 import fp8
 
 pytestmark = pytest.mark.gpu
 
 DIMS = [64, 80, 128, 192, 256]
-DTYPES = pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bf16", "fp16"])
 quantized_attention = functools.partial(
     fp8.quantized_dot_product_attention, implementation="fa3", return_residual=True
 )
-attention = functools.partial(fp8.dot_product_attention, implementation="fa3", return_residual=True)
 
 
 def _table() -> list[tuple[Case, Any]]:
@@ -229,57 +226,3 @@ def test_is_one_kernel():
     assert text is not None and text.count('custom_call_target="jax_fa3.fwd_fp8.v1"') == 1
     found = re.findall(r"^\s+(?:ROOT )?\S+ = .*?[\]})] ([a-z][\w-]*)\(", text, re.MULTILINE)
     assert set(found) - {"fusion"} <= NO_WORK
-
-
-FUNCTION = ["planted, causal", "planted, window", "documents, padding", "soft cap, documents"]
-
-
-@DTYPES
-@pytest.mark.parametrize("name", [*FUNCTION, "long, causal"])
-@pytest.mark.parametrize("options", [{}, {"incoherent_key": None, "quantization": "head"}], ids=str)
-def test_function(name: str, dtype: Any, options: Any):
-    """Results and gradients, against 16-bit attention: errors are at most twice those of the oracle's
-    out and log-sum-exp, and of the gradients of the same in plain JAX."""
-    case = {case.name: case for case in [*TABLE, *LONG]}[name]
-    case = dataclasses.replace(case, H=128, V=0)
-    inputs, cotangents = case.inputs(dtype), case.cotangents(dtype)
-
-    def results(implementation: str) -> Results:
-        call = functools.partial(
-            attention, **case.arguments, **options | {"implementation": implementation}
-        )
-        return jax.jit(functools.partial(with_gradients, call))(cotangents, *inputs)
-
-    found, plain = results("fa3"), results("xla")
-    exact = oracle(case, dtype, inputs, cotangents)
-    signs = None if "incoherent_key" in options else fp8.random_signs(0, case.H)
-    lengths = [case.mask.get(f"{x}_seq_lengths") for x in ("query", "key_value", "key_value")]
-    quantize = functools.partial(
-        fp8.quantize, quantization=options.get("quantization", "block"), implementation="xla"
-    )
-    pairs = [
-        quantize(x, lengths=n, signs=s)
-        for x, n, s in zip(inputs, lengths, (signs, signs, None), strict=True)
-    ]
-    dequantized = fp8_oracle.all_dequantized(*zip(*pairs, strict=True))
-    rounded = fp8_oracle.oracle(case, dequantized, dtype, pairs[2][1])
-    rounded = rounded._replace(dq=plain.dq, dk=plain.dk, dv=plain.dv)
-    assert found.out.dtype == found.dq.dtype == dtype
-    assert_rounded(found, exact, rounded, case, jnp.finfo(dtype).eps)
-
-
-def test_vmap_is_batch():
-    q, k, v = MANY.inputs(jnp.bfloat16)
-    queries, lengths = jnp.stack([q, -q, q[:, ::-1]]), jnp.array([[700], [0], [2048]])
-    call = jax.jit(lambda q, n: attention(q, k, v, key_value_seq_lengths=n, is_causal=True))
-    found = jax.jit(jax.vmap(call))(queries, lengths)
-    for i in range(3):
-        assert equal([x[i] for x in found], call(queries[i], lengths[i]))
-
-
-def test_none_takes_the_kernels():
-    q, k, v = MANY.inputs(jnp.bfloat16)
-    assert equal(fp8.dot_product_attention(q, k, v), attention(q, k, v)[0])
-    exact = jax_fa3.dot_product_attention(q, k, v, implementation="fa3")
-    error = fp8.dot_product_attention(q, k, v).astype(jnp.float32) - exact
-    assert 0 < jnp.linalg.norm(error) < 0.1 * jnp.linalg.norm(exact.astype(jnp.float32))

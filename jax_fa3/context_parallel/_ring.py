@@ -74,8 +74,6 @@ def backward(
         outgoing += [] if dpart is None else [to_words(dpart)]
         leaving: Any = jnp.concatenate(outgoing, axis=-1) if outgoing else None
         arriving: Any = None if leaving is None else layout.send(leaving)
-        if not is_last:
-            part = leaving  # read where it must stay anyway, so that what arrived can go
         keys = of_one_part(layout, masks, layout.device(step), key.shape[1])
         call = vary_together(((query, part), keys, lse, dout, dlse, dquery))
         dquery, *dkv = _steps.backward(implementation, config, is_last, *call)

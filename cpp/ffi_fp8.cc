@@ -24,7 +24,7 @@ ffi::Error fwd_fp8_impl(cudaStream_t stream, ffi::AnyBuffer query, ffi::AnyBuffe
                         FloatBuffer value_scale, Int32Buffer query_offset,
                         Int32Buffer query_seq_lengths, Int32Buffer key_value_seq_lengths,
                         Int32Buffer key_begin, Int32Buffer key_end, AnyResult out, FloatResult lse,
-                        ffi::Result<Int32Buffer> tile_counter, AnyResult transposed_value,
+                        ffi::Result<Int32Buffer> counters, AnyResult transposed_value,
                         Attributes attributes) {
   JAX_FA3_RETURN_IF_FAILED(check_device());
   Inputs inputs{query,     key,    value, query_offset, query_seq_lengths, key_value_seq_lengths,
@@ -52,15 +52,15 @@ ffi::Error fwd_fp8_impl(cudaStream_t stream, ffi::AnyBuffer query, ffi::AnyBuffe
     return invalid("out " + shape_of(*out) + " or lse " + shape_of(*lse) + " does not fit query " +
                    shape_of(query) + " and value " + shape_of(value));
   }
-  int64_t const keys = int64_t{ceil_div(p.seqlen_k, fp8::kBlock)} * fp8::kBlock;
-  if (tile_counter->element_count() != 1 || static_cast<int64_t>(transposed_value->size_bytes()) <
-                                                keys * p.batch * p.num_heads_k * p.head_dim) {
+  int64_t const blocks = int64_t{ceil_div(p.seqlen_k, fp8::kBlock)} * p.batch * p.num_heads_k;
+  if (static_cast<int64_t>(counters->element_count()) < 2 + blocks ||
+      static_cast<int64_t>(transposed_value->size_bytes()) < blocks * fp8::kBlock * p.head_dim) {
     return invalid("the workspace is too small");
   }
   p.out_dtype = *out_dtype;
   p.out = to_operand(*out, 0, 0);
   p.lse = lse->typed_data();
-  p.tile_counter = tile_counter->typed_data();
+  p.tile_counter = problem.counters = counters->typed_data();
   problem.query_scale = query_scale.typed_data();
   problem.key_scale = key_scale.typed_data();
   problem.value_scale = value_scale.typed_data();

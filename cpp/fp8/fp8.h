@@ -21,9 +21,11 @@ struct Problem {
   float const* query_scale;  // [b, ceil(t / kBlock), n]
   float const* key_scale;    // [b, ceil(s / kBlock), k]
   float const* value_scale;  // [b, ceil(s / kBlock), k]
-  // Workspace [b, k, v, ceil(s / kBlock) * kBlock], bytes: V with keys along its rows
-  // (transpose.h).
+  // Workspace: V with keys along its rows (transpose.h), bytes [b, k, v, ceil(s / kBlock) *
+  // kBlock], and counters, [2 + b * k * ceil(s / kBlock)], of which the first is
+  // forward.tile_counter.
   uint8_t* transposed_value;
+  int* counters;
 };
 
 template <int kHeadDim>

@@ -41,17 +41,37 @@ cudaError_t make_params(Problem const& problem, Params* params) {
   params->num_key_blocks = ceil_div(p.seqlen_k, kBlock);
   params->num_heads_k = p.num_heads_k;
   params->out_fp16 = p.out_dtype == DType::kFloat16;
+  Transpose& transpose = params->transpose;
+  transpose.value = p.value;
+  transpose.out = problem.transposed_value;
+  transpose.mask = p.mask;
+  transpose.scale = problem.value_scale;
+  transpose.head_dim = p.head_dim;
+  transpose.order = {params->num_key_blocks, p.num_heads_k, p.batch, p.num_heads_k};
   return cudaSuccess;
 }
 
 template <int kHeadDim>
 cudaError_t launch(Problem const& problem, cudaStream_t stream) {
   jax_fa3::Problem const& p = problem.forward;
-  Transpose const transpose{
-      p.batch, p.num_heads_k,      p.head_dim, p.value, problem.transposed_value,
-      p.mask,  problem.value_scale};
   Params params{};
   JAX_FA3_RETURN_IF_ERROR(make_params<kHeadDim>(problem, &params));
+  int num_sms = 0;
+  JAX_FA3_RETURN_IF_ERROR(count_sms(&num_sms));
+  Transpose& transpose = params.transpose;
+  int const readers = params.order.num_m_blocks * params.group;
+  if (Traits<kHeadDim>::kTransposesBeside &&
+      transposes_beside(p.mask, readers, params.order.num_tiles(), num_sms)) {
+    // The KV heads whose tiles run at the same time, or are taken in turn; of short tiles, later.
+    int const at_once = std::max(readers - params.order.short_last * params.group, 1);
+    int const heads = std::max(ceil_div(num_sms, at_once), params.order.section / params.group);
+    transpose.order.section = std::min(heads, p.num_heads_k * p.batch);
+    transpose.taken = problem.counters + 1;
+    transpose.done = problem.counters + 2;
+    std::size_t const count = 2 + transpose.order.num_tiles();
+    JAX_FA3_RETURN_IF_ERROR(cudaMemsetAsync(problem.counters, 0, count * sizeof(int), stream));
+    return fwd::launch_persistent<Traits<kHeadDim>>(params, stream);
+  }
   // The forward starts beside the transposition, so nothing else may come between the two; without
   // keys there is none to start beside.
   JAX_FA3_RETURN_IF_ERROR(fwd::reset_counter(params, stream));

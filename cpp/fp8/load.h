@@ -48,6 +48,14 @@ class ScaleLoader {
   float unit_ = 1.f;
 };
 
+// The warps that have nothing else to do.
+template <int kHeadDim>
+CUTLASS_DEVICE void assist(Traits<kHeadDim>, Params const& params) {
+  if constexpr (Traits<kHeadDim>::kTransposesBeside) {
+    if (params.transpose.taken != nullptr) transpose_beside<kHeadDim>(params.transpose);
+  }
+}
+
 template <int kHeadDim>
 CUTLASS_DEVICE void load(Traits<kHeadDim>, Params const& params,
                          typename Traits<kHeadDim>::SharedStorage& storage) {
@@ -88,6 +96,11 @@ CUTLASS_DEVICE void load(Traits<kHeadDim>, Params const& params,
       bool const has_value = value_block < blocks.end;
       BlockScale scale;
       if (has_key) scale = scales.next(key_block);
+      if constexpr (Traits::kTransposesBeside) {
+        if (has_value && params.transpose.done != nullptr) {
+          wait_for<kHeadDim>(params.transpose, {value_block, head_k, batch});
+        }
+      }
       pipeline.empty[state.stage].wait(state.phase ^ 1);
       if (has_key) storage.scale[state.stage] = scale;
       full.arrive_and_expect_tx((has_key + has_value) * Traits::kSizeK);

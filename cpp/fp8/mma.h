@@ -296,6 +296,12 @@ CUTLASS_DEVICE void consume(Traits<kHeadDim>, Params const& params,
     for (int row = 0; row < kRowsPerThread; ++row) softmax.row_max[row] -= kShift;
   };
 
+  if constexpr (Traits::kTransposesBeside) {
+    // What the first tiles need; these warps have nothing to do before Q and K are there.
+    if (params.transpose.taken != nullptr) {
+      transpose_taken<kHeadDim>(params.transpose, take_units(params.transpose));
+    }
+  }
   issue_first_scores();
   finish_first_scores();
   while (!last_tile) {

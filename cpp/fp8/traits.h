@@ -3,6 +3,7 @@
 
 #include "fp8/fp8.h"
 #include "fp8/softmax.h"
+#include "fp8/transpose.h"
 #include "fwd/traits.h"
 
 namespace jax_fa3::fp8 {
@@ -10,6 +11,7 @@ namespace jax_fa3::fp8 {
 using namespace cute;
 
 struct Params : fwd::Params {  // value is V^T: [b, k, v, s], keys in the order of transpose.h
+  Transpose transpose;         // what makes it
   float const* query_scale;    // [b, t / kBlock, n]
   float const* key_scale;      // [b, s / kBlock, k]
   float const* value_scale;    // [b, s / kBlock, k]
@@ -59,6 +61,7 @@ struct Traits {
   static constexpr int kConsumerThreads = kConsumerWarpgroups * 128;
   static constexpr int kThreads = 128 + kConsumerThreads;
   static constexpr int kProducerRegisters = kConsumerWarpgroups == 3 ? 32 : 24;
+  static constexpr bool kTransposesBeside = kProducerRegisters > 24;  // which would spill
   static constexpr int kConsumerRegisters = kConsumerWarpgroups == 3 ? 160 : 240;
 
   static constexpr int kSlab = slab8(kHeadDim);

@@ -8,20 +8,8 @@ namespace {
 constexpr int kThreads = 128;
 constexpr int kColumns = 64;  // of V, of one CTA, beside kBlock keys
 
-// 4 rows of 4 bytes to 4 columns of 4 bytes.
-__device__ __forceinline__ void transpose_4x4(uint32_t const (&rows)[4], uint32_t (&columns)[4]) {
-  uint32_t const low01 = __byte_perm(rows[0], rows[1], 0x5140);  // r0c0 r1c0 r0c1 r1c1
-  uint32_t const low23 = __byte_perm(rows[2], rows[3], 0x5140);
-  uint32_t const high01 = __byte_perm(rows[0], rows[1], 0x7362);  // r0c2 r1c2 r0c3 r1c3
-  uint32_t const high23 = __byte_perm(rows[2], rows[3], 0x7362);
-  columns[0] = __byte_perm(low01, low23, 0x5410);
-  columns[1] = __byte_perm(low01, low23, 0x7632);
-  columns[2] = __byte_perm(high01, high23, 0x5410);
-  columns[3] = __byte_perm(high01, high23, 0x7632);
-}
-
-// A CTA takes kBlock keys and kColumns columns of one head. Keys at or past the length
-// become 0: whatever stands there, NaN too, meets probabilities of 0 later.
+// A CTA takes kBlock keys and kColumns columns of one head, through shared memory: so it reads and
+// writes longer pieces than transpose_unit().
 __global__ void __launch_bounds__(kThreads)
     transpose_kernel(__grid_constant__ Transpose const params) {
   constexpr int kRowWords = kColumns / 4;
@@ -29,19 +17,12 @@ __global__ void __launch_bounds__(kThreads)
   // Behind each 16 keys 4 words are left out: then no two lanes read from one bank.
   __shared__ alignas(16) uint32_t tile[kBlock * kRowWords + kBlock / 16 * 4];
   auto const word_of = [](int key, int word) { return key * kRowWords + key / 16 * 4 + word; };
-  int const column = blockIdx.x % params.num_columns * kColumns;
-  int const head = blockIdx.x / params.num_columns % params.num_heads;
-  int const rest = blockIdx.x / params.num_columns / params.num_heads;
-  int const block = rest % params.num_blocks;
-  int const batch = rest / params.num_blocks;
-  int const length = params.mask.length_k(batch);
-  // Rows that see a block without a scale are NaN by its scores (load.h); others must not be.
-  float const scale =
-      params.scale[(int64_t{batch} * params.num_blocks + block) * params.num_heads + head];
-  bool const valid = is_scale(scale);
-  auto const* const source = static_cast<uint8_t const*>(params.value.data) +
-                             batch * params.value.batch_stride + head * params.value.head_stride +
-                             column;
+  int const num_columns = (params.head_dim + kColumns - 1) / kColumns;
+  int const column = blockIdx.x % num_columns * kColumns;
+  TileCoord const block = params.order(static_cast<int>(blockIdx.x) / num_columns);
+  int const length = params.mask.length_k(block.batch);
+  bool const valid = is_scale(*scale_of(params, block));
+  auto const* const source = block_of_value(params, block) + column;
   constexpr int kVectors = kColumns / 16;
   constexpr int kLoads = kBlock * kVectors / kThreads;
   int const vector = threadIdx.x % kVectors;
@@ -49,9 +30,9 @@ __global__ void __launch_bounds__(kThreads)
   uint4 data[kLoads];
 #pragma unroll
   for (int i = 0; i < kLoads; ++i) {
-    int const key = block * kBlock + key_of(i);
+    int const key = key_of(i);
     data[i] = uint4{0, 0, 0, 0};
-    if (key < length && column + vector * 16 < params.head_dim) {
+    if (block.m_block * kBlock + key < length && column + vector * 16 < params.head_dim) {
       data[i] = __ldcs(reinterpret_cast<uint4 const*>(source + key * params.value.seqlen_stride) +
                        vector);
     }
@@ -65,7 +46,7 @@ __global__ void __launch_bounds__(kThreads)
 
   // A thread takes 16 keys of 4 columns; 8 neighbours write 128 bytes of each column.
   int const group = threadIdx.x % 8;
-  int64_t const row_bytes = int64_t{params.num_blocks} * kBlock;
+  int64_t const row_bytes = row_bytes_of(params);
   for (int word = threadIdx.x / 8; word < kColumns / 4; word += kThreads / 8) {
     uint32_t out[4][4];  // [column][slots 4 c + {0, 1, 2, 3}]
 #pragma unroll
@@ -82,10 +63,7 @@ __global__ void __launch_bounds__(kThreads)
     for (int i = 0; i < 4; ++i) {
       int const target = column + word * 4 + i;
       if (target >= params.head_dim) break;
-      uint8_t* const bytes =
-          params.out +
-          ((int64_t{batch} * params.num_heads + head) * params.head_dim + target) * row_bytes +
-          block * kBlock + group * 16;
+      uint8_t* const bytes = block_of_out(params, block) + target * row_bytes + group * 16;
       *reinterpret_cast<uint4*>(bytes) = uint4{out[i][0], out[i][1], out[i][2], out[i][3]};
     }
   }
@@ -95,10 +73,7 @@ __global__ void __launch_bounds__(kThreads)
 
 cudaError_t launch(Transpose const& problem, cudaStream_t stream) {
   Transpose params = problem;
-  params.num_blocks = ceil_div(params.mask.seqlen_k, kBlock);
-  params.num_columns = ceil_div(params.head_dim, kColumns);
-  int64_t const ctas =
-      int64_t{params.num_blocks} * params.num_heads * params.num_columns * params.batch;
+  int64_t const ctas = int64_t{params.order.num_tiles()} * ceil_div(params.head_dim, kColumns);
   if (ctas == 0) return cudaSuccess;
   return launch_kernel(transpose_kernel, ctas, kThreads, 0, params, stream);
 }

@@ -49,7 +49,7 @@ CUTLASS_DEVICE void consume(
   tma_store_wait<0>();
 }
 
-// load() and consume() are those beside the traits: of this folder, or of fp8/.
+// load(), assist() and consume() are those beside the traits: of this folder, or of fp8/.
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, 1)
     fwd_kernel(__grid_constant__ typename Traits::Params const params) {
@@ -71,6 +71,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
       load(Traits{}, params, storage);
     } else if (warp == 1) {
       schedule<Traits>(params, storage);
+    } else {
+      assist(Traits{}, params);
     }
   } else {
     cutlass::arch::warpgroup_reg_alloc<Traits::kConsumerRegisters>();

@@ -58,6 +58,10 @@ CUTLASS_DEVICE void schedule(Params const& params, typename Traits::SharedStorag
   }
 }
 
+// The producer's other warps: they have nothing to do here.
+template <class Element, int kHeadDim, int kHeadDimV, bool kFewKeys>
+CUTLASS_DEVICE void assist(Traits<Element, kHeadDim, kHeadDimV, kFewKeys>, Params const&) {}
+
 template <class Element, int kHeadDim, int kHeadDimV, bool kFewKeys>
 CUTLASS_DEVICE void load(
     Traits<Element, kHeadDim, kHeadDimV, kFewKeys>, Params const& params,

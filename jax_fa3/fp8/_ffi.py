@@ -35,8 +35,9 @@ def fwd(
     results = (
         jax.ShapeDtypeStruct((batch, length, heads, head_dim_v), dtype),
         jax.ShapeDtypeStruct((batch, heads, length), jnp.float32),
-        # Workspace: the counter of tiles, and V with its keys innermost, as FP8 WGMMA wants it.
-        jax.ShapeDtypeStruct((1,), jnp.int32),
+        # Workspace: counters (of tiles, of what is transposed, and of that in each block), and V
+        # with its keys innermost, as FP8 WGMMA wants it.
+        jax.ShapeDtypeStruct((2 + batch * kv_heads * blocks(key_length),), jnp.int32),
         jax.ShapeDtypeStruct((batch, kv_heads, head_dim_v, columns), jnp.uint8),
     )
     attributes = attributes_of(config, (heads, kv_heads), (0, 0, 0), head_dim_v)

@@ -144,10 +144,15 @@ def _measure(points: list[Point], rounds: int, file: Path | None) -> dict[str, A
 
 
 def _scaling(args: argparse.Namespace) -> None:
+    from . import scaling
+
+    if args.table:
+        report = json.loads(Path(args.table).read_text(encoding="utf-8"))
+        print(scaling.markdown(report["scaling"]), end="")
+        return
     with _measuring():
         import jax
 
-        from . import scaling
         from .timing import environment, flusher
 
         devices = jax.local_devices(backend="gpu")

@@ -87,12 +87,14 @@ constexpr int64_t heads_per_section(int64_t seqlen_k, int64_t head_dim, int64_t 
   return kv_heads * group;
 }
 
-// Whether the FP8 forward transposes V beside its tiles, of which `readers` may read each block of
-// V. Its warps are slower at it than a kernel of its own, so what there is of V must be little
-// beside the work on it; and all SMs must have a part in it.
+// Whether the FP8 forward transposes V beside its tiles, of which `readers` read each block of V if
+// nothing is masked. Its warps are slower at it than a kernel of its own, so what there is of V
+// must be little beside the work on it; what arrays per row leave of that is not known here. And
+// all SMs must have a part in it.
 constexpr bool transposes_beside(Mask const& mask, int64_t readers, int num_tiles, int num_sms) {
   constexpr int kLeastReaders = 5;
-  return mask.seqlen_k > 0 && num_tiles >= num_sms &&
+  bool const known = mask.key_begin == nullptr && mask.key_end == nullptr;
+  return known && mask.seqlen_k > 0 && num_tiles >= num_sms &&
          readers * most_visible_keys(mask) >= kLeastReaders * int64_t{mask.seqlen_k};
 }
 

@@ -41,3 +41,11 @@ def test_command_needs_gpus(monkeypatch, capsys):
     monkeypatch.setattr(command, "why_not_here", lambda: "no GPU")
     assert command.main(["--suite", "scaling"]) == command.NO_GPU
     assert "no GPU" in capsys.readouterr().err
+
+
+def test_table_of_a_file(capsys, monkeypatch):
+    monkeypatch.setattr(command, "why_not_here", lambda: "no GPU")
+    file = command.README.parent / "benchmarks" / "results" / "scaling.json"
+    assert command.main(["--suite", "scaling", "--table", str(file)]) == 0
+    rows = capsys.readouterr().out.splitlines()[4:]
+    assert len(rows) == 8 and all(row.count("|") == 6 for row in rows)

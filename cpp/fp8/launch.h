@@ -1,4 +1,4 @@
-// Host side of the FP8 forward: Problem -> descriptors and scalars -> two launches.
+// Host side of the FP8 forward: Problem -> descriptors and scalars -> a launch or two.
 #pragma once
 
 #include "fp8/load.h"
@@ -59,12 +59,12 @@ cudaError_t launch(Problem const& problem, cudaStream_t stream) {
   int num_sms = 0;
   JAX_FA3_RETURN_IF_ERROR(count_sms(&num_sms));
   Transpose& transpose = params.transpose;
-  int const readers = params.order.num_m_blocks * params.group;
+  int const readers = p.seqlen_q / Traits<kHeadDim>::kBlockM * params.group;  // whole tiles alone
   if (Traits<kHeadDim>::kTransposesBeside &&
       transposes_beside(p.mask, readers, params.order.num_tiles(), num_sms)) {
-    // The KV heads whose tiles run at the same time, or are taken in turn; of short tiles, later.
-    int const at_once = std::max(readers - params.order.short_last * params.group, 1);
-    int const heads = std::max(ceil_div(num_sms, at_once), params.order.section / params.group);
+    // The KV heads whose tiles run at the same time: one after the other, or as many of a section.
+    int const heads = std::max(ceil_div(num_sms, readers),
+                               ceil_div(std::min(params.order.section, num_sms), params.group));
     transpose.order.section = std::min(heads, p.num_heads_k * p.batch);
     transpose.taken = problem.counters + 1;
     transpose.done = problem.counters + 2;

@@ -126,12 +126,12 @@ CUTLASS_DEVICE void load(Traits<kHeadDim>, Params const& params,
           params.query, raw(full), kReadOnce, storage.query + warpgroup * 64 * Traits::kSlab,
           work.tile.m_block * kBlockM + warpgroup * 64, work.tile.head, batch);
     }
-    cudaGridDependencySynchronize();  // V is what the kernel before this one makes
+    cudaGridDependencySynchronize();  // if V is what the kernel before this one makes
     for (int n_block = blocks.end - 2; n_block >= blocks.begin - 1; --n_block) {
       load_step(n_block, n_block + 1);
     }
   }
-  // A CTA without blocks must not end before V is there, either: what comes next relies on it.
+  // A CTA without blocks must not end before that kernel, either: what comes next relies on it.
   cudaGridDependencySynchronize();
 }
 

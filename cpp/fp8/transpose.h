@@ -10,8 +10,8 @@
 // must not be.
 //
 // Where many tiles read each block of V, the forward transposes it itself, in the order in which it
-// is needed: each warp a little at the start, the idle ones the rest (transpose_beside) while the
-// tensor cores work on what is done. Otherwise a kernel does it before.
+// is needed: each consumer warp a little at the start, the idle warps the rest (transpose_beside)
+// while the tensor cores work on what is done. Otherwise a kernel does it before.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -36,8 +36,6 @@ struct Transpose {
 
 // The kernel; without `taken` and `done`.
 cudaError_t launch(Transpose const& problem, cudaStream_t stream);
-
-#ifdef __CUDACC__
 
 // What a warp does at a time, of a block.
 inline constexpr int kUnitKeys = 64;
@@ -170,7 +168,5 @@ __device__ __forceinline__ void wait_for(Transpose const& params, TileCoord cons
   } while (done < units_of_block(kHeadDim));
   asm volatile("fence.proxy.async.global;" ::: "memory");
 }
-
-#endif
 
 }  // namespace jax_fa3::fp8

@@ -192,7 +192,7 @@ def test_lowers_to_the_call_alone():
     shapes = "2x140x4x64xf8E4M3FN, 2x260x2x64xf8E4M3FN, 2x260x2x64xf8E4M3FN, "
     shapes += "2x2x4xf32, 2x3x2xf32, 2x3x2xf32, " + "0xi32, " * 5
     operands = ", ".join(f"tensor<{shape}>" for shape in shapes.split(", ")[:-1])
-    made = "tensor<2x140x4x64xbf16>, tensor<2x4x140xf32>, tensor<1xi32>, tensor<2x2x64x384xui8>"
+    made = "tensor<2x140x4x64xbf16>, tensor<2x4x140xf32>, tensor<14xi32>, tensor<2x2x64x384xui8>"
     assert f": ({operands}) -> ({made})" in text
     assert "soft_cap = 0.000000e+00 : f32" in text and "window_right = 0 : i64" in text
     text = lower(call(dtype=jnp.float32, implementation="fa3"), *structs())

@@ -1,4 +1,5 @@
 // The Python module jax_fa3._C: XLA's handlers, what was built, and the plan's pure functions.
+#include <cuda_runtime_api.h>
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
@@ -10,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "bwd_splits.h"
 #include "common/mask.h"
 #include "common/tile_scheduler.h"
 #include "dispatch.h"
@@ -46,6 +48,13 @@ std::vector<std::tuple<std::string, int, int>> kernels() {
   return built;
 }
 
+// The newest CUDA that the NVIDIA driver runs, such as 13000; 0 where there is no driver. Makes no
+// context.
+int driver_version() {
+  int version = 0;
+  return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
+}
+
 // The mask of one batch entry as the kernels see it; closed forms only.
 jax_fa3::Mask closed_form_mask(int seqlen_q, int seqlen_k, int64_t window_left,
                                int64_t window_right, int const* query_offset, int const* length_q,
@@ -59,16 +68,32 @@ jax_fa3::Mask closed_form_mask(int seqlen_q, int seqlen_k, int64_t window_left,
 NB_MODULE(_C, module) {
   module.def("ffi_targets", &ffi_targets, "Name -> capsule of every XLA FFI handler.");
   module.def("ffi_api_version", [] { return std::pair{XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR}; });
+  module.def("driver_version", &driver_version, "The newest CUDA that the driver runs, or 0.");
+  module.def("runtime_version", [] { return CUDART_VERSION; });
   module.def("kernels", &kernels, "(dtype, head_dim, head_dim_v) of every kernel built.");
   module.def("tile", [](int head_dim, int head_dim_v, bool few_keys) {
     auto const tile = jax_fa3::fwd_tile(head_dim, head_dim_v, few_keys);
     return std::pair{tile.block_m, tile.block_n};
   });
-  module.def(
-      "bwd_workspace", [](int batch, int seqlen_q, int num_heads_q, int head_dim, bool sums_dq) {
-        auto const w = jax_fa3::bwd_workspace(batch, seqlen_q, num_heads_q, head_dim, sums_dq);
-        return std::tuple{w.row_stats, w.row_intervals, w.block_hulls, w.dq_accum, w.turns};
-      });
+  module.def("bwd_workspace", [](int batch, int seqlen_q, int num_heads_q, int num_heads_k,
+                                 int head_dim, bool sums_dq) {
+    auto const w =
+        jax_fa3::bwd_workspace(batch, seqlen_q, num_heads_q, num_heads_k, head_dim, sums_dq);
+    return std::tuple{w.row_stats, w.row_intervals, w.query_blocks, w.dq_accum, w.turns, w.ranges};
+  });
+  module.def("fwd_long_sums", [](int seqlen_k, int head_dim, int head_dim_v) {
+    auto const kernel = jax_fa3::kernel_size(head_dim, head_dim_v);
+    if (seqlen_k <= jax_fa3::kMostKeysOfSum || kernel.head_dim == 0) return int64_t{0};
+    int const block_m = jax_fa3::fwd_tile(kernel.head_dim, kernel.head_dim_v, false).block_m;
+    return jax_fa3::kMostCtas * jax_fa3::long_sums_of_cta(block_m, kernel.head_dim_v);
+  });
+  module.def("bwd_splits", [](std::tuple<int, int, int, int, int, int, int> const& sizes,
+                              std::pair<int64_t, int64_t> window, bool masked, bool in_turn) {
+    auto const [batch, seqlen_q, seqlen_k, heads_q, heads_k, head_dim, head_dim_v] = sizes;
+    int const kernel_head_dim = jax_fa3::kernel_size(head_dim, head_dim_v).head_dim;
+    return jax_fa3::bwd_splits({batch, seqlen_q, seqlen_k, heads_q, heads_k, head_dim, head_dim_v},
+                               kernel_head_dim, window.first, window.second, masked, in_turn);
+  });
   module.def("heads_per_section", &jax_fa3::heads_per_section);
   module.def(
       "tile_order", [](int num_m_blocks, int num_heads, int batch, int section, bool short_last) {
@@ -88,6 +113,15 @@ NB_MODULE(_C, module) {
                                                       &query_offset, &length_q, &length_k)
                                          .row_interval(0, row);
                return std::pair{interval.begin, interval.end};
+             });
+  module.def("row_interval_of_arrays",
+             [](int key_begin, int key_end, int seqlen_k, int64_t window_left, int length_q) {
+               jax_fa3::Mask mask = closed_form_mask(1, seqlen_k, window_left, jax_fa3::kUnbounded,
+                                                     nullptr, &length_q, nullptr);
+               mask.key_begin = &key_begin;
+               mask.key_end = &key_end;
+               auto const interval = mask.row_interval(0, 0);
+               return std::tuple{interval.begin, interval.end, interval.broken()};
              });
   module.def("block_range", [](std::vector<std::pair<int, int>> const& rows, int block) {
     jax_fa3::IntervalHull hull;

@@ -9,33 +9,28 @@
 #include <optional>
 #include <string>
 
+#include "ffi_checks.h"
 #include "problem.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace jax_fa3 {
 
-namespace ffi = xla::ffi;
-
 using Int32Buffer = ffi::Buffer<ffi::DataType::S32>;
 using FloatBuffer = ffi::Buffer<ffi::DataType::F32>;
 
-ffi::Error invalid(std::string const& message);
 ffi::Error cuda_status(cudaError_t error);
 
-// The kernels hold machine code for sm_90a alone.
-ffi::Error check_device();
+// XLA's stream; none where the device is no CUDA device. There a call is checked, as tests on a CPU
+// do, and then refused.
+using Stream = std::optional<cudaStream_t>;
+struct StreamOfDevice {};
+
+// What stands before a launch, behind all checks of the call. The kernels hold machine code for
+// sm_90a alone.
+ffi::Error check_device(Stream const& stream);
 ffi::Error not_built(Problem const& problem);
 
 std::optional<DType> to_dtype(ffi::DataType type);
-
-template <class Buffer>
-std::string shape_of(Buffer const& buffer) {
-  std::string text;
-  for (int64_t const dim : buffer.dimensions()) {
-    text += (text.empty() ? "[" : ", ") + std::to_string(dim);
-  }
-  return text.empty() ? "[]" : text + "]";
-}
 
 // Numbers of an operand in one of its array's elements: two of 16 bits make a word of 32.
 template <class Buffer>
@@ -70,27 +65,36 @@ struct Inputs {
   Int32Buffer query_offset, query_seq_lengths, key_value_seq_lengths, key_begin, key_end;
 };
 
-// All of a Problem but out, lse and workspace. Operands are of 16 bits, key and value also in words
-// of 32; or e4m3 where that is wanted.
+// Sizes are counted in 32 bits from here on.
+ffi::Error check_attributes(Attributes const& attributes);
+
+// All of a Problem but out, lse and workspace, checked. Operands are of 16 bits, key and value also
+// in words of 32; or e4m3 where that is wanted.
 ffi::Error to_problem(Inputs& inputs, Attributes const& attributes, Problem* problem,
                       bool float8 = false);
 
-// Whether out is [b, t, n, v] and lse [b, n, t].
-template <class Out, class Lse>
-bool out_fits(Problem const& p, Out const& out, Lse const& lse) {
-  auto const o = out.dimensions();
-  auto const l = lse.dimensions();
-  return o.size() == 4 && l.size() == 3 && o[0] == p.batch && o[1] == p.seqlen_q &&
-         o[2] == p.num_heads_q && o[3] == p.head_dim_v && l[0] == p.batch &&
-         l[1] == p.num_heads_q && l[2] == p.seqlen_q;
-}
-
-#define JAX_FA3_RETURN_IF_FAILED(expression)              \
-  if (ffi::Error error = (expression); error.failure()) { \
-    return error;                                         \
-  }
+// check_apart, where the inputs are read, too.
+ffi::Error check_apart(Inputs& inputs, std::initializer_list<View> written,
+                       std::initializer_list<View> read);
 
 }  // namespace jax_fa3
+
+template <>
+struct xla::ffi::CtxDecoding<jax_fa3::StreamOfDevice> {
+  using Type = jax_fa3::Stream;
+
+  static std::optional<Type> Decode(XLA_FFI_Api const* api, XLA_FFI_ExecutionContext* context,
+                                    DiagnosticEngine&) {
+    XLA_FFI_Stream_Get_Args args{};
+    args.struct_size = XLA_FFI_Stream_Get_Args_STRUCT_SIZE;
+    args.ctx = context;
+    if (XLA_FFI_Error* error = api->XLA_FFI_Stream_Get(&args)) {
+      internal::DestroyError(api, error);
+      return Type{};
+    }
+    return Type{static_cast<cudaStream_t>(args.stream)};
+  }
+};
 
 XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
     jax_fa3::Attributes, xla::ffi::StructMember<float>("scale"),
@@ -108,4 +112,4 @@ XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
       .Arg<jax_fa3::Int32Buffer>() \
       .Arg<jax_fa3::Int32Buffer>() \
       .Arg<jax_fa3::Int32Buffer>()
-#define JAX_FA3_BIND xla::ffi::Ffi::Bind().Ctx<xla::ffi::PlatformStream<cudaStream_t>>()
+#define JAX_FA3_BIND xla::ffi::Ffi::Bind().Ctx<jax_fa3::StreamOfDevice>()

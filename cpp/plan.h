@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "common/mask.h"
+#include "common/tile_scheduler.h"
 
 namespace jax_fa3 {
 
@@ -24,6 +25,17 @@ constexpr FwdTile fwd_tile(int head_dim, int head_dim_v, bool few_keys) {
   if (head_dim <= 192) return {128, 96, true};
   return {128, 80, true};
 }
+
+// Keys of which the forward sums O in one accumulator (fwd/long_sums.h).
+constexpr int kMostKeysOfSum = 1 << 18;
+
+// fp32 numbers of a CTA's workspace for sums over more.
+constexpr int64_t long_sums_of_cta(int block_m, int head_dim_v) {
+  return int64_t{block_m} * (head_dim_v + 8);
+}
+
+// CTAs that there is workspace for: an H100 or H200 has 132 SMs, of which each takes one.
+constexpr int kMostCtas = 132;
 
 struct BwdTile {
   int block_m;
@@ -47,21 +59,35 @@ constexpr BwdTile bwd_tile(int head_dim) {
 
 constexpr int kBwdQueryRows = 128;  // of a tile of dQ's own kernel
 
+constexpr int row_stats_of_block(int block_m) { return 3 * block_m + 4; }  // of bwd/params.h
+constexpr int kQueryBlockInts = 8;
+
+// Query rows over which dK and dV are summed in one accumulator: wgmma cuts off what does not fit,
+// towards 0, so a longer sum drifts (0.04 % here, 4.9 % over 8 million rows of one sign).
+constexpr int kMostRowsOfSum = 1 << 16;
+
 // Elements of the backward's workspace (problem.h); sums_dq: over several calls.
 struct BwdWorkspace {
-  int64_t row_stats, row_intervals, block_hulls, dq_accum, turns;
+  int64_t row_stats, row_intervals, query_blocks, dq_accum, turns, ranges;
 };
 
+// CTAs that share the query rows of a block of keys, at most.
+constexpr int kMostSplits = 1024;
+
 constexpr BwdWorkspace bwd_workspace(int64_t batch, int64_t seqlen_q, int64_t num_heads_q,
-                                     int head_dim, bool sums_dq) {
+                                     int64_t num_heads_k, int head_dim, bool sums_dq) {
   BwdTile const tile = bwd_tile(head_dim);
   int64_t const blocks = ceil_div(seqlen_q, tile.block_m);
   int64_t const rows = blocks * tile.block_m;
   int64_t const heads = batch * num_heads_q;
   int64_t const summed_rows =
       tile.fused ? rows : (sums_dq ? ceil_div(seqlen_q, kBwdQueryRows) * kBwdQueryRows : 0);
-  return {heads * rows * 2, batch * rows * 2, batch * blocks * 4,
-          heads * summed_rows * bwd_width(head_dim), tile.fused ? heads * blocks : 0};
+  return {heads * blocks * row_stats_of_block(tile.block_m),
+          batch * rows * 2,
+          batch * blocks * kQueryBlockInts,
+          heads * summed_rows * bwd_width(head_dim),
+          tile.fused ? heads * blocks : 0,
+          batch * num_heads_k * 3};
 }
 
 // Keys that a row sees at most, by the sizes and the window alone.
@@ -85,6 +111,28 @@ constexpr int64_t heads_per_section(int64_t seqlen_k, int64_t head_dim, int64_t 
   if (kv_heads < 1) kv_heads = 1;
   if (kv_heads > 1024) kv_heads = 1024;
   return kv_heads * group;
+}
+
+struct Sizes {
+  int batch, seqlen_q, seqlen_k, num_heads_q, num_heads_k, head_dim, head_dim_v;
+};
+
+// The order of the backward's CTAs: blocks of keys; of a KV head one after the other those that
+// share its query rows. Under a mask, heads whose operands share the L2 cache run side by side.
+// In turn (bwd/write_dq.h) they do so without a mask, too: key blocks of one head that start
+// together wait for each other.
+constexpr TileOrder bwd_order(Sizes const& p, int kernel_head_dim, int num_splits, bool masked,
+                              bool in_turn) {
+  int const heads = p.num_heads_k * num_splits;
+  int const shared = ceil_div(p.num_heads_q / p.num_heads_k, num_splits);
+  // Q, dO and the sum of dQ in fp32.
+  int64_t section = masked || in_turn ? heads_per_section(int64_t{p.seqlen_q} * shared,
+                                                          3 * p.head_dim, p.head_dim_v, 1)
+                                      : num_splits;
+  int64_t const most = int64_t{heads} * p.batch;
+  if (section > most) section = most;
+  return {ceil_div(p.seqlen_k, bwd_tile(kernel_head_dim).block_n), heads, p.batch,
+          static_cast<int>(section), !in_turn};
 }
 
 // Whether the FP8 forward transposes V beside its tiles, of which `readers` read each block of V if

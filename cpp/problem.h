@@ -32,22 +32,28 @@ struct Problem {
   float softmax_scale;  // > 0
   float soft_cap;       // s <- soft_cap * tanh(s / soft_cap) after scaling; 0: none
 
-  Operand query;  // [b, t, n, h]
-  Operand key;    // [b, s, k, h]
-  Operand value;  // [b, s, k, v]
-  Operand out;    // [b, t, n, v]
-  float* lse;     // [b, n, t], natural logarithm
+  Operand query;   // [b, t, n, h]
+  Operand key;     // [b, s, k, h]
+  Operand value;   // [b, s, k, v]
+  Operand out;     // [b, t, n, v]
+  float* lse;      // [b, n, t], natural logarithm
+  float* lse_low;  // [b, n, t] or null: what lse lost to rounding, in base 2
   // [b, t, n, v] or null: the result for other keys, whose log-sum-exp is in lse. Out and lse
   // become those for all of these keys. Where out is fp32 it is the same array.
   float const* out_before;
   Mask mask;
 
-  int* tile_counter;  // [1], workspace
+  // Workspace: a counter, and for sums over more keys than plan.h's kMostKeysOfSum as many fp32
+  // numbers as CTAs are to be launched, times long_sums_of_cta(); with none such sums drift.
+  int* tile_counter;  // [1]
+  float* long_sums;
+  int64_t long_sums_size;
 };
 
 // The gradients of a Problem.
 struct BackwardProblem {
-  Problem forward;  // out and lse are read here; out.data null: dlse has its part in it already
+  Problem forward;  // out, lse and lse_low are read here; out.data null: dlse has its part in it
+                    // already
   Operand dout;     // [b, t, n, v]
   float* dlse;      // [b, n, t]; with no out it is dlse - rowsum(dout * out)
   // [b, t, n, h], of dtype. A sum over several calls, each with other keys, is kept in dq_accum:
@@ -58,9 +64,14 @@ struct BackwardProblem {
   Operand dvalue;     // [b, s, k, v]
   DType dkv_dtype;    // dtype, or kFloat32 for partial results that are summed elsewhere
   // Workspace (plan.h), with m blocks of bwd_tile().block_m query rows each.
-  float* row_stats;    // [b, n, m, 2, block_m]: log-sum-exp in base 2, delta
+  float* row_stats;    // [b, n, m, row_stats_of_block()]
   int* row_intervals;  // [b, m, block_m, 2]: key_begin, key_end
-  int* block_hulls;    // [b, m, 4]: IntervalHull of the rows
+  int* query_blocks;   // [b, m, kQueryBlockInts]
+  int* ranges;         // [b, k, 3], where dtype is fp16: of dO, V and dlse
+  // [num_splits, b, s, k, h + v]: num_splits CTAs share the query rows of a block of keys. Null
+  // where one CTA sums over all of them, in one go.
+  float* dkv_parts;
+  int num_splits;
   // [b, n, m, block_m * head dim of the kernel], where the tile is fused; else, and only for a sum
   // over several calls, [b, n, blocks of kBwdQueryRows, kBwdQueryRows * head dim of the kernel].
   float* dq_accum;

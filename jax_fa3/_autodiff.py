@@ -8,22 +8,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+import numpy as np
+from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
 from . import _dispatch, _ffi, _guards, _mask, _sharding, _xla
 from ._arguments import Call, Implementation
-from ._problem import Config, Masks
+from ._jitted import finite_in_debug_mode, jitted
+from ._packed import Operands, Packed, for_kernel, split
+from ._problem import Config, Masks, SegmentIds, wide
 from ._varying import vary_together
 
 # What the forward leaves for the backward besides its arguments. With the jax.checkpoint policy
 # save_only_these_names(*RESIDUAL_NAMES) the forward kernel runs once, not twice.
-RESIDUAL_NAMES = ("jax_fa3_out", "jax_fa3_lse")
-
-# query, key and value; or the one packed array, of whose heads N, K, K are these three: they are one
-# dimension, or two, [3, N], of which devices can split the second.
-Operands = tuple[Array, ...]
-Packed = tuple[int, int] | None  # (N, K), where the operands are packed
+RESIDUAL_NAMES = ("jax_fa3_out", "jax_fa3_lse", "jax_fa3_lse_low")
 
 
 def attend(call: Call, operands: Operands) -> Array | tuple[Array, Array]:
@@ -38,11 +36,18 @@ def attend(call: Call, operands: Operands) -> Array | tuple[Array, Array]:
         traced, scale = {"scale": scale, "bias": call.bias, "mask": call.mask}, 1.0
     assert isinstance(scale, float)  # else refused
     config = Config(scale, call.window, call.logits_soft_cap, call.deterministic_backward)
-    static = implementation, config, packed, call.sharding
-    out, lse = _attend(*static, operands, call.masks, call.segment_ids, traced)
-    if not call.batched:
-        out, lse = out[0], lse[0]
-    return (out, jnp.swapaxes(lse, -1, -2)) if call.return_residual else out
+    static = implementation, config, packed, call.sharding, call.return_residual
+    return call.results(*_attend(*static, operands, call.masks, call.segment_ids, traced))
+
+
+def without_heads(
+    query: Array, head_dim_v: int, dtype: np.dtype | None = None
+) -> tuple[Array, Array]:
+    """out [B, T, 0, V] and lse [B, 0, T] of a query without heads: no gradient reaches anything. Not
+    even XLA gets to see the products of nothing, on which its partitioner crashes."""
+    rows = lax.stop_gradient(query).astype(wide(query.dtype)).sum(-1)
+    out = jnp.broadcast_to(rows[..., None], (*rows.shape, head_dim_v))
+    return out.astype(dtype or query.dtype), jnp.swapaxes(rows, 1, 2)
 
 
 def differentiable(
@@ -58,19 +63,24 @@ def differentiable(
     return _with_vjp(implementation, config, packed, operands, masks)
 
 
-# Jitted as _dispatch.run is: an eager call would otherwise compile its loops anew each time.
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), inline=True)
+# Jitted as _dispatch.run is: an eager call would otherwise compile its loops anew each time. It has
+# no lse that nobody asked for: jax_debug_infs looks at every result.
+@jitted(static=5)
 def _attend(
     implementation: Implementation | None,
     config: Config,
     packed: Packed,
     sharding: Any,
+    with_lse: bool,
     operands: Operands,
     masks: Masks,
-    segment_ids: tuple[Array, Array] | None,
+    segment_ids: SegmentIds | None,
     traced: dict[str, Any],
 ) -> tuple[Array, ...]:
     def local(operands: Operands, masks: Masks, segment_ids: Any, traced: Any) -> Any:
+        if not (operands[0].shape[2] if packed is None else packed[0]):
+            query, _, value = split(packed, operands)
+            return without_heads(query, value.shape[3])
         if segment_ids is not None:
             masks = _mask.with_segments(masks, segment_ids, implementation)
         if implementation == "xla":
@@ -82,11 +92,13 @@ def _attend(
     per_traced = {name: _dense_letters(x, operands[0], results) for name, x in traced.items()}
     letters = tensors, per_mask, per_id, per_traced
     call = _sharding.over_named_axes(local, letters, results, sharding)
-    return call(operands, masks, segment_ids, traced)
+    out, lse = call(operands, masks, segment_ids, traced)
+    return (out, lse) if with_lse else (out,)
 
 
 def _letters(operands: Operands, masks: Masks) -> tuple[tuple[str, ...], Any, tuple[str, str]]:
-    """Which dimensions are batch and heads: of the operands, the masks, and out and lse."""
+    """Which dimensions are batch and heads, and query's others: of the operands, the masks, and out and
+    lse."""
     batch = operands[0].shape[0]
 
     def of_mask(x: Array) -> str:
@@ -94,12 +106,13 @@ def _letters(operands: Operands, masks: Masks) -> tuple[tuple[str, ...], Any, tu
 
     per_mask = jax.tree.map(of_mask, masks)
     if len(operands) == 3:
-        tensors = "b.n.", "b.k.", "b.k."
+        tensors = "btnh", "b.k.", "b.k."
     elif operands[0].ndim == 5:
-        tensors = ("b..n.",)
+        tensors = ("bt.nh",)
     else:  # one dimension holds three kinds of heads: no device's part would hold some of each
-        return ("b...",), per_mask, ("b...", "b..")
-    return tensors, per_mask, ("b.n.", "bn.")
+        return ("bt.h",), per_mask, ("bt.h", "b.t")
+    same = operands[0].shape[-1] == operands[-1].shape[-1]
+    return tensors, per_mask, ("btnh" if same else "btn.", "bnt")
 
 
 def _dense_letters(x: Array | None, query: Array, results: tuple[str, str]) -> str | None:
@@ -119,7 +132,7 @@ def _plain(
     scale: Array | None = None,
     **dense: Array | None,
 ) -> tuple[Array, Array]:
-    query, key, value = _split(packed, operands)
+    query, key, value = split(packed, operands)
     options: Any = {"logits_soft_cap": config.logits_soft_cap, **dense}
     options |= {"scale": config.scale if scale is None else scale, "partial": config.partial}
     return _xla.attention(query, key, value, masks, config.window, **options)
@@ -139,10 +152,21 @@ def _primal(
 
 
 def _kernel(
+    config: Config, packed: Packed, operands: Operands, masks: Masks, *, with_lse_low: bool = False
+) -> tuple[Array, ...]:
+    tensors, heads = for_kernel(packed, operands)
+    return _ffi.fwd(config, *tensors, masks, with_lse_low=with_lse_low, **heads)
+
+
+_kernel_for_gradient = functools.partial(_kernel, with_lse_low=True)
+
+
+def _plain_for_gradient(
     config: Config, packed: Packed, operands: Operands, masks: Masks
-) -> tuple[Array, Array]:
-    tensors, heads = _for_kernel(packed, operands)
-    return _ffi.fwd(config, *tensors, masks, **heads)
+) -> tuple[Array, ...]:
+    """With an lse_low too, which plain JAX does not need: its backward normalizes anew."""
+    out, lse = _plain(config, packed, operands, masks)
+    return out, lse, jnp.zeros_like(lse)
 
 
 def _forward(
@@ -153,42 +177,46 @@ def _forward(
     masks: Masks,
 ) -> tuple[tuple[Array, Array], Any]:
     constants = tuple(map(_guards.not_differentiable, operands))
-    results = _primal(implementation, config, packed, constants, masks)
-    out, lse = map(checkpoint_name, results, RESIDUAL_NAMES)
-    return (out, lse), (operands, masks, out, lse)
+    *letters, results = _letters(operands, masks)
+    functions = _kernel_for_gradient, _plain_for_gradient
+    static = implementation, *functions, (config, packed), tuple(letters), (*results, results[1])
+    named = zip(_dispatch.run(*static, constants, masks), RESIDUAL_NAMES, strict=True)
+    out, lse, lse_low = (checkpoint_name(x, name) for x, name in named)
+    return (out, lse), (operands, masks, out, finite_in_debug_mode(lse), lse_low)
 
 
 def _backward(
     implementation: Implementation | None,
     config: Config,
     packed: Packed,
-    residuals: tuple[Operands, Masks, Array, Array],
+    residuals: Any,
     cotangents: tuple[Array, Array],
 ) -> tuple[Operands, None]:
-    operands, masks, out, lse = residuals
+    operands, masks, out, lse, *low = residuals  # low: lse_low, or nothing
     tensors, per_mask, results = _letters(operands, masks)
-    letters = tensors, per_mask, *results, *results
+    letters = tensors, per_mask, *results, *results, *[results[1]] * len(low)
     functions = _kernel_backward, _plain_backward
     static = implementation, *functions, (config, packed), letters, tensors
-    grads = _dispatch.run(*static, operands, masks, out, lse, *cotangents)
+    grads = _dispatch.run(*static, operands, masks, out, lse, *cotangents, *low)
     return grads, None  # masks have no gradient
 
 
 def _kernel_backward(
     config: Config, packed: Packed, operands: Operands, masks: Masks, *results: Array
 ) -> Operands:
-    """Of out, lse and their cotangents."""
-    out, lse, dout, dlse = results
-    tensors, heads = _for_kernel(packed, operands)
-    grads = _ffi.bwd(config, *tensors, masks, out, lse, dout, dlse, **heads)
+    """Of out, lse, their cotangents and, from the 16-bit forward, lse_low."""
+    out, lse, dout, dlse, *low = results
+    tensors, heads = for_kernel(packed, operands)
+    options: Any = heads | ({"lse_low": low[0]} if low else {})
+    grads = _ffi.bwd(config, *tensors, masks, out, lse, dout, dlse, **options)
     return grads if packed is None else (grads[0].reshape(operands[0].shape),)
 
 
 def _plain_backward(
     config: Config, packed: Packed, operands: Operands, masks: Masks, *results: Array
 ) -> Operands:
-    out, lse, dout, dlse = results
-    dq, *dkv = _xla.backward(config, *_split(packed, operands), masks, lse, dout, dlse, out)
+    out, lse, dout, dlse, *_ = results
+    dq, *dkv = _xla.backward(config, *split(packed, operands), masks, lse, dout, dlse, out)
     grads = dq.astype(operands[0].dtype), *dkv
     if packed is not None:
         grads = (jnp.concatenate(grads, axis=2).reshape(operands[0].shape),)
@@ -197,32 +225,3 @@ def _plain_backward(
 
 _with_vjp = jax.custom_vjp(_primal, nondiff_argnums=(0, 1, 2))
 _with_vjp.defvjp(_forward, _backward)
-
-
-def _for_kernel(
-    packed: Packed, operands: Operands
-) -> tuple[tuple[Array, Array, Array], dict[str, Any]]:
-    """query, key and value, and which of their heads are meant."""
-    if packed is None:
-        query, key, value = operands
-        return (query, key, value), {}
-    qkv, (num_heads, num_kv_heads) = _one_dimension_of_heads(packed, operands[0])
-    first_head = 0, num_heads, num_heads + num_kv_heads
-    return (qkv, qkv, qkv), {"num_heads": (num_heads, num_kv_heads), "first_head": first_head}
-
-
-def _split(packed: Packed, operands: Operands) -> tuple[Array, Array, Array]:
-    """query, key and value."""
-    if packed is not None:
-        qkv, (num_heads, num_kv_heads) = _one_dimension_of_heads(packed, operands[0])
-        operands = tuple(jnp.split(qkv, (num_heads, num_heads + num_kv_heads), axis=2))
-    query, key, value = operands
-    return query, key, value
-
-
-def _one_dimension_of_heads(heads: tuple[int, int], qkv: Array) -> tuple[Array, tuple[int, int]]:
-    """[B, T, 3, N, H] as [B, T, N + 2K, H], and the (N, K) that are here: a device has its own N."""
-    if qkv.ndim == 4:
-        return qkv, heads
-    batch, length, _, num_heads, head_dim = qkv.shape
-    return qkv.reshape(batch, length, 3 * num_heads, head_dim), (num_heads, num_heads)

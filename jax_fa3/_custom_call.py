@@ -42,7 +42,7 @@ def attributes_of(
     head_dim_v: int,
     first_column_v: int = 0,
 ) -> dict[str, Any]:
-    left, right = map(_window_attribute, config.window)
+    left, right = map(window_attribute, config.window)
     return {
         "scale": np.float32(config.scale),
         "soft_cap": np.float32(config.logits_soft_cap or 0),
@@ -58,5 +58,5 @@ def attributes_of(
     }
 
 
-def _window_attribute(distance: int | None) -> int:
+def window_attribute(distance: int | None) -> int:
     return _UNBOUNDED if distance is None else min(max(distance, -_FARTHEST), _FARTHEST)

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from . import _plan
 from ._custom_call import attributes_of, custom_call, mask_operands
 from ._problem import Config, Masks
 
@@ -59,6 +60,13 @@ def kernels() -> list[tuple[str, int, int]]:
     return _DEFAULT_KERNELS if _C is None else _C.kernels()
 
 
+def cuda_versions() -> tuple[int, int]:
+    """The newest CUDA that the NVIDIA driver runs, 0 without a driver, and the one that the kernels
+    are linked with; such as 13000. Of an install with kernels."""
+    assert _C is not None
+    return _C.driver_version(), _C.runtime_version()
+
+
 def runtime_api_version() -> tuple[int, int]:
     """Version of the FFI that the installed jaxlib speaks, from its headers."""
     header = pathlib.Path(jax.ffi.include_dir(), "xla", "ffi", "api", "c_api.h").read_text()
@@ -98,9 +106,10 @@ def fwd(
     num_heads: tuple[int, int] | None = None,
     first_head: tuple[int, int, int] = (0, 0, 0),
     before: tuple[Array, Array] | None = None,
-) -> tuple[Array, Array]:
+    with_lse_low: bool = False,
+) -> tuple[Array, ...]:
     """The forward kernel: out [B, T, N, V] in query's dtype, or fp32 if config.partial, and lse,
-    fp32 [B, N, T].
+    fp32 [B, N, T]; with_lse_low also what lse lost to its rounding, for the backward.
 
     Args:
         query, key, value: bf16 or fp16 [B, T, *, H], [B, S, *, H], [B, S, *, V], each with the
@@ -118,14 +127,20 @@ def fwd(
     results = (
         jax.ShapeDtypeStruct(shape, jnp.float32 if config.partial else dtype),
         jax.ShapeDtypeStruct((batch, heads[0], query_length), jnp.float32),
+        jax.ShapeDtypeStruct(
+            (batch, heads[0], query_length) if with_lse_low else (0,), jnp.float32
+        ),
         jax.ShapeDtypeStruct((1,), jnp.int32),  # workspace: the counter of tiles
+        jax.ShapeDtypeStruct(
+            (_plan.long_sums(_C, key.shape[1], head_dim, head_dim_v),), jnp.float32
+        ),
     )
     absent = jnp.zeros(0, jnp.float32)
     call = query, key, value, *mask_operands(masks), *(before or (absent, absent))
     aliases = {len(call) - 1: 1} | ({len(call) - 2: 0} if config.partial else {})
     attributes = attributes_of(config, heads, first_head, head_dim_v, columns_v)
-    out, lse, _ = custom_call(FWD, results, attributes, *call, aliases=aliases if before else {})
-    return out, lse
+    found = custom_call(FWD, results, attributes, *call, aliases=aliases if before else {})
+    return tuple(found[: 2 + with_lse_low])
 
 
 def bwd(
@@ -139,6 +154,7 @@ def bwd(
     dout: Array,
     dlse: Array,
     *,
+    lse_low: Array | None = None,
     num_heads: tuple[int, int] | None = None,
     first_head: tuple[int, int, int] = (0, 0, 0),
     summed_dq: Array | None = None,
@@ -150,7 +166,8 @@ def bwd(
     Args:
         query, key, value, masks, num_heads, first_head: as for fwd. Key and value side by side may
             also be uint32 words of two numbers each, with more behind them: [B, S, K, *].
-        out, lse: what fwd gave, or what was made of it, in query's dtype and fp32.
+        out, lse, lse_low: what fwd gave, or what was made of it, in query's dtype and fp32.
+            Without lse_low gradients at scores of 1e4 and more are less exact.
         dout, dlse: their cotangents, in their dtypes. With out None dlse is dlse - rowsum(dout * out).
         summed_dq: what calls with other keys gave for dq without finish_dq; it is overwritten.
         finish_dq: False for a sum of dq, as dq_sum_of says, which only such calls can read.
@@ -170,24 +187,34 @@ def bwd(
     batch, _, rows, width = dq_sum.shape
     if width > _WIDEST_FUSED and finish_dq and summed_dq is None:
         dq_sum = jax.ShapeDtypeStruct((batch, heads[0], rows, 0), jnp.float32)
-    turns = batch * heads[0] * rows // _FEWEST_ROWS if config.deterministic_backward else 0
+    blocks = rows // _FEWEST_ROWS
+    turns = batch * heads[0] * blocks if config.deterministic_backward else 0
+    ranges = (batch, heads[1], 3) if query.dtype == jnp.float16 else (0,)
+    sizes = batch, query.shape[1], key.shape[1], *heads, head_dim, head_dim_v
+    splits = _plan.splits(_C, config, masks, sizes)
+    parts = (splits, batch, key.shape[1], heads[1], head_dim + head_dim_v) if splits else (0,)
     workspace = (  # cpp/problem.h
-        jax.ShapeDtypeStruct((batch, heads[0], rows, 2), jnp.float32),  # log-sum-exp, delta
+        jax.ShapeDtypeStruct((batch, heads[0], blocks, 3 * _FEWEST_ROWS + 4), jnp.float32),
         jax.ShapeDtypeStruct((batch, rows, 2), jnp.int32),  # key intervals
-        jax.ShapeDtypeStruct((batch, rows // _FEWEST_ROWS, 4), jnp.int32),  # their hulls
+        jax.ShapeDtypeStruct((batch, blocks, 8), jnp.int32),  # what is known of a block of rows
         dq_sum,
         jax.ShapeDtypeStruct((turns,), jnp.int32),
+        jax.ShapeDtypeStruct(ranges, jnp.int32),
+        jax.ShapeDtypeStruct(parts, jnp.float32),
     )
     results, columns_v = (*grads, *workspace), head_dim if value is None else 0
     attributes = attributes_of(config, heads, first_head, head_dim_v, columns_v)
     out = jnp.zeros(0, query.dtype) if out is None else out
-    call = *operands, *mask_operands(masks), out, lse, dout, dlse
+    absent = jnp.zeros(0, jnp.float32)
+    low = absent if lse_low is None else lse_low
+    call = *operands, *mask_operands(masks), out, lse, dout, dlse, low
     if num_heads:
         return tuple(custom_call(BWD_PACKED, results, attributes, *call)[:1])
-    aliases = {} if summed_dq is None else {len(call): len(results) - 2}
-    call += (jnp.zeros(0, jnp.float32) if summed_dq is None else summed_dq,)
-    dq, dk, dv, *_, dq_sum, _ = custom_call(BWD, results, attributes, *call, aliases=aliases)
-    return dq if finish_dq else dq_sum, dk, dv
+    place = len(grads) + workspace.index(dq_sum)
+    aliases = {} if summed_dq is None else {len(call): place}
+    call += (absent if summed_dq is None else summed_dq,)
+    dq, dk, dv, *found = custom_call(BWD, results, attributes, *call, aliases=aliases)
+    return dq if finish_dq else found[place - 3], dk, dv
 
 
 def dq_sum_of(query: Array, num_heads: int, head_dim_v: int) -> jax.ShapeDtypeStruct:

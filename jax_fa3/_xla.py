@@ -18,7 +18,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from ._broken import nan_rows, row_sums, touched
 from ._mask import row_intervals
+from ._problem import wide
 
 if TYPE_CHECKING:
     from ._problem import Config, Masks
@@ -84,9 +86,8 @@ def attention(
         total = jnp.where(sees, weights.sum(-1, keepdims=True), 1)
         out = einsum("bkgrs,bskv->bkgrv", weights, value) / total
         lse = top + jnp.log(total)
-        # NaN, and NaN gradients, where the row's segment is broken; 0, and 0, elsewhere.
-        nan = jnp.where(broken, jnp.nan, 0)[..., None] * query.sum(-1, keepdims=True)
-        out = jnp.where(sees, out, nan)
+        nothing, nan = nan_rows(broken[..., None], query, value.shape[-1])
+        out = jnp.where(sees, out, nothing)
         lse = jnp.where(sees, lse, jnp.where(broken[..., None], nan, -jnp.inf))
         return out if partial else out.astype(narrow), lse[..., 0]
 
@@ -118,7 +119,7 @@ def backward(
 
     Returns:
         dq, dk, dv, in the shapes of query, key, value and their dtypes, or lse's if config.partial.
-        The dq of a row whose segment is broken is NaN.
+        The dq of a row whose segment is broken is NaN, or 0 if its cotangents are.
     """
     batch, length, _, _ = query.shape
     intervals = row_intervals(masks, config.window, batch, length, key.shape[1])
@@ -128,17 +129,23 @@ def backward(
     if config.partial:
         narrow = (query.dtype,) * 3
     if config.partial and out is not None:
-        dlse -= jnp.swapaxes((dout.astype(query.dtype) * out).sum(-1), 1, 2)
+        dlse -= row_sums(dout, out, query.dtype)
 
     def block(sums: tuple[Array, Array], rows: tuple[Array, ...]) -> tuple[Any, Array]:
         query, dout, lse, dlse, begin, end, broken = rows
-        sees = begin < end
+        sees, broken = begin < end, broken & touched(dout, dlse)
         query, dout = (jnp.where(sees[..., None], x, 0) for x in (query, dout))
         dout = dout.astype(query.dtype)
         lse, dlse = (jnp.where(sees, x, 0) for x in (lse, dlse))
         visible = _visible(begin, end, key.shape[1])
         scores = _scores(einsum, query, key, config.scale, cap)
-        weights = jnp.exp(jnp.where(visible, scores - lse[..., None], -jnp.inf))
+        offset = lse[..., None]
+        if not config.partial:  # all keys are here: what lse lost to its rounding need not count
+            offset = jnp.max(scores, -1, keepdims=True, initial=-jnp.inf, where=visible)
+            offset = jnp.where(sees[..., None], offset, 0)
+        weights = jnp.exp(jnp.where(visible, scores - offset, -jnp.inf))
+        if not config.partial:
+            weights /= jnp.where(sees[..., None], weights.sum(-1, keepdims=True), 1)
         dweights = einsum("bkgrv,bskv->bkgrs", dout, value)
         # dlse enters as one more term: d lse / d score is the probability itself. So does the row's
         # sum of dout * out, from its own weights if they are all here: out is rounded.
@@ -168,9 +175,10 @@ def _widened(query: Array, key: Array, value: Array, masks: Masks) -> list[Array
     """The operands in fp32 (fp64), in which everything is computed and summed; zeros in the keys
     past their length, because 0 * NaN is NaN: masking the scores is not enough."""
     if masks.key_value_seq_lengths is not None:
-        inside = jnp.arange(key.shape[1], dtype=jnp.int32) < masks.key_value_seq_lengths[:, None]
+        keys = jnp.arange(key.shape[1], dtype=jnp.int32)[None]
+        inside = keys < masks.key_value_seq_lengths[:, None]
         key, value = (jnp.where(inside[..., None, None], x, 0) for x in (key, value))
-    return [x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (query, key, value)]
+    return [x.astype(wide(x.dtype)) for x in (query, key, value)]
 
 
 def _einsum_for(dtype: jnp.dtype) -> Callable[..., Array]:
@@ -193,7 +201,7 @@ def _scores(
 
 def _visible(begin: Array, end: Array, key_length: int) -> Array:
     """bool [B, 1, 1, R, S]."""
-    keys = jnp.arange(key_length, dtype=jnp.int32)
+    keys = jnp.arange(key_length, dtype=jnp.int32).reshape(*[1] * begin.ndim, key_length)
     return (begin[..., None] <= keys) & (keys < end[..., None])
 
 
@@ -239,7 +247,6 @@ def _join(tree: Any, length: int) -> Any:
 
     def join(x: Array) -> Array:
         x = jnp.moveaxis(x, 0, 3)
-        x = x.reshape(*x.shape[:3], x.shape[3] * x.shape[4], *x.shape[5:])
-        return x[:, :, :, :length]
+        return x.reshape(*x.shape[:3], x.shape[3] * x.shape[4], *x.shape[5:])[:, :, :, :length]
 
     return jax.tree.map(join, tree)

@@ -108,10 +108,12 @@ def assert_same(found: Results, exact: Results, *, rtol: float) -> None:
             np.testing.assert_allclose(x, y, rtol=0, atol=rtol * scale, err_msg=name)
 
 
-def assert_rounded(found: Results, exact: Results, rounded: Results, case: Case, eps: Any) -> None:
+def assert_rounded(
+    found: Results, exact: Results, rounded: Results, case: Case, eps: Any, rows: int = ROWS
+) -> None:
     """The tolerance rule: an error at most twice that of the rounded oracle, group by group.
 
-    eps: of the inputs' dtype. The small absolute term is a quarter of a unit in the last place of
+    eps: of the inputs' dtype. rows: of a group, more where few of them have an error at all. The small absolute term is a quarter of a unit in the last place of
     the head's largest number, for groups of a few numbers have small errors by luck; lse, which is
     fp32, gets less.
     """
@@ -119,7 +121,7 @@ def assert_rounded(found: Results, exact: Results, rounded: Results, case: Case,
     for name, *xs in zip(Results._fields, found, exact, rounded, strict=True):
         if any(x is None for x in xs):
             continue
-        x, y, z = (_grouped(np.asarray(a, np.float32)) for a in xs)
+        x, y, z = (_grouped(np.asarray(a, np.float32), rows) for a in xs)
         np.testing.assert_array_equal(np.isnan(x), np.isnan(y), err_msg=f"{case}: NaN in {name}")
         infinite = np.isinf(y)
         np.testing.assert_array_equal(np.isinf(x), infinite, err_msg=f"{case}: inf in {name}")
@@ -135,15 +137,15 @@ def assert_rounded(found: Results, exact: Results, rounded: Results, case: Case,
             raise AssertionError(
                 f"{case}: {name} is off by {error[where]:.3g}, more than {limit[where]:.3g}, in "
                 f"{len(bad)} groups, the first: batch {batch}, head {head}, "
-                f"rows {group * ROWS} to {group * ROWS + ROWS - 1}"
+                f"rows {group * rows} to {group * rows + rows - 1}"
             )
 
 
-def _grouped(x: np.ndarray) -> np.ndarray:
-    """[B, T, N] or [B, T, N, D] as [B, T / ROWS, ROWS, N, D]."""
+def _grouped(x: np.ndarray, rows: int) -> np.ndarray:
+    """[B, T, N] or [B, T, N, D] as [B, T / rows, rows, N, D]."""
     x = x if x.ndim == 4 else x[..., None]
-    x = np.pad(x, ((0, 0), (0, -x.shape[1] % ROWS), (0, 0), (0, 0)))
-    return x.reshape(x.shape[0], x.shape[1] // ROWS, ROWS, *x.shape[2:])
+    x = np.pad(x, ((0, 0), (0, -x.shape[1] % rows), (0, 0), (0, 0)))
+    return x.reshape(x.shape[0], x.shape[1] // rows, rows, *x.shape[2:])
 
 
 def _largest(x: np.ndarray) -> np.ndarray:

@@ -5,6 +5,7 @@ import random
 from typing import Any
 
 import pytest
+from masks import MARK, nearly_marked
 
 C = pytest.importorskip("jax_fa3._C", reason="Python-only install", exc_type=ModuleNotFoundError)
 
@@ -13,6 +14,12 @@ UNBOUNDED = 2**62
 WINDOWS = [-(2**61), LOW, -3, 0, 2, 2**33, 2**61, UNBOUNDED]
 OFFSETS = [LOW, LOW + 5, -4, 0, 1, 6, HIGH - 5, HIGH]
 Interval = tuple[int, int]
+# Head dims of the kernels that were built.
+KERNELS = [(h, v) for name, h, v in C.kernels() if name != "float8_e4m3fn"]
+needs_kernels = pytest.mark.skipif(
+    not {(64, 64), (128, 128), (192, 128), (192, 192), (256, 256)} <= set(KERNELS),
+    reason="kernels were left out of this build",
+)
 
 
 def visible(row: int, T: int, S: int, left: int, right: int, offset: int, *lengths: int):
@@ -40,6 +47,17 @@ def test_row_interval_far_away(offset: int):
         for left, right in itertools.product([offset + shift, UNBOUNDED], [shift - offset, 3]):
             arguments = row, HIGH, HIGH, left, right, offset, HIGH, HIGH
             assert C.row_interval(*arguments) == visible(*arguments), arguments
+
+
+@pytest.mark.parametrize("window", [0, 2**62])
+def test_row_interval_of_arrays(window: int):
+    """Both numbers of the mark make a row broken, unless it is padding; no others do."""
+    for begin, end in zip(*(x[0].tolist() for x in nearly_marked().values()), strict=True):
+        mark = (begin, end) == MARK
+        seen = (max(begin, 0), min(end, 64)) if max(begin, 0) < min(end, 64) else (0, 0)
+        arguments = begin, end, 64, window
+        assert C.row_interval_of_arrays(*arguments, 0) == (0, 0, False)
+        assert C.row_interval_of_arrays(*arguments, 1) == (*(MARK if mark else seen), mark)
 
 
 def check_blocks(rows: list[Interval], block: int, tight: bool) -> None:
@@ -82,7 +100,7 @@ def test_block_range_of_any_intervals(block: int):
     rng = random.Random(block)
     for _ in range(2000):
         rows = [(rng.randrange(25), rng.randrange(25)) for _ in range(rng.randrange(5))]
-        rows += rng.choices([(0, 0), (HIGH, LOW)], k=rng.randrange(3))
+        rows += rng.choices([(0, 0), MARK], k=rng.randrange(3))
         rng.shuffle(rows)
         check_blocks(rows, block, tight=False)
 
@@ -156,3 +174,20 @@ TILES: list[Any] = [
 def test_tile(head_dim: int, head_dim_v: int, many: int, few: int, block_n: int):
     assert C.tile(head_dim, head_dim_v, False) == (many, block_n)
     assert C.tile(head_dim, head_dim_v, True) == (few, block_n)
+
+
+@needs_kernels
+@pytest.mark.parametrize("head_dim, head_dim_v, many, few, _", TILES)
+def test_fwd_long_sums(head_dim: int, head_dim_v: int, many: int, few: int, _: int):
+    """Room for a tile of every CTA, with 8 numbers more a row, from 2^18 keys on."""
+    assert C.fwd_long_sums(0, head_dim, head_dim_v) == 0
+    assert C.fwd_long_sums(2**18, head_dim, head_dim_v) == 0
+    columns = next(v for h, v in KERNELS if h >= head_dim and v >= head_dim_v)
+    for keys in (2**18 + 1, HIGH):
+        found = C.fwd_long_sums(keys, head_dim, head_dim_v)
+        assert found == 132 * max(many, few) * (columns + 8)
+
+
+@needs_kernels
+def test_no_long_sums_without_a_kernel():
+    assert C.fwd_long_sums(HIGH, 264, 64) == C.fwd_long_sums(HIGH, 64, 264) == 0

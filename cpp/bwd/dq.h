@@ -60,21 +60,24 @@ struct QueryTraits {
   static_assert(sizeof(SharedStorage) <= 227 * 1024);
 };
 
-// The key blocks that a tile visits.
+// What is known of a tile's rows: the records of as many blocks as it has.
 template <class Traits>
-CUTLASS_DEVICE BlockRange visited_blocks(Params const& params, TileCoord tile) {
+CUTLASS_DEVICE QueryBlock query_block(Params const& params, TileCoord tile) {
   constexpr int kRecords = Traits::kBlockM / Traits::kRecordRows;
-  IntervalHull hull;
+  constexpr int kWords = Traits::kRecordRows / 32;
+  QueryBlock block{};
   CUTLASS_PRAGMA_UNROLL
   for (int i = 0; i < kRecords; ++i) {
     int const record = tile.m_block * kRecords + i;
     if (record >= params.num_m_blocks) break;
-    int4 const bounds = params.block_hulls[int64_t{tile.batch} * params.num_m_blocks + record];
-    hull.merge(IntervalHull{bounds.x, bounds.y, bounds.z, bounds.w});
+    QueryBlock const& part =
+        params.query_blocks[int64_t{tile.batch} * params.num_m_blocks + record];
+    block.hull.merge(part.hull);
+    for (int word = 0; word < kWords; ++word) {
+      block.blind.words[i * kWords + word] = part.blind.words[word];
+    }
   }
-  BlockRange blocks = hull.blocks(Traits::kBlockN);
-  if (params.cap_scale != 0.f) blocks.full_end = blocks.full_begin;  // applied where the mask is
-  return blocks;
+  return block;
 }
 
 template <class Traits>
@@ -88,14 +91,12 @@ CUTLASS_DEVICE void load_dq(Params const& params, typename Traits::SharedStorage
   int const batch = tile.batch;
   int const head_k = tile.head / params.group;
   int const row = tile.m_block * kBlockM;
-  int const length_q = mask.length_q(batch);
   int const length_k = mask.length_k(batch);
-  int const valid_rows = length_q < mask.seqlen_q ? length_q - row : kBlockM;
   PipelineState<Traits::kStages> key_state;
   PipelineState<Traits::kStagesV> value_state;
   uint32_t staged_phase = 0;
-  auto const valid_keys = [&](int n_block) {
-    return length_k < mask.seqlen_k ? length_k - n_block * kBlockN : kBlockN;
+  auto const padding = [&](int n_block) {
+    return RowSet::from(length_k < mask.seqlen_k ? length_k - n_block * kBlockN : kBlockN);
   };
 
   for (int n_block = blocks.end - 1; n_block >= blocks.begin; --n_block) {
@@ -103,21 +104,21 @@ CUTLASS_DEVICE void load_dq(Params const& params, typename Traits::SharedStorage
     load_tile<kBlockN, Traits::kHeadDim>(params.key, storage.key_pipeline.full[key_state.stage],
                                          storage.staged, staged_phase, kKeep,
                                          storage.key + key_state.stage * Traits::kSizeK,
-                                         n_block * kBlockN, head_k, batch, valid_keys(n_block));
+                                         n_block * kBlockN, head_k, batch, padding(n_block));
     key_state.advance();
     if (n_block == blocks.end - 1) {
       load_tile<kBlockM, Traits::kHeadDim>(params.query, storage.query_full, storage.staged,
                                            staged_phase, kReadOnce, storage.query, row, tile.head,
-                                           batch, valid_rows);
+                                           batch, query_block<Traits>(params, tile).blind);
       load_tile<kBlockM, Traits::kHeadDimV>(params.dout, storage.dout_full, storage.staged,
                                             staged_phase, kReadOnce, storage.dout, row, tile.head,
-                                            batch, valid_rows);
+                                            batch, query_block<Traits>(params, tile).blind);
     }
     storage.value_pipeline.empty[value_state.stage].wait(value_state.phase ^ 1);
     load_tile<kBlockN, Traits::kHeadDimV>(
         params.value, storage.value_pipeline.full[value_state.stage], storage.staged, staged_phase,
         kKeep, storage.value + value_state.stage * Traits::kSizeV, n_block * kBlockN, head_k, batch,
-        valid_keys(n_block));
+        padding(n_block));
     value_state.advance();
   }
 }
@@ -158,18 +159,30 @@ CUTLASS_DEVICE void consume_dq(Params const& params, typename Traits::SharedStor
   Interval rows[kRowsPerThread];
   float lse[kRowsPerThread];
   float delta[kRowsPerThread];
+  using Stats = RowStats<Traits::kRecordRows>;
+  // A warpgroup's rows have one record.
+  static_assert(Traits::kRecordRows == 64);
+  int const record = first_row / Traits::kRecordRows;
+  bool const exists = record < params.num_m_blocks;  // the tile may reach beyond the records
+  auto const stats = [&](int index, int r) {
+    return params.row_stats[params.m_block_index(tile.batch, tile.head, record) * Stats::kSize +
+                            index + row % 64 + r * 8];
+  };
+  bool const careful =
+      exists &&
+      __float_as_int(
+          params.row_stats[params.m_block_index(tile.batch, tile.head, record) * Stats::kSize +
+                           Stats::kCareful]) != 0;
+  if (careful) blocks.full_end = blocks.full_begin;
+  float const exponent_scale = careful ? 1.f : params.exponent_scale;
   CUTLASS_PRAGMA_UNROLL
   for (int r = 0; r < kRowsPerThread; ++r) {
-    int const record = (row + r * 8) / Traits::kRecordRows;
-    bool const exists = record < params.num_m_blocks;  // the tile may reach beyond the records
-    float const* const stats =
-        params.row_stats +
-        params.m_block_index(tile.batch, tile.head, record) * (2 * Traits::kRecordRows) +
-        (row + r * 8) % Traits::kRecordRows;
-    lse[r] = exists ? stats[0] : INFINITY;
-    delta[r] = exists ? stats[Traits::kRecordRows] : 0.f;
+    lse[r] = exists ? stats(Stats::kLse, r) : INFINITY;
+    if (careful) lse[r] = 0.f;
+    delta[r] = exists ? stats(Stats::kDelta, r) : 0.f;
     rows[r] = params.mask.row_interval(tile.batch, row + r * 8);
   }
+  float const scale = ds_scale<Element>(params, tile.batch, tile.head / params.group);
   bool const elected = threadIdx.x % 32 == 0;
   auto& keys = storage.key_pipeline;
   auto& values = storage.value_pipeline;
@@ -196,18 +209,28 @@ CUTLASS_DEVICE void consume_dq(Params const& params, typename Traits::SharedStor
       CUTLASS_PRAGMA_UNROLL
       for (int i = 0; i < size(tS); ++i) {
         float const t = tanh_approx(tS(i) * params.cap_scale);
-        tdP(i) = (1.f - t * t) * (tdP(i) - delta[fragment_row(i)]);
+        tdP(i) = (1.f - t * t) * (tdP(i) * scale - delta[fragment_row(i)]);
         tS(i) = t;
       }
-      factor[0] = factor[1] = 0.f;  // of delta, which is in already
+      factor[0] = factor[1] = 0.f;  // of delta, which is in already, as the scale is
     }
+    float const scale_left = capped ? 1.f : scale;
     if (n_block < blocks.full_begin || n_block >= blocks.full_end) {
+      if (careful) {  // then the exponents are made here, and every block comes here
+        float const lse_high[] = {stats(Stats::kLse, 0), stats(Stats::kLse, 1)};
+        float const lse_low[] = {stats(Stats::kLseLow, 0), stats(Stats::kLseLow, 1)};
+        CUTLASS_PRAGMA_UNROLL
+        for (int i = 0; i < size(tS); ++i) {
+          int const r = fragment_row(i);
+          tS(i) = (tS(i) * params.exponent_scale - lse_high[r]) - lse_low[r];
+        }
+      }
       mask_scores(tS, rows, n_block * kBlockN + threadIdx.x % 4 * 2);
     }
     CUTLASS_PRAGMA_UNROLL
     for (int i = 0; i < size(tS); ++i) {
       int const r = fragment_row(i);
-      tS(i) = exp2f(tS(i) * params.exponent_scale - lse[r]) * (tdP(i) - factor[r] * delta[r]);
+      tS(i) = exp2f(tS(i) * exponent_scale - lse[r]) * (tdP(i) * scale_left - factor[r] * delta[r]);
     }
     copy(packed<Element>(tS), recast<uint32_t>(tdQrdS));
   };
@@ -236,7 +259,7 @@ CUTLASS_DEVICE void consume_dq(Params const& params, typename Traits::SharedStor
     warpgroup_fence_operand(tdQ);
   }
 
-  mark_broken_rows(params.mask, tile.batch, row, tdQ);
+  mark_broken_rows(params, tile.batch, tile.head, row, tdQ);
   if (params.continues_dq || !params.finishes_dq) {
     int64_t const head = int64_t{tile.batch} * params.num_heads_q + tile.head;
     int64_t const index = head * params.dq_order.num_m_blocks + tile.m_block;
@@ -254,10 +277,10 @@ CUTLASS_DEVICE void consume_dq(Params const& params, typename Traits::SharedStor
   // dQ takes the place of Q, of which a warpgroup reads just its own rows.
   BarrierId const barrier = barrier_id(NamedBarrier::kGradOfWarpgroup0, warpgroup);
   cutlass::arch::NamedBarrier::sync(128, barrier);
-  store_grad<Element, kBlockM, Traits::kHeadDim>(tdQ, params.softmax_scale, params.dquery,
-                                                 Operand{}, false, storage.query, warpgroup * 64,
-                                                 tile.m_block * kBlockM, tile.head, tile.batch,
-                                                 params.mask.seqlen_q, params.head_dim, barrier);
+  scale_grad(tdQ, params.softmax_scale / scale);
+  store_grad<Element, kBlockM, Traits::kHeadDim>(
+      tdQ, params.dquery, storage.query,
+      GradRows{tile, tile.m_block * kBlockM, params.mask.seqlen_q, warpgroup * 64}, barrier);
 }
 
 template <class Traits>
@@ -267,7 +290,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   auto& storage = *reinterpret_cast<typename Traits::SharedStorage*>(memory);
   int const warp = cutlass::canonical_warp_idx_sync();
   TileCoord const tile = params.dq_order(blockIdx.x);
-  BlockRange const blocks = visited_blocks<Traits>(params, tile);
+  BlockRange blocks = query_block<Traits>(params, tile).hull.blocks(Traits::kBlockN);
+  if (params.cap_scale != 0.f) blocks.full_end = blocks.full_begin;  // applied where the mask is
   if (warp == 0 && elect_one_sync()) {
     constexpr int kConsumerWarps = Traits::kConsumerThreads / 32;
     storage.query_full.init(1);

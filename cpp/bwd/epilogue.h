@@ -1,4 +1,4 @@
-// The end of a tile of the main kernel: dK or dV of 64 keys, from registers to global memory.
+// The end of a tile or a part: a gradient of 64 rows, from registers to global memory.
 #pragma once
 
 #include "bwd/params.h"
@@ -8,33 +8,48 @@
 
 namespace jax_fa3::bwd {
 
-// `smem` holds the tile's kRows rows, of which the warpgroup's begin at `first_row`; `row` is the
-// array's row of the tile's first. Other warpgroups do not touch these rows any more.
+// The rows of a gradient that a warpgroup holds.
+struct GradRows {
+  TileCoord tile;  // of whose head and batch
+  int row;         // the array's, of the tile's first
+  int rows;        // of the array
+  int first = 0;   // within the tile
+
+  CUTLASS_DEVICE int of_thread() const {
+    return row + first + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
+  }
+};
+
+template <class Fragment>
+CUTLASS_DEVICE void store_grad_fp32(Fragment const& grad, Operand const& out, GradRows const& rows,
+                                    int columns) {
+  float* const head = static_cast<float*>(out.data) + rows.tile.batch * out.batch_stride +
+                      rows.tile.head * out.head_stride;
+  int const first = rows.of_thread();
+  auto const exists = [&](int i) { return first + i * 8 < rows.rows; };
+  store_fp32(grad, head, out.seqlen_stride, first, exists, columns);
+}
+
+// `smem` holds the tile's kRows rows. Other warpgroups do not touch this one's any more.
 template <class Element, int kRows, int kColumns, class Fragment>
-CUTLASS_DEVICE void store_grad(Fragment& grad, float scale, CUtensorMap const& map,
-                               Operand const& fp32, bool is_fp32, uint16_t* smem, int first_row,
-                               int row, int head, int batch, int rows, int columns,
-                               BarrierId barrier) {
+CUTLASS_DEVICE void store_grad(Fragment const& grad, CUtensorMap const& map, uint16_t* smem,
+                               GradRows const& rows, BarrierId barrier) {
   constexpr int kSlab = slab(kColumns);
   int const thread = threadIdx.x % 128;
-  CUTLASS_PRAGMA_UNROLL
-  for (int i = 0; i < size(grad); ++i) grad(i) *= scale;
-  if (is_fp32) {
-    float* const out =
-        static_cast<float*>(fp32.data) + batch * fp32.batch_stride + head * fp32.head_stride;
-    int const index = row + first_row + thread / 32 * 16 + thread % 32 / 4;
-    auto const exists = [&](int i) { return index + i * 8 < rows; };
-    store_fp32(grad, out, fp32.seqlen_stride, index, exists, columns);
-    return;
-  }
-  stage_packed<kRows, kColumns, kSlab>(packed<Element>(grad), smem, first_row + thread / 32 * 16);
+  stage_packed<kRows, kColumns, kSlab>(packed<Element>(grad), smem, rows.first + thread / 32 * 16);
   cute::tma_store_fence();
   cutlass::arch::NamedBarrier::sync(128, barrier);
   if (thread == 0) {
-    tma_store_rows<kRows, kColumns, kSlab>(map, smem + first_row * kSlab, row + first_row, head,
-                                           batch);
+    tma_store_rows<kRows, kColumns, kSlab>(map, smem + rows.first * kSlab, rows.row + rows.first,
+                                           rows.tile.head, rows.tile.batch);
     cute::tma_store_arrive();
   }
+}
+
+template <class Fragment>
+CUTLASS_DEVICE void scale_grad(Fragment& grad, float scale) {
+  CUTLASS_PRAGMA_UNROLL
+  for (int i = 0; i < size(grad); ++i) grad(i) *= scale;
 }
 
 }  // namespace jax_fa3::bwd

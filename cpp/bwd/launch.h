@@ -10,6 +10,7 @@
 #include "bwd/kernel.h"
 #include "bwd/postprocess.h"
 #include "bwd/preprocess.h"
+#include "bwd/range.h"
 #include "common/launch.h"
 
 namespace jax_fa3::bwd {
@@ -41,25 +42,32 @@ cudaError_t make_params(BackwardProblem const& problem, Params* params) {
   if (params->finishes_dq) {
     JAX_FA3_RETURN_IF_ERROR(map(&params->dquery, problem.dquery, false, false, 64));
   }
-  if (params->dkv_fp32) {
-    params->dkey_fp32 = problem.dkey;
-    params->dvalue_fp32 = problem.dvalue;
-  } else {
+  params->dkey_rows = problem.dkey;
+  params->dvalue_rows = problem.dvalue;
+  params->dkv_parts = problem.dkv_parts;
+  params->num_splits = problem.dkv_parts == nullptr ? 1 : problem.num_splits;
+  if (!params->dkv_fp32) {
     JAX_FA3_RETURN_IF_ERROR(map(&params->dkey, problem.dkey, true, false, 64));
     JAX_FA3_RETURN_IF_ERROR(map(&params->dvalue, problem.dvalue, true, true, 64));
   }
   params->out = p.out;
   params->dout_rows = problem.dout;
+  params->value_rows = p.value;
   params->lse = p.lse;
+  params->lse_low = p.lse_low;
   params->dlse = problem.dlse;
   params->row_stats = problem.row_stats;
   params->row_intervals = reinterpret_cast<int2*>(problem.row_intervals);
-  params->block_hulls = reinterpret_cast<int4*>(problem.block_hulls);
+  params->query_blocks = reinterpret_cast<QueryBlock*>(problem.query_blocks);
+  bool const sums_dq = params->continues_dq || !params->finishes_dq;
+  params->ranges = sums_dq ? nullptr : reinterpret_cast<uint32_t*>(problem.ranges);
   params->dq_accum = problem.dq_accum;
   params->mask = p.mask;
   BwdTile const tile = bwd_tile(Traits::kHeadDim);
   params->num_m_blocks = ceil_div(p.seqlen_q, tile.block_m);
+  params->batch = p.batch;
   params->num_heads_q = p.num_heads_q;
+  params->num_heads_k = p.num_heads_k;
   params->group = p.num_heads_q / p.num_heads_k;
   params->head_dim = p.head_dim;
   params->head_dim_v = p.head_dim_v;
@@ -68,23 +76,16 @@ cudaError_t make_params(BackwardProblem const& problem, Params* params) {
   params->cap_scale = scale.cap_scale;
   params->softmax_scale = p.softmax_scale;
 
-  // Heads whose operands share the L2 cache; without a mask, tiles of one KV head.
   bool const masked = p.mask.restricts();
   int const group = params->group;
-  auto const section = [&](int64_t heads, int total) {
-    return static_cast<int>(std::min(heads, int64_t{total} * p.batch));
-  };
-  int64_t const heads =  // Q, dO and the sum of dQ in fp32
-      heads_per_section(int64_t{p.seqlen_q} * group, 3 * p.head_dim, p.head_dim_v, 1);
   params->turns = tile.fused ? problem.turns : nullptr;
-  bool const in_turn = params->turns != nullptr;
-  // In turn, heads share a section without a mask, too: key blocks of one head that start together
-  // wait for each other.
-  params->order = {ceil_div(p.seqlen_k, tile.block_n), p.num_heads_k, p.batch,
-                   section(masked || in_turn ? heads : 1, p.num_heads_k), !in_turn};
+  params->order = bwd_order(
+      {p.batch, p.seqlen_q, p.seqlen_k, p.num_heads_q, p.num_heads_k, p.head_dim, p.head_dim_v},
+      Traits::kHeadDim, params->num_splits, masked, params->turns != nullptr);
   int64_t const heads_q = heads_per_section(p.seqlen_k, p.head_dim, p.head_dim_v, group);
-  params->dq_order = {ceil_div(p.seqlen_q, kBlockM), p.num_heads_q, p.batch,
-                      section(masked ? heads_q : group, p.num_heads_q)};
+  params->dq_order = {
+      ceil_div(p.seqlen_q, kBlockM), p.num_heads_q, p.batch,
+      static_cast<int>(std::min(masked ? heads_q : group, int64_t{p.num_heads_q} * p.batch))};
   return cudaSuccess;
 }
 
@@ -107,12 +108,29 @@ cudaError_t launch(BackwardProblem const& problem, cudaStream_t stream) {
   Params params{};
   JAX_FA3_RETURN_IF_ERROR(make_params<Main>(problem, &params));
   int64_t const blocks = int64_t{params.num_m_blocks} * params.num_heads_q * problem.forward.batch;
+  if (params.ranges != nullptr && kDType == DType::kFloat16) {
+    int const batch = problem.forward.batch;
+    std::size_t const bytes = sizeof(uint32_t) * kNumRanges * batch * params.num_heads_k;
+    JAX_FA3_RETURN_IF_ERROR(cudaMemsetAsync(params.ranges, 0, bytes, stream));
+    int64_t const chunks = range_chunks(batch, params.mask.seqlen_q, params.num_heads_q) +
+                           range_chunks(batch, params.mask.seqlen_k, params.num_heads_k);
+    JAX_FA3_RETURN_IF_ERROR(launch_if_any(range_kernel<Element>,
+                                          (chunks * 32 + kRangeThreads - 1) / kRangeThreads,
+                                          kRangeThreads, 0, params, stream));
+  }
   constexpr int kAccumulators = Main::kFused ? Main::kSizeQ : 0;
   constexpr auto kPreprocess = preprocess_kernel<Element, Main::kBlockM, kWidthV, kAccumulators>;
   JAX_FA3_RETURN_IF_ERROR(
       launch_if_any(kPreprocess, blocks, kPreprocessThreads, 0, params, stream));
   JAX_FA3_RETURN_IF_ERROR(launch_if_any(bwd_kernel<Main>, params.order.num_tiles(), Main::kThreads,
                                         sizeof(typename Main::SharedStorage), params, stream));
+  if (params.dkv_parts != nullptr) {
+    int64_t const vectors = int64_t{problem.forward.batch} * params.mask.seqlen_k *
+                            params.num_heads_k * (params.head_dim + params.head_dim_v) / 8;
+    JAX_FA3_RETURN_IF_ERROR(launch_if_any(sum_parts_kernel<Element>,
+                                          (vectors + kPartsThreads - 1) / kPartsThreads,
+                                          kPartsThreads, 0, params, stream));
+  }
   if constexpr (Main::kFused) {
     if (!params.finishes_dq) return cudaSuccess;
     return launch_if_any(postprocess_kernel<Main>, blocks, Main::kConsumerThreads, 0, params,

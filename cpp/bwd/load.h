@@ -2,20 +2,37 @@
 // of their rows, for every block of query rows that sees any of the CTA's keys.
 #pragma once
 
+#include <climits>
+
 #include "bwd/params.h"
 #include "bwd/traits.h"
 #include "common/tma.h"
 
 namespace jax_fa3::bwd {
 
-// Loads a tile by TMA. Rows from `valid` on may hold anything, and 0 * NaN is NaN: they are zeroed
-// before the consumers hear of the tile. The whole warp calls it.
+// Zeroes some of a loaded tile's rows, by one warp, before wgmma reads them.
+template <int kRows, int kColumns, int kSlab>
+CUTLASS_DEVICE void zero_rows(uint16_t* smem, RowSet const& rows) {
+  constexpr int kVectors = kSlab / 8;
+  for (int slab = 0; slab < kColumns / kSlab; ++slab) {
+    auto* const vectors = reinterpret_cast<uint4*>(smem + slab * kRows * kSlab);
+    for (int i = threadIdx.x % 32; i < kRows * kVectors; i += 32) {
+      if (rows.contains(i / kVectors)) vectors[i] = uint4{0, 0, 0, 0};
+    }
+  }
+  cutlass::arch::fence_view_async_shared();
+  __syncwarp();
+}
+
+// Loads a tile by TMA. What stands in the rows that do not count may be anything, and 0 * NaN is
+// NaN: they are zeroed before the consumers hear of the tile. The whole warp calls it.
 template <int kRows, int kColumns>
 CUTLASS_DEVICE void load_tile(CUtensorMap const& map, FullBarrier& full, FullBarrier& staged,
                               uint32_t& staged_phase, cute::TMA::CacheHintSm90 hint, uint16_t* smem,
-                              int row, int head, int batch, int valid, int extra_bytes = 0) {
+                              int row, int head, int batch, RowSet const& zeroed,
+                              int extra_bytes = 0) {
   constexpr int kSlab = slab(kColumns);
-  bool const boundary = valid < kRows;
+  bool const boundary = zeroed.any();
   FullBarrier& barrier = boundary ? staged : full;
   if (threadIdx.x % 32 == 0) {
     if (boundary) {
@@ -30,14 +47,14 @@ CUTLASS_DEVICE void load_tile(CUtensorMap const& map, FullBarrier& full, FullBar
     __syncwarp();
     staged.wait(staged_phase);
     staged_phase ^= 1;
-    zero_rows_from<kRows, kColumns, kSlab>(smem, valid);
+    zero_rows<kRows, kColumns, kSlab>(smem, zeroed);
     if (threadIdx.x % 32 == 0) full.arrive_and_expect_tx(extra_bytes);
   }
 }
 
 template <class Traits>
 CUTLASS_DEVICE void load(Params const& params, typename Traits::SharedStorage& storage,
-                         TileCoord tile) {
+                         TileCoord tile, int split) {
   constexpr int kBlockM = Traits::kBlockM;
   constexpr int kBlockN = Traits::kBlockN;
   constexpr auto kKeep = TMA::CacheHintSm90::EVICT_LAST;       // Q and dO: read by many tiles
@@ -46,86 +63,125 @@ CUTLASS_DEVICE void load(Params const& params, typename Traits::SharedStorage& s
   int const batch = tile.batch;
   int const first_key = tile.m_block * kBlockN;
   Mask const& mask = params.mask;
-  int const length_q = mask.length_q(batch);
-  int const length_k = mask.length_k(batch);
-  // Past the arrays' end TMA itself brings zeros.
-  int const valid_keys = length_k < mask.seqlen_k ? length_k - first_key : kBlockN;
+  // Registers are few: what is needed seldom is computed again. Past the arrays' end TMA itself
+  // brings zeros.
+  auto const padding = [&] {
+    int const length_k = mask.length_k(batch);
+    return RowSet::from(length_k < mask.seqlen_k ? length_k - first_key : kBlockN);
+  };
+  QueryBlock const* const query_blocks = params.query_blocks + int64_t{batch} * params.num_m_blocks;
 
   PipelineState<Traits::kStages> state;
   uint32_t staged_phase = 0;
   bool first = true;
 
-  auto const load_query = [&](Step step, int valid_rows) {
+  auto const load_query = [&](Step step, RowSet const& blind) {
     auto& pipeline = storage.query_pipeline;
     FullBarrier& full = pipeline.full[state.stage];
-    constexpr int kStatsBytes = 2 * kBlockM * sizeof(float);
+    constexpr int kStats = RowStats<kBlockM>::kSize;
+    constexpr int kStatsBytes = kStats * sizeof(float);
     constexpr int kIntervalBytes = kBlockM * sizeof(int2);
     pipeline.empty[state.stage].wait(state.phase ^ 1);
     if (lane == 0) {
       storage.steps[state.stage] = step;
       auto* const barrier = reinterpret_cast<uint64_t*>(&full);
       SM90_BULK_COPY_G2S::copy(
-          params.row_stats + params.m_block_index(batch, step.head, step.m_block) * (2 * kBlockM),
-          barrier, storage.stats + state.stage * 2 * kBlockM, kStatsBytes);
+          params.row_stats + params.m_block_index(batch, step.head, step.m_block) * kStats, barrier,
+          storage.stats + state.stage * kStats, kStatsBytes);
       SM90_BULK_COPY_G2S::copy(
           params.row_intervals + (int64_t{batch} * params.num_m_blocks + step.m_block) * kBlockM,
           barrier, storage.intervals + state.stage * kBlockM, kIntervalBytes);
     }
     load_tile<kBlockM, Traits::kHeadDim>(params.query, full, storage.staged, staged_phase, kKeep,
                                          storage.query + state.stage * Traits::kSizeQ,
-                                         step.m_block * kBlockM, step.head, batch, valid_rows,
+                                         step.m_block * kBlockM, step.head, batch, blind,
                                          kStatsBytes + kIntervalBytes);
   };
-  auto const load_dout = [&](Step step, int valid_rows) {
+  auto const load_dout = [&](Step step, RowSet const& blind) {
     auto& pipeline = storage.dout_pipeline;
     pipeline.empty[state.stage].wait(state.phase ^ 1);
     load_tile<kBlockM, Traits::kHeadDimV>(params.dout, pipeline.full[state.stage], storage.staged,
                                           staged_phase, kKeep,
                                           storage.dout + state.stage * Traits::kSizedO,
-                                          step.m_block * kBlockM, step.head, batch, valid_rows);
+                                          step.m_block * kBlockM, step.head, batch, blind);
   };
   auto const load_step = [&](Step step) {
-    int const valid_rows = length_q < mask.seqlen_q ? length_q - step.m_block * kBlockM : kBlockM;
+    RowSet const blind = query_blocks[step.m_block].blind;
     if (first) {
       load_tile<kBlockN, Traits::kHeadDim>(params.key, storage.key_full, storage.staged,
                                            staged_phase, kReadOnce, storage.key, first_key,
-                                           tile.head, batch, valid_keys);
+                                           tile.head, batch, padding());
     }
-    load_query(step, valid_rows);
+    load_query(step, blind);
     if (first) {
       load_tile<kBlockN, Traits::kHeadDimV>(params.value, storage.value_full, storage.staged,
                                             staged_phase, kReadOnce, storage.value, first_key,
-                                            tile.head, batch, valid_keys);
+                                            tile.head, batch, padding());
     }
-    load_dout(step, valid_rows);
+    load_dout(step, blind);
     first = false;
     state.advance();
   };
 
-  // A step is sent when it is known whether another follows.
-  Step pending{-1, 0, false, true};
-
-  for (int member = 0; member < params.group; ++member) {
-    int const head = tile.head * params.group + member;
-    for (int chunk = 0; chunk < params.num_m_blocks; chunk += 32) {
-      bool visited = false;
-      bool full = false;
-      if (chunk + lane < params.num_m_blocks) {
-        int4 const bounds = params.block_hulls[int64_t{batch} * params.num_m_blocks + chunk + lane];
-        IntervalHull const hull{bounds.x, bounds.y, bounds.z, bounds.w};
-        visited = hull.max_end > first_key && hull.min_begin < first_key + kBlockN;
-        full = hull.max_begin <= first_key && hull.min_end >= first_key + kBlockN;
+  // The steps of all splits: the blocks of query rows that see any of the CTA's keys, head by head.
+  auto const sees_keys = [&](int m_block, bool* full) {
+    if (m_block >= params.num_m_blocks) return false;
+    IntervalHull const hull = query_blocks[m_block].hull;
+    *full = hull.max_begin <= first_key && hull.min_end >= first_key + kBlockN;
+    return hull.max_end > first_key && hull.min_begin < first_key + kBlockN;
+  };
+  int first_member = 0;
+  int last_member = params.group;
+  int skipped = 0;      // steps of the first member that are another split's
+  int count = INT_MAX;  // of this split's steps
+  if (params.num_splits > 1) {
+    if (params.group % params.num_splits == 0) {
+      int const members = params.group / params.num_splits;
+      first_member = split * members;
+      last_member = first_member + members;
+    } else {
+      int of_head = 0;
+      for (int chunk = 0; chunk < params.num_m_blocks; chunk += 32) {
+        bool full;
+        of_head += __popc(__ballot_sync(~0u, sees_keys(chunk + lane, &full)));
       }
+      int64_t const all = int64_t{of_head} * params.group;
+      int64_t const begin = all * split / params.num_splits;
+      int64_t const end = all * (split + 1) / params.num_splits;
+      first_member = of_head == 0 ? params.group : static_cast<int>(begin / of_head);
+      skipped = of_head == 0 ? 0 : static_cast<int>(begin % of_head);
+      count = static_cast<int>(end - begin);
+    }
+  }
+
+  // A step is sent when it is known whether another follows.
+  Step pending{-1, 0, false, true, true};
+  int const most_of_part = params.dkv_parts == nullptr ? INT_MAX : kMostRowsOfSum / kBlockM;
+  int of_part = 0;
+  for (int member = first_member; member < last_member && count > 0; ++member) {
+    int const head = tile.head * params.group + member;
+    for (int chunk = 0; chunk < params.num_m_blocks && count > 0; chunk += 32) {
+      bool full = false;
+      bool const visited = sees_keys(chunk + lane, &full);
       // The soft cap is applied where the mask is.
       uint32_t const full_blocks = __ballot_sync(~0u, full && params.cap_scale == 0.f);
       for (uint32_t blocks = __ballot_sync(~0u, visited); blocks != 0; blocks &= blocks - 1) {
+        if (skipped > 0) {
+          --skipped;
+          continue;
+        }
+        if (count-- == 0) break;
         int const bit = __ffs(blocks) - 1;
-        if (pending.m_block >= 0) load_step(pending);
-        pending = {chunk + bit, head, (full_blocks >> bit & 1) == 0, false};
+        if (pending.m_block >= 0) {
+          pending.last = ++of_part == most_of_part;
+          if (pending.last) of_part = 0;
+          load_step(pending);
+        }
+        pending = {chunk + bit, head, (full_blocks >> bit & 1) == 0, false, false};
       }
     }
   }
-  pending.last = true;
+  pending.last = pending.ends = true;
   if (pending.m_block >= 0) {
     load_step(pending);
   } else if (lane == 0) {

@@ -12,9 +12,11 @@
 
 namespace jax_fa3::bwd {
 
-template <class Traits, class dKey, class dValue>
-CUTLASS_DEVICE void mma(Params const& params, typename Traits::SharedStorage& storage,
-                        TileCoord tile, int warpgroup, dKey& tdK, dValue& tdV) {
+// The steps of one part. Returns whether they are the CTA's last.
+template <class Traits, class State, class dKey, class dValue>
+CUTLASS_DEVICE bool mma(Params const& params, typename Traits::SharedStorage& storage,
+                        TileCoord tile, int warpgroup, State& state, float scale, dKey& tdK,
+                        dValue& tdV) {
   using Element = typename Traits::Element;
   constexpr int kBlockM = Traits::kBlockM;
   constexpr int kBlockN = Traits::kBlockN;
@@ -64,7 +66,6 @@ CUTLASS_DEVICE void mma(Params const& params, typename Traits::SharedStorage& st
     cutlass::arch::NamedBarrier::arrive(threads, barrier_id(barrier, offset));
   };
 
-  PipelineState<Traits::kStages> state;
   auto& queries = storage.query_pipeline;
   auto& douts = storage.dout_pipeline;
 
@@ -76,8 +77,8 @@ CUTLASS_DEVICE void mma(Params const& params, typename Traits::SharedStorage& st
   auto const issue_dv = [&](int stage) { issue_gemm(mma_dv, tdVrP, tdVrdO(_, _, _, stage), tdV); };
   auto const issue_dk = [&](int stage) { issue_gemm(mma_dk, tdKrdS, tdKrQ(_, _, _, stage), tdK); };
   auto const records = [&] {
-    float const* const stats = storage.stats + state.stage * 2 * kBlockM;
-    return RowRecords{stats, stats + kBlockM, storage.intervals + state.stage * kBlockM, key};
+    return RowRecords<kBlockM>{storage.stats + state.stage * RowStats<kBlockM>::kSize,
+                               storage.intervals + state.stage * kBlockM, key};
   };
   // S^T to P^T, once S^T is there. With a soft cap just to tanh, for both are needed later.
   auto const make_p = [&](Step const& step) {
@@ -95,20 +96,20 @@ CUTLASS_DEVICE void mma(Params const& params, typename Traits::SharedStorage& st
     warpgroup_fence_operand(tdP);
     if (params.cap_scale != 0.f) {
       CUTLASS_PRAGMA_UNROLL
-      for (int i = 0; i < size(tS); ++i) tdP(i) *= soft_cap_grad(tS(i));
+      for (int i = 0; i < size(tS); ++i) tdP(i) *= scale * soft_cap_grad(tS(i));
       CUTLASS_PRAGMA_UNROLL
       for (int i = 0; i < size(tS); i += 4) {
         float2 const delta = records().delta_of(i);
         CUTLASS_PRAGMA_UNROLL
         for (int e = 0; e < 4; ++e) {
-          tdP(i + e) -= RowRecords::of(delta, e) * soft_cap_grad(tS(i + e));
+          tdP(i + e) -= RowRecords<kBlockM>::of(delta, e) * soft_cap_grad(tS(i + e));
         }
       }
       probabilities<true>(params, records(), tS);
       CUTLASS_PRAGMA_UNROLL
       for (int i = 0; i < size(tS); ++i) tdP(i) *= tS(i);
     } else {
-      score_grads(records(), tS, tdP);
+      score_grads(records(), scale, tS, tdP);
     }
     copy(packed<Element>(tS), packed_p);
     copy(packed<Element>(tdP), packed_ds);
@@ -139,12 +140,16 @@ CUTLASS_DEVICE void mma(Params const& params, typename Traits::SharedStorage& st
     arrive(NamedBarrier::kDQueryFull, warpgroup * 2 + stage, 128 + 32);
   };
 
-  queries.full[0].wait(0);
-  Step step = storage.steps[0];
-  auto const take_next = [&] {
-    state.advance();
+  Step step;
+  auto const read_step = [&] {
     queries.full[state.stage].wait(state.phase);
     step = storage.steps[state.stage];
+    step.masked |= records().careful();
+  };
+  read_step();
+  auto const take_next = [&] {
+    state.advance();
+    read_step();
   };
   auto const release_dout = [&](int stage) {
     warpgroup_fence_operand(tdV);
@@ -154,7 +159,7 @@ CUTLASS_DEVICE void mma(Params const& params, typename Traits::SharedStorage& st
     warpgroup_fence_operand(tdK);
     if (elected) queries.empty[stage].arrive();
   };
-  if (step.m_block < 0) return;
+  if (step.m_block < 0) return true;
   storage.key_full.wait(0);
   issue_s();
   storage.value_full.wait(0);
@@ -214,8 +219,10 @@ CUTLASS_DEVICE void mma(Params const& params, typename Traits::SharedStorage& st
   warpgroup_wait<1>();
   hand_over_dq(state.stage);
   warpgroup_wait<0>();
-  warpgroup_fence_operand(tdV);
-  warpgroup_fence_operand(tdK);
+  release_dout(state.stage);
+  release_query(state.stage);
+  state.advance();
+  return step.ends;
 }
 
 }  // namespace jax_fa3::bwd

@@ -2,15 +2,33 @@
 #pragma once
 
 #include "bwd/epilogue.h"
+#include "bwd/range.h"
+#include "bwd/rows.h"
 
 namespace jax_fa3::bwd {
 
-// Rows of a broken segment (mask.h) get NaN. The thread's rows are `row` and `row` + 8.
+// Whether anything but 0 came back for a row's results.
+CUTLASS_DEVICE bool has_cotangent(Params const& params, int batch, int head, int row) {
+  int64_t const index = (int64_t{batch} * params.num_heads_q + head) * params.mask.seqlen_q + row;
+  bool found = params.dlse[index] != 0.f;
+  for (int column = 0; column < params.head_dim_v; column += 8) {
+    uint4 const vector = load_vector(params.dout_rows, batch, row, head, column);
+    found |= ((vector.x | vector.y | vector.z | vector.w) & 0x7fff7fffu) != 0;
+  }
+  return found;
+}
+
+// Rows of a broken segment (mask.h) get NaN if their results were used. The thread's rows are `row`
+// and `row` + 8.
 template <class Fragment>
-CUTLASS_DEVICE void mark_broken_rows(Mask const& mask, int batch, int row, Fragment& grad) {
+CUTLASS_DEVICE void mark_broken_rows(Params const& params, int batch, int head, int row,
+                                     Fragment& grad) {
   CUTLASS_PRAGMA_UNROLL
   for (int r = 0; r < kRowsPerThread; ++r) {
-    if (!mask.row_interval(batch, row + r * 8).broken()) continue;
+    if (!params.mask.row_interval(batch, row + r * 8).broken() ||
+        !has_cotangent(params, batch, head, row + r * 8)) {
+      continue;
+    }
     CUTLASS_PRAGMA_UNROLL
     for (int i = 0; i < size(grad); ++i) {
       if (fragment_row(i) == r) grad(i) = NAN;
@@ -58,10 +76,10 @@ __global__ void __launch_bounds__(Traits::kConsumerThreads)
   int const first_row = Traits::kWarpgroupsM == 2 ? warpgroup * 64 : 0;
   int const first_column = Traits::kWarpgroupsM == 2 ? 0 : warpgroup * kColumns;
   mark_broken_rows(
-      params.mask, batch,
+      params, batch, head,
       m_block * kBlockM + first_row + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4, grad);
-  CUTLASS_PRAGMA_UNROLL
-  for (int i = 0; i < size(grad); ++i) grad(i) *= params.softmax_scale;
+  scale_grad(grad, params.softmax_scale /
+                       ds_scale<typename Traits::Element>(params, batch, head / params.group));
 
   constexpr int kSlab = slab(Traits::kHeadDim);
   stage_packed<kBlockM, kColumns, kSlab>(packed<typename Traits::Element>(grad), memory,

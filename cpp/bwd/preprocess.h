@@ -1,36 +1,16 @@
 // What the main kernels need to know of each query row: the log-sum-exp, delta and the keys it
-// sees. delta = rowsum(dO * O) - dlse: the gradient that comes in through the log-sum-exp takes the
-// same way, for its derivative by the scores is P itself.
+// sees (params.h). delta = rowsum(dO * O) - dlse: the gradient that comes in through the
+// log-sum-exp takes the same way, for its derivative by the scores is P itself.
 #pragma once
 
 #include "bwd/params.h"
-#include "common/fragment.h"
+#include "bwd/range.h"
+#include "bwd/rows.h"
 #include "common/launch.h"
 
 namespace jax_fa3::bwd {
 
 inline constexpr int kPreprocessThreads = 256;
-
-// 16 bytes of each operand, multiplied.
-template <class Element>
-CUTLASS_DEVICE float dot8(uint4 a, uint4 b) {
-  uint32_t const x[] = {a.x, a.y, a.z, a.w};
-  uint32_t const y[] = {b.x, b.y, b.z, b.w};
-  float sum = 0.f;
-  CUTLASS_PRAGMA_UNROLL
-  for (int i = 0; i < 4; ++i) {
-    sum += unpack<Element>(x[i], 0) * unpack<Element>(y[i], 0);
-    sum += unpack<Element>(x[i], 1) * unpack<Element>(y[i], 1);
-  }
-  return sum;
-}
-
-CUTLASS_DEVICE uint4 load_vector(Operand const& operand, int batch, int row, int head, int column) {
-  auto const* const data = static_cast<uint16_t const*>(operand.data);
-  return *reinterpret_cast<uint4 const*>(data + batch * operand.batch_stride +
-                                         row * operand.seqlen_stride + head * operand.head_stride +
-                                         column);
-}
 
 // One CTA per block of query rows and head. kAccumulators: fp32 numbers of the block's dQ to clear.
 template <class Element, int kBlockM, int kHeadDimV, int kAccumulators>
@@ -53,17 +33,20 @@ __global__ void __launch_bounds__(kPreprocessThreads)
   }
 
   if (head == 0 && threadIdx.x < 32) {
-    IntervalHull hull;
-    for (int row = threadIdx.x; row < kBlockM; row += 32) {
+    QueryBlock block{};
+    for (int i = 0; i < kBlockM / 32; ++i) {
+      int const row = i * 32 + threadIdx.x;
       Interval const interval = mask.row_interval(batch, first_row + row);
-      hull.add(interval);
+      block.hull.add(interval);
+      // Rows past the array's end are read as zeros.
+      block.blind.words[i] =
+          __ballot_sync(~0u, interval.empty() && first_row + row < mask.seqlen_q);
       params.row_intervals[(int64_t{batch} * params.num_m_blocks + m_block) * kBlockM + row] =
           interval.empty() ? int2{0, 0} : int2{interval.begin, interval.end};
     }
-    hull.reduce_warp();
+    block.hull.reduce_warp();
     if (threadIdx.x == 0) {
-      params.block_hulls[int64_t{batch} * params.num_m_blocks + m_block] =
-          int4{hull.min_begin, hull.max_begin, hull.min_end, hull.max_end};
+      params.query_blocks[int64_t{batch} * params.num_m_blocks + m_block] = block;
     }
   }
 
@@ -71,6 +54,12 @@ __global__ void __launch_bounds__(kPreprocessThreads)
   constexpr int kVectors = kHeadDimV / 8;
   constexpr int kLanes = kVectors <= 8 ? 8 : (kVectors <= 16 ? 16 : 32);
   int const column = threadIdx.x % kLanes * 8;
+  using Stats = RowStats<kBlockM>;
+  float* const stats = params.row_stats + index * Stats::kSize;
+  float const scale = ds_scale<Element>(params, batch, head / params.group);
+  // Of a probability, by which a sum may be off: far below the rounding to 16 bits.
+  constexpr float kNegligible = 1.f / 8192;
+  bool careful = false;
   for (int row = threadIdx.x / kLanes; row < kBlockM; row += kPreprocessThreads / kLanes) {
     // Rows without keys may hold anything. Their probabilities are exp2(score - inf) = 0.
     bool const sees = !mask.row_interval(batch, first_row + row).empty();
@@ -84,11 +73,15 @@ __global__ void __launch_bounds__(kPreprocessThreads)
     if (threadIdx.x % kLanes == 0) {
       int64_t const source =
           (int64_t{batch} * params.num_heads_q + head) * mask.seqlen_q + first_row + row;
-      float* const stats = params.row_stats + index * (2 * kBlockM) + row;
-      stats[0] = sees ? params.lse[source] * kLog2E : INFINITY;
-      stats[kBlockM] = sees ? delta - params.dlse[source] : 0.f;
+      float const low = sees && params.lse_low != nullptr ? params.lse_low[source] : 0.f;
+      careful |= fabsf(low) > kNegligible;
+      stats[Stats::kLse + row] = sees ? __fmul_rn(params.lse[source], kLog2E) : INFINITY;
+      stats[Stats::kDelta + row] = sees ? (delta - params.dlse[source]) * scale : 0.f;
+      stats[Stats::kLseLow + row] = low;
     }
   }
+  int const any = __syncthreads_or(careful);
+  if (threadIdx.x == 0) stats[Stats::kCareful] = __int_as_float(any);
 }
 
 }  // namespace jax_fa3::bwd

@@ -8,17 +8,20 @@
 namespace jax_fa3::bwd {
 
 // What a step knows of its query rows, in shared memory.
+template <int kBlockM>
 struct RowRecords {
-  float const* lse;  // in base 2; inf where the row sees nothing, so that P is 0
-  float const* delta;
+  using Stats = RowStats<kBlockM>;
+  float const* stats;
   int2 const* rows;  // the keys that they see
   int key;           // the thread's first
   int quad = threadIdx.x % 4 * 2;
 
   // The values of elements i to i + 3: those of two query rows, twice.
   CUTLASS_DEVICE static float of(float2 pair, int e) { return e % 2 == 0 ? pair.x : pair.y; }
-  CUTLASS_DEVICE float2 lse_of(int i) const { return load(lse, i); }
-  CUTLASS_DEVICE float2 delta_of(int i) const { return load(delta, i); }
+  CUTLASS_DEVICE float2 lse_of(int i) const { return load(Stats::kLse, i); }
+  CUTLASS_DEVICE float2 lse_low_of(int i) const { return load(Stats::kLseLow, i); }
+  CUTLASS_DEVICE float2 delta_of(int i) const { return load(Stats::kDelta, i); }
+  CUTLASS_DEVICE bool careful() const { return __float_as_int(stats[Stats::kCareful]) != 0; }
   CUTLASS_DEVICE int4 interval_of(int i) const {
     return *reinterpret_cast<int4 const*>(rows + fragment_column(i) + quad);
   }
@@ -29,22 +32,30 @@ struct RowRecords {
   }
 
  private:
-  CUTLASS_DEVICE float2 load(float const* values, int i) const {
-    return *reinterpret_cast<float2 const*>(values + fragment_column(i) + quad);
+  CUTLASS_DEVICE float2 load(int offset, int i) const {
+    return *reinterpret_cast<float2 const*>(stats + offset + fragment_column(i) + quad);
   }
 };
 
-// P from scores (or from the soft cap's tanh), in place.
-template <bool kMasked, class Scores>
-CUTLASS_DEVICE void probabilities(Params const& params, RowRecords const& records, Scores& scores) {
+// P from scores (or from the soft cap's tanh), in place. With kCareful masked, and exact however
+// large the scores are.
+template <bool kCareful, class Records, class Scores>
+CUTLASS_DEVICE void probabilities(Params const& params, Records const& records, Scores& scores) {
   CUTLASS_PRAGMA_UNROLL
   for (int i = 0; i < size(scores); i += 4) {
     float2 const lse = records.lse_of(i);
     CUTLASS_PRAGMA_UNROLL
     for (int e = 0; e < 4; ++e) {
-      scores(i + e) = exp2f(scores(i + e) * params.exponent_scale - RowRecords::of(lse, e));
+      scores(i + e) = scores(i + e) * params.exponent_scale - Records::of(lse, e);
     }
-    if constexpr (kMasked) {
+    if constexpr (kCareful) {
+      float2 const low = records.lse_low_of(i);
+      CUTLASS_PRAGMA_UNROLL
+      for (int e = 0; e < 4; ++e) scores(i + e) -= Records::of(low, e);
+    }
+    CUTLASS_PRAGMA_UNROLL
+    for (int e = 0; e < 4; ++e) scores(i + e) = exp2f(scores(i + e));
+    if constexpr (kCareful) {
       int4 const interval = records.interval_of(i);
       CUTLASS_PRAGMA_UNROLL
       for (int e = 0; e < 4; ++e)
@@ -59,14 +70,16 @@ CUTLASS_DEVICE void soft_cap(Params const& params, Scores& scores) {
   for (int i = 0; i < size(scores); ++i) scores(i) = tanh_approx(scores(i) * params.cap_scale);
 }
 
-// dS = P (dP - delta), in place of dP.
-template <class Scores>
-CUTLASS_DEVICE void score_grads(RowRecords const& records, Scores const& p, Scores& dp) {
+// dS = P (dP - delta), in place of dP; times `scale`, which delta has in it already.
+template <class Records, class Scores>
+CUTLASS_DEVICE void score_grads(Records const& records, float scale, Scores const& p, Scores& dp) {
   CUTLASS_PRAGMA_UNROLL
   for (int i = 0; i < size(dp); i += 4) {
     float2 const delta = records.delta_of(i);
     CUTLASS_PRAGMA_UNROLL
-    for (int e = 0; e < 4; ++e) dp(i + e) = p(i + e) * (dp(i + e) - RowRecords::of(delta, e));
+    for (int e = 0; e < 4; ++e) {
+      dp(i + e) = p(i + e) * (dp(i + e) * scale - Records::of(delta, e));
+    }
   }
 }
 

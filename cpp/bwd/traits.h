@@ -39,7 +39,8 @@ struct Step {
   int m_block;  // -1: there is no step at all
   int head;
   bool masked;
-  bool last;
+  bool last;  // of a part, after which dK and dV leave the accumulators (parts.h)
+  bool ends;  // the CTA's last: there is no other part
 };
 
 template <class Element_, int kHeadDim_, int kHeadDimV_>
@@ -115,7 +116,7 @@ struct Traits {
     // Fused: dS for dQ. Wide: P, from one warpgroup to the other. Two buffers.
     alignas(1024) uint16_t exchange[2 * kSizedS];
     alignas(1024) float dquery[kFused ? kSizeQ : 1];
-    alignas(128) float stats[kStages * 2 * kBlockM];
+    alignas(128) float stats[kStages * row_stats_of_block(kBlockM)];
     alignas(128) int2 intervals[kStages * kBlockM];
     Step steps[kStages];
     FullBarrier key_full;

@@ -2,7 +2,8 @@
 // and dV, hands P over through shared memory, and the other computes dP, dS and dK.
 #pragma once
 
-#include "bwd/epilogue.h"
+#include "bwd/parts.h"
+#include "bwd/range.h"
 #include "bwd/scores.h"
 #include "bwd/traits.h"
 #include "common/gemm.h"
@@ -25,7 +26,7 @@ CUTLASS_DEVICE void named_arrive(NamedBarrier first, int buffer = 0) {
 
 template <class Traits>
 CUTLASS_DEVICE void consume_value(Params const& params, typename Traits::SharedStorage& storage,
-                                  TileCoord tile) {
+                                  TileCoord tile, int split) {
   using Element = typename Traits::Element;
   constexpr int kBlockM = Traits::kBlockM;
   constexpr int kBlockN = Traits::kBlockN;
@@ -46,7 +47,6 @@ CUTLASS_DEVICE void consume_value(Params const& params, typename Traits::SharedS
   Tensor tdVrP =
       make_fragment_like<Element>(mma_dv.get_slice(0).partition_A(make_tensor<Element>(kShapeS)));
   Tensor p_for_dv = recast<uint32_t>(tdVrP);
-  clear(tdV);
 
   int const key = tile.m_block * kBlockN + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
   bool const elected = threadIdx.x % 32 == 0;
@@ -55,13 +55,21 @@ CUTLASS_DEVICE void consume_value(Params const& params, typename Traits::SharedS
   PipelineState<Traits::kStages> state;
   auto const issue_s = [&] { issue_gemm_zero(mma_s, tSrK, tSrQ(_, _, _, state.stage), tS); };
   auto const issue_dv = [&](int stage) { issue_gemm(mma_dv, tdVrP, tdVrdO(_, _, _, stage), tdV); };
+  auto const records_of_step = [&] {
+    return RowRecords<kBlockM>{storage.stats + state.stage * RowStats<kBlockM>::kSize,
+                               storage.intervals + state.stage * kBlockM, key};
+  };
+  Step step;
+  auto const read_step = [&] {
+    queries.full[state.stage].wait(state.phase);
+    step = storage.steps[state.stage];
+    step.masked |= records_of_step().careful();
+  };
   // S^T to P^T, of which the other warpgroup gets what dS takes: with a soft cap that is one factor
   // more.
   auto const make_p = [&](Step const& step) {
     warpgroup_fence_operand(tS);
-    float const* const stats = storage.stats + state.stage * 2 * kBlockM;
-    RowRecords const records{stats, stats + kBlockM, storage.intervals + state.stage * kBlockM,
-                             key};
+    auto const records = records_of_step();
     auto p_for_ds = make_tensor<uint32_t>(Int<decltype(size(p_for_dv))::value>{});
     if (params.cap_scale != 0.f) {
       soft_cap(params, tS);
@@ -90,48 +98,59 @@ CUTLASS_DEVICE void consume_value(Params const& params, typename Traits::SharedS
     named_arrive(NamedBarrier::kProbabilitiesFull, state.stage);
   };
 
-  queries.full[0].wait(0);
-  Step step = storage.steps[0];
-  if (step.m_block >= 0) {
-    storage.key_full.wait(0);
-    issue_s();
-    warpgroup_wait<0>();
-    make_p(step);
-    copy(packed<Element>(tS), p_for_dv);
-    while (!step.last) {
-      int const last_stage = state.stage;
-      uint32_t const last_phase = state.phase;
-      // dV before S: the sooner its dO is free, the sooner that of the step after next arrives.
-      douts.full[last_stage].wait(last_phase);
-      issue_dv(last_stage);
-      state.advance();
-      queries.full[state.stage].wait(state.phase);
-      step = storage.steps[state.stage];
+  GradRows const rows{tile, tile.m_block * kBlockN, params.mask.seqlen_k};
+  bool ends;
+  bool first = true;
+  do {  // the steps of one part
+    clear(tdV);
+    read_step();
+    ends = true;
+    if (step.m_block >= 0) {
+      storage.key_full.wait(0);
       issue_s();
-      warpgroup_wait<1>();
-      warpgroup_fence_operand(tdV);
-      if (elected) douts.empty[last_stage].arrive();
       warpgroup_wait<0>();
       make_p(step);
       copy(packed<Element>(tS), p_for_dv);
+      while (!step.last) {
+        int const last_stage = state.stage;
+        uint32_t const last_phase = state.phase;
+        // dV before S: the sooner its dO is free, the sooner that of the step after next arrives.
+        douts.full[last_stage].wait(last_phase);
+        issue_dv(last_stage);
+        state.advance();
+        read_step();
+        issue_s();
+        warpgroup_wait<1>();
+        warpgroup_fence_operand(tdV);
+        if (elected) douts.empty[last_stage].arrive();
+        warpgroup_wait<0>();
+        make_p(step);
+        copy(packed<Element>(tS), p_for_dv);
+      }
+      douts.full[state.stage].wait(state.phase);
+      issue_dv(state.stage);
+      warpgroup_wait<0>();
+      warpgroup_fence_operand(tdV);
+      if (elected) douts.empty[state.stage].arrive();
+      state.advance();
+      ends = step.ends;
     }
-    douts.full[state.stage].wait(state.phase);
-    issue_dv(state.stage);
-    warpgroup_wait<0>();
-    warpgroup_fence_operand(tdV);
-  }
+    if (params.dkv_parts == nullptr) break;
+    store_part(tdV, dkv_parts(params, split, true), rows, params.head_dim_v, first);
+    first = false;
+  } while (!ends);
+  if (params.dkv_parts != nullptr) return;
+  if (params.dkv_fp32) return store_grad_fp32(tdV, params.dvalue_rows, rows, params.head_dim_v);
   // dV takes the place of V, which the other warpgroup has read when it needs no more dP.
   named_arrive(NamedBarrier::kKeyRead);
   named_sync(NamedBarrier::kValueRead);
-  store_grad<Element, kBlockN, Traits::kHeadDimV>(
-      tdV, 1.f, params.dvalue, params.dvalue_fp32, params.dkv_fp32, storage.value, 0,
-      tile.m_block * kBlockN, tile.head, tile.batch, params.mask.seqlen_k, params.head_dim_v,
-      barrier_id(NamedBarrier::kGradOfWarpgroup0));
+  store_grad<Element, kBlockN, Traits::kHeadDimV>(tdV, params.dvalue, storage.value, rows,
+                                                  barrier_id(NamedBarrier::kGradOfWarpgroup0));
 }
 
 template <class Traits>
 CUTLASS_DEVICE void consume_key(Params const& params, typename Traits::SharedStorage& storage,
-                                TileCoord tile) {
+                                TileCoord tile, int split) {
   using Element = typename Traits::Element;
   constexpr int kBlockM = Traits::kBlockM;
   constexpr int kBlockN = Traits::kBlockN;
@@ -152,7 +171,7 @@ CUTLASS_DEVICE void consume_key(Params const& params, typename Traits::SharedSto
   Tensor tdKrdS =
       make_fragment_like<Element>(mma_dk.get_slice(0).partition_A(make_tensor<Element>(kShapeS)));
   Tensor packed_ds = recast<uint32_t>(tdKrdS);
-  clear(tdK);
+  float const scale = ds_scale<Element>(params, tile.batch, tile.head);
 
   bool const elected = threadIdx.x % 32 == 0;
   auto& queries = storage.query_pipeline;
@@ -175,48 +194,63 @@ CUTLASS_DEVICE void consume_key(Params const& params, typename Traits::SharedSto
   auto const make_ds = [&] {
     warpgroup_fence_operand(tdP);
     if (elected) douts.empty[state.stage].arrive();
-    float const* const stats = storage.stats + state.stage * 2 * kBlockM;
     Tensor p = make_fragment_like(tdP);
     take_p(p);
-    score_grads(RowRecords{stats, stats + kBlockM, nullptr, 0}, p, tdP);
+    RowRecords<kBlockM> const records{storage.stats + state.stage * RowStats<kBlockM>::kSize,
+                                      nullptr, 0};
+    score_grads(records, scale, p, tdP);
   };
 
   named_arrive(NamedBarrier::kProbabilitiesEmpty, 0);
   named_arrive(NamedBarrier::kProbabilitiesEmpty, 1);
-  queries.full[0].wait(0);
-  Step step = storage.steps[0];
-  if (step.m_block >= 0) {
-    storage.value_full.wait(0);
-    douts.full[0].wait(0);
-    issue_dp();
-    warpgroup_wait<0>();
-    make_ds();
-    copy(packed<Element>(tdP), packed_ds);
-    while (!step.last) {
-      int const last_stage = state.stage;
-      issue_dk(last_stage);
-      state.advance();
-      queries.full[state.stage].wait(state.phase);
-      step = storage.steps[state.stage];
+  GradRows const rows{tile, tile.m_block * kBlockN, params.mask.seqlen_k};
+  bool ends;
+  bool first = true;
+  do {  // the steps of one part
+    clear(tdK);
+    queries.full[state.stage].wait(state.phase);
+    Step step = storage.steps[state.stage];
+    ends = true;
+    if (step.m_block >= 0) {
+      storage.value_full.wait(0);
       douts.full[state.stage].wait(state.phase);
       issue_dp();
-      warpgroup_wait<1>();
-      warpgroup_fence_operand(tdK);
-      if (elected) queries.empty[last_stage].arrive();
       warpgroup_wait<0>();
       make_ds();
       copy(packed<Element>(tdP), packed_ds);
+      while (!step.last) {
+        int const last_stage = state.stage;
+        issue_dk(last_stage);
+        state.advance();
+        queries.full[state.stage].wait(state.phase);
+        step = storage.steps[state.stage];
+        douts.full[state.stage].wait(state.phase);
+        issue_dp();
+        warpgroup_wait<1>();
+        warpgroup_fence_operand(tdK);
+        if (elected) queries.empty[last_stage].arrive();
+        warpgroup_wait<0>();
+        make_ds();
+        copy(packed<Element>(tdP), packed_ds);
+      }
+      issue_dk(state.stage);
+      warpgroup_wait<0>();
+      warpgroup_fence_operand(tdK);
+      if (elected) queries.empty[state.stage].arrive();
+      state.advance();
+      scale_grad(tdK, params.softmax_scale / scale);
+      ends = step.ends;
     }
-    issue_dk(state.stage);
-    warpgroup_wait<0>();
-    warpgroup_fence_operand(tdK);
-  }
+    if (params.dkv_parts == nullptr) break;
+    store_part(tdK, dkv_parts(params, split, false), rows, params.head_dim, first);
+    first = false;
+  } while (!ends);
+  if (params.dkv_parts != nullptr) return;
+  if (params.dkv_fp32) return store_grad_fp32(tdK, params.dkey_rows, rows, params.head_dim);
   named_arrive(NamedBarrier::kValueRead);
   named_sync(NamedBarrier::kKeyRead);
-  store_grad<Element, kBlockN, Traits::kHeadDim>(
-      tdK, params.softmax_scale, params.dkey, params.dkey_fp32, params.dkv_fp32, storage.key, 0,
-      tile.m_block * kBlockN, tile.head, tile.batch, params.mask.seqlen_k, params.head_dim,
-      barrier_id(NamedBarrier::kGradOfWarpgroup1));
+  store_grad<Element, kBlockN, Traits::kHeadDim>(tdK, params.dkey, storage.key, rows,
+                                                 barrier_id(NamedBarrier::kGradOfWarpgroup1));
 }
 
 }  // namespace jax_fa3::bwd

@@ -53,7 +53,8 @@ CUTLASS_DEVICE void write_dq(Params const& params, typename Traits::SharedStorag
       int turn = 0;
       if (in_turn) {
         int const end =
-            params.block_hulls[int64_t{tile.batch} * params.num_m_blocks + step.m_block].w;
+            params.query_blocks[int64_t{tile.batch} * params.num_m_blocks + step.m_block]
+                .hull.max_end;
         turn = (end - 1) / Traits::kBlockN - tile.m_block;  // key blocks behind this one
         wait_for_turn(params.turns + index, turn);
       }
@@ -76,7 +77,7 @@ CUTLASS_DEVICE void write_dq(Params const& params, typename Traits::SharedStorag
       release(1);
       if (in_turn) pass_turn(params.turns + index, turn);
     }
-    if (step.last) break;
+    if (step.ends) break;
   }
   if (elected) bulk_wait_written();
 }

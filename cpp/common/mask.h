@@ -19,9 +19,10 @@ namespace jax_fa3 {
 inline constexpr int64_t kUnbounded = int64_t{1} << 62;
 
 // The pair (key_begin, key_end) that marks a row whose segment is a broken run of keys: such a row
-// gives NaN. The Python side writes the same pair (_mask.py).
-inline constexpr int kBrokenBegin = INT32_MAX;
-inline constexpr int kBrokenEnd = INT32_MIN;
+// gives NaN. Both values exactly, which nobody writes by accident: any other pair of numbers,
+// int32's extremes too, is an ordinary interval. The Python side writes the same pair (_broken.py).
+inline constexpr int kBrokenBegin = 0x7FFA3FA3;
+inline constexpr int kBrokenEnd = -0x7FFA3FA3;
 
 struct Interval {
   int begin;

@@ -1,6 +1,10 @@
 // Online softmax of one consumer thread: parts of two rows of a warpgroup's 64-row tile.
 #pragma once
 
+#include <algorithm>
+#include <cfloat>
+#include <cmath>
+
 #include "common/fragment.h"
 #include "common/mask.h"
 
@@ -45,38 +49,68 @@ CUTLASS_DEVICE void mask_scores(Scores& scores, Interval const (&rows)[kRowsPerT
   }
 }
 
-struct Softmax {
+// How scores become exponents of base 2: score * factor - offset in one FFMA, where the offset is
+// the row's maximum times the factor, rounded. So the maximum's own exponent is not quite 0, and
+// all that is summed of a row is relative to the rounded offset, which log_sum() takes into
+// account.
+//
+// From 2^28 on the rounding would be 2^4 and more. But there any other score is less than the
+// maximum by 2^4 or more, so its weight below 2^-16, and a power of 2 can take the place of the
+// scale: no product is rounded then.
+struct Exponents {
   float scale_log2;
-  float row_max[kRowsPerThread] = {-INFINITY, -INFINITY};
+  float power_of_2;  // 4 to 8 times scale_log2
+  float huge;        // scores from this on take power_of_2
+  float lowest;      // a maximum where no key was seen: finite, for -inf - -inf would be NaN
+};
+
+inline Exponents exponents_of(float scale_log2) {
+  float const power_of_2 = std::exp2(std::floor(std::log2(scale_log2)) + 3.f);
+  return {scale_log2, power_of_2, 268435456.f / scale_log2,
+          -std::min(FLT_MAX / 4, FLT_MAX / 4 / power_of_2)};
+}
+
+struct Softmax {
+  Exponents const& exponents;
+  float row_max[kRowsPerThread] = {exponents.lowest, exponents.lowest};
   float row_sum[kRowsPerThread] = {0.f, 0.f};  // of this thread's columns only
   float rescale[kRowsPerThread] = {1.f, 1.f};  // of what was accumulated before the last update
-  static constexpr float out_unit = 1.f;       // what the accumulated output counts in
+  float factor[kRowsPerThread];
+  float offset[kRowsPerThread] = {-INFINITY, -INFINITY};
+  static constexpr float out_unit = 1.f;  // what the accumulated output counts in
 
   // Takes the scores of one more block into the running maximum.
   template <class Scores>
   CUTLASS_DEVICE void update_max(Scores const& scores) {
-    float const previous[kRowsPerThread] = {row_max[0], row_max[1]};
     CUTLASS_PRAGMA_UNROLL
     for (int i = 0; i < size(scores); ++i) {
       row_max[fragment_row(i)] = fmaxf(row_max[fragment_row(i)], scores(i));
     }
     CUTLASS_PRAGMA_UNROLL
     for (int row = 0; row < kRowsPerThread; ++row) {
+      float const previous = offset[row];
       row_max[row] = quad_max(row_max[row]);
-      rescale[row] = exp2f(previous[row] * scale_log2 - offset(row));
+      // Both products, then the choice: the exponentials wait for this.
+      float const by_scale = __fmul_rn(row_max[row], exponents.scale_log2);
+      float const by_power = __fmul_rn(row_max[row], exponents.power_of_2);
+      offset[row] = is_huge(row) ? by_power : by_scale;
+      // With another factor than before, the one is far below the other.
+      rescale[row] = exp2f(previous - offset[row]);
       row_sum[row] *= rescale[row];
+      // Kept: with the choice made again for the exponentials, head dim 128 is 2 % slower.
+      factor[row] = is_huge(row) ? exponents.power_of_2 : exponents.scale_log2;
     }
   }
 
   // One of kParts equal parts of the scores becomes probabilities relative to the running maximum.
   template <int kPart, int kParts, class Scores>
   CUTLASS_DEVICE void exponentiate(Scores& scores) {
-    float const offsets[kRowsPerThread] = {offset(0), offset(1)};
     constexpr int kSize = decltype(size(scores))::value;
     CUTLASS_PRAGMA_UNROLL
     for (int i = kSize / kParts * kPart; i < kSize / kParts * (kPart + 1); ++i) {
-      scores(i) = exp2f(scores(i) * scale_log2 - offsets[fragment_row(i)]);
-      row_sum[fragment_row(i)] += scores(i);
+      int const row = fragment_row(i);
+      scores(i) = exp2f(scores(i) * factor[row] - offset[row]);
+      row_sum[row] += scores(i);
     }
   }
 
@@ -86,11 +120,31 @@ struct Softmax {
     for (int i = 0; i < size(out); ++i) out(i) *= rescale[fragment_row(i)];
   }
 
- private:
-  // A row that has seen no key yet: -inf - -inf would be NaN.
-  CUTLASS_DEVICE float offset(int row) const {
-    return row_max[row] == -INFINITY ? 0.f : row_max[row] * scale_log2;
+  // The natural logarithm of the sum of exp(score - maximum), once row_sum is of all threads.
+  CUTLASS_DEVICE float log_sum(int row) const {
+    constexpr float kLn2 = 0.693147181f;
+    return logf(row_sum[row]) - kLn2 * fmaf(row_max[row], factor[row], -offset[row]);
   }
+
+  // The sum of a row's weights as they were rounded to Element, as far as its largest is concerned:
+  // where that is nearly all there is, out is then its value, whatever the rounding.
+  template <class Element>
+  CUTLASS_DEVICE float sum_of_rounded(int row) const {
+    if (fabsf(offset[row]) < kExactBelow) return row_sum[row];
+    float const largest = exp2f(row_max[row] * factor[row] - offset[row]);
+    return row_sum[row] + (unpack<Element>(pack<Element>(largest, 0.f), 0) - largest);
+  }
+
+  // The row's maximum as an exponent, less `subtrahend`, rounded once.
+  CUTLASS_DEVICE float max_exponent_less(float subtrahend, int row) const {
+    return fmaf(row_max[row], exponents.scale_log2, -subtrahend);
+  }
+
+ private:
+  // So small an offset is so little rounded that the largest weight is 1 in 16 bits.
+  static constexpr float kExactBelow = 2048.f;
+
+  CUTLASS_DEVICE bool is_huge(int row) const { return fabsf(row_max[row]) >= exponents.huge; }
 };
 
 }  // namespace jax_fa3

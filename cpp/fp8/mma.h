@@ -146,7 +146,7 @@ CUTLASS_DEVICE void consume(Traits<kHeadDim>, Params const& params,
   // is multiplied by. Returns what the exponentials are to multiply the scores by.
   auto const take_block = [&](int n_block, bool masked) {
     float const score_scale = block_scale.key * query_scale;
-    float const exponent_scale = params.softmax_scale_log2 * (masked ? 1.f : score_scale);
+    float const exponent_scale = params.exponents.scale_log2 * (masked ? 1.f : score_scale);
     if (masked) mask_block(n_block, score_scale);
     softmax.update_max(tSrS, exponent_scale, block_scale.exponent);
     CUTLASS_PRAGMA_UNROLL

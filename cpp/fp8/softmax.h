@@ -48,6 +48,13 @@ struct Softmax {
   float block_sum[kRowsPerThread];             // of P, of the block at hand, as above
   float out_unit;                              // what O counts in
 
+  // As that of the 16-bit softmax.
+  CUTLASS_DEVICE float log_sum(int row) const { return logf(row_sum[row]); }
+  template <class Element>
+  CUTLASS_DEVICE float sum_of_rounded(int row) const {
+    return row_sum[row];
+  }
+
   // Takes one more block's scores, each still to be multiplied by `scale` and added to `exponent`
   // (base 2), into the running maximum. As integers, three numbers are compared at once; their
   // order is that of the floats unless both are negative, so a maximum not below `exponent` is

@@ -43,6 +43,7 @@ struct Traits {
   static constexpr int kBlockN = kBlock;  // a step has one scale, and so has a warpgroup's Q
   static constexpr bool kOutOverValue = false;
   static constexpr bool kMerges = false;  // a ring's steps are in 16 bits
+  static constexpr bool kHasLseLow = false;
   static constexpr int kStages = kHeadDim <= 64 ? 4 : kHeadDim <= 128 ? 3 : 2;  // of K and V
   static constexpr int kWorkStages = 2;  // of a tile, until its output is stored, and of the next
   // query_full completes once for every tile, also for one without blocks.

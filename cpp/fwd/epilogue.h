@@ -12,22 +12,30 @@ namespace jax_fa3::fwd {
 
 // Rows that see no key get 0 and -inf, broken rows (mask.h) NaN, whatever was accumulated: a row
 // without keys may have run through blocks that are full for its neighbours.
-template <class Softmax, class Out>
-CUTLASS_DEVICE void finalize(Interval const (&rows)[kRowsPerThread], float softmax_scale,
-                             Softmax const& softmax, Out& tOrO, float (&lse)[kRowsPerThread]) {
+template <class Element, class Softmax, class Out>
+CUTLASS_DEVICE void normalize(Interval const (&rows)[kRowsPerThread], Softmax& softmax, Out& tOrO) {
   float inverse_sum[kRowsPerThread];
   CUTLASS_PRAGMA_UNROLL
   for (int row = 0; row < kRowsPerThread; ++row) {
-    float const sum = quad_sum(softmax.row_sum[row]);
-    inverse_sum[row] = 1.f / sum;
-    lse[row] = softmax.row_max[row] * softmax_scale + logf(sum);
-    if (rows[row].empty()) lse[row] = rows[row].broken() ? NAN : -INFINITY;
+    softmax.row_sum[row] = quad_sum(softmax.row_sum[row]);
+    inverse_sum[row] = 1.f / softmax.template sum_of_rounded<Element>(row);
   }
   CUTLASS_PRAGMA_UNROLL
   for (int i = 0; i < size(tOrO); ++i) {
     int const row = fragment_row(i);
     tOrO(i) = tOrO(i) * inverse_sum[row] * softmax.out_unit;  // their product may be too small
     if (rows[row].empty()) tOrO(i) = rows[row].broken() ? NAN : 0.f;
+  }
+}
+
+// The log-sum-exp, of normalized rows.
+template <class Softmax>
+CUTLASS_DEVICE void find_lse(Interval const (&rows)[kRowsPerThread], float softmax_scale,
+                             Softmax const& softmax, float (&lse)[kRowsPerThread]) {
+  CUTLASS_PRAGMA_UNROLL
+  for (int row = 0; row < kRowsPerThread; ++row) {
+    lse[row] = softmax.row_max[row] * softmax_scale + softmax.log_sum(row);
+    if (rows[row].empty()) lse[row] = rows[row].broken() ? NAN : -INFINITY;
   }
 }
 
@@ -81,15 +89,18 @@ CUTLASS_DEVICE void store(typename Traits::Params const& params,
                         thread % 32 / 4;  // of this thread
   int const seqlen_q = params.mask.seqlen_q;
   bool stored[kRowsPerThread] = {first_row < seqlen_q, first_row + 8 < seqlen_q};
-  float* const lse_out =
-      params.lse + (int64_t{tile.batch} * params.num_heads_q + tile.head) * seqlen_q + first_row;
+  int64_t const index =
+      (int64_t{tile.batch} * params.num_heads_q + tile.head) * seqlen_q + first_row;
+  float* const lse_out = params.lse + index;
+  normalize<typename Traits::Element>(rows, softmax, tOrO);
   float lse[kRowsPerThread];
-  finalize(rows, params.softmax_scale, softmax, tOrO, lse);
-
+  bool merged = false;
   int64_t const offset =
       tile.batch * params.out_batch_stride + tile.head * params.out_head_stride;  // of out in fp32
   if constexpr (Traits::kMerges) {
     if (params.out_before != nullptr) {
+      merged = true;
+      find_lse(rows, params.softmax_scale, softmax, lse);
       merge(rows, params.out_before + offset + first_row * params.out_seqlen_stride,
             params.out_seqlen_stride, params.head_dim_v, lse_out, params.out_fp32 != nullptr,
             stored, tOrO, lse);
@@ -134,10 +145,20 @@ CUTLASS_DEVICE void store(typename Traits::Params const& params,
     }
   }
 
-  if (thread % 4 == 0) {
-    CUTLASS_PRAGMA_UNROLL
-    for (int row = 0; row < kRowsPerThread; ++row) {
-      if (stored[row]) lse_out[row * 8] = lse[row];
+  // The output is on its way: nobody waits for these.
+  if (!merged) find_lse(rows, params.softmax_scale, softmax, lse);
+  if (thread % 4 != 0) return;
+  CUTLASS_PRAGMA_UNROLL
+  for (int row = 0; row < kRowsPerThread; ++row) {
+    if (!stored[row]) continue;
+    lse_out[row * 8] = lse[row];
+    if constexpr (Traits::kHasLseLow) {
+      // What lse lost to its rounding, in base 2: at scores of 10^5 that is more than a
+      // probability's rounding to 16 bits. The backward adds it where it counts.
+      if (params.lse_low == nullptr) continue;
+      float const low = softmax.max_exponent_less(__fmul_rn(lse[row], kLog2E), row) +
+                        softmax.log_sum(row) * kLog2E;
+      params.lse_low[index + row * 8] = rows[row].empty() ? 0.f : low;
     }
   }
 }

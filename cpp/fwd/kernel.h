@@ -10,12 +10,11 @@
 
 namespace jax_fa3::fwd {
 
-template <class Element, int kHeadDim, int kHeadDimV, bool kFewKeys>
+template <class Element, int kHeadDim, int kHeadDimV, Keys kKeys>
 CUTLASS_DEVICE void consume(
-    Traits<Element, kHeadDim, kHeadDimV, kFewKeys>, Params const& params,
-    typename Traits<Element, kHeadDim, kHeadDimV, kFewKeys>::SharedStorage& storage,
-    int warpgroup) {
-  using Traits = Traits<Element, kHeadDim, kHeadDimV, kFewKeys>;
+    Traits<Element, kHeadDim, kHeadDimV, kKeys>, Params const& params,
+    typename Traits<Element, kHeadDim, kHeadDimV, kKeys>::SharedStorage& storage, int warpgroup) {
+  using Traits = Traits<Element, kHeadDim, kHeadDimV, kKeys>;
   Turns<Traits::kPingPong ? Traits::kConsumerWarpgroups : 1> const turns{warpgroup};
   typename Traits::ConsumerState state;
   Tensor tOrO = partition_fragment_C(typename Traits::MmaPV{},
@@ -38,7 +37,7 @@ CUTLASS_DEVICE void consume(
       }
     };
     Interval rows[kRowsPerThread];
-    Softmax softmax{params.softmax_scale_log2};
+    Softmax softmax{params.exponents};
     if (work.blocks.begin < work.blocks.end) {
       mma(Traits{}, params, storage, state, turns, work, find_rows, rows, softmax, tOrO);
     } else {

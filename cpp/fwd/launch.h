@@ -4,6 +4,7 @@
 #include <cutlass/numeric_types.h>
 
 #include <algorithm>
+#include <climits>
 
 #include "common/launch.h"
 #include "fwd/fwd.h"
@@ -18,6 +19,7 @@ inline void set_common(Problem const& p, int block_m, Params* params) {
   params->out_seqlen_stride = p.out.seqlen_stride;
   params->out_head_stride = p.out.head_stride;
   params->lse = p.lse;
+  params->lse_low = p.lse_low;
   params->out_before = p.out_before;
   params->mask = p.mask;
   params->num_heads_q = p.num_heads_q;
@@ -33,7 +35,7 @@ inline void set_common(Problem const& p, int block_m, Params* params) {
                    static_cast<int>(std::min(section, int64_t{p.num_heads_q} * p.batch))};
   ScoreScale const scale = score_scale(p);
   params->softmax_scale = scale.scale;
-  params->softmax_scale_log2 = scale.scale * kLog2E;
+  params->exponents = exponents_of(scale.scale * kLog2E);
   params->cap_scale = scale.cap_scale;
 }
 
@@ -65,10 +67,11 @@ inline cudaError_t reset_counter(Params const& params, cudaStream_t stream) {
 
 template <class Traits>
 cudaError_t launch_persistent(typename Traits::Params& params, cudaStream_t stream,
-                              Start start = Start::kAfter) {
-  int num_sms = 0;
-  JAX_FA3_RETURN_IF_ERROR(count_sms(&num_sms));
-  return launch_kernel(fwd_kernel<Traits>, std::min(num_sms, params.order.num_tiles()),
+                              Start start = Start::kAfter, int most_ctas = INT_MAX) {
+  int num_ctas = 0;
+  JAX_FA3_RETURN_IF_ERROR(count_sms(&num_ctas));
+  num_ctas = std::min(num_ctas, most_ctas);
+  return launch_kernel(fwd_kernel<Traits>, std::min(num_ctas, params.order.num_tiles()),
                        Traits::kThreads, sizeof(typename Traits::SharedStorage), params, stream,
                        start);
 }
@@ -78,7 +81,12 @@ cudaError_t launch_tile(Problem const& problem, cudaStream_t stream) {
   Params params{};
   JAX_FA3_RETURN_IF_ERROR(make_params<Traits>(problem, &params));
   JAX_FA3_RETURN_IF_ERROR(reset_counter(params, stream));
-  return launch_persistent<Traits>(params, stream);
+  int64_t most_ctas = INT_MAX;
+  if (problem.long_sums_size > 0) {
+    params.long_sums = problem.long_sums;
+    most_ctas = problem.long_sums_size / long_sums_of_cta(Traits::kBlockM, Traits::kHeadDimV);
+  }
+  return launch_persistent<Traits>(params, stream, Start::kAfter, static_cast<int>(most_ctas));
 }
 
 template <DType kDType, int kHeadDim, int kHeadDimV>
@@ -87,12 +95,15 @@ cudaError_t launch(Problem const& problem, cudaStream_t stream) {
       std::conditional_t<kDType == DType::kBFloat16, cutlass::bfloat16_t, cutlass::half_t>;
   constexpr bool kTwoTiles =
       fwd_tile(kHeadDim, kHeadDimV, true).block_m != fwd_tile(kHeadDim, kHeadDimV, false).block_m;
+  if (problem.long_sums_size > 0 && !few_keys(problem.mask)) {
+    return launch_tile<Traits<Element, kHeadDim, kHeadDimV, Keys::kMany>>(problem, stream);
+  }
   if constexpr (kTwoTiles) {
     if (few_keys(problem.mask)) {
-      return launch_tile<Traits<Element, kHeadDim, kHeadDimV, true>>(problem, stream);
+      return launch_tile<Traits<Element, kHeadDim, kHeadDimV, Keys::kFew>>(problem, stream);
     }
   }
-  return launch_tile<Traits<Element, kHeadDim, kHeadDimV, false>>(problem, stream);
+  return launch_tile<Traits<Element, kHeadDim, kHeadDimV, Keys::kUsual>>(problem, stream);
 }
 
 }  // namespace jax_fa3::fwd

@@ -59,14 +59,14 @@ CUTLASS_DEVICE void schedule(Params const& params, typename Traits::SharedStorag
 }
 
 // The producer's other warps: they have nothing to do here.
-template <class Element, int kHeadDim, int kHeadDimV, bool kFewKeys>
-CUTLASS_DEVICE void assist(Traits<Element, kHeadDim, kHeadDimV, kFewKeys>, Params const&) {}
+template <class Element, int kHeadDim, int kHeadDimV, Keys kKeys>
+CUTLASS_DEVICE void assist(Traits<Element, kHeadDim, kHeadDimV, kKeys>, Params const&) {}
 
-template <class Element, int kHeadDim, int kHeadDimV, bool kFewKeys>
+template <class Element, int kHeadDim, int kHeadDimV, Keys kKeys>
 CUTLASS_DEVICE void load(
-    Traits<Element, kHeadDim, kHeadDimV, kFewKeys>, Params const& params,
-    typename Traits<Element, kHeadDim, kHeadDimV, kFewKeys>::SharedStorage& storage) {
-  using Traits = Traits<Element, kHeadDim, kHeadDimV, kFewKeys>;
+    Traits<Element, kHeadDim, kHeadDimV, kKeys>, Params const& params,
+    typename Traits<Element, kHeadDim, kHeadDimV, kKeys>::SharedStorage& storage) {
+  using Traits = Traits<Element, kHeadDim, kHeadDimV, kKeys>;
   constexpr int kBlockM = Traits::kBlockM;
   constexpr int kBlockN = Traits::kBlockN;
   constexpr auto kKeep = TMA::CacheHintSm90::EVICT_LAST;       // K and V: read by many tiles
@@ -84,10 +84,14 @@ CUTLASS_DEVICE void load(
     storage.work_pipeline.full[work_state.stage].wait(work_state.phase);
     Work const work = storage.work[work_state.stage];
     __syncwarp();
-    if (lane == 0) storage.work_pipeline.empty[work_state.stage].arrive();
     if (work.last) return;
     int const batch = work.tile.batch;
     int const head_k = work.tile.head / params.group;
+    // Lets the scheduler take the CTA's next tile: not before this one's loads are nearly done, for
+    // a tile that is taken too early waits here while other CTAs have nothing to do.
+    auto const take_next_tile = [&] {
+      if (lane == 0) storage.work_pipeline.empty[work_state.stage].arrive();
+    };
 
     auto const load_key = [&](int n_block) {
       if (lane == 0) {
@@ -149,11 +153,19 @@ CUTLASS_DEVICE void load(
       out_phase ^= 1;
     }
     if (visits) {
+      // Tiles that are dealt out in fixed rounds may be taken as early as can be.
+      constexpr int kBlocksAhead = 2;
+      int const take_at =
+          params.tile_counter == nullptr ? blocks.end : blocks.begin + kBlocksAhead - 1;
+      if (blocks.end - 2 < take_at) take_next_tile();
       for (int n_block = blocks.end - 2; n_block >= blocks.begin; --n_block) {
+        if (n_block == take_at) take_next_tile();
         load_key(n_block);
         load_value(n_block + 1);
       }
       load_value(blocks.begin);
+    } else {
+      take_next_tile();
     }
   }
 }

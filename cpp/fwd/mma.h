@@ -7,6 +7,7 @@
 
 #include "common/gemm.h"
 #include "common/softmax.h"
+#include "fwd/long_sums.h"
 #include "fwd/params.h"
 #include "fwd/traits.h"
 
@@ -15,13 +16,13 @@ namespace jax_fa3::fwd {
 // Computes O (not yet divided by the row sums) and the softmax statistics of one tile, from the
 // last key block to the first. `find_rows` tells the thread's rows their intervals; it is called
 // while the tensor cores are already at work.
-template <class Element, int kHeadDim, int kHeadDimV, bool kFewKeys, class Storage, class State,
+template <class Element, int kHeadDim, int kHeadDimV, Keys kKeys, class Storage, class State,
           class Turns, class FindRows, class Out>
-CUTLASS_DEVICE void mma(Traits<Element, kHeadDim, kHeadDimV, kFewKeys>, Params const& params,
+CUTLASS_DEVICE void mma(Traits<Element, kHeadDim, kHeadDimV, kKeys>, Params const& params,
                         Storage& storage, State& state, Turns turns, Work const& work,
                         FindRows const& find_rows, Interval (&rows)[kRowsPerThread],
                         Softmax& softmax, Out& tOrO) {
-  using Traits = Traits<Element, kHeadDim, kHeadDimV, kFewKeys>;
+  using Traits = Traits<Element, kHeadDim, kHeadDimV, kKeys>;
   BlockRange const& blocks = work.blocks;
   constexpr int kBlockN = Traits::kBlockN;
   // A wide O is rescaled while S is being computed; a narrow one between two GEMMs of its own,
@@ -124,11 +125,16 @@ CUTLASS_DEVICE void mma(Traits<Element, kHeadDim, kHeadDimV, kFewKeys>, Params c
     convert();
     if constexpr (!kRescaleBeside) softmax.rescale_out(tOrO);
   };
+  LongSums<Traits> long_sums{params, turns.warpgroup, blocks.end};
   while (n_block >= blocks.begin) {
     if (n_block < blocks.full_end) {
-      for (; n_block >= blocks.full_begin; --n_block) step(false_type{});
+      int const first = long_sums.first_of_part(blocks.full_begin);
+      for (; n_block >= first; --n_block) step(false_type{});
     }
-    if (n_block >= blocks.begin) {
+    if (long_sums.is_complete(n_block)) {
+      if constexpr (kRescaleBeside) softmax.rescale_out(tOrO);
+      long_sums.put_away(softmax, tOrO);
+    } else if (n_block >= blocks.begin) {
       step(true_type{});
       --n_block;
     }
@@ -140,6 +146,7 @@ CUTLASS_DEVICE void mma(Traits<Element, kHeadDim, kHeadDimV, kFewKeys>, Params c
   warpgroup_wait<0>();
   warpgroup_fence_operand(tOrO);
   release(values, state.value);
+  long_sums.bring_back(softmax, tOrO);
 }
 
 }  // namespace jax_fa3::fwd

@@ -4,6 +4,7 @@
 #include <cuda.h>
 
 #include "common/mask.h"
+#include "common/softmax.h"
 #include "common/tile_scheduler.h"
 
 namespace jax_fa3::fwd {
@@ -15,6 +16,9 @@ struct Params {
   CUtensorMap out;    // [b, t, n, v], unused where out_fp32 is set
   float* out_fp32;    // [b, t, n, v] or null
   float* lse;         // [b, n, t]
+  float* lse_low;     // [b, n, t] or null: what lse lost to rounding, in base 2
+  // Of each CTA, sums of O over a part of a tile's keys (long_sums.h), or null.
+  float* long_sums;
   // [b, t, n, v] or null: the result for other keys, to be merged with; its log-sum-exp is in lse.
   float const* out_before;
   Mask mask;
@@ -27,7 +31,7 @@ struct Params {
   // Scores x = q.k become exponents: softmax_scale * x, or with a soft cap
   // softmax_scale * tanh(cap_scale * x), where softmax_scale is then the cap.
   float softmax_scale;
-  float softmax_scale_log2;
+  Exponents exponents;
   float cap_scale;  // 0: no soft cap
 };
 

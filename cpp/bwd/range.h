@@ -1,0 +1,89 @@
+// fp16 alone: the power of 2 that brings dS into its range.
+//
+// |dS| <= P (|dO| |V| + |delta|), by row norms, so a bound for a KV head and its query heads
+// follows from the longest row of dO and of V and the largest |dlse|. Without it dS of small
+// cotangents is below fp16's range, and that of large ones above. bf16 has the range of fp32.
+#pragma once
+
+#include "bwd/params.h"
+#include "bwd/rows.h"
+
+namespace jax_fa3::bwd {
+
+enum Range { kLongestdO, kLongestV, kLargestdLse, kNumRanges };  // the first two squared
+
+inline constexpr int kRangeThreads = 256;
+inline constexpr int kRangeRows = 8;
+
+CUTLASS_HOST_DEVICE constexpr int64_t range_chunks(int batch, int seqlen, int heads) {
+  return int64_t{batch} * heads * ((seqlen + kRangeRows - 1) / kRangeRows);
+}
+
+// What dS is multiplied by: 1 where nobody looked, as in a sum of dQ over several calls, which must
+// have one scale.
+template <class Element>
+CUTLASS_DEVICE float ds_scale(Params const& params, int batch, int head_k) {
+  if constexpr (std::is_same_v<Element, cutlass::half_t>) {
+    if (params.ranges == nullptr) return 1.f;
+    uint32_t const* const ranges =
+        params.ranges + (int64_t{batch} * params.num_heads_k + head_k) * kNumRanges;
+    float const bound = 2.f * sqrtf(__uint_as_float(ranges[kLongestdO])) *
+                            sqrtf(__uint_as_float(ranges[kLongestV])) +
+                        __uint_as_float(ranges[kLargestdLse]);
+    if (!(bound > 0.f && bound < INFINITY)) return 1.f;
+    // To between 2^14 and 2^15: there half of fp16's 65504 is left for rounding.
+    int const exponent = 14 + 2 * 127 - static_cast<int>(__float_as_uint(bound) >> 23);
+    return __uint_as_float(static_cast<uint32_t>(min(max(exponent, 27), 227)) << 23);
+  }
+  return 1.f;
+}
+
+// A warp takes neighbouring rows of a head, of dO or V: one atomic for all of them.
+template <class Element>
+__global__ void __launch_bounds__(kRangeThreads)
+    range_kernel(__grid_constant__ Params const params) {
+  Mask const& mask = params.mask;
+  int const lane = threadIdx.x % 32;
+  auto const row_norm = [&](Operand const& operand, int batch, int row, int head) {
+    float sum = 0.f;
+    int const column = lane * 8;
+    if (column < params.head_dim_v) {
+      uint4 const vector = load_vector(operand, batch, row, head, column);
+      sum = dot8<Element>(vector, vector);
+    }
+    CUTLASS_PRAGMA_UNROLL
+    for (int step = 1; step < 32; step *= 2) sum += __shfl_xor_sync(~0u, sum, step);
+    return sum;
+  };
+  int64_t const chunk = int64_t{blockIdx.x} * (kRangeThreads / 32) + threadIdx.x / 32;
+  int64_t const chunks_q = range_chunks(params.batch, mask.seqlen_q, params.num_heads_q);
+  int64_t const chunks_k = range_chunks(params.batch, mask.seqlen_k, params.num_heads_k);
+  if (chunk >= chunks_q + chunks_k) return;
+  bool const of_q = chunk < chunks_q;
+  int64_t const index = of_q ? chunk : chunk - chunks_q;
+  int const heads = of_q ? params.num_heads_q : params.num_heads_k;
+  int const head = static_cast<int>(index % heads);
+  int const batch = static_cast<int>(index / heads % params.batch);
+  int const first = static_cast<int>(index / heads / params.batch) * kRangeRows;
+  int const end = min(first + kRangeRows, of_q ? mask.length_q(batch) : mask.length_k(batch));
+  float longest = 0.f;
+  float dlse = 0.f;
+  for (int row = first; row < end; ++row) {
+    if (of_q && mask.row_interval(batch, row).empty()) continue;
+    longest =
+        fmaxf(longest, row_norm(of_q ? params.dout_rows : params.value_rows, batch, row, head));
+    if (of_q) {
+      int64_t const source = (int64_t{batch} * params.num_heads_q + head) * mask.seqlen_q + row;
+      dlse = fmaxf(dlse, fabsf(params.dlse[source]));
+    }
+  }
+  if (lane == 0) {
+    int const head_k = of_q ? head / params.group : head;
+    uint32_t* const ranges =
+        params.ranges + (int64_t{batch} * params.num_heads_k + head_k) * kNumRanges;
+    atomicMax(ranges + (of_q ? kLongestdO : kLongestV), __float_as_uint(longest));
+    if (of_q) atomicMax(ranges + kLargestdLse, __float_as_uint(dlse));
+  }
+}
+
+}  // namespace jax_fa3::bwd

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal, TypedDict
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -17,16 +18,23 @@ from jax.typing import ArrayLike
 
 from ._checks import (
     Integers,
-    int32,
-    integer,
+    array,
+    check_floating,
+    checked_segment_ids,
+    dense,
+    integers,
     natural,
+    offset_of,
     score_scale,
     soft_cap,
     static_bool,
     static_sharding,
+    window_size,
     wrong,
 )
-from ._problem import Masks, Sizes, Window, fold_window
+from ._integers import clamped, offset_and_window
+from ._integers import segment_ids as known_to_fit
+from ._problem import Masks, SegmentIds, Sizes, Window, fold_window
 
 Implementation = Literal["fa3", "xla"]
 
@@ -42,6 +50,7 @@ class Options(TypedDict, total=False):
     query_offset: Integers
     query_segment_ids: Integers | None
     key_value_segment_ids: Integers | None
+    padding_segment_id: int | None
     key_begin: Integers | None
     key_end: Integers | None
     logits_soft_cap: float | None
@@ -61,22 +70,27 @@ class Call:
     logits_soft_cap: float | None
     deterministic_backward: bool
     masks: Masks
-    segment_ids: tuple[Array, Array] | None  # of the queries and of the keys
+    segment_ids: SegmentIds | None
     bias: Array | None  # [B or 1, N or 1, T or 1, S or 1], and so is mask
     mask: Array | None
     implementation: Implementation | None
     sharding: NamedSharding | PartitionSpec | None
     return_residual: bool
 
+    def results(self, out: Array, lse: Array | None = None) -> Any:
+        """What the user asked for, of out [B, T, N, V] and, with return_residual, lse [B, N, T]."""
+        found = out if lse is None else (out, jnp.swapaxes(lse, 1, 2))
+        return found if self.batched else jax.tree.map(lambda x: x[0], found)
+
 
 def operands(
     query: ArrayLike, key: ArrayLike, value: ArrayLike
 ) -> tuple[tuple[Array, Array, Array], Sizes, bool]:
     """(query, key, value) with a batch axis, their sizes, and whether they had that axis."""
-    q, k, v = jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)
+    q, k, v = array("query", query), array("key", key), array("value", value)
     if q.ndim not in (3, 4):
         raise wrong("query", f"shape {q.shape}", "(B, T, N, H), or (T, N, H)")
-    _check_float("query", q)
+    check_floating("query", q)
     for name, x in (("key", k), ("value", v)):
         if x.ndim != q.ndim:
             raise wrong(name, f"shape {x.shape}", f"rank {q.ndim}, as query {q.shape} has")
@@ -101,8 +115,8 @@ def operands(
 
 def packed_operand(qkv: ArrayLike, num_kv_heads: int | None) -> tuple[Array, Sizes, bool]:
     """qkv as [B, T, 3, N, H] or [B, T, N + 2K, H], its sizes, and whether it had a batch axis."""
-    x = jnp.asarray(qkv)
-    _check_float("qkv", x)
+    x = array("qkv", qkv)
+    check_floating("qkv", x)
     if num_kv_heads is None:
         if x.ndim not in (4, 5) or x.shape[-3] != 3:
             wanted = "(B, T, 3, N, H), or (T, 3, N, H), as num_kv_heads is None"
@@ -143,6 +157,7 @@ def parse(
     if implementation not in (None, "fa3", "xla"):
         raise wrong("implementation", repr(implementation), "None, 'fa3' or 'xla'")
     masks, window, segment_ids = parse_masks(sizes, batched, **mask_arguments)
+    full = sizes.batch, sizes.num_heads, sizes.query_length, sizes.key_length
     return Call(
         sizes,
         batched,
@@ -152,8 +167,8 @@ def parse(
         static_bool("deterministic_backward", deterministic_backward),
         masks,
         segment_ids,
-        _dense("bias", bias, sizes),
-        _dense("mask", mask, sizes),
+        dense("bias", bias, full),
+        dense("mask", mask, full),
         implementation,
         static_sharding("sharding", sharding, batched),
         static_bool("return_residual", return_residual),
@@ -171,39 +186,39 @@ def parse_masks(
     query_offset: Integers = 0,
     query_segment_ids: Integers | None = None,
     key_value_segment_ids: Integers | None = None,
+    padding_segment_id: int | None = None,
     key_begin: Integers | None = None,
     key_end: Integers | None = None,
-) -> tuple[Masks, Window, tuple[Array, Array] | None]:
+) -> tuple[Masks, Window, SegmentIds | None]:
     """(masks, window, segment ids): who sees whom. Of sizes only B, T and S count; the caller turns
     the segment ids, if there are any, into intervals."""
     batch, query_length, key_length = sizes[:3]
 
-    def array(name: str, x: Integers | None, *shape: int) -> Array | None:
-        return None if x is None else int32(name, x, shape, batched)
+    def given(name: str, x: Integers | None, *shape: int) -> Array | np.ndarray | None:
+        return None if x is None else integers(name, x, shape, batched)
 
-    static_offset, offset = _offset(query_offset, batch, batched)
+    def bound(name: str, x: Integers | None, *shape: int) -> Array | None:
+        found = given(name, x, *shape)
+        return None if found is None else clamped(found)
+
+    static_offset, offset = offset_of(query_offset, batch, batched)
     causal = static_bool("is_causal", is_causal)
-    window = fold_window(_window_size(local_window_size), causal, static_offset)
-    if window == (None, None):  # then nothing depends on the offset
-        offset = None
-    query_ids = array("query_segment_ids", query_segment_ids, batch, query_length)
-    key_ids = array("key_value_segment_ids", key_value_segment_ids, batch, key_length)
-    if (query_ids is None) != (key_ids is None):
-        absent = "query_segment_ids" if query_ids is None else "key_value_segment_ids"
-        raise wrong(absent, None, "both query_segment_ids and key_value_segment_ids, or neither")
+    window = fold_window(window_size(local_window_size), causal, static_offset)
+    if offset is None or window == (None, None):  # then nothing depends on the offset
+        narrow_offset = None
+    else:
+        narrow_offset, window = offset_and_window(offset, window)
+    query_ids = given("query_segment_ids", query_segment_ids, batch, query_length)
+    key_ids = given("key_value_segment_ids", key_value_segment_ids, batch, key_length)
+    ids = checked_segment_ids(query_ids, key_ids, padding_segment_id)
     masks = Masks(
-        offset,
-        array("query_seq_lengths", query_seq_lengths, batch),
-        array("key_value_seq_lengths", key_value_seq_lengths, batch),
-        array("key_begin", key_begin, batch, query_length),
-        array("key_end", key_end, batch, query_length),
+        narrow_offset,
+        bound("query_seq_lengths", query_seq_lengths, batch),
+        bound("key_value_seq_lengths", key_value_seq_lengths, batch),
+        bound("key_begin", key_begin, batch, query_length),
+        bound("key_end", key_end, batch, query_length),
     )
-    return masks, window, None if query_ids is None or key_ids is None else (query_ids, key_ids)
-
-
-def _check_float(name: str, x: Array) -> None:
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise wrong(name, f"dtype {x.dtype}", "a floating dtype such as bfloat16")
+    return masks, window, None if ids is None else known_to_fit(*ids)
 
 
 def _check_heads(name: str, sizes: Sizes) -> None:
@@ -212,35 +227,3 @@ def _check_heads(name: str, sizes: Sizes) -> None:
         raise wrong(name, f"{heads} query heads", f"a multiple of the {kv_heads} key/value heads")
     if not (sizes.head_dim and sizes.head_dim_v):
         raise wrong(name, f"head dims {sizes.head_dim}, {sizes.head_dim_v}", "at least 1")
-
-
-def _window_size(size: Any) -> tuple[int, int] | None:
-    if size is None:
-        return None
-    left, right = size if isinstance(size, (tuple, list)) and len(size) == 2 else (size, size)
-    return natural("local_window_size", left), natural("local_window_size", right)
-
-
-def _offset(offset: Any, batch: int, batched: bool) -> tuple[int | None, Array | None]:
-    """Either a static offset, or one that is known at run time, as int32 [1] or [B]."""
-    if np.ndim(offset) > 0:
-        return None, int32("query_offset", offset, (batch,), batched)
-    if isinstance(offset, Array):
-        return None, int32("query_offset", offset, (), True).reshape(1)
-    return integer("query_offset", offset), None
-
-
-def _dense(name: str, x: ArrayLike | None, sizes: Sizes) -> Array | None:
-    """jax.nn's bias or mask with four axes."""
-    if x is None:
-        return None
-    x = jnp.asarray(x)
-    if name == "bias":
-        _check_float(name, x)
-    elif x.dtype != bool:
-        raise wrong(name, f"dtype {x.dtype}", "bool; an additive mask is a bias")
-    full = sizes.batch, sizes.num_heads, sizes.query_length, sizes.key_length
-    shape = (1,) * (4 - x.ndim) + x.shape
-    if x.ndim > 4 or any(n not in (1, m) for n, m in zip(shape, full, strict=True)):
-        raise wrong(name, f"shape {x.shape}", f"one that broadcasts to (B, N, T, S) = {full}")
-    return x.reshape(shape)

@@ -56,6 +56,7 @@ def dot_product_attention(
     query_offset: Integers = 0,
     query_segment_ids: Integers | None = None,
     key_value_segment_ids: Integers | None = None,
+    padding_segment_id: int | None = None,
     key_begin: Integers | None = None,
     key_end: Integers | None = None,
     logits_soft_cap: float | None = None,
@@ -71,7 +72,8 @@ def dot_product_attention(
 
     Letters: B batch, T query length, S key length, N query heads, K key/value heads, H head dim of
     query and key, V head dim of value. Query, key and value may all lack B; then the arguments per
-    batch entry lack it too (or have a leading 1). "int32" takes any integers that fit.
+    batch entry lack it too (or have a leading 1). "int32" takes integers
+    of any dtype, and keeps the meaning of any value.
 
     Args:
         query, key, value: [B, T, N, H], [B, S, K, H], [B, S, K, V] of one floating dtype; N is a
@@ -87,11 +89,15 @@ def dot_product_attention(
         local_window_size: w or (left, right), ints >= 0: row i sees key j only if
             i + query_offset - left <= j <= i + query_offset + right.
         query_offset: the position of query row 0 among the keys; an int of any size, or int32, []
-            or [B].
+            or [B]. (Arrays with values beyond int32: exact for T and S up to 2^29.)
         query_segment_ids, key_value_segment_ids: int32 [B, T] and [B, S], both or neither: rows see
             keys of their own id. Among the keys each id >= 0 must be one contiguous run: a query
-            row whose id is not gets NaN, in results and gradients. The ids of the query may come in
-            any order. Negative ids are padding: such rows see no key, such keys are seen by nobody.
+            row whose id is not gets NaN, and so does its query's gradient unless its cotangents are
+            all 0. The ids of the query may come in any order. Negative ids are padding: such rows
+            see no key, such keys are seen by nobody. Ids beyond int32, in arrays of wider dtypes,
+            cost a sort per call, or per `key_intervals`.
+        padding_segment_id: a static int, an id that is padding as the negative ones are: 0 where
+            padding has segment id 0. None: only they are.
         key_begin, key_end: int32 [B, T]: row i sees keys in [key_begin[i], key_end[i]); either may
             be left out. `key_intervals` turns all of the mask arguments into these two.
         logits_soft_cap: static float c > 0: the scaled scores become c * tanh(scores / c), before
@@ -99,8 +105,9 @@ def dot_product_attention(
         deterministic_backward: gradients that are equal bit by bit from run to run.
         implementation: "fa3", the kernels, or "xla", plain JAX with memory linear in T and S; both
             without fallback. None takes the kernels when lowered for CUDA if they can take the
-            arguments and a local device is a Hopper GPU or no local device is CUDA's; else XLA, with
-            a warning on a machine with a Hopper GPU.
+            arguments and a local device is a Hopper GPU, with a driver for their CUDA runtime, or no
+            local device is CUDA's; else XLA, with a warning on a machine with a Hopper GPU. Beside
+            other GPUs, the devices that a program is lowered for must all be Hopper GPUs, too.
         sharding: of query (of a packed qkv), over batch and heads, where its mesh axes are automatic:
             each device then computes its own part by jax.shard_map, with key, value and masks split
             alike. Without it XLA decides, which works as well, but such a program over several
@@ -119,6 +126,10 @@ def dot_product_attention(
     hold anything, NaN too; elsewhere inputs must be finite. Scores, softmax and sums are fp32
     (fp64 for fp64 inputs); the softmax's weights are rounded to the inputs' dtype for their product
     with value.
+
+    jax_debug_nans raises for the rows of a broken segment, jax_debug_infs for the log-sum-exp of rows
+    that see no key where return_residual asks for it. Under jax.disable_jit this function is
+    compiled all the same.
 
     The kernels have first derivatives, in reverse mode; with "xla" every order and mode works.
 
@@ -142,6 +153,7 @@ def dot_product_attention(
         query_offset=query_offset,
         query_segment_ids=query_segment_ids,
         key_value_segment_ids=key_value_segment_ids,
+        padding_segment_id=padding_segment_id,
         key_begin=key_begin,
         key_end=key_end,
         logits_soft_cap=logits_soft_cap,
@@ -225,4 +237,4 @@ def is_supported(
         return str(error)
     if not _dispatch.compute_capabilities():
         return "device: got no CUDA device, wanted an NVIDIA Hopper GPU (sm_90)"
-    return _dispatch.machine_refusal()
+    return _dispatch.machine_refusal() or _dispatch.refusal_of_devices((query, key, value))

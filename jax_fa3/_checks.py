@@ -7,6 +7,7 @@ import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -52,26 +53,84 @@ def natural(name: str, x: Any) -> int:
     return integer(name, x)
 
 
-def int32(name: str, x: Integers, shape: tuple[int, ...], batched: bool) -> Array:
-    """x as int32 of this shape, [B, ...]; arguments without a batch axis may leave B out.
+def array(name: str, x: Any, dtype: Any = None) -> Array:
+    """x as a JAX array; of what is none, such as None, strings and dicts, JAX's errors do not say
+    which argument it was."""
+    if isinstance(x, Array):
+        return jnp.asarray(x, dtype)
+    try:
+        if x is not None:  # which JAX takes for NaN, or did
+            return jnp.asarray(x, dtype)
+    except jax.errors.JAXTypeError:  # of tracers in a list
+        raise
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise wrong(name, _what(x), "an array of numbers")
 
-    Python's and NumPy's integers count if their values fit; of JAX's arrays, whose values are not
-    looked at, only the dtype.
+
+def integers(name: str, x: Integers, shape: tuple[int, ...], batched: bool) -> Array | np.ndarray:
+    """x as an array of this shape, [B, ...]; arguments without a batch axis may leave B out.
+
+    Integers of Python and NumPy become NumPy arrays, whose dtype is object where int64 and uint64
+    are too narrow; JAX's arrays, whose values are not looked at, stay what they are. _integers
+    makes int32 of either.
     """
-    if isinstance(x, (int, list, tuple, np.ndarray, np.generic)):
-        x = np.asarray(x)
-        if not x.size and x.dtype == float:  # an empty list
-            x = x.astype(np.int32)
-        fits = x.dtype.kind in "iu" and bool(((-(2**31) <= x) & (x < 2**31)).all())
-    else:
-        x = jnp.asarray(x)
-        fits = jnp.issubdtype(x.dtype, jnp.integer) and np.can_cast(x.dtype, np.int32)
-    if not fits:
-        raise wrong(name, f"values of dtype {x.dtype}", "integers that fit int32")
+    found = _known_integers(x)
+    found = array(name, x) if found is None else found
+    if found.dtype != object and not jnp.issubdtype(found.dtype, jnp.integer):
+        raise wrong(name, f"values of dtype {found.dtype}", "integers")
     allowed = [shape] if batched else [shape[1:], shape]
-    if x.shape not in allowed:
-        raise wrong(name, f"shape {x.shape}", " or ".join(map(str, allowed)))
-    return jnp.asarray(x, jnp.int32).reshape(shape)
+    if found.shape not in allowed:
+        raise wrong(name, f"shape {found.shape}", " or ".join(map(str, allowed)))
+    return found.reshape(shape)
+
+
+def _known_integers(x: Any) -> np.ndarray | None:
+    """x in NumPy, if it is of Python or NumPy."""
+    if not isinstance(x, (int, list, tuple, np.ndarray, np.generic)):
+        return None
+    try:
+        found = np.asarray(x)
+        if found.dtype == object or (found.dtype == float and isinstance(x, (list, tuple))):
+            # An empty list; integers that int64 or uint64 cannot hold together.
+            exact = np.asarray(x, object)
+            kinds = {type(element) for element in exact.flat}
+            if all(issubclass(kind, (int, np.integer)) and kind is not bool for kind in kinds):
+                return exact
+            return None if found.dtype == object else found
+    except (TypeError, ValueError):  # a list of tracers, or of rows of unequal lengths
+        return None
+    return found
+
+
+def _what(x: Any) -> str:
+    """Of something that is no array."""
+    if x is None or isinstance(x, str):
+        return repr(x)
+    if isinstance(x, np.ndarray):
+        return f"dtype {x.dtype}"
+    kind = type(x).__name__
+    if isinstance(x, (list, tuple)) and x:
+        return f"a {kind} of {', '.join(sorted({type(element).__name__ for element in x}))}"
+    return f"a {kind}"
+
+
+def checked_segment_ids(
+    query_ids: Any, key_ids: Any, padding_segment_id: Any
+) -> tuple[Any, Any, int | None] | None:
+    """Both and the id, if it is one more than the negative ones, that is padding; or None."""
+    both = "both query_segment_ids and key_value_segment_ids"
+    if (query_ids is None) != (key_ids is None):
+        absent = "query_segment_ids" if query_ids is None else "key_value_segment_ids"
+        raise wrong(absent, None, f"{both}, or neither")
+    padding = padding_segment_id
+    if padding is not None:
+        padding = integer("padding_segment_id", padding)
+    if query_ids is None:
+        if padding is not None:
+            raise wrong("padding_segment_id", f"{padding} without segment ids", f"None, or {both}")
+        return None
+    return query_ids, key_ids, None if padding is None or padding < 0 else padding
 
 
 def static_float(name: str, x: Any) -> float:
@@ -112,3 +171,41 @@ def soft_cap(cap: Any) -> float | None:
     if isinstance(cap, Array) or static_float("logits_soft_cap", cap) <= 0:
         raise wrong("logits_soft_cap", repr(cap), "a static float > 0")
     return float(cap)
+
+
+def window_size(size: Any) -> tuple[int, int] | None:
+    if size is None:
+        return None
+    left, right = size if isinstance(size, (tuple, list)) and len(size) == 2 else (size, size)
+    return natural("local_window_size", left), natural("local_window_size", right)
+
+
+def offset_of(
+    offset: Any, batch: int, batched: bool
+) -> tuple[int | None, Array | np.ndarray | None]:
+    """Either a static offset, or one that is known at run time, as integers [1] or [B]."""
+    if isinstance(offset, (list, tuple)) or getattr(offset, "ndim", 0):
+        return None, integers("query_offset", offset, (batch,), batched)
+    if isinstance(offset, Array):
+        return None, integers("query_offset", offset, (), True).reshape(1)
+    return integer("query_offset", offset), None
+
+
+def check_floating(name: str, x: Array) -> None:
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise wrong(name, f"dtype {x.dtype}", "a floating dtype such as bfloat16")
+
+
+def dense(name: str, x: ArrayLike | None, full: tuple[int, ...]) -> Array | None:
+    """jax.nn's bias or mask with four axes; full: (B, N, T, S)."""
+    if x is None:
+        return None
+    x = array(name, x)
+    if name == "bias":
+        check_floating(name, x)
+    elif x.dtype != bool:
+        raise wrong(name, f"dtype {x.dtype}", "bool; an additive mask is a bias")
+    shape = (1,) * (4 - x.ndim) + x.shape
+    if x.ndim > 4 or any(n not in (1, m) for n, m in zip(shape, full, strict=True)):
+        raise wrong(name, f"shape {x.shape}", f"one that broadcasts to (B, N, T, S) = {full}")
+    return x.reshape(shape)

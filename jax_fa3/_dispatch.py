@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import numpy as np
 from jax import Array, lax
 
-from . import _ffi, _guards, _sharding
+from . import _devices, _ffi, _guards, _sharding
 from ._arguments import Call, Implementation
+from ._jitted import jitted
 
 ELSEWHERE = "use implementation='xla'"
 _NO_KERNELS = (
@@ -89,7 +90,29 @@ def machine_refusal() -> str | None:
         return f"device: got compute capability {found}, {wanted}"
     if not _ffi.is_built():
         return _NO_KERNELS
+    driver, wanted = _ffi.cuda_versions()
+    if 0 < driver // 1000 < wanted // 1000:  # a runtime goes with all drivers of its major version
+        newer = f"wanted one for CUDA {wanted // 1000}.0 or newer: update it"
+        return f"device: got an NVIDIA driver for CUDA {_cuda(driver)}, {newer}, or {ELSEWHERE}"
     return None
+
+
+def _cuda(version: int) -> str:
+    return f"{version // 1000}.{version % 1000 // 10}"
+
+
+def is_mixed() -> bool:
+    """Whether this process has Hopper GPUs and other GPUs."""
+    return "9.0" in compute_capabilities() and len(compute_capabilities()) > 1
+
+
+def refusal_of_devices(arrays: Iterable[Any]) -> str | None:
+    """Why a call of these arrays, as it stands here, runs on a GPU that cannot run the kernels."""
+    others = [x for x in _devices.meant(arrays) if not _devices.is_hopper(x)] if is_mixed() else []
+    if not others:
+        return None
+    found = f"{others[0]}, compute capability {getattr(others[0], 'compute_capability', None)}"
+    return f"device: got {found}, wanted this process's Hopper GPU: move the arrays, or {ELSEWHERE}"
 
 
 def compute_capabilities() -> set[str]:
@@ -125,7 +148,7 @@ def choose(
     return "xla"
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5), inline=True)
+@jitted(static=6)
 def run(
     implementation: Implementation | None,
     kernel: Callable[..., Any],
@@ -139,7 +162,8 @@ def run(
     by each device on its own part.
 
     "xla" is plain everywhere; with "fa3" lowering for another platform raises. Jitted, for the
-    platform of an eager call is that of its operands, not JAX's default one.
+    platform of an eager call is that of its operands, not JAX's default one. Without "fa3", in a
+    process with other GPUs than Hopper's too, those on which it will run count likewise.
 
     Args:
         letters, results: of operands and results, as for _sharding.per_device.
@@ -151,9 +175,13 @@ def run(
     def refused(*operands: Any) -> Any:
         return plain(*jax.tree.map(_guards.never_lowered, operands))
 
+    def where_hopper(*operands: Any) -> Any:
+        return lax.cond(_devices.lowered_for(), kernel, plain, *operands)
+
     default = plain if implementation is None else refused
+    on_cuda = where_hopper if implementation is None and is_mixed() else kernel
 
     def call(*operands: Any) -> tuple[Array, ...]:
-        return lax.platform_dependent(*operands, cuda=kernel, default=default)
+        return lax.platform_dependent(*operands, cuda=on_cuda, default=default)
 
     return _sharding.per_device(call, letters, results)(*operands)

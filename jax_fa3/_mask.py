@@ -7,7 +7,6 @@ behave as exact integers would, though all arrays are int32 and jax_enable_x64 i
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,42 +16,22 @@ from jax import Array
 
 from . import _dispatch, _ffi
 from ._arguments import Implementation, parse_masks
+from ._broken import is_broken, marked
 from ._checks import Integers, natural, wrong
-from ._problem import Masks, Sizes, Window
+from ._integers import INT32_MAX, count_while, narrow_ids, saturating_add
+from ._problem import Masks, SegmentIds, Sizes, Window
 from ._varying import vary_together
-
-INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1
-
-# The interval of a query row whose segment is not one contiguous run of keys: the row becomes NaN.
-# max(begin, ...) and min(end, ...) leave it as it is, so it survives every intersection.
-BROKEN_BEGIN, BROKEN_END = INT32_MAX, INT32_MIN
-
-
-def is_broken(begin: Array, end: Array) -> Array:
-    """Where the interval is the reserved value of a broken segment."""
-    return (begin == BROKEN_BEGIN) & (end == BROKEN_END)
 
 
 def intersect(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array]:
     """The keys in both intervals, elementwise; a broken interval stays broken."""
     broken = is_broken(*a) | is_broken(*b)
-    begin, end = jnp.maximum(a[0], b[0]), jnp.minimum(a[1], b[1])
-    # Two empty intervals must not meet in the reserved value: an end of MIN + 1 is empty as well.
-    return begin, jnp.where(broken, BROKEN_END, jnp.maximum(end, BROKEN_END + 1))
-
-
-def _saturating_add(x: Array, c: int) -> Array:
-    """x + c, clamped to int32, for int32 x and any Python integer c."""
-    span = INT32_MAX - INT32_MIN
-    c = min(max(c, -span), span)  # adding +-span already saturates every x
-    x = jnp.clip(x, max(INT32_MIN - c, INT32_MIN), min(INT32_MAX - c, INT32_MAX))
-    # c itself may need 33 bits, but the clipped sum fits, so 32-bit wrap-around gives it exactly.
-    return x + jnp.int32((c - INT32_MIN) % 2**32 + INT32_MIN)
+    return marked(broken, jnp.maximum(a[0], b[0]), jnp.minimum(a[1], b[1]))
 
 
 def _window_edge(rows: Array, offset: Array, distance: int) -> Array:
     """rows + offset + distance, clamped to int32; rows >= 0."""
-    edge = _saturating_add(offset, distance)
+    edge = saturating_add(offset, distance)
     return rows + jnp.minimum(edge, INT32_MAX - rows)
 
 
@@ -77,6 +56,7 @@ def row_intervals(
         broken: bool [B, T], the rows whose segment is broken; they see no key.
     """
     rows = jnp.arange(query_length, dtype=jnp.int32) if rows is None else rows
+    rows = rows[None]  # [1, T]
     offset = jnp.zeros(1, jnp.int32) if masks.query_offset is None else masks.query_offset
     offset = offset[:, None]  # [B or 1, 1]
     left, right = window
@@ -118,53 +98,35 @@ def segment_intervals(
 
     Returns:
         key_begin, key_end: int32 [B, T]; 0, 0 where the id is negative or not among the keys,
-        BROKEN_BEGIN, BROKEN_END where its keys are not one contiguous run.
+        _broken's mark where its keys are not one contiguous run.
     """
 
     def one_entry(query_ids: Array, key_ids: Array) -> tuple[Array, Array]:
         key_ids = jnp.append(key_ids, jnp.int32(-1))  # so that there always is a key to gather
         order = jnp.argsort(key_ids, stable=True).astype(jnp.int32)  # ascending within an id
         sorted_ids = key_ids[order]
-        low = _count_while(lambda i: sorted_ids[i] < query_ids, query_ids, sorted_ids.shape[0])
-        high = _count_while(lambda i: sorted_ids[i] <= query_ids, query_ids, sorted_ids.shape[0])
+        low = count_while(lambda i: sorted_ids[i] < query_ids, query_ids, sorted_ids.shape[0])
+        high = count_while(lambda i: sorted_ids[i] <= query_ids, query_ids, sorted_ids.shape[0])
         begin = order.at[low].get(mode="clip")
         end = order.at[high - 1].get(mode="clip") + 1
         found = (query_ids >= 0) & (low < high)
         broken = found & (end - begin != high - low)
-        begin = jnp.where(broken, BROKEN_BEGIN, jnp.where(found, begin, 0))
-        end = jnp.where(broken, BROKEN_END, jnp.where(found, end, 0))
-        return begin, end
+        return marked(broken, jnp.where(found, begin, 0), jnp.where(found, end, 0))
 
     return jax.vmap(one_entry)(*vary_together((query_segment_ids, key_value_segment_ids)))
 
 
-def _count_while(holds: Callable[[Array], Array], like: Array, size: int) -> Array:
-    """The number of i in [0, size) where holds(i), elementwise; it holds up to some i, and no more.
-
-    Binary search: jnp.searchsorted of jax 0.11 does not take symbolic sizes.
-    """
-
-    def halve(_: Any, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
-        low, high = bounds
-        middle = low + (high - low) // 2
-        further = (low < high) & holds(middle)
-        return jnp.where(further, middle + 1, low), jnp.where(further, high, middle)
-
-    bounds = jnp.zeros_like(like), jnp.full_like(like, size)
-    return jax.lax.fori_loop(0, 32, halve, bounds)[0]
-
-
 def with_segments(
-    masks: Masks, segment_ids: tuple[Array, Array], implementation: Implementation | None
+    masks: Masks, segment_ids: SegmentIds, implementation: Implementation | None
 ) -> Masks:
     """The masks, and that rows see keys of their own segment only, in key_begin and key_end.
 
     Args:
-        segment_ids: of the queries and of the keys, as for segment_intervals.
         implementation: what _dispatch.choose gave.
     """
     functions, letters = (_ffi.segment_intervals, segment_intervals), ("b.", "b.")
-    intervals = _dispatch.run(implementation, *functions, (), letters, letters, *segment_ids)
+    ids = narrow_ids(segment_ids)
+    intervals: Any = _dispatch.run(implementation, *functions, (), letters, letters, *ids)
     begin, end = masks.key_begin, masks.key_end
     if begin is not None or end is not None:  # else nothing stands between the two kernels
         begin = jnp.zeros_like(intervals[0]) if begin is None else begin
@@ -185,6 +147,7 @@ def key_intervals(
     query_offset: Integers = 0,
     query_segment_ids: Integers | None = None,
     key_value_segment_ids: Integers | None = None,
+    padding_segment_id: int | None = None,
     key_begin: Integers | None = None,
     key_end: Integers | None = None,
     implementation: Implementation | None = None,
@@ -205,7 +168,8 @@ def key_intervals(
         key_begin, key_end: int32 [B, T], or [T] if batch is None and no argument has a batch axis.
         Row i sees the keys in [key_begin[i], key_end[i]), 0 <= key_begin[i] < key_end[i] <= S; a
         row that sees none has 0, 0; one whose segment id is not one contiguous run among the keys
-        has the reserved 2**31 - 1, -2**31, which makes its output NaN.
+        has the reserved pair 0x7FFA3FA3, -0x7FFA3FA3, which makes its output NaN. No other pair of
+        integers is reserved: any with key_begin[i] >= key_end[i] is a row that sees no key.
 
     Raises:
         ValueError: an argument has the wrong type, shape or value.
@@ -217,7 +181,7 @@ def key_intervals(
     key_length = _length("key_length", key_length)
     per_entry: Any = query_offset, query_seq_lengths, key_value_seq_lengths  # [B]
     per_row: Any = query_segment_ids, key_value_segment_ids, key_begin, key_end  # [B, ...]
-    shapes = [np.shape(x) for x in per_entry] + [np.shape(x)[:-1] for x in per_row]
+    shapes = [_shape(x) for x in per_entry] + [_shape(x)[:-1] for x in per_row]
     batches = [
         _length("batch", x)
         for x in (batch, *(shape[0] for shape in shapes if shape))
@@ -234,15 +198,22 @@ def key_intervals(
         query_offset=query_offset,
         query_segment_ids=query_segment_ids,
         key_value_segment_ids=key_value_segment_ids,
+        padding_segment_id=padding_segment_id,
         key_begin=key_begin,
         key_end=key_end,
     )
     if segment_ids is not None:
         masks = with_segments(masks, segment_ids, _dispatch.choose(implementation))
     begin, end, broken = row_intervals(masks, window, *sizes[:3])
-    begin = jnp.where(broken, BROKEN_BEGIN, begin)
-    end = jnp.where(broken, BROKEN_END, end)
+    begin, end = marked(broken, begin, end)
     return (begin, end) if batches else (begin[0], end[0])
+
+
+def _shape(x: Any) -> tuple[int, ...]:
+    try:
+        return np.shape(x)
+    except ValueError:  # rows of unequal lengths, which parse_masks refuses by name
+        return ()
 
 
 def _length(name: str, x: Any) -> Any:

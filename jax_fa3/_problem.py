@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 Window = tuple[int | None, int | None]
@@ -18,6 +21,23 @@ class Masks(NamedTuple):
     key_value_seq_lengths: Array | None = None  # [B]
     key_begin: Array | None = None  # [B, T]; segments are converted into these two
     key_end: Array | None = None  # [B, T]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SegmentIds:
+    """Rows see keys of their own id; of any integer dtype. A pytree of the two arrays."""
+
+    query: Array  # [B, T]
+    key: Array  # [B, S]
+    # An id >= 0 that is padding, as negative ones are; not marked yet, for which unsigned dtypes
+    # have no other number.
+    padding: int | None = dataclasses.field(default=None, metadata={"static": True})
+
+
+def wide(dtype: np.dtype) -> np.dtype:
+    """fp32, or fp64 for fp64: in which numbers of this dtype are computed with and summed."""
+    return jnp.dtype(dtype if dtype == jnp.float64 else jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True)

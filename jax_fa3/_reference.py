@@ -12,6 +12,8 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import DTypeLike
 
+from ._broken import BROKEN_BEGIN, BROKEN_END, nan_rows
+
 
 def visible_keys(
     batch: int,
@@ -49,7 +51,7 @@ def visible_keys(
     if key_end is not None:
         visible &= j < np.asarray(key_end)[..., None]
     if key_begin is not None and key_end is not None:  # what key_intervals says of broken rows
-        broken |= (np.asarray(key_begin) == 2**31 - 1) & (np.asarray(key_end) == -(2**31))
+        broken |= (np.asarray(key_begin) == BROKEN_BEGIN) & (np.asarray(key_end) == BROKEN_END)
     if query_segment_ids is not None:
         ids = np.broadcast_to(query_segment_ids, (batch, query_length))[..., None]
         same = (ids == np.asarray(key_value_segment_ids)[..., None, :]) & (ids >= 0)
@@ -136,7 +138,8 @@ def attention(
     probabilities = rounding.probabilities(weights, total)
     out = rounding.out(jnp.einsum("bnts,bsnv->bntv", probabilities, value))
     lse = jnp.where(sees, top + jnp.log(total), -jnp.inf)[..., 0]
-    # A broken row is NaN, and so is its gradient; any other row that sees nothing is 0, and so on.
-    nothing = jnp.where(broken, jnp.nan, 0) * query.sum(-1).swapaxes(1, 2)  # [B, N, T]
-    out = jnp.where(sees, out, nothing[..., None])
-    return out.swapaxes(1, 2), jnp.where(broken, nothing, lse).swapaxes(1, 2)
+    # A broken row is NaN, and so is its gradient, but for a cotangent of 0; any other row that sees
+    # nothing is 0, and so on.
+    nothing, nan = nan_rows(broken[..., None], query.swapaxes(1, 2), value.shape[-1])
+    out = jnp.where(sees, out, nothing)
+    return out.swapaxes(1, 2), jnp.where(broken, nan[..., 0], lse).swapaxes(1, 2)

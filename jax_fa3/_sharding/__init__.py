@@ -1,7 +1,8 @@
 """The one seam between a call and the devices: each works on its own batch entries and heads.
 
 A call is described by one string per operand and result, with one letter per dimension: `b` batch,
-`n` query heads, `k` key/value heads, `.` everything else, which must be whole on each device. JAX's
+`n` query heads, `k` key/value heads, `.` everything else, which must be whole on each device; `t` and
+`h` are such dimensions of the first operand, query's sequence and head dim, that results have too. JAX's
 transformations and meshes reach it in this order:
 
     _vmap       vmap: one more batch letter, folded into the batch on each device
@@ -20,7 +21,9 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from . import _named
+from ._letters import undistinguished
 from ._named import own_kv_heads as own_kv_heads
+from ._named import reshard as reshard
 from ._vmap import folded_into_batch
 
 Results = tuple[jax.Array, ...]
@@ -41,7 +44,8 @@ def per_device(
 
     def call(*operands: Any) -> Results:
         flat, arrays = _flat(function, operands)
-        return folded_into_batch(flat, tuple(jax.tree.leaves(letters)), results)(*arrays)
+        dots = tuple(map(undistinguished, jax.tree.leaves(letters)))
+        return folded_into_batch(flat, dots, tuple(map(undistinguished, results)))(*arrays)
 
     return call
 
@@ -53,7 +57,8 @@ def over_named_axes(
     sharding: NamedSharding | PartitionSpec | None = None,
 ) -> Callable[..., Results]:
     """function under a jax.shard_map over all explicit axes, or over the axes of sharding, and JAX's
-    derivative of that; where there are none, function itself.
+    derivative of that; where there are none, function itself. What a type splits along `t` and `h`
+    is gathered for it, and split again in the results.
 
     Args: as for per_device; sharding is that of the first operand.
     """

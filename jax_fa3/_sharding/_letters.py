@@ -35,5 +35,10 @@ def split_kv_heads(
     return axes[:count], axes[count:]
 
 
+def undistinguished(dims: str) -> str:
+    """With a dot for each letter whose dimension must be whole."""
+    return dims.replace("t", ".").replace("h", ".")
+
+
 def spec(dims: str, by_letter: Mapping[str, Axes]) -> PartitionSpec:
     return PartitionSpec(*(by_letter.get(letter) or None for letter in dims))

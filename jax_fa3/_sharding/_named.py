@@ -16,8 +16,16 @@ import jax
 from jax import Array, lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from .._checks import wrong
-from ._letters import CONTEXT_PARALLEL, Axes, ByLetter, sizes, spec, split_kv_heads
+from .._checks import array, wrong
+from ._letters import (
+    CONTEXT_PARALLEL,
+    Axes,
+    ByLetter,
+    sizes,
+    spec,
+    split_kv_heads,
+    undistinguished,
+)
 
 _NAMES = {"b": "batch entries", "n": "query heads", "k": "key/value heads"}
 
@@ -27,6 +35,7 @@ class _Plan(NamedTuple):
     names: frozenset[str]  # the axes of the shard_map
     axes: ByLetter
     shared: Axes  # split the query heads, but not the key/value heads
+    gathered: ByLetter  # split a dimension of the first operand that must be whole: "t" or "h"
 
 
 def over_named_axes(
@@ -35,18 +44,19 @@ def over_named_axes(
     results: Sequence[str],
     sharding: NamedSharding | PartitionSpec | None = None,
 ) -> Callable[..., tuple[Array, ...]]:
-    """function on each device's own part of the operands; without named axes function itself.
+    """function on each device's own part of the operands; without named axes function itself. Results
+    have the first operand's axes, those that were gathered too, and else those of the others.
 
     Args:
         sharding: of the first operand, instead of the operands' types.
 
-    Warns where a type splits a dimension whose letter is a dot: it is gathered.
+    Warns where a type splits a dimension that must be whole: it is gathered.
 
     Raises ValueError for axes that do not exist, do not divide, or differ between operands.
     """
 
     def call(*operands: Array) -> tuple[Array, ...]:
-        size = sizes(operands, letters)
+        size = sizes(operands, tuple(map(undistinguished, letters)))
         if sharding is None:
             plan = _from_types(operands, letters, size)
         else:
@@ -75,9 +85,21 @@ def over_named_axes(
             # All of them go without saying: without those that vmap maps over, which only JAX knows.
             axis_names=set() if plan.names == set(plan.mesh.axis_names) else plan.names,
         )
-        return mapped(*(_reshard(x, plan.mesh, s) for x, s in zip(operands, specs, strict=True)))
+        found = mapped(*(reshard(x, plan.mesh, s) for x, s in zip(operands, specs, strict=True)))
+        if not plan.gathered:
+            return found
+        axes = _given_back(plan)
+        made = (spec(dims, axes) for dims in results)
+        return tuple(reshard(x, plan.mesh, s) for x, s in zip(found, made, strict=True))
 
     return call
+
+
+def _given_back(plan: _Plan) -> ByLetter:
+    """The axes of results: an axis that is used twice stays where the first operand has it."""
+    own = {axis for of in plan.gathered.values() for axis in of}
+    axes = {letter: tuple(a for a in of if a not in own) for letter, of in plan.axes.items()}
+    return axes | plan.gathered
 
 
 def own_kv_heads(x: Array, axis_name: str | Axes, axis: int = -2) -> Array:
@@ -96,6 +118,7 @@ def own_kv_heads(x: Array, axis_name: str | Axes, axis: int = -2) -> Array:
 
     Raises ValueError if neither K nor the size of the axis divides the other.
     """
+    x = array("x", x)
     heads, devices = x.shape[axis], lax.axis_size(axis_name)
     if heads % devices and devices % heads:
         wanted = f"a divisor or a multiple of the {heads} key/value heads"
@@ -116,17 +139,22 @@ def _from_types(
     if mesh is None:
         return None
     axes: ByLetter = {}
+    whole: Axes = ()
+    gathered: ByLetter = {}
     for dims, t in zip(letters, types, strict=True):
         for letter, entry in zip(dims, t.spec, strict=False):
             found = _as_axes(entry)
-            if letter == "." and found:
+            if letter in ".th" and found:
                 _warn_of_gather(found)
+                whole += found
+                gathered |= {letter: found} if letter != "." else {}
             elif found and axes.setdefault(letter, found) != found:
                 name = _NAMES.get(letter, "batch entries")
                 raise wrong("sharding", f"{name} split over {axes[letter]} and {found}", "the same")
-    if not axes and _axes(mesh, AxisType.Manual):
+    if not axes and not whole and _axes(mesh, AxisType.Manual):
         return None  # whole on each device; and the axis of a vmap around this cannot be named
-    return _complete(mesh, _axes(mesh, AxisType.Explicit), axes, size)
+    plan = _complete(mesh, _axes(mesh, AxisType.Explicit), axes, size)
+    return plan._replace(gathered=gathered)
 
 
 def _from_argument(
@@ -157,7 +185,7 @@ def _from_argument(
         for axis in _as_axes(entry):
             if axis not in free:
                 raise wrong("sharding", f"axis {axis!r}", f"one of {sorted(free)}, not manual yet")
-            if letter == ".":
+            if letter in ".th":
                 raise wrong("sharding", f"{sharding}", f"batch and heads alone; {CONTEXT_PARALLEL}")
         axes[letter] = _as_axes(entry)
     return _complete(mesh, tuple(free), axes, size)
@@ -187,7 +215,7 @@ def _complete(mesh: Any, names: Axes, axes: ByLetter, size: dict[str, int]) -> _
         found = f"axes {heads} for {size['n']} query and {size['k']} key/value heads"
         wanted = f"sizes that divide the {size['k']}, or are multiples of them"
         raise wrong("sharding", f"{found}, sizes {[mesh.shape[a] for a in heads]}", wanted)
-    return _Plan(mesh, frozenset(names), axes, shared)
+    return _Plan(mesh, frozenset(names), axes, shared, {})
 
 
 def _axes(mesh: Any, kind: AxisType) -> Axes:
@@ -200,7 +228,7 @@ def _as_axes(entry: Any) -> Axes:
     return entry if isinstance(entry, tuple) else (entry,)
 
 
-def _reshard(x: Array, mesh: Any, wanted: PartitionSpec) -> Array:
+def reshard(x: Array, mesh: Any, wanted: PartitionSpec) -> Array:
     """x with that type, where axes are explicit; shard_map itself moves what automatic ones hold."""
     explicit = _axes(mesh, AxisType.Explicit)
     entries = [tuple(a for a in _as_axes(entry) if a in explicit) for entry in wanted]

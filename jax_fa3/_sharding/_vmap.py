@@ -1,4 +1,5 @@
-"""vmap of a call: one call of more batch entries, with no loop and no collective."""
+"""vmap of a call: one call of more batch entries, or of more query heads, with no loop and no
+collective."""
 
 from __future__ import annotations
 
@@ -10,6 +11,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.custom_batching import custom_vmap
 
+from .._varying import vary_together
+from . import _groups
 from ._automatic import partitioned
 from ._letters import sizes
 from ._named import over_named_axes
@@ -20,13 +23,18 @@ def folded_into_batch(
 ) -> Callable[..., tuple[Array, ...]]:
     """function under vmap. The axis of each vmap has a capital for its letter and stands in front.
 
-    All the batch letters become one batch on each device only, so each of them may be split over
-    devices by itself.
+    All the batch letters become one batch on each device only, or a part of the query heads, so each
+    of them may be split over devices by itself.
     """
 
     @custom_vmap
     def call(*operands: Array) -> tuple[Array, ...]:
-        local = partitioned(_folded(function, letters, results), letters, results)
+        split = partitioned(_folded(function, letters, results), letters, results)
+
+        def local(*operands: Array) -> tuple[Array, ...]:
+            # An axis that vmap maps over may split some operands and not the others.
+            return split(*vary_together(operands))
+
         return over_named_axes(local, letters, results)(*operands)
 
     @call.def_vmap
@@ -52,6 +60,14 @@ def _folded(
 
     def call(*operands: Array) -> tuple[Array, ...]:
         size = sizes(operands, letters)
+        grouped = _groups.worth_it(operands, letters, results, size)
+        if grouped:
+            fewer, made = (
+                tuple(dims.translate(dict.fromkeys(map(ord, grouped))) for dims in group)
+                for group in (letters, results)
+            )
+            local = _folded(function, fewer, made)
+            return _groups.folded(local, letters, results, grouped)(*operands)
         batch = [size[letter] for letter in lead]
 
         def fold(x: Array, dims: str) -> Array:

@@ -5,15 +5,15 @@ from __future__ import annotations
 
 import math
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from .. import _autodiff, _mask
 from .._arguments import Implementation
 from .._checks import wrong
-from .._problem import Config, Masks
+from .._problem import Config, Masks, SegmentIds
 from ._layout import Layout
-from ._masks import SegmentIds
 
 
 def attend(
@@ -22,7 +22,7 @@ def attend(
     layout: Layout,
     operands: tuple[Array, ...],
     masks: Masks,
-    segment_ids: SegmentIds,
+    segment_ids: SegmentIds | None,
 ) -> tuple[Array, Array]:
     """out [B, T, N, V] and lse [B, N, T] of one device, by the masks of the whole sequence, whose
     arrays [B, T] are of this device's rows; differentiable."""
@@ -35,8 +35,8 @@ def attend(
     begin, end = (None if x is None else layout.gather(x) for x in (masks.key_begin, masks.key_end))
     masks = masks._replace(key_begin=begin, key_end=end)
     if segment_ids is not None:
-        query_ids, key_ids = map(layout.gather, segment_ids)
-        masks = _mask.with_segments(masks, (query_ids, key_ids), implementation)
+        ids = jax.tree.map(layout.gather, segment_ids)
+        masks = _mask.with_segments(masks, ids, implementation)
     out, lse = _autodiff.differentiable(implementation, config, None, tuple(whole), masks)
     out, lse = (
         lax.all_to_all(layout.laid_out(x), layout.axis_name, 1, 2, tiled=True)

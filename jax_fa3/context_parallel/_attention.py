@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any, Literal, Unpack, overload
 
 import jax
-import jax.numpy as jnp
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
-from .. import _arguments, _dispatch, _guards
+from .. import _arguments, _dispatch, _guards, _sharding
 from .._arguments import Implementation, Options
-from .._autodiff import RESIDUAL_NAMES
+from .._autodiff import RESIDUAL_NAMES, without_heads
 from .._checks import refuse_dense, static_bool, wrong
-from .._problem import Config, Masks, Sizes
+from .._jitted import finite_in_debug_mode, jitted
+from .._problem import Config, Masks, SegmentIds, Sizes
 from .._varying import vary_together
 from . import _all_gather, _all_to_all, _ring
 from ._checks import axis_size, check_lengths, check_replication
 from ._layout import Layout
-from ._masks import SegmentIds, of_this_device
+from ._masks import of_this_device
 from ._specs import Specs
 
 Strategy = Literal["ring", "all_gather", "all_to_all"]
@@ -86,7 +85,8 @@ def dot_product_attention(
             With "ring" and "all_gather" it gives every device the same work under a causal mask;
             "all_to_all" has that anyway, and copies its arrays once more.
         sharding: of query, as key and value shall be too: [B, T, N, H] split by axis_name alone in
-            T, in B and N by other axes or not at all. The call then takes whole arrays.
+            T, in B and N by other axes or not at all. The call then takes whole arrays. Those that
+            lie otherwise, masks too, are moved there; gradients come back as their operand lies.
         options: the other arguments of jax_fa3.dot_product_attention, bias and mask excepted.
             Positions, lengths, query_offset, key_begin and key_end mean the whole sequence:
             key_begin [B, T] is of this device's rows, but counts keys of all devices. Arrays [B]
@@ -120,64 +120,71 @@ def dot_product_attention(
     refused = _dispatch.refusal(call, tensors[0].dtype)
     implementation = _dispatch.choose(call.implementation, refused, stacklevel=2)
     config = Config(call.scale, call.window, call.logits_soft_cap, call.deterministic_backward)
-    static = strategy, implementation, config, layout
+    static = strategy, implementation, config, layout, call.return_residual
     if sharding is None:
         check_lengths(layout, sizes)
         check_replication(layout, tensors)
-        out, lse = _attend(*static, tensors, call.masks, call.segment_ids)
+        found = _attend(*static, tensors, call.masks, call.segment_ids)
     else:
         assert isinstance(sharding, NamedSharding)  # else refused
         specs = Specs.of(sharding, layout, sizes, batched)
-        out, lse = _attend_over(sharding, specs, static, tensors, call.masks, call.segment_ids)
-    if not batched:
-        out, lse = out[0], lse[0]
-    return (out, jnp.swapaxes(lse, -1, -2)) if call.return_residual else out
+        found = _attend_over(sharding, specs, static, tensors, call.masks, call.segment_ids)
+    return call.results(*found)
 
 
 # Jitted as _dispatch.run is: called eagerly, its steps would otherwise be compiled one by one.
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), inline=True)
+@jitted(static=5)
 def _attend(
     strategy: Strategy,
     implementation: Implementation | None,
     config: Config,
     layout: Layout,
+    with_lse: bool,
     operands: Operands,
     masks: Masks,
-    segment_ids: SegmentIds,
-) -> tuple[Array, Array]:
-    """Of this device's rows: out [B, T, N, V], lse [B, N, T]."""
+    segment_ids: SegmentIds | None,
+) -> tuple[Array, ...]:
+    """Of this device's rows: out [B, T, N, V], and lse [B, N, T] if that is wanted."""
     device = lax.axis_index(layout.axis_name)
     operands, masks, segment_ids, _ = vary_together((operands, masks, segment_ids, device))
+    if not operands[0].shape[2]:
+        found = without_heads(operands[0], operands[2].shape[3])
+        return found if with_lse else found[:1]
     if strategy == "all_to_all":
-        return _all_to_all.attend(implementation, config, layout, operands, masks, segment_ids)
+        found = _all_to_all.attend(implementation, config, layout, operands, masks, segment_ids)
+        return found if with_lse else found[:1]
     (batch, query_length, _, _), key_length = operands[0].shape, operands[1].shape[1]
     lengths = Sizes(batch, query_length, key_length, 0, 0, 0, 0)
     masks = of_this_device(implementation, layout, masks, config.window, segment_ids, lengths)
     config = dataclasses.replace(config, window=(None, None))  # which now is in the masks
     operands = tuple(map(_guards.reverse_mode_only, operands))
-    return _with_vjp(strategy, implementation, config, layout, operands, masks)
+    out, lse = _with_vjp(strategy, implementation, config, layout, operands, masks)
+    return (out, lse) if with_lse else (out,)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), inline=True)
+@jitted(static=3)
 def _attend_over(
     sharding: NamedSharding,
     specs: Specs,
-    static: tuple[Strategy, Implementation | None, Config, Layout],
+    static: tuple[Strategy, Implementation | None, Config, Layout, bool],
     operands: Operands,
     masks: Masks,
-    segment_ids: SegmentIds,
-) -> tuple[Array, Array]:
+    segment_ids: SegmentIds | None,
+) -> tuple[Array, ...]:
     """_attend of whole arrays."""
 
-    def local(operands: Operands, masks: Masks, segment_ids: SegmentIds) -> tuple[Array, Array]:
+    def local(
+        operands: Operands, masks: Masks, segment_ids: SegmentIds | None
+    ) -> tuple[Array, ...]:
         return _attend(*static, operands, masks, segment_ids)
 
     mesh, in_specs = sharding.mesh, specs.arguments(masks, segment_ids)
-    if AxisType.Explicit in mesh.axis_types:  # else shard_map moves them by itself
-        at = jax.tree.map(functools.partial(NamedSharding, mesh), in_specs[1:])
-        masks, segment_ids = jax.tree.map(jax.sharding.reshard, (masks, segment_ids), at)
-    call = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=specs.results)
-    return call(operands, masks, segment_ids)
+    arguments = jax.tree.map(
+        lambda x, spec: _sharding.reshard(x, mesh, spec), (operands, masks, segment_ids), in_specs
+    )
+    out_specs = specs.results if static[-1] else specs.results[:1]
+    call = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out_specs)
+    return call(*arguments)
 
 
 # Their forward and backward are written out, so that what is saved is of one device.
@@ -207,7 +214,7 @@ def _forward(
     constants = tuple(map(_guards.not_differentiable, operands))
     results = _primal(strategy, implementation, config, layout, constants, masks)
     out, lse = map(checkpoint_name, results, RESIDUAL_NAMES)
-    return (out, lse), (operands, masks, out, lse)
+    return (out, lse), (operands, masks, out, finite_in_debug_mode(lse))
 
 
 def _backward(

@@ -52,6 +52,8 @@ def zigzag_positions(length: int, axis_size: int) -> Array:
 
 def _cut(x: Any, axis_size: int, axis: int) -> tuple[ModuleType, int, int, int]:
     """NumPy or its twin, axis and axis_size checked, and the length of a chunk."""
+    if not isinstance(x, (Array, np.ndarray)):
+        raise wrong("x", type(x).__name__, "an array of JAX or NumPy")
     size = natural("axis_size", axis_size)
     if not -x.ndim <= axis < x.ndim:
         raise wrong("axis", axis, f"one of the {x.ndim} axes of x {x.shape}")

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import jax.numpy as jnp
+import dataclasses
+
 from jax import Array
 
 from .. import _mask
 from .._arguments import Implementation
-from .._problem import Masks, Sizes, Window
+from .._broken import is_broken, marked
+from .._problem import Masks, SegmentIds, Sizes, Window
 from ._layout import Layout
-
-SegmentIds = tuple[Array, Array] | None
 
 
 def of_this_device(
@@ -18,7 +18,7 @@ def of_this_device(
     layout: Layout,
     masks: Masks,
     window: Window,
-    segment_ids: SegmentIds,
+    segment_ids: SegmentIds | None,
     sizes: Sizes,
 ) -> Masks:
     """Everything in key_begin and key_end [B, T], but the lengths.
@@ -33,8 +33,9 @@ def of_this_device(
         and whose query_seq_lengths count rows of this device.
     """
     if segment_ids is not None:
-        query_ids, key_ids = segment_ids  # all keys' ids, 4 bytes each: a segment may span devices
-        masks = _mask.with_segments(masks, (query_ids, layout.gather(key_ids)), implementation)
+        # All keys' ids, 4 bytes each: a segment may span devices.
+        ids = dataclasses.replace(segment_ids, key=layout.gather(segment_ids.key))
+        masks = _mask.with_segments(masks, ids, implementation)
     if masks.query_seq_lengths is not None:
         lengths = layout.rows_before(masks.query_seq_lengths, layout.device(), sizes.query_length)
         masks = masks._replace(query_seq_lengths=lengths)
@@ -48,7 +49,7 @@ def of_this_device(
         layout.size * sizes.key_length,
         layout.positions(sizes.query_length),
     )
-    begin, end = _marked(broken, begin, end)
+    begin, end = marked(broken, begin, end)
     return masks._replace(query_offset=None, key_begin=begin, key_end=end)
 
 
@@ -65,12 +66,5 @@ def of_one_part(layout: Layout, masks: Masks, device: Array, key_length: int) ->
     if lengths is not None:
         lengths = local(lengths)
     if begin is not None and end is not None:  # both, or neither
-        begin, end = _marked(_mask.is_broken(begin, end), local(begin), local(end))
+        begin, end = marked(is_broken(begin, end), local(begin), local(end))
     return masks._replace(key_value_seq_lengths=lengths, key_begin=begin, key_end=end)
-
-
-def _marked(broken: Array, begin: Array, end: Array) -> tuple[Array, Array]:
-    return (
-        jnp.where(broken, _mask.BROKEN_BEGIN, begin),
-        jnp.where(broken, _mask.BROKEN_END, end),
-    )

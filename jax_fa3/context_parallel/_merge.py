@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
-from .._checks import wrong
+from .._checks import array, wrong
 
 
 def merge(outs: Sequence[Array] | Array, lses: Sequence[Array] | Array) -> tuple[Array, Array]:
@@ -25,7 +27,7 @@ def merge(outs: Sequence[Array] | Array, lses: Sequence[Array] | Array) -> tuple
 
     Parts of 16-bit outs are rounded twice, once here: take them in fp32 where they can be had.
     """
-    outs, lses = list(outs), list(lses)
+    outs, lses = _arrays("outs", outs), _arrays("lses", lses)
     if not outs or len(outs) != len(lses):
         raise wrong("lses", f"{len(lses)} for {len(outs)} outs", "one for each out, at least one")
     for out, lse in zip(outs, lses, strict=True):
@@ -37,9 +39,15 @@ def merge(outs: Sequence[Array] | Array, lses: Sequence[Array] | Array) -> tuple
     top = jnp.max(stacked, axis=0)
     sees = top != -jnp.inf  # a NaN stays one
     top = jnp.where(sees, top, 0)
-    weights = jnp.exp(stacked - top)
+    weights = jnp.exp(stacked - top[None])
     total = jnp.where(sees, weights.sum(0), 1)
-    weights = (weights / total)[..., None]
+    weights = (weights / total[None])[..., None]
     out = sum(w * x.astype(w.dtype) for w, x in zip(weights, outs, strict=True))
     lse = jnp.where(sees, top + jnp.log(total), -jnp.inf)
     return jnp.asarray(out, outs[0].dtype), lse.astype(lses[0].dtype)
+
+
+def _arrays(name: str, x: Any) -> list[Array]:
+    if not isinstance(x, (Array, np.ndarray, Sequence)) or isinstance(x, str):
+        raise wrong(name, type(x).__name__, "a sequence of arrays, or one array")
+    return [array(name, part) for part in x]

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from .._arguments import Implementation
+from .._broken import row_sums
 from .._problem import Config, Masks
 from .._varying import vary_together
 from . import _steps
@@ -60,7 +61,7 @@ def backward(
     config = dataclasses.replace(config, partial=True)
     (query, key, value), masks, out, lse = residuals
     dout, dlse = cotangents
-    dlse = dlse - jnp.swapaxes((dout.astype(lse.dtype) * out).sum(-1), 1, 2)
+    dlse = dlse - row_sums(dout, out, lse.dtype)
     part: Any = to_words(jnp.concatenate([key, value], axis=-1))
     # Not under way before the forward is done, beside whose steps its own parts travel.
     part, dlse = lax.optimization_barrier((part, dlse))

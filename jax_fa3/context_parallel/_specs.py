@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
+import jax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from .._checks import wrong
-from .._problem import Masks, Sizes
+from .._problem import Masks, SegmentIds, Sizes
 from ._checks import check_lengths
 from ._layout import Layout
-from ._masks import SegmentIds
 
 
 class Specs(NamedTuple):
@@ -46,7 +46,7 @@ class Specs(NamedTuple):
                 raise wrong(name, count, wanted)
         return cls(batch, axis_name, heads)
 
-    def arguments(self, masks: Masks, segment_ids: SegmentIds) -> Any:
+    def arguments(self, masks: Masks, segment_ids: SegmentIds | None) -> Any:
         """Specs of (query, key, value), masks and segment ids."""
         batch, sequence, heads = self
         rows = P(batch, sequence)
@@ -57,7 +57,7 @@ class Specs(NamedTuple):
             None if x is None else spec for x, spec in zip(masks, each, strict=True)
         ]
         tensors = (P(batch, sequence, heads),) * 3
-        return tensors, Masks(*present), None if segment_ids is None else (rows, rows)
+        return tensors, Masks(*present), jax.tree.map(lambda _: rows, segment_ids)
 
     @property
     def results(self) -> Any:

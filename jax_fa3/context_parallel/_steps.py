@@ -39,7 +39,7 @@ def forward(
 
 def _forward_kernel(
     config: Config, operands: Operands, masks: Masks, before: tuple[Array, Array] | None
-) -> tuple[Array, Array]:
+) -> tuple[Array, ...]:
     query, part = operands
     return _ffi.fwd(config, query, part, None, masks, before=before)
 

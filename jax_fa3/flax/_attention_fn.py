@@ -12,7 +12,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from .._arguments import Options
 from .._attention import dot_product_attention
-from .._checks import wrong
+from .._checks import array, wrong
 from ._mask_to_intervals import mask_to_intervals as to_intervals
 
 _DEFAULT_PRECISION = (None, "default", lax.Precision.DEFAULT)
@@ -92,6 +92,10 @@ def make_attention_fn(
         arguments: dict[str, Any] = dict(options) | {
             "is_causal": options.get("is_causal", False) or is_causal
         }
+        query, key, value = map(array, ("query", "key", "value"), (query, key, value))
+        for name, x in (("query", query), ("key", key), ("value", value)):
+            if x.ndim < 3:
+                raise wrong(name, f"shape {x.shape}", "(..., length, heads, head dim)")
         _check_alignment(arguments, query.shape[-3], key.shape[-3])
 
         dtype = dtype or jnp.result_type(query, key, value)  # as Flax promotes them
@@ -160,7 +164,7 @@ def _check_alignment(arguments: Any, query_length: int, key_length: int) -> None
 
 def _one_batch_axis(mask: ArrayLike, batch: tuple[int, ...]) -> Array:
     """[B or 1, 1 or N, 1 or T, 1 or S]."""
-    mask = jnp.asarray(mask)
+    mask = array("mask", mask)
     mask = mask.reshape((1,) * (3 - mask.ndim) + mask.shape)
     if len(batch) != 1:
         mask = jnp.broadcast_to(mask, (*batch, *mask.shape[-3:]))

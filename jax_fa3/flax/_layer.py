@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.core import Tracer
 
 from .._arguments import Implementation
-from .._checks import Integers, static_float, wrong
+from .._checks import Integers, array, static_float, wrong
 
 # What the projections leave for the attention's backward. jax.checkpoint with the policy
 # save_only_these_names(*PROJECTION_NAMES, *jax_fa3.RESIDUAL_NAMES) computes neither again.
@@ -39,6 +39,7 @@ class Layer(Protocol):
     local_window_size: int | tuple[int, int] | None
     logits_soft_cap: float | None
     scale: float | None
+    padding_segment_id: int | None
     rotary_base: float | None
     deterministic_backward: bool
     implementation: Implementation | None
@@ -72,19 +73,21 @@ def check_heads(
     return num_kv_heads, head_dim
 
 
-def keys_and_values(
-    inputs_q: Array, inputs_k: Array | None, inputs_v: Array | None
-) -> tuple[Array, Array]:
-    """The inputs of the key and of the value projection, by Flax's rules."""
+def checked_inputs(inputs_q: Any, inputs_k: Any, inputs_v: Any) -> tuple[Array, Array, Array]:
+    """The inputs of the three projections, by Flax's rules."""
     if inputs_k is None and inputs_v is not None:
         raise wrong(
             "inputs_k", None, "an array where inputs_v is one: pass inputs_k alone for both"
         )
-    inputs_k = inputs_q if inputs_k is None else inputs_k
-    inputs_v = inputs_k if inputs_v is None else inputs_v
+    inputs_q = array("inputs_q", inputs_q)
+    inputs_k = inputs_q if inputs_k is None else array("inputs_k", inputs_k)
+    inputs_v = inputs_k if inputs_v is None else array("inputs_v", inputs_v)
     if inputs_q.ndim not in (2, 3):
         raise wrong("inputs_q", f"shape {inputs_q.shape}", "(B, T, features), or (T, features)")
-    return inputs_k, inputs_v
+    for name, x in (("inputs_k", inputs_k), ("inputs_v", inputs_v)):
+        if x.ndim != inputs_q.ndim:
+            raise wrong(name, f"shape {x.shape}", f"rank {inputs_q.ndim}, as inputs_q has")
+    return inputs_q, inputs_k, inputs_v
 
 
 def attend(
@@ -127,6 +130,8 @@ def attend(
         "implementation": layer.implementation,
         **masks,
     }
+    if masks.get("query_segment_ids") is not None:
+        arguments["padding_segment_id"] = layer.padding_segment_id
     if cache is None:
         return _call(layer.attention_fn, query, key, value, arguments), None
     arguments["query_offset"] = cache.cache_index
@@ -155,7 +160,9 @@ def rotate(x: Array, positions: Integers, base: float) -> Array:
     """
     half = x.shape[-1] // 2
     frequencies = base ** -(jnp.arange(half, dtype=jnp.float32) / half)
-    angles = jnp.asarray(positions, jnp.float32)[..., None, None] * frequencies  # [..., T, 1, H/2]
+    where = jnp.asarray(positions, jnp.float32)
+    where = where.reshape(*[1] * (x.ndim - 2 - where.ndim), *where.shape, 1, 1)
+    angles = where * frequencies.reshape(*[1] * (x.ndim - 1), half)  # [..., T, 1, H/2]
     sin, cos = jnp.sin(angles), jnp.cos(angles)
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
@@ -168,8 +175,8 @@ def _positions(positions: Integers | None, query: Array, key: Array, start: int 
         found = f"{length} queries and {key.shape[-3]} keys"
         raise wrong("inputs_k", found, "as many of both: rotary_base is for self-attention")
     if positions is None:
-        return start + jnp.arange(length)
-    positions = jnp.asarray(positions)
+        return start + jnp.arange(length, dtype=jnp.int32)
+    positions = array("positions", positions)
     if positions.shape not in ((length,), (*batch, length)):
         raise wrong("positions", f"shape {positions.shape}", f"{(length,)} or {(*batch, length)}")
     return positions

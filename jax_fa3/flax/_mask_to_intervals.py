@@ -6,8 +6,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from .._checks import wrong
-from .._mask import BROKEN_BEGIN, BROKEN_END
+from .._broken import marked
+from .._checks import array, wrong
 
 
 def mask_to_intervals(mask: ArrayLike) -> tuple[Array, Array]:
@@ -24,13 +24,13 @@ def mask_to_intervals(mask: ArrayLike) -> tuple[Array, Array]:
         key_begin, key_end: int32 [..., T], to be passed to `dot_product_attention` by name. Row i
         sees the keys in [key_begin[i], key_end[i]); 0, 0 where it sees none: it gives 0, unlike in
         Flax, which gives the mean of all values. A row that sees several intervals, or has another
-        number than 0 and 1, gets the reserved 2**31 - 1, -2**31, which makes its output and its
-        gradients NaN.
+        number than 0 and 1, gets the pair that `jax_fa3.key_intervals` reserves, which makes its output
+        NaN, and its query's gradient where its cotangents are not 0.
 
     Raises:
         ValueError: the mask has less than three axes, or differs from head to head.
     """
-    mask = jnp.asarray(mask)
+    mask = array("mask", mask)
     if mask.ndim < 3 or mask.shape[-3] != 1:
         raise wrong("mask", f"shape {mask.shape}", "[..., 1, T, S], one mask for all heads")
     mask = mask[..., 0, :, :]
@@ -42,5 +42,4 @@ def mask_to_intervals(mask: ArrayLike) -> tuple[Array, Array]:
     broken = (count > 0) & (count != end - begin)
     if mask.dtype != bool:
         broken |= (visible & (mask != 1)).any(-1)
-    begin = jnp.where(broken, BROKEN_BEGIN, jnp.where(count > 0, begin, 0))
-    return begin, jnp.where(broken, BROKEN_END, end)
+    return marked(broken, jnp.where(count > 0, begin, 0), end)

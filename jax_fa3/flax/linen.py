@@ -37,6 +37,7 @@ class MultiHeadAttention(nn.Module):
         kernel_init, bias_init, out_kernel_init, out_bias_init: as in Flax's layer.
         is_causal, local_window_size, logits_soft_cap, scale: as in `jax_fa3.dot_product_attention`.
         deterministic_backward, implementation: as in `jax_fa3.dot_product_attention`.
+        padding_segment_id: as in `jax_fa3.dot_product_attention`, for calls that pass segment ids.
         rotary_base: rotates query and key by their positions, with this base (10000 in the paper);
             None does not.
         kernel_axes: logical names of the axes (features, heads) of all kernels and biases, for
@@ -71,6 +72,7 @@ class MultiHeadAttention(nn.Module):
     deterministic_backward: bool = False
     implementation: Implementation | None = None
     attention_fn: Callable[..., Any] = dot_product_attention
+    padding_segment_id: int | None = None
 
     @nn.compact
     def __call__(
@@ -101,7 +103,7 @@ class MultiHeadAttention(nn.Module):
             ValueError: sizes that do not fit; decoding without a cache or past its end.
             NotImplementedError: as `jax_fa3.dot_product_attention`.
         """
-        inputs_k, inputs_v = _layer.keys_and_values(inputs_q, inputs_k, inputs_v)
+        inputs_q, inputs_k, inputs_v = _layer.checked_inputs(inputs_q, inputs_k, inputs_v)
         features = inputs_q.shape[-1]
         qkv_features = features if self.qkv_features is None else self.qkv_features
         num_kv_heads, head_dim = _layer.check_heads(

@@ -37,6 +37,7 @@ class MultiHeadAttention(nnx.Module):
         kernel_init, bias_init, out_kernel_init, out_bias_init: as in Flax's layer.
         is_causal, local_window_size, logits_soft_cap, scale: as in `jax_fa3.dot_product_attention`.
         deterministic_backward, implementation: as in `jax_fa3.dot_product_attention`.
+        padding_segment_id: as in `jax_fa3.dot_product_attention`, for calls that pass segment ids.
         rotary_base: rotates query and key by their positions, with this base (10000 in the paper);
             None does not.
         kernel_axes: names of the axes (features, heads) of all kernels and biases, for
@@ -72,6 +73,7 @@ class MultiHeadAttention(nnx.Module):
         local_window_size: int | tuple[int, int] | None = None,
         logits_soft_cap: float | None = None,
         scale: float | None = None,
+        padding_segment_id: int | None = None,
         rotary_base: float | None = None,
         kernel_axes: KernelAxes = None,
         decode: bool = False,
@@ -89,6 +91,7 @@ class MultiHeadAttention(nnx.Module):
         )
         self.is_causal, self.local_window_size, self.scale = is_causal, local_window_size, scale
         self.logits_soft_cap, self.decode = logits_soft_cap, decode
+        self.padding_segment_id = padding_segment_id
         self.deterministic_backward = deterministic_backward
         self.implementation: Implementation | None = implementation
         self.attention_fn, self.cache_dtype = attention_fn, dtype or param_dtype
@@ -164,7 +167,7 @@ class MultiHeadAttention(nnx.Module):
             ValueError: sizes that do not fit; decoding without a cache or past its end.
             NotImplementedError: as `jax_fa3.dot_product_attention`.
         """
-        inputs_k, inputs_v = _layer.keys_and_values(inputs_q, inputs_k, inputs_v)
+        inputs_q, inputs_k, inputs_v = _layer.checked_inputs(inputs_q, inputs_k, inputs_v)
         for name, x, features in (
             ("inputs_q", inputs_q, self.in_features),
             ("inputs_k", inputs_k, self.in_kv_features),

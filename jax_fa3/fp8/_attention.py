@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any, Literal, Unpack, overload
 
-import jax
-import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
 from .. import _arguments, _dispatch, _mask, _sharding
 from .._arguments import Implementation, Options
+from .._autodiff import without_heads
 from .._checks import refuse_dense
-from .._problem import Config, Masks
+from .._jitted import jitted
+from .._problem import Config, Masks, SegmentIds
 from . import _autodiff
 from ._autodiff import Operands, Preparation
 from ._checks import check_not_quantized, config_of, refusal
@@ -98,23 +97,21 @@ def dot_product_attention(
     config = config_of(call, "query")
     refused = _dispatch.refusal(call, tensors[0].dtype) or refusal(call)
     implementation = _dispatch.choose(call.implementation, refused, stacklevel=2)
-    static = implementation, quantization, config, call.sharding
-    out, lse = _attend(*static, tensors, signs, call.masks, call.segment_ids)
-    if not batched:
-        out, lse = out[0], lse[0]
-    return (out, jnp.swapaxes(lse, -1, -2)) if call.return_residual else out
+    static = implementation, quantization, config, call.sharding, call.return_residual
+    return call.results(*_attend(*static, tensors, signs, call.masks, call.segment_ids))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), inline=True)
+@jitted(static=5)
 def _attend(
     implementation: Implementation | None,
     quantization: Quantization,
     config: Config,
     sharding: Any,
+    with_lse: bool,
     operands: Operands,
     signs: Array | None,
     masks: Masks,
-    segment_ids: tuple[Array, Array] | None,
+    segment_ids: SegmentIds | None,
 ) -> tuple[Array, ...]:
     signs = None if signs is None else signs[None]
     preparation = Preparation(signs)
@@ -126,6 +123,8 @@ def _attend(
     def local(
         operands: Operands, preparation: Preparation, masks: Masks, segment_ids: Any
     ) -> tuple[Array, Array]:
+        if not operands[0].shape[2]:
+            return without_heads(operands[0], operands[2].shape[3])
         if segment_ids is not None:
             masks = _mask.with_segments(masks, segment_ids, implementation)
         static = implementation, quantization, config
@@ -134,4 +133,5 @@ def _attend(
     per_id = None if segment_ids is None else ("b.", "b.")
     letters, results = _autodiff.letters(operands, preparation, masks)
     call = _sharding.over_named_axes(local, (*letters, per_id), results, sharding)
-    return call(operands, preparation, masks, segment_ids)
+    out, lse = call(operands, preparation, masks, segment_ids)
+    return (out, lse) if with_lse else (out,)

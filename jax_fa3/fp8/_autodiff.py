@@ -14,6 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 from .. import _autodiff, _dispatch, _guards
 from .._arguments import Implementation
 from .._autodiff import RESIDUAL_NAMES
+from .._jitted import finite_in_debug_mode
 from .._problem import Config, Masks
 from .._varying import vary_together
 from . import _ffi, _quantize, _xla
@@ -105,7 +106,7 @@ def _forward(
     constants = tuple(map(_guards.not_differentiable, operands))
     results = _primal(implementation, quantization, config, constants, preparation, masks)
     out, lse = map(checkpoint_name, results, RESIDUAL_NAMES)
-    return (out, lse), (operands, masks, out, lse)
+    return (out, lse), (operands, masks, out, finite_in_debug_mode(lse))
 
 
 def _backward(

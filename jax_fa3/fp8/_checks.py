@@ -10,7 +10,7 @@ from jax import Array
 
 from .. import _dispatch
 from .._arguments import Call
-from .._checks import wrong
+from .._checks import array, wrong
 from .._problem import Config, Sizes
 from ._ffi import blocks
 
@@ -60,7 +60,7 @@ def checked_scale(name: str, x: Any, shape: tuple[int, ...], batched: bool) -> A
     """x as fp32 [B, blocks, heads], for an array [B, length, heads, H]."""
     if x is None:
         raise wrong(name, None, "fp32 scales, which jax_fa3.fp8.quantize gives")
-    scale = jnp.asarray(x, None if isinstance(x, Array) else jnp.float32)
+    scale = array(name, x, None if isinstance(x, Array) else jnp.float32)
     if scale.dtype != jnp.float32:
         raise wrong(name, f"dtype {scale.dtype}", "float32")
     batch, length, heads, _ = shape

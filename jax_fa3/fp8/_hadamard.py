@@ -15,7 +15,8 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from .._checks import natural, wrong
+from .._checks import array, natural, wrong
+from .._problem import wide
 
 LEAST_BLOCK = 16
 
@@ -36,12 +37,14 @@ def hadamard_transform(x: ArrayLike, signs: ArrayLike | None = None) -> Array:
 
     Raises ValueError: x has no such head dim, or is not floating; signs are not [H].
     """
-    x = jnp.asarray(x)
+    x = array("x", x)
     if not x.ndim or not jnp.issubdtype(x.dtype, jnp.floating):
         raise wrong("x", f"{x.dtype}{list(x.shape)}", "[..., H] of a floating dtype")
     check_head_dim("x", x.shape[-1])
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    return transform(wide, checked_signs(signs, x.shape[-1])).astype(x.dtype)
+    flips = checked_signs(signs, x.shape[-1])
+    if flips is not None:
+        flips = flips.reshape(*[1] * (x.ndim - 1), -1)
+    return transform(x.astype(wide(x.dtype)), flips).astype(x.dtype)
 
 
 def random_signs(key: ArrayLike, head_dim: int) -> Array:
@@ -57,7 +60,7 @@ def random_signs(key: ArrayLike, head_dim: int) -> Array:
     Raises ValueError: key is neither.
     """
     head_dim = natural("head_dim", head_dim)
-    if not isinstance(key, (Array, np.ndarray)):
+    if not isinstance(key, (Array, np.ndarray)):  # natural says what is wrong with others
         bits = np.random.PCG64(natural("key", key)).random_raw(head_dim) >> np.uint64(63)
         return jnp.asarray(1 - 2 * bits.astype(np.float32))
     typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
@@ -70,9 +73,10 @@ def transform(x: Array, signs: Array | None) -> Array:
     """hadamard_transform of fp32 or fp64 x; signs: broadcastable to x, of x's or a narrower dtype."""
     head_dim = x.shape[-1]
     size = power_of_two(head_dim)
-    i = jnp.arange(head_dim, dtype=jnp.int32)
-    parity = jax.lax.population_count(i[:, None] % size & i % size) % 2
-    matrix = jnp.where(i[:, None] // size == i // size, 1 - 2 * parity, 0).astype(x.dtype)
+    j = jnp.arange(head_dim, dtype=jnp.int32)[None]
+    i = j.T
+    parity = jax.lax.population_count(i % size & j % size) % 2
+    matrix = jnp.where(i // size == j // size, 1 - 2 * parity, 0).astype(x.dtype)
     x = x if signs is None else x * signs.astype(x.dtype)
     # "highest": on GPUs and TPUs fp32 would be rounded to 11 bits or fewer.
     return jnp.einsum("...h,hj->...j", x, matrix, precision="highest") * (1 / math.sqrt(size))
@@ -81,7 +85,7 @@ def transform(x: Array, signs: Array | None) -> Array:
 def checked_signs(signs: Any, head_dim: int) -> Array | None:
     if signs is None:
         return None
-    signs = jnp.asarray(signs)
+    signs = array("signs", signs)
     if signs.shape != (head_dim,):
         raise wrong("signs", f"shape {signs.shape}", f"({head_dim},), one for each column of x")
     return signs.astype(jnp.float32)

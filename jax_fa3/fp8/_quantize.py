@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -13,7 +11,9 @@ from jax.typing import ArrayLike
 
 from .. import _dispatch, _guards
 from .._arguments import Implementation
-from .._checks import Integers, int32, wrong
+from .._checks import Integers, array, integers, wrong
+from .._integers import clamped
+from .._jitted import jitted
 from . import _ffi
 from ._checks import check_not_quantized, refusal_of_head_dim
 from ._ffi import BLOCK, blocks
@@ -59,31 +59,32 @@ def quantize(
         NotImplementedError: "fa3", and the kernel does not take x or this machine has none;
             differentiation.
     """
-    array = jnp.asarray(x)
-    if array.ndim not in (3, 4):
-        raise wrong("x", f"shape {array.shape}", "(B, T, N, H), or (T, N, H)")
-    check_not_quantized("x", array)
+    whole = array("x", x)
+    if whole.ndim not in (3, 4):
+        raise wrong("x", f"shape {whole.shape}", "(B, T, N, H), or (T, N, H)")
+    check_not_quantized("x", whole)
     check_quantization(quantization)
     if implementation not in (None, "fa3", "xla"):
         raise wrong("implementation", repr(implementation), "None, 'fa3' or 'xla'")
-    flips = checked_signs(signs, array.shape[-1])
+    flips = checked_signs(signs, whole.shape[-1])
     if flips is not None:
-        check_head_dim("x", array.shape[-1], ", or signs=None")
-    batched = array.ndim == 4
-    array = array if batched else array[None]
-    counts = None if lengths is None else int32("lengths", lengths, array.shape[:1], batched)
+        check_head_dim("x", whole.shape[-1], ", or signs=None")
+    batched = whole.ndim == 4
+    whole, counts = whole if batched else whole[None], None
+    if lengths is not None:
+        counts = clamped(integers("lengths", lengths, whole.shape[:1], batched))
     if quantization == "block":
-        chosen = _dispatch.choose(implementation, _refusal(array), stacklevel=2)
+        chosen = _dispatch.choose(implementation, _refusal(whole), stacklevel=2)
     elif implementation == "fa3":
         wanted = f"wanted 'block', or {_dispatch.ELSEWHERE}"
         raise NotImplementedError(f"quantization: got {quantization!r}, {wanted}")
     else:
         chosen = "xla"
-    quantized, scales = _quantize(chosen, quantization, array, flips, counts)
+    quantized, scales = _quantize(chosen, quantization, whole, flips, counts)
     return (quantized, scales) if batched else (quantized[0], scales[0])
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
+@jitted(static=2)
 def _quantize(
     implementation: Implementation | None,
     quantization: Quantization,
@@ -165,7 +166,7 @@ def _prepared(x: Array, signs: Array | None, lengths: Array | None) -> Array:
     """x in fp32, transformed, and 0 from the lengths on."""
     x = x.astype(jnp.float32)
     if lengths is not None:
-        inside = jnp.arange(x.shape[1], dtype=jnp.int32) < lengths[:, None]
+        inside = jnp.arange(x.shape[1], dtype=jnp.int32)[None] < lengths[:, None]
         x = jnp.where(inside[..., None, None], x, 0)
     return x if signs is None else transform(x, signs[:, None, None])
 

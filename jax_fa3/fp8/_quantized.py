@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any, Literal, Unpack, overload
 
 import jax
@@ -13,8 +12,10 @@ from jax.typing import ArrayLike, DTypeLike
 
 from .. import _arguments, _autodiff, _dispatch, _guards, _mask, _sharding
 from .._arguments import Implementation, Options
-from .._checks import refuse_dense, wrong
-from .._problem import Config, Masks
+from .._autodiff import without_heads
+from .._checks import array, refuse_dense, wrong
+from .._jitted import jitted
+from .._problem import Config, Masks, SegmentIds
 from . import _ffi, _xla
 from ._checks import check_e4m3, checked_result_dtype, checked_scale, config_of, refusal
 
@@ -94,8 +95,9 @@ def quantized_dot_product_attention(
             does not support, and other devices.
     """
     refuse_dense(options, "jax_fa3.fp8")
-    arrays = [jnp.asarray(x) for x in (query, key, value)]
-    for name, x in zip(("query", "key", "value"), arrays, strict=True):
+    names = "query", "key", "value"
+    arrays = [*map(array, names, (query, key, value))]
+    for name, x in zip(names, arrays, strict=True):
         check_e4m3(name, x)
     tensors, sizes, batched = _arguments.operands(*arrays)
     call = _arguments.parse(sizes, batched, **options)
@@ -108,29 +110,29 @@ def quantized_dot_product_attention(
     )
     config, result = config_of(call, "query_scale"), checked_result_dtype(dtype)
     implementation = _dispatch.choose(call.implementation, refusal(call), stacklevel=2)
-    static = implementation, config, result, call.sharding
-    out, lse = _attend(*static, tensors, scales, call.masks, call.segment_ids)
-    if not batched:
-        out, lse = out[0], lse[0]
-    return (out, jnp.swapaxes(lse, -1, -2)) if call.return_residual else out
+    static = implementation, config, result, call.sharding, call.return_residual
+    return call.results(*_attend(*static, tensors, scales, call.masks, call.segment_ids))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), inline=True)
+@jitted(static=5)
 def _attend(
     implementation: Implementation | None,
     config: Config,
     dtype: np.dtype,
     sharding: Any,
+    with_lse: bool,
     tensors: Three,
     scales: Three,
     masks: Masks,
-    segment_ids: tuple[Array, Array] | None,
+    segment_ids: SegmentIds | None,
 ) -> tuple[Array, ...]:
     tensors, scales = jax.tree.map(_guards.quantized, (tensors, scales))
     per_tensor, per_mask, results = _autodiff._letters(tensors, masks)
     per_scale = "b.n", "b.k", "b.k"
 
     def local(tensors: Three, scales: Three, masks: Masks, segment_ids: Any) -> tuple[Array, ...]:
+        if not tensors[0].shape[2]:
+            return without_heads(tensors[0], tensors[2].shape[3], dtype)
         if segment_ids is not None:
             masks = _mask.with_segments(masks, segment_ids, implementation)
         per_mask = _autodiff._letters(tensors, masks)[1]
@@ -141,4 +143,5 @@ def _attend(
     per_id = None if segment_ids is None else ("b.", "b.")
     letters = per_tensor, per_scale, per_mask, per_id
     call = _sharding.over_named_axes(local, letters, results, sharding)
-    return call(tensors, scales, masks, segment_ids)
+    out, lse = call(tensors, scales, masks, segment_ids)
+    return (out, lse) if with_lse else (out,)

@@ -9,7 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
-from masks import chunked, documents, ints, key_lengths, packed, prefix_lm, scattered
+from masks import (
+    MARK,
+    chunked,
+    documents,
+    ints,
+    key_lengths,
+    nearly_marked,
+    packed,
+    prefix_lm,
+    scattered,
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # equal if the same object, so it has a hash
@@ -175,7 +185,9 @@ def _per_row() -> list[Case]:
         "any intervals": (200, 260, scattered(1, 200, 260)),
         "any intervals, causal": (200, 260, {**scattered(1, 200, 260, 90), **CAUSAL}),
         "out of range": (200, 260, scattered(1, 200, 260, 2**31 - 300)),
-        "reserved value": (64, 64, {"key_begin": ints([HUGE] * 64), "key_end": ints([~HUGE] * 64)}),
+        "extremes": (64, 64, {"key_begin": ints([HUGE] * 64), "key_end": ints([~HUGE] * 64)}),
+        "mark": (64, 64, {"key_begin": ints([MARK[0]] * 64), "key_end": ints([MARK[1]] * 64)}),
+        "nearly marked": (36, 64, nearly_marked()),
     }
     cases = [Case(name, t, s, B=1, mask=mask, H=128) for name, (t, s, mask) in masks.items()]
     two = {

@@ -4,6 +4,9 @@ from typing import Any
 
 import numpy as np
 
+# key_begin and key_end of a row whose segment is a broken run; any other pair is an interval.
+MARK = 0x7FFA3FA3, -0x7FFA3FA3
+
 
 def ints(*values: Any) -> np.ndarray:
     return np.array(values, np.int32)
@@ -38,6 +41,15 @@ def scattered(B: int, T: int, S: int, spread: int = 0) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(T)
     begin, end = rng.integers(-spread, S + spread, (2, B, T))
     return {"key_begin": begin.astype(np.int32), "key_end": end.astype(np.int32)}
+
+
+def nearly_marked() -> dict[str, np.ndarray]:
+    """[1, 36]: pairs of int32's extremes, the mark's numbers and their neighbours; one is the mark."""
+    most, least = 2**31 - 1, -(2**31)
+    begins = most, MARK[0] + 1, MARK[0], MARK[0] - 1, 0, least
+    ends = least, MARK[1] - 1, MARK[1], MARK[1] + 1, 40, most
+    begin, end = np.meshgrid(begins, ends)
+    return {"key_begin": ints(begin.ravel()), "key_end": ints(end.ravel())}
 
 
 def key_lengths(*lengths: int) -> dict[str, np.ndarray]:

@@ -18,6 +18,9 @@ import jax_fa3
 
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
 DTYPE = jnp.float16
+# jax 0.10 gathers what goes in and out of a shard_map inside another, or inside vmap over an explicit
+# axis, whatever the function: a sine too.
+GATHERS_NESTED = jax.__version_info__ < (0, 11)
 _COLLECTIVE = re.compile(
     r"\b(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
 )

@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jax_fa3 import _mask, context_parallel
+from jax_fa3._broken import row_sums
 from jax_fa3._problem import Config, Masks
 from jax_fa3.context_parallel import _steps
 from jax_fa3.context_parallel._layout import Layout
@@ -146,7 +147,7 @@ def in_steps(
         before = _steps.forward(implementation, config, (query, part), keys, before)
     out, lse = before
     dout, dlse = cotangents
-    dlse = jnp.swapaxes(dlse - (dout.astype(jnp.float32) * out).sum(-1), 1, 2)
+    dlse = jnp.swapaxes(dlse, 1, 2) - row_sums(dout, out, jnp.float32)
     config = dataclasses.replace(config, partial=True)
     dq, dkv = None, []
     for i, (part, keys) in enumerate(steps):

@@ -131,7 +131,7 @@ def test_empty(empty, implementation):
     assert lse.shape == (b, t, n) and (lse == -jnp.inf).all()
     assert not any(x.any() for x in pullback((out, jnp.zeros_like(lse))))
     text = lower(lambda *x: attention(*x, is_causal=True), *(x.astype(jnp.bfloat16) for x in qkv))
-    assert targets(text) == [FWD]
+    assert targets(text) == ([] if empty == "N" else [FWD])  # not even a call without heads
 
 
 def test_packed():

@@ -5,9 +5,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from cases import LONG, TABLE, Case
 from helpers import Results, assert_rounded, both_oracles, equal, poison
+from masks import documents, packed
 from sequences import in_steps
 
 CASES = {case.name: case for case in [*TABLE, *LONG]}
@@ -55,6 +57,33 @@ def test_steps_join_to_the_whole(name: str):
 @pytest.mark.parametrize("name", ON_GPU)
 def test_kernels(name: str):
     check(CASES[name], "fa3", [jnp.bfloat16, jnp.float16][ON_GPU.index(name) % 2])
+
+
+def check_without_cotangents(implementation: Any) -> None:
+    """A broken run's dq is 0 where nothing comes in, NaN elsewhere, after all steps of the ring."""
+    ids = documents(70, 98, 32, ids=(0, 1, 0))
+    case = Case("two runs of 0", 200, 200, 4, 2, 64, B=1, mask=packed(ids))
+    inputs, (dout, dlse) = case.inputs(jnp.bfloat16), case.cotangents(jnp.bfloat16)
+    text = jnp.asarray(ids == 1)[None, :, None]
+    dout, dlse = jnp.where(text[..., None], dout, 0), jnp.where(text, dlse, 0)
+    dout, dlse = dout.at[0, 3, 1, 5].set(1e-30), dlse.at[0, 180, 3].set(-2)
+    dq, dk, dv = (
+        np.asarray(x, np.float32) for x in found(case, implementation, inputs, (dout, dlse))[2:]
+    )
+    nan = np.zeros((200, 4), bool)
+    nan[[3, 180], [1, 3]] = True
+    np.testing.assert_array_equal(np.isnan(dq)[0].all(-1), nan)
+    assert not dq[0][(ids == 0)[:, None] & ~nan].any() and dq[0, ids == 1].any((1, 2)).all()
+    assert np.isfinite(dq[0, ids == 1]).all() and np.isfinite(dk).all() and np.isfinite(dv).all()
+
+
+def test_broken_rows_without_cotangents():
+    check_without_cotangents("xla")
+
+
+@pytest.mark.gpu
+def test_broken_rows_without_cotangents_by_kernels():
+    check_without_cotangents("fa3")
 
 
 @pytest.mark.gpu

@@ -1,6 +1,7 @@
 """Which code runs: by the arguments, the machine, and the platform that is lowered for."""
 
 import contextlib
+import functools
 import types
 import warnings
 from typing import Any
@@ -16,6 +17,7 @@ from jax_fa3 import _dispatch, _ffi
 
 FWD = "jax_fa3.fwd.v1"
 KERNELS = [("bfloat16", 128, 128)]
+_ffi_before = _ffi._C
 
 
 def arguments(dtype: Any = jnp.bfloat16, head_dim: int = 64) -> list[jax.ShapeDtypeStruct]:
@@ -35,8 +37,10 @@ def attention(implementation: Any = None, **options: Any) -> Any:
 def machine(monkeypatch):
     """Makes the machine one with GPUs of these capabilities and these kernels; at first with none."""
 
-    def set_machine(*capabilities: str, kernels: Any = KERNELS) -> None:
-        built = None if kernels is None else types.SimpleNamespace(kernels=lambda: kernels)
+    def set_machine(*capabilities: str, kernels: Any = KERNELS, driver: int = 13000) -> None:
+        functions = {"kernels": kernels, "driver_version": driver, "runtime_version": 13000}
+        functions = {name: functools.partial(lambda x: x, x) for name, x in functions.items()}
+        built = None if kernels is None else types.SimpleNamespace(**functions)
         monkeypatch.setattr(_ffi, "_C", built)
         monkeypatch.setattr(_dispatch, "compute_capabilities", lambda: set(capabilities))
 
@@ -86,8 +90,6 @@ def test_hopper_gpu(machine):
     machine("9.0")
     assert targets(lower(attention(), *arguments())) == [FWD]
     assert jax_fa3.is_supported(*arguments()) is None
-    machine("8.0", "9.0")
-    assert targets(lower(attention(), *arguments())) == [FWD]
 
 
 def test_hopper_gpu_left_unused(machine):
@@ -117,6 +119,32 @@ def test_other_gpu(machine):
     with pytest.raises(NotImplementedError, match=reason):
         jax.eval_shape(attention("fa3"), *arguments())
     assert (jax_fa3.is_supported(*arguments()) or "").startswith(reason)
+
+
+@pytest.mark.parametrize(("driver", "cuda"), [(12080, "12.8"), (11040, "11.4")])
+def test_driver_that_is_too_old(machine, driver, cuda):
+    machine("9.0", driver=driver)
+    wanted = "wanted one for CUDA 13.0 or newer: update it, or use implementation='xla'"
+    reason = f"device: got an NVIDIA driver for CUDA {cuda}, {wanted}"
+    with warned(reason):
+        assert targets(lower(attention(), *arguments())) == []
+    with pytest.raises(NotImplementedError, match=f"implementation='fa3': {reason}"):
+        jax.eval_shape(attention("fa3"), *arguments())
+    assert jax_fa3.is_supported(*arguments()) == reason
+
+
+@pytest.mark.parametrize("driver", [13000, 13010, 14000, 0])  # 0: not known
+def test_driver_that_is_new_enough(machine, driver):
+    machine("9.0", driver=driver)
+    assert targets(lower(attention(), *arguments())) == [FWD]
+    assert jax_fa3.is_supported(*arguments()) is None
+
+
+def test_versions_of_cuda():
+    """The driver is asked without a context, and where there is none, too."""
+    if _ffi_before is not None:
+        driver, runtime = _ffi_before.driver_version(), _ffi_before.runtime_version()
+        assert runtime >= 12000 and (driver == 0 or driver >= 11000)
 
 
 def test_kernels_that_are_not_built(machine):

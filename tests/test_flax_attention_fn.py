@@ -147,6 +147,11 @@ def test_options_instead_of_masks():
     assert_close(make_attention_fn(local_window_size=(T, 0))(q, q, q), exact)
     ends = jnp.broadcast_to(jnp.arange(1, T + 1), (B, T))
     assert_close(make_attention_fn(key_end=ends)(q, q, q), exact)
+    ids = np.where(RIGHT, 3, 0)
+    segments = {"query_segment_ids": ids, "key_value_segment_ids": ids, "padding_segment_id": 0}
+    text = make_attention_fn(is_causal=True, **segments)(q, q, q)
+    np.testing.assert_array_equal(text, np.where(RIGHT[..., None, None], text, 0))
+    assert_close(text, np.where(RIGHT[..., None, None], exact, 0))
     mask = MASKS["left"]
     combined = make_attention_fn(mask_to_intervals=True, is_causal=True)
     padding = nn.make_attention_mask(LEFT, LEFT)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from lowering import hide_gpus, lower, targets
+from masks import documents
 
 pytest.importorskip("flax")
 from flax import linen as nn
@@ -103,6 +104,28 @@ def test_is_what_it_is_made_of(api):
     close(layer(X, **segments), exact)
     close(layer(X, **segments, positions=jnp.broadcast_to(positions + 3, (B, T))), exact)
     close(layer(X[0], **{k: x[0] for k, x in segments.items()}), exact[0])  # no batch axis
+
+
+@both
+def test_padding_segment_id(api):
+    """Outputs and the gradients of every parameter, with padding of id 0 at both ends."""
+    ids = np.stack([documents(2, 7, 3, ids=(0, 1, 0)), documents(5, 2, 4, 1, ids=(4, 0, 3, 0))])
+
+    def results(ids, **options):
+        segments = {"query_segment_ids": ids, "key_value_segment_ids": ids}
+        layer = make(api, num_kv_heads=K, **options)
+        if api == "linen":
+            return value_and_grads(
+                lambda v, x: layer.layer.apply(v, x, **segments), layer.variables, X
+            )
+        graph, state = nnx.split(layer)
+        return value_and_grads(lambda s, x: nnx.merge(graph, s)(x, **segments), state, X)
+
+    found = results(ids, padding_segment_id=0)
+    close(found, results(np.where(ids == 0, -1, ids)))
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(found))
+    layer = make(api, padding_segment_id=0, decode=True)  # calls without ids do not need it
+    close(layer(X[:, :5]), make(api)(X)[:, :5])
 
 
 @both

@@ -9,7 +9,7 @@ pytest.importorskip("flax")
 from flax import linen as nn
 
 import jax_fa3
-from jax_fa3._mask import is_broken
+from jax_fa3._broken import is_broken
 from jax_fa3.flax import mask_to_intervals
 
 B, T, S = 2, 6, 9

@@ -1,6 +1,6 @@
 """Attention of e4m3 arrays on a machine without a GPU: numbers, bad input, what it lowers to."""
 
-import dataclasses
+import types
 from typing import Any
 
 import fp8_oracle
@@ -234,7 +234,8 @@ def test_fa3_refuses(options, operands, message):
 @pytest.mark.parametrize("kernels", [None, [("bfloat16", 64, 64)]])
 def test_hopper_gpu_without_the_kernels(monkeypatch, kernels):
     """An install with none, or with those of 16 bits alone."""
-    module = kernels and dataclasses.make_dataclass("C", ["kernels"])(lambda: kernels)
+    versions = {"driver_version": lambda: 13000, "runtime_version": lambda: 13000}
+    module = kernels and types.SimpleNamespace(kernels=lambda: kernels, **versions)
     monkeypatch.setattr(_ffi, "_C", module)
     monkeypatch.setattr(_dispatch, "compute_capabilities", lambda: {"9.0"})
     reason = "an install without CUDA kernels" if kernels is None else r"in float8_e4m3fn, .* \[\]"

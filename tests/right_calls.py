@@ -1,0 +1,204 @@
+"""Custom calls as the library makes them: recorded from the functions that make them, so that tests
+which change something in them (wrong_calls) follow every change of the targets by themselves."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_fa3 import _ffi, _plan
+from jax_fa3._problem import Config, Masks
+from jax_fa3.fp8 import _ffi as _fp8
+
+# Whole blocks of every kernel, and 64 rows in those of the backward, by which its workspace is counted:
+# so that is exactly as large as it must be.
+B, T, S, N, K, H, V = 2, 128, 160, 4, 2, 128, 64
+Struct = jax.ShapeDtypeStruct
+FORWARD: Any = _ffi.fwd
+BACKWARD: Any = _ffi.bwd
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    target: str
+    operands: tuple[Struct, ...]
+    results: tuple[Struct, ...]
+    aliases: dict[int, int]
+    attributes: dict[str, Any]
+
+    def run(self, device: Any) -> list[jax.Array]:
+        """What it gives on this device, waited for."""
+        call = jax.ffi.ffi_call(
+            self.target, self.results, input_output_aliases=self.aliases or None
+        )
+        values = [
+            jax.device_put(np.full(x.shape, 100 if x.dtype == jnp.int32 else 1, x.dtype), device)
+            for x in self.operands
+        ]
+        return jax.block_until_ready(jax.jit(lambda *x: call(*x, **self.attributes))(*values))
+
+
+def recorded(function: Callable[..., Any], *operands: Any) -> Call:
+    """The last custom call that function makes."""
+    return all_recorded(function, *operands)[-1]
+
+
+def all_recorded(function: Callable[..., Any], *operands: Any) -> list[Call]:
+    calls = []
+
+    def ffi_call(target: str, results: Any, *, input_output_aliases: Any = None) -> Any:
+        def call(*operands: Any, **attributes: Any) -> list[jax.Array]:
+            structs = tuple(Struct(x.shape, x.dtype) for x in operands)
+            aliases = dict(input_output_aliases or {})
+            calls.append(Call(target, structs, tuple(results), aliases, attributes))
+            return [jnp.zeros(x.shape, x.dtype) for x in results]
+
+        return call
+
+    with mock.patch.object(jax.ffi, "ffi_call", ffi_call):
+        jax.eval_shape(lambda *x: function(*x), *operands)  # not from a cache
+    return calls
+
+
+def right_calls() -> dict[str, Call]:
+    """At least one of every target; two with each way to leave something out."""
+    operands = operands_of()
+    q: Any = operands[0]
+    every = Config(0.5, (7, 3), 30.0, True)
+    plain = Config(0.5, (None, None), None, False)
+    partial = dataclasses.replace(plain, partial=True)
+    qkv = Struct((B, T, N + 2 * K, H), q.dtype)
+    heads: dict[str, Any] = {"num_heads": (N, K), "first_head": (0, N, N + K)}
+    together = Struct((B, S, K, H + V), q.dtype)
+    words = Struct((B, S, K, (H + V) // 2), jnp.uint32)
+    summed = _ffi.dq_sum_of(q, N, V)
+    before = Struct((B, T, N, V), jnp.float32), Struct((B, N, T), jnp.float32)
+    rows, packed_rows = rows_of(), rows_of(T, N, H)
+    low = rows[1]
+    half, half_rows = operands_of(dtype=jnp.float16), rows_of(dtype=jnp.float16)
+    ids = Struct((B, T), jnp.int32), Struct((B, S), jnp.int32)
+    lengths, masks = Struct((B,), jnp.int32), masks_of()
+
+    def packed_forward(config: Config) -> Any:
+        return lambda qkv, *masks: FORWARD(config, qkv, qkv, qkv, *masks, **heads)
+
+    def packed_backward(qkv: Any, masks: Masks, *rows: Any) -> Any:
+        return BACKWARD(every, qkv, qkv, qkv, masks, *rows[:-1], lse_low=rows[-1], **heads)
+
+    def with_low(config: Config) -> Any:
+        return lambda *x: BACKWARD(config, *x[:-1], lse_low=x[-1])
+
+    def joined(config: Config) -> Any:
+        return lambda *x: FORWARD(config, *x[:3], Masks(), before=x[3:])
+
+    def continued(*x: Any) -> Any:
+        return BACKWARD(partial, *x[:3], Masks(), *x[3:-1], summed_dq=x[-1], finish_dq=False)
+
+    def of_words(q: Any, words: Any, *rows: Any) -> Any:
+        return BACKWARD(partial, q, words, None, Masks(), None, *rows, finish_dq=False)
+
+    return {
+        "fwd": recorded(lambda *x: FORWARD(every, *x), *operands, masks),
+        "fwd without masks": recorded(lambda *x: FORWARD(plain, *x, Masks()), *operands),
+        "fwd for the gradient": recorded(
+            lambda *x: FORWARD(plain, *x, Masks(), with_lse_low=True), *operands
+        ),
+        "fwd of many keys": with_long_sums(
+            recorded(lambda *x: FORWARD(plain, *x, Masks()), *operands)
+        ),
+        "fwd packed": recorded(packed_forward(every), qkv, masks),
+        "fwd side by side": recorded(lambda q, x: FORWARD(plain, q, x, None, Masks()), q, together),
+        "fwd joined": recorded(joined(partial), *operands, *before),
+        "fwd joined last": recorded(joined(plain), *operands, *before),
+        "bwd": recorded(lambda *x: BACKWARD(every, *x), *operands, masks, *rows),
+        "bwd without masks": recorded(lambda *x: BACKWARD(plain, *x), *operands, Masks(), *rows),
+        "bwd in parts": in_parts(with_low(plain), *operands, Masks(), *rows, low),
+        "bwd of float16": recorded(with_low(every), *half, masks, *half_rows, low),
+        "bwd continued": recorded(continued, *operands, *rows, summed),
+        "bwd of words": recorded(of_words, q, words, *rows[1:]),
+        "bwd packed": recorded(packed_backward, qkv, masks, *packed_rows, low),
+        "bwd packed in parts": in_parts(packed_backward, qkv, masks, *packed_rows, low),
+        "fp8": recorded(fp8_forward(every), *fp8_operands(T, S, H), masks),
+        "fp8 without masks": recorded(fp8_forward(plain), *fp8_operands(T, S, 64), Masks()),
+        "quantize": recorded(_fp8.quantize, q, Struct((H,), jnp.float32), lengths),
+        "quantize alone": recorded(lambda x: _fp8.quantize(x, None, None), q),
+        "segment_intervals": recorded(_ffi.segment_intervals, *ids),
+    }
+
+
+def in_parts(function: Callable[..., Any], *operands: Any) -> Call:
+    """As if there were so few keys that three CTAs should share the rows of each block."""
+    with mock.patch.object(_plan, "splits", lambda *_: 3):
+        return recorded(function, *operands)
+
+
+def with_long_sums(call: Call) -> Call:
+    """With workspace for sums of many keys, which are not there, of one CTA: the least there may be.
+    The library makes as much for every SM of a GPU."""
+    assert _ffi._C is not None
+    numbers = _ffi._C.fwd_long_sums(2**31 - 1, H, V) // 132
+    return dataclasses.replace(call, results=(*call.results[:-1], Struct((numbers,), jnp.float32)))
+
+
+def without_heads() -> dict[str, Call]:
+    """Right calls, too."""
+    config = Config(0.5, (None, None), None, False)
+    operands, rows = operands_of(heads=0), rows_of(heads=0)
+    packed: dict[str, Any] = {"num_heads": (0, K), "first_head": (0, 0, K)}
+
+    def packed_backward(qkv: Any, *rows: Any) -> Any:
+        return BACKWARD(config, qkv, qkv, qkv, Masks(), *rows, **packed)
+
+    qkv = Struct((B, T, 2 * K, H), jnp.bfloat16)
+    return {
+        "fwd": recorded(lambda *x: FORWARD(config, *x, Masks()), *operands),
+        "bwd": recorded(lambda *x: BACKWARD(config, *x), *operands, Masks(), *rows),
+        "bwd packed": recorded(packed_backward, qkv, *rows_of(heads=0, columns=H)),
+        "fp8": recorded(fp8_forward(config), *fp8_operands(T, S, H, 0), Masks()),
+    }
+
+
+def operands_of(
+    head_dim: int = H,
+    head_dim_v: int = V,
+    *,
+    batch: int = B,
+    length: int = T,
+    key_length: int = S,
+    heads: int = N,
+    dtype: Any = jnp.bfloat16,
+) -> tuple[Struct, Struct, Struct]:
+    q = Struct((batch, length, heads, head_dim), dtype)
+    k = Struct((batch, key_length, K, head_dim), dtype)
+    return q, k, Struct((batch, key_length, K, head_dim_v), dtype)
+
+
+def rows_of(
+    length: int = T, heads: int = N, columns: int = V, dtype: Any = jnp.bfloat16
+) -> tuple[Struct, ...]:
+    """out, lse and their cotangents."""
+    out = Struct((B, length, heads, columns), dtype)
+    lse = Struct((B, heads, length), jnp.float32)
+    return out, lse, out, lse
+
+
+def masks_of() -> Any:
+    shapes = [(1,), (B,), (B,), (B, T), (B, T)]
+    arrays: Any = [Struct(shape, jnp.int32) for shape in shapes]
+    return Masks(*arrays)
+
+
+def fp8_operands(length: int, key_length: int, columns: int, heads: int = N) -> Any:
+    dtype = jnp.float8_e4m3fn
+    kv = Struct((B, key_length, K, columns), dtype)
+    per_key = Struct((B, _fp8.blocks(key_length), K), jnp.float32)
+    per_row = Struct((B, _fp8.blocks(length), heads), jnp.float32)
+    return (Struct((B, length, heads, columns), dtype), kv, kv), (per_row, per_key, per_key)
+
+
+def fp8_forward(config: Config) -> Any:
+    return lambda *x: _fp8.fwd(config, jnp.dtype(jnp.bfloat16), *x)

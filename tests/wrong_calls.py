@@ -1,0 +1,182 @@
+"""The many ways in which a custom call may be wrong."""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from right_calls import (
+    BACKWARD,
+    FORWARD,
+    B,
+    Call,
+    K,
+    N,
+    S,
+    Struct,
+    T,
+    V,
+    fp8_forward,
+    fp8_operands,
+    operands_of,
+    recorded,
+    rows_of,
+)
+
+from jax_fa3 import _ffi
+from jax_fa3._problem import Config, Masks
+from jax_fa3.fp8 import _ffi as _fp8
+
+# What a wrong call gives. XLA itself refuses a dtype that a handler never takes at that place.
+REFUSED = r"INVALID_ARGUMENT: (jax_fa3: |.*Wrong buffer dtype)"
+
+
+def outcome(call: Call, device: Any) -> str:
+    """The message of its error."""
+    try:
+        call.run(device)
+    except jax.errors.JaxRuntimeError as error:
+        return " ".join(str(error).split())
+    return "runs"
+
+
+def wrong_calls(call: Call) -> Iterator[tuple[str, Call]]:
+    """One thing of a right call changed, and what it was."""
+    for kind in ("operands", "results"):
+        arrays = getattr(call, kind)
+        for i, x in enumerate(arrays):
+            aliased = i in (call.aliases if kind == "operands" else call.aliases.values())
+            changed = call if not aliased else dataclasses.replace(call, aliases={})
+            for y in _wrong_arrays(call.target, kind, i, x):
+                new = {kind: (*arrays[:i], y, *arrays[i + 1 :])}
+                yield f"{kind} {i}: {x} -> {y}", dataclasses.replace(changed, **new)
+    for name, value in call.attributes.items():
+        for other in _wrong_values(name, value):
+            new = {"attributes": {**call.attributes, name: other}}
+            yield f"{name}: {value} -> {other}", dataclasses.replace(call, **new)
+    if call.aliases:
+        yield "no aliases", dataclasses.replace(call, aliases={})
+    for i, x in enumerate(call.operands):
+        for j, y in enumerate(call.results):
+            taken = i in call.aliases or j in call.aliases.values()
+            if not taken and math.prod(x.shape) and (x.shape, x.dtype) == (y.shape, y.dtype):
+                aliases = {**call.aliases, i: j}
+                yield f"operand {i} is result {j}", dataclasses.replace(call, aliases=aliases)
+
+
+def wrong_throughout() -> Iterator[tuple[str, Call]]:
+    """Calls whose parts fit together, but no kernel."""
+    config = Config(0.5, (None, None), None, False)
+    for h, v in [(12, 64), (64, 12), (264, 64), (64, 264), (0, 64), (64, 0)]:
+        q, k, x = operands_of(h, v)
+        rows = rows_of(T, N, v)
+        yield f"fwd {h} {v}", recorded(lambda *x: FORWARD(config, *x, Masks()), q, k, x)
+        backward = recorded(lambda *x: BACKWARD(config, *x[:3], Masks(), *x[3:]), q, k, x, *rows)
+        yield f"bwd {h} {v}", backward
+    q, k, x = operands_of(heads=3)
+    yield "fwd 3 heads", recorded(lambda *x: FORWARD(config, *x, Masks()), q, k, x)
+    q, k, x = operands_of(dtype=jnp.float32)
+    yield "fwd in fp32", recorded(lambda *x: FORWARD(config, *x, Masks()), q, k, x)
+    for h in (8, 48, 72, 96 + 8, 272):
+        yield f"fp8 {h}", recorded(fp8_forward(config), *fp8_operands(T, S, h), Masks())
+    for h in (8, 24, 272):
+        yield f"quantize {h}", recorded(lambda x: _fp8.quantize(x, None, None), operands_of(h)[0])
+
+    # The two of issue 16, in which a kernel was reached.
+    right = recorded(fp8_forward(config), *fp8_operands(T, S, 64), Masks())
+    for columns, first in [(72, 0), (72, 8), (80, 8)]:
+        value = Struct((B, S, K, columns), right.operands[2].dtype)
+        operands = (*right.operands[:2], value, *right.operands[3:])
+        attributes = {**right.attributes, "first_column_v": first}
+        new = dataclasses.replace(right, operands=operands, attributes=attributes)
+        yield f"fp8 value of {columns} columns from {first} on", new
+
+    # What is joined has no rest of a log-sum-exp.
+    before = Struct((B, T, N, V), jnp.float32), Struct((B, N, T), jnp.float32)
+    partial = dataclasses.replace(config, partial=True)
+
+    def joined(*x: Any) -> Any:
+        return FORWARD(partial, *x[:3], Masks(), before=x[3:], with_lse_low=True)
+
+    yield "fwd joined with lse_low", recorded(joined, *operands_of(), *before)
+
+    # Sizes beyond 32 bits, in arrays without elements.
+    long = 2**31
+    q, k, x = operands_of(batch=0, length=long)
+    yield "fwd of 2^31 rows", recorded(lambda *x: FORWARD(config, *x, Masks()), q, k, x)
+    q, k, x = operands_of(batch=0, key_length=long)
+    yield "fwd of 2^31 keys", recorded(lambda *x: FORWARD(config, *x, Masks()), q, k, x)
+    q, k, x = operands_of(batch=0, heads=long)
+    yield "fwd of 2^31 heads", recorded(lambda *x: FORWARD(config, *x, Masks()), q, k, x)
+
+
+# Dtypes that an array, by its kind and place, may have as well.
+_MAY_BE = {
+    (_ffi.FWD, "results", 0): ("float32",),
+    (_ffi.FWD_FP8, "results", 0): ("float32", "float16", "bfloat16"),
+    (_ffi.QUANTIZE, "operands", 0): ("float16", "bfloat16"),
+}
+
+# Dimensions of any size: S, which this operand says, and how many parts there are, or none.
+_FREE = {
+    (_ffi.SEGMENT_INTERVALS, "operands", 1, 1),
+    (_ffi.BWD, "results", 9, 0),
+    (_ffi.BWD_PACKED, "results", 7, 0),
+}
+_MAY_BE_NONE = {(_ffi.BWD, "results", 8), (_ffi.BWD_PACKED, "results", 6)}  # ranges
+
+# Results before the workspace, which may be larger and of any rank.
+_RESULTS = {_ffi.FWD: 4, _ffi.BWD: 3, _ffi.BWD_PACKED: 1, _ffi.FWD_FP8: 2}
+
+
+def _wrong_arrays(target: str, kind: str, place: int, x: Struct) -> Iterator[Struct]:
+    workspace = kind == "results" and place >= _RESULTS.get(target, math.inf)
+    if x.shape == (0,):  # absent
+        shapes = [(3,)]
+    elif len(x.shape) == 1:  # smaller ones may be none, which may be left out
+        n = x.shape[0]
+        shapes = [(n + 3,) if kind == "operands" else (n - 1,)]
+    else:
+        sizes = [
+            (i, n) for i, n in enumerate(x.shape) if n and (target, kind, place, i) not in _FREE
+        ]
+        # Of the heads of a packed array less than the last may be meant.
+        packed = kind == "operands" and len(x.shape) == 4
+        shapes = [_with(x.shape, i, n // 4 if packed and i == 2 else n - 1) for i, n in sizes]
+        if (target, kind, place) not in _MAY_BE_NONE:
+            shapes += [_with(x.shape, i, 0) for i, n in sizes if n > 1]
+    if x.shape != (0,) and not workspace:
+        shapes += [(*x.shape, 1), (1, *x.shape)]
+        if len(x.shape) > 1:
+            shapes += [(math.prod(x.shape),)]
+    if len(x.shape) == 4 and not workspace:  # columns that are no whole vectors
+        wider = (1, 4, 8) if x.dtype == jnp.float8_e4m3fn else (1, 4)
+        wider = (1, 2) if x.dtype == jnp.uint32 else wider
+        shapes += [_with(x.shape, 3, x.shape[3] + n) for n in wider]
+    yield from (Struct(shape, x.dtype) for shape in shapes)
+    # Where XLA's binding knows the dtype, one other is enough.
+    other = {"int32": ("float32",), "float32": ("float16",)}
+    for name in other.get(x.dtype.name, ("int32", "uint8", "float8_e4m3fn", "float32", "float16")):
+        if name != x.dtype.name and name not in _MAY_BE.get((target, kind, place), ()):
+            yield Struct(x.shape, jnp.dtype(name))
+
+
+def _wrong_values(name: str, value: Any) -> list[Any]:
+    beyond = [-(2**63), -1, 1000, 2**31, 2**62, 2**63 - 1]
+    if name in ("scale", "soft_cap"):
+        numbers = [-1, math.nan, math.inf, -math.inf, 1e-40] + [0] * (name == "scale")
+        return [np.float32(x) for x in numbers]
+    if name.startswith("num_heads"):
+        return [*beyond, 0, 3]
+    if name == "head_dim_v":
+        return [*beyond, 0, 12, value - 8, value + 8, value + 16, 264]
+    if name == "first_column_v":
+        return [*beyond, value + 1, value + 4, value + 8, value + 16]
+    return beyond if name.startswith("first_head") else []  # a window may be any number
+
+
+def _with(shape: tuple[int, ...], place: int, size: int) -> tuple[int, ...]:
+    return (*shape[:place], size, *shape[place + 1 :])

@@ -59,7 +59,8 @@ def array(name: str, x: Any, dtype: Any = None) -> Array:
     if isinstance(x, Array):
         return jnp.asarray(x, dtype)
     try:
-        if x is not None:  # which JAX takes for NaN, or did
+        # JAX takes None for NaN, or did, and before 0.11 looks a string up as the name of a dtype.
+        if x is not None and not any(isinstance(leaf, str) for leaf in jax.tree.leaves(x)):
             return jnp.asarray(x, dtype)
     except jax.errors.JAXTypeError:  # of tracers in a list
         raise

@@ -1,5 +1,6 @@
 """Set up before jax is imported: 8 CPU devices, and programs that compile fast."""
 
+import gc
 import os
 import shutil
 import sys
@@ -35,6 +36,17 @@ def hopper(pytestconfig: pytest.Config):
     if cache is not None:  # None under -p no:cacheprovider
         jax.config.update("jax_compilation_cache_dir", str(cache.mkdir("jax")))
     return found[0]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget_programs():
+    """Compiled programs of one file go before the next: each takes some of the memory maps of the
+    process, of which Linux allows 65,530, and past them XLA crashes."""
+    yield
+    import jax
+
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture

@@ -62,18 +62,15 @@ def test_strict_promotion(name: str, on_cpu: None):
             )
 
 
-@pytest.mark.skipif(
-    jax.__version_info__ < (0, 11), reason="some fail with jax 0.10, why is not known yet"
-)
 @pytest.mark.parametrize("name", EVERY)
 @pytest.mark.parametrize("mode", [jax.disable_jit, debug])
 def test_eager_modes(mode: Callable[[], Any], name: str, on_cpu: None):
     """An eager call and its gradients are what they are without the mode, and come soon."""
-    wanted, start = usual(name), time.monotonic()
+    wanted, start = usual(name), time.process_time()  # of this process, whatever else runs here
     with around(name), mode():
         found = results(name, None, *tensors())
     assert_close(found, wanted, ULP)
-    assert time.monotonic() - start < 60
+    assert time.process_time() - start < 60
 
 
 ONE_DEVICE = sorted(CALLS.keys() - {"sharding", "automatic axes"})  # the others come at compilation

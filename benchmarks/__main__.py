@@ -19,7 +19,7 @@ from . import report as reports
 from .points import Point
 from .suites import SUITES, select
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "benchmarks.md"
 NO_POINT, NO_GPU, WRONG = 1, 2, 3  # exit codes
 
 
@@ -61,9 +61,9 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         help="measure nothing: print the tables of these JSON files, comma-separated",
     )
     add(
-        "--write-readme",
+        "--write-docs",
         action="store_true",
-        help="put the tables into README.md, between its markers",
+        help="put the tables into docs/benchmarks.md, between its markers",
     )
     args = parser.parse_args(argv)
     suites = [s for s in SUITES if s != "quick"] if args.suite == "all" else args.suite.split(",")
@@ -149,24 +149,17 @@ def _scaling(args: argparse.Namespace) -> None:
     if args.table:
         report = json.loads(Path(args.table).read_text(encoding="utf-8"))
         print(scaling.markdown(report["scaling"]), end="")
-        return
-    with _measuring():
-        import jax
+    else:
+        with _measuring():
+            import jax
 
-        from .timing import environment, flusher
-
-        devices = jax.local_devices(backend="gpu")
-        if len(devices) < min(scaling.COUNTS):
-            raise _Stop(NO_GPU, f"{len(devices)} GPU: scaling needs {min(scaling.COUNTS)}")
-        results = []
-        for result in scaling.measure(devices, args.rounds, flusher()):
-            results.append(result)
-            cells = result["gpus"], result["pass"], result["split"], f"{result['of_ideal']:.3f}"
-            print(*cells, flush=True)
-            if args.json:
-                report = {"environment": environment(), "rounds": args.rounds, "scaling": results}
-                args.json.write_text(json.dumps(report, indent=1), encoding="utf-8")
-    print(f"\n{scaling.markdown(results)}", end="")
+            devices = jax.local_devices(backend="gpu")
+            if len(devices) < min(scaling.COUNTS):
+                raise _Stop(NO_GPU, f"{len(devices)} GPU: scaling needs {min(scaling.COUNTS)}")
+            report = scaling.main(devices, args.rounds, args.json)
+    if args.write_docs:
+        text = f"{reports.conditions(report)}.\n\n{scaling.markdown(report['scaling'])}"
+        reports.write_section(PAGE, "benchmark-scaling", text)
 
 
 def _ring(args: argparse.Namespace) -> None:
@@ -175,11 +168,16 @@ def _ring(args: argparse.Namespace) -> None:
     points = ring.points(args.points.split(","))
     if args.list:
         print("\n".join(p.name for p in points))
-    elif args.table:
-        print(ring.markdown(json.loads(Path(args.table).read_text(encoding="utf-8"))), end="")
+        return
+    if args.table:
+        report = json.loads(Path(args.table).read_text(encoding="utf-8"))
+        print(ring.markdown(report), end="")
     else:
         with _measuring():
-            ring.main(points, args.rounds, args.json)
+            report = ring.main(points, args.rounds, args.json)
+    if args.write_docs:
+        text = f"{reports.conditions(report)}.\n\n{ring.grid(report)}"
+        reports.write_section(PAGE, "benchmark-ring", text)
 
 
 def _fp8_error(args: argparse.Namespace) -> None:
@@ -196,8 +194,8 @@ def _fp8_error(args: argparse.Namespace) -> None:
             report = fp8_error.main(points, args.json)
     text = fp8_error.markdown(report)
     print(text, end="")
-    if args.write_readme:
-        reports.write_section(README, "benchmark-fp8-error", text)
+    if args.write_docs:
+        reports.write_section(PAGE, "benchmark-fp8-error", text)
 
 
 ALONE = {"scaling": _scaling, "ring": _ring, "fp8-error": _fp8_error}
@@ -218,8 +216,8 @@ def _suites(args: argparse.Namespace) -> None:
         with _measuring():
             report = _measure(points, args.rounds, args.json)
         print(f"\n{reports.markdown(report)}\n{report['wall_s']:.0f} s")
-    if args.write_readme:
-        reports.write_readme(README, report)
+    if args.write_docs:
+        reports.write_page(PAGE, report)
     if args.plot:
         from .plot import plot
 

@@ -1,4 +1,4 @@
-"""Results as text: the table that grows while the benchmark runs, and the README's."""
+"""Results as text: the table that grows while the benchmark runs, and those of docs/benchmarks.md."""
 
 import re
 import statistics
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 COLUMN = 22
+OWN_SECTION = ("fp8", "masks", "deterministic")  # the other suites share one
 
 
 def _time(ms: float) -> str:
@@ -133,7 +134,8 @@ def _list(results: Iterable[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def _conditions(report: dict[str, Any]) -> str:
+def conditions(report: dict[str, Any]) -> str:
+    """The machine, and its state before and after."""
     env = report["environment"]
     versions = env["versions"]
     cudnn = next((v for k, v in versions.items() if k.startswith("nvidia-cudnn")), "?")
@@ -159,7 +161,7 @@ def joined(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """The README's tables from a JSON report."""
+    """The page's tables from a JSON report."""
     suites: dict[str, list[dict[str, Any]]] = {}
     for result in report["points"]:
         suites.setdefault(result["suite"], []).append(result)
@@ -167,7 +169,7 @@ def markdown(report: dict[str, Any]) -> str:
         f"Device time, {report['rounds']} rounds, one call of each contender in turn, L2 flushed and "
         "a pause between calls. 4·b·h·s²·d FLOPs forward, 2.5 times as many backward, half when causal."
     )
-    runs = [_conditions(run) for run in (report, *report.get("others", ()))]
+    runs = [conditions(run) for run in (report, *report.get("others", ()))]
     blocks = [f"{'. Then: '.join(runs)}. {protocol}"]
     shapes = "16,384 tokens, heads × head dim = 2048, by sequence length"
     for suite, results in suites.items():
@@ -198,27 +200,28 @@ def markdown(report: dict[str, Any]) -> str:
     return "\n\n".join(blocks) + "\n"
 
 
-def write_readme(readme: Path, report: dict[str, Any]) -> None:
-    """Replaces the sections of the README that the report's suites are in: FP8 has its own."""
+def write_page(page: Path, report: dict[str, Any]) -> None:
+    """Replaces the sections of docs/benchmarks.md that the report's suites are in."""
     sections: dict[str, list[dict[str, Any]]] = {}
     for result in report["points"]:
-        section = "benchmark-fp8" if result["suite"] == "fp8" else "benchmark"
+        suite = result["suite"]
+        section = f"benchmark-{suite}" if suite in OWN_SECTION else "benchmark"
         sections.setdefault(section, []).append(result)
     for section, results in sections.items():
-        write_section(readme, section, markdown({**report, "points": results}))
+        write_section(page, section, markdown({**report, "points": results}))
 
 
 def markers(section: str) -> tuple[str, str]:
-    """What the README has before and after a section."""
+    """What the page has before and after a section."""
     return f"<!-- {section}: begin -->", f"<!-- {section}: end -->"
 
 
-def write_section(readme: Path, section: str, text: str) -> None:
+def write_section(page: Path, section: str, text: str) -> None:
     """Replaces what stands between the section's markers. Raises ValueError without them."""
     begin, end = markers(section)
     pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
-    old = readme.read_text(encoding="utf-8")
+    old = page.read_text(encoding="utf-8")
     new, count = pattern.subn(lambda _: f"{begin}\n{text}{end}", old)
     if count != 1:
-        raise ValueError(f"{readme}: expected one pair of {begin} and {end}, found {count}")
-    readme.write_text(new, encoding="utf-8")
+        raise ValueError(f"{page}: expected one pair of {begin} and {end}, found {count}")
+    page.write_text(new, encoding="utf-8")

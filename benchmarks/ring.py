@@ -172,6 +172,25 @@ def markdown(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def grid(report: dict[str, Any]) -> str:
+    """The page's table: one row per pass and strategy, one column per length and number of GPUs."""
+    title = {"fwd": "forward", "fwd+bwd": "forward and backward"}
+    rows: dict[str, dict[str, str]] = {}
+    for result in report["points"]:
+        for key, record in result["results"].items():
+            strategy, devices = key.split()
+            if strategy != ALONE:
+                row = rows.setdefault(f'{title[result["pass_name"]]}, `"{strategy}"`', {})
+                cell = f"{record['tflops_per_gpu']:.0f} ({record['of_ideal']:.2f})"
+                row[f"{devices} GPUs, {result['seqlen'] // 1024}k"] = cell
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    lines = [" | ".join(["| TFLOP/s per GPU (of ideal)", *columns]) + " |"]
+    lines.append("|---" * (len(columns) + 1) + "|")
+    for name, row in rows.items():
+        lines.append(" | ".join([f"| {name}", *(row.get(x, "–") for x in columns)]) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def main(selected: list[RingPoint], rounds: int, file: Path | None) -> dict[str, Any]:
     """Measures, prints and writes the JSON after each point."""
     between = flusher()

@@ -4,10 +4,12 @@ Ideal is the slowest of these GPUs alone. CUPTI does not say on which GPU a kern
 several counts, of each kernel, the slowest of them all: never less than the slowest GPU's time.
 """
 
+import json
 import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 import jax_fa3
 
-from .timing import Call, kernel_records
+from .timing import Call, environment, flusher, kernel_records
 
 COUNTS = (2, 4)
 SHAPE = (2, 8192, 16, 128)  # [B, T, N, H] of each GPU, causal
@@ -95,6 +97,20 @@ def measure(
                 ms = statistics.median(times[axis])
                 result = {"gpus": count, "pass": name, "split": axis, "ms": ms, "times_ms": times}
                 yield result | {"of_ideal": statistics.median(ratios)}
+
+
+def main(devices: Sequence[Any], rounds: int, file: Path | None) -> dict[str, Any]:
+    """Measures, prints and writes the JSON after each result."""
+    results: list[dict[str, Any]] = []
+    report = {"environment": environment(), "rounds": rounds, "scaling": results}
+    for result in measure(devices, rounds, flusher()):
+        results.append(result)
+        cells = result["gpus"], result["pass"], result["split"], f"{result['of_ideal']:.3f}"
+        print(*cells, flush=True)
+        if file:
+            file.write_text(json.dumps(report, indent=1), encoding="utf-8")
+    print(f"\n{markdown(results)}", end="")
+    return report
 
 
 def markdown(results: Sequence[dict[str, Any]]) -> str:

@@ -20,7 +20,8 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
 
 import train_transformer as example  # pyright: ignore[reportMissingImports]
 
-from .__main__ import NO_GPU, why_not_here
+from . import report as reports
+from .__main__ import NO_GPU, PAGE, why_not_here
 
 Contender = tuple[str, Any]  # its name and its example.Config
 
@@ -109,6 +110,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--curves", action="store_true")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="with --curves (matplotlib)")
+    parser.add_argument(
+        "--write-docs", action="store_true", help="put the table of speeds into docs/benchmarks.md"
+    )
     for name in ("steps", "length", "rows"):
         parser.add_argument(f"--{name}", type=int, help="instead of the size's own")
     args = parser.parse_args(argv)
@@ -133,7 +137,10 @@ def main(argv: list[str] | None = None) -> None:
             plot(report["losses"], args.plot)
     else:
         report["steps"] = time_steps(models, args.rounds)
-        print(f"{report['gpu']}, {args.size}: {models[0][1]}\n\n{table(models, report['steps'])}")
+        text = table(models, report["steps"])
+        print(f"{report['gpu']}, {args.size}: {models[0][1]}\n\n{text}")
+        if args.write_docs:
+            reports.write_section(PAGE, "benchmark-training", f"{text}\n")
     if args.json:
         args.json.write_text(json.dumps(report, indent=1), encoding="utf-8")
 

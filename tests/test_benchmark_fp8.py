@@ -187,13 +187,13 @@ def test_tables_and_plot(tmp_path):
     refused["cudnn fp8"], refused["fa3 fp8"]["ratio"] = {"refused": "no"}, None
     assert "causal | 0 (–; 1.40) |" in report.markdown(made)
 
-    readme = tmp_path / "README.md"
+    page = tmp_path / "benchmarks.md"
     sections = [
         f"{begin}\n{end}\n" for begin, end in map(report.markers, ("benchmark", "benchmark-fp8"))
     ]
-    readme.write_text("".join(sections), encoding="utf-8")
-    report.write_readme(readme, made)
-    written = readme.read_text(encoding="utf-8")
+    page.write_text("".join(sections), encoding="utf-8")
+    report.write_page(page, made)
+    written = page.read_text(encoding="utf-8")
     assert written.startswith(sections[0]) and report.markdown(made) in written
 
     pytest.importorskip("matplotlib")

@@ -37,14 +37,14 @@ def test_error_table(tmp_path, capsys, monkeypatch):
     names = [p.name for p in points]
     printed = capsys.readouterr().out
     assert [line.split(":")[0] for line in printed.splitlines()] == names
-    readme = tmp_path / "README.md"
+    page = tmp_path / "benchmarks.md"
     begin, end = report.markers("benchmark-fp8-error")
-    readme.write_text(f"{begin}\n{end}\n", encoding="utf-8")
-    monkeypatch.setattr(command, "README", readme)
-    arguments = ["--suite", "fp8-error", "--table", str(file), "--write-readme"]
+    page.write_text(f"{begin}\n{end}\n", encoding="utf-8")
+    monkeypatch.setattr(command, "PAGE", page)
+    arguments = ["--suite", "fp8-error", "--table", str(file), "--write-docs"]
     assert command.main(arguments) == 0
     table = capsys.readouterr().out
-    assert readme.read_text(encoding="utf-8") == f"{begin}\n{table}{end}\n"
+    assert page.read_text(encoding="utf-8") == f"{begin}\n{table}{end}\n"
     assert "| 64 | 256 | " in table and "| 32 | 128 | " in table
 
 

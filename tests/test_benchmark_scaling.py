@@ -6,7 +6,8 @@ from pathlib import Path
 import jax
 import pytest
 
-sys.path.append(str(Path(__file__).resolve().parent.parent))  # behind an installed jax_fa3
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT))  # behind an installed jax_fa3
 
 from benchmarks import __main__ as command
 from benchmarks import scaling
@@ -45,7 +46,7 @@ def test_command_needs_gpus(monkeypatch, capsys):
 
 def test_table_of_a_file(capsys, monkeypatch):
     monkeypatch.setattr(command, "why_not_here", lambda: "no GPU")
-    file = command.README.parent / "benchmarks" / "results" / "scaling.json"
+    file = ROOT / "benchmarks" / "results" / "scaling.json"
     assert command.main(["--suite", "scaling", "--table", str(file)]) == 0
     rows = capsys.readouterr().out.splitlines()[4:]
     assert len(rows) == 8 and all(row.count("|") == 6 for row in rows)

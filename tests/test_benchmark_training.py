@@ -11,13 +11,18 @@ for name in ("flax", "optax", "orbax.checkpoint"):
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # behind an installed jax_fa3
 
+from benchmarks import report as reports
 from benchmarks import training
 
 
-def test_speed(tmp_path, capsys):
-    file = tmp_path / "training.json"
+def test_speed(tmp_path, capsys, monkeypatch):
+    file, page = tmp_path / "training.json", tmp_path / "benchmarks.md"
+    begin, end = reports.markers("benchmark-training")
+    page.write_text(f"{begin}\n{end}\n", encoding="utf-8")
+    monkeypatch.setattr(training, "PAGE", page)
     training.main(
         ["--size", "tiny", "--implementations", "xla", "--rounds", "2", "--json", str(file)]
+        + ["--write-docs"]
     )
     report = json.loads(file.read_text())
     assert set(report["steps"]) == {"xla", "xla, packed"}
@@ -30,6 +35,8 @@ def test_speed(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[-2].startswith("| xla | ") and lines[-2].endswith("| - | 1.000 |")
     assert lines[-1].startswith("| xla, packed | ")
+    table = "\n".join(lines[-4:])
+    assert page.read_text(encoding="utf-8") == f"{begin}\n{table}\n{end}\n"
 
 
 def test_without_a_gpu(monkeypatch, capsys):

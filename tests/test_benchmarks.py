@@ -173,28 +173,28 @@ def test_packed_time_is_compared_with_the_visible_blocks():
     assert result["results"]["fa3 full"]["tflops"] == pytest.approx(full / 2.0 / 1e9)
 
 
-def test_markdown_and_readme(tmp_path):
+def test_markdown_and_page(tmp_path):
     made = fake_report()
-    text = report.markdown(json.loads(json.dumps(made)))
+    paper, masks = (
+        {**made, "points": points} for points in (made["points"][:1], made["points"][1:])
+    )
+    text = report.markdown(json.loads(json.dumps(paper)))
     assert "| forward, head dim 64, causal |" in text
     assert "(1.20)" in text  # cudnn's 0.6 ms over our 0.5
     assert "NVIDIA H200" in text and "1980 MHz" in text
-    readme = tmp_path / "README.md"
-    begin, end = report.markers("benchmark")
-    readme.write_text(f"before\n{begin}\nold\n{end}\nafter\n", encoding="utf-8")
-    report.write_readme(readme, made)
-    report.write_readme(readme, made)
-    written = readme.read_text(encoding="utf-8")
-    assert written == f"before\n{begin}\n{text}{end}\nafter\n"
-    readme.write_text("no markers", encoding="utf-8")
+    page = tmp_path / "benchmarks.md"
+    (begin, end), (begin_masks, end_masks) = map(report.markers, ("benchmark", "benchmark-masks"))
+    old = f"before\n{begin}\nold\n{end}\nafter\n{begin_masks}\n{end_masks}\n"
+    page.write_text(old, encoding="utf-8")
+    report.write_page(page, made)
+    report.write_page(page, made)
+    written = page.read_text(encoding="utf-8")
+    table = report.markdown(masks)
+    assert "Suite `masks`" in table
+    assert written == f"before\n{begin}\n{text}{end}\nafter\n{begin_masks}\n{table}{end_masks}\n"
+    page.write_text("no markers", encoding="utf-8")
     with pytest.raises(ValueError, match="benchmark: begin"):
-        report.write_readme(readme, made)
-
-
-def test_readme_has_the_markers():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    for section in ("benchmark", "benchmark-fp8", "benchmark-fp8-error"):
-        assert [text.count(marker) for marker in report.markers(section)] == [1, 1]
+        report.write_page(page, made)
 
 
 def test_plot(tmp_path):

@@ -1,4 +1,4 @@
-"""What users copy runs: the quickstart and the README's Python, on any device."""
+"""What users copy runs: the quickstart, and the Python of README.md and of docs/, on any device."""
 
 import re
 import runpy
@@ -6,13 +6,21 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+GUIDES = {"usage", "masks", "fp8", "flax", "sharding", "context_parallel", "migrating"}
 
 
-def readme() -> str:
-    return (ROOT / "README.md").read_text(encoding="utf-8")
+def python_of(page: Path) -> str:
+    """Its blocks one after the other, as a reader would type them."""
+    text = page.read_text(encoding="utf-8")
+    return "\n".join(re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
+
+
+WITH_PYTHON = {page.stem: page for page in PAGES if python_of(page)}
 
 
 def test_quickstart(capsys):
@@ -28,22 +36,35 @@ def test_examples_are_short(path):
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 200
 
 
-def test_readme_python(tmp_path):
-    """The blocks one after the other, as a reader would type them."""
-    pytest.importorskip("flax")
-    blocks = re.findall(r"^```python\n(.*?)^```", readme(), re.MULTILINE | re.DOTALL)
-    assert len(blocks) >= 3
-    script = tmp_path / "readme.py"
-    script.write_text("\n".join(blocks), encoding="utf-8")
+def test_pages_with_python():
+    assert WITH_PYTHON.keys() >= {"README", *GUIDES}
+
+
+@pytest.mark.parametrize("name", WITH_PYTHON)
+def test_python_of_a_page(name, tmp_path):
+    """Each page is complete by itself. What it calls out... is attention over values of 1."""
+    code = python_of(WITH_PYTHON[name])
+    if "flax" in code:
+        pytest.importorskip("flax")
+    script = tmp_path / "page.py"
+    script.write_text(code, encoding="utf-8")
     names = runpy.run_path(str(script))
-    assert names["out"].shape == names["query"].shape
-    assert names["y"].shape == (2, 256, 512)
+    if name == "flax":
+        assert names["y"].shape == names["z"].shape == (2, 256, 512)
+        assert names["second"].shape == (2, 1, 512)
+        return
+    results = [x for key, x in names.items() if key.startswith("out")]
+    assert results
+    for out in results:
+        assert out.shape[1:] == names["query"].shape[1:]
+        np.testing.assert_allclose(np.asarray(out, np.float32), 1, atol=0.01)
 
 
 @pytest.mark.parametrize("name", ["quickstart", "tests"])
 def test_readme_commands(name):
     """CI takes its command from here; each is one line of sh that names files which exist."""
-    found = re.findall(rf"<!-- command: {name} -->\n```sh\n(.*?)\n```", readme(), re.DOTALL)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    found = re.findall(rf"<!-- command: {name} -->\n```sh\n(.*?)\n```", readme, re.DOTALL)
     assert len(found) == 1
     assert "\n" not in found[0]
     for file in re.findall(r"examples/\S+", found[0]):

@@ -12,7 +12,9 @@ from jax import lax
 from .points import Point
 
 ROWS = 64
-FACTOR = 2.0  # design rule: twice the error of the same maths with roundings to the input dtype
+FACTOR = (
+    2.0  # the tests' rule, too: twice the error of the same maths with roundings to the input dtype
+)
 ATOL = 1e-5  # outputs over 16,384 keys are as small as 1e-2
 
 

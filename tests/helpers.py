@@ -1,4 +1,4 @@
-"""The oracle of a case, and the rule by which results are compared with it (design.md, tests)."""
+"""The oracle of a case, and the rule by which results are compared with it (CONTRIBUTING.md, tests)."""
 
 from typing import Any, NamedTuple
 

@@ -9,11 +9,10 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import math
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from . import report as reports
 from .points import Point
@@ -42,7 +41,11 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         default="*",
         help="only points with these names, comma-separated, * and ? allowed",
     )
-    add("--quick", action="store_true", help="8 points against cuDNN alone, in at most 90 s")
+    add(
+        "--quick",
+        action="store_true",
+        help="8 points against cuDNN and dew-flash-attn, in at most 90 s",
+    )
     add("--contenders", help="only these, comma-separated, beside fa3 and the baseline")
     add("--rounds", type=int, default=20, help="default 20; fewer are for trying things out")
     add("--list", action="store_true", help="print the points' names and stop")
@@ -51,6 +54,17 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         type=Path,
         metavar="FILE",
         help="write everything that was measured, after each point",
+    )
+    add(
+        "--resume",
+        action="store_true",
+        help="keep what the JSON file has, measure the other points and add them",
+    )
+    add(
+        "--minutes",
+        type=float,
+        default=math.inf,
+        help="begin no point after so many; --resume goes on",
     )
     add(
         "--plot", type=Path, metavar="DIR", help="draw TFLOP/s against sequence length (matplotlib)"
@@ -71,6 +85,8 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     if unknown and args.suite not in ALONE:
         parser.error(f"--suite: unknown {', '.join(unknown)}; there are {', '.join(SUITES)}")
     args.suites = ["quick"] if args.quick else suites
+    if args.resume and not args.json:
+        parser.error("--resume: expected --json FILE, found none")
     if args.rounds < 1:
         parser.error(f"--rounds: expected at least 1, found {args.rounds}")
     return args
@@ -111,36 +127,6 @@ def _only(point: Point, wanted: str | None) -> Point:
         return point
     keep = {point.contenders[0], point.baseline, *wanted.split(",")}
     return dataclasses.replace(point, contenders=tuple(c for c in point.contenders if c in keep))
-
-
-def _measure(points: list[Point], rounds: int, file: Path | None) -> dict[str, Any]:
-    from .run import measure
-    from .timing import environment, flusher, gpu_state
-
-    started = time.monotonic()
-    between = flusher()
-    names = list(dict.fromkeys(name for p in points for name in (*p.contenders, p.baseline)))
-    report = {
-        "environment": environment(),
-        "rounds": rounds,
-        "begin": gpu_state(between),
-        "points": [],
-    }
-
-    def save() -> None:
-        report["wall_s"] = time.monotonic() - started
-        if file:
-            file.write_text(json.dumps(report, indent=1), encoding="utf-8")
-
-    print(reports.header(names), flush=True)
-    for point in points:
-        result = measure(point, rounds, between)
-        print("\n".join([reports.line(result, names), *reports.refusals(result)]), flush=True)
-        report["points"].append(result)
-        save()
-    report["end"] = gpu_state(between)
-    save()
-    return report
 
 
 def _scaling(args: argparse.Namespace) -> None:
@@ -214,8 +200,10 @@ def _suites(args: argparse.Namespace) -> None:
         if not points:
             raise _Stop(NO_POINT, f"no point is called {args.points}: see --list")
         with _measuring():
-            report = _measure(points, args.rounds, args.json)
-        print(f"\n{reports.markdown(report)}\n{report['wall_s']:.0f} s")
+            from .run import measure_all
+
+            report = measure_all(points, args.rounds, args.json, args.resume, args.minutes)
+        print(f"\n{reports.markdown(report)}", end="")
     if args.write_docs:
         reports.write_page(PAGE, report)
     if args.plot:

@@ -1,4 +1,4 @@
-"""Who runs a point, and how: each contender as a plain function of query, key and value."""
+"""Who runs a point and how, in which passes: this library's ways beside its rivals'."""
 
 import dataclasses
 from collections.abc import Callable
@@ -12,24 +12,8 @@ import jax_fa3
 
 from . import check, fp8
 from .points import Point
+from .rivals import ATTENTIONS, Attention, Refused, window
 from .timing import Call
-
-
-class Refused(Exception):
-    """A contender does not take this point; the text says why."""
-
-
-class Attention(NamedTuple):
-    """fn(query, key, value, *masks) -> out, and what its inputs must look like."""
-
-    fn: Callable[..., jax.Array]
-    masks: tuple[jax.Array, ...] = ()
-    dtype: str | None = None  # None: the point's
-    query_scale: float = 1.0  # multiplied into query beforehand, where a contender knows no scale
-
-
-def _window(point: Point) -> tuple[int, int] | None:
-    return None if point.window is None else (point.window, 0)
 
 
 def _with_intervals(query, key, value, key_begin, key_end):
@@ -46,7 +30,7 @@ def _fa3(point: Point, **options: Any) -> Attention:
         partial(
             jax_fa3.dot_product_attention,
             is_causal=point.is_causal,
-            local_window_size=_window(point),
+            local_window_size=window(point),
             implementation="fa3",
             **options,
         )
@@ -66,64 +50,12 @@ def _fa3_arrays(point: Point) -> Attention:
     return Attention(attention, (end,))
 
 
-def _cudnn(point: Point) -> Attention:
-    if point.documents:
-        raise Refused("jax.nn has no packed documents")
-    return Attention(
-        partial(
-            jax.nn.dot_product_attention,
-            is_causal=point.is_causal,
-            local_window_size=_window(point),
-            implementation="cudnn",
-        )
-    )
-
-
-def _pallas(point: Point) -> Attention:
-    if point.documents or point.window is not None:
-        raise Refused("no masks other than causal")
-    if point.head_dim != point.head_dim_v:
-        raise Refused("no value head dim of its own")
-    if point.pass_name != "fwd":
-        raise Refused("its backward has no causal mask")
-    from jax.experimental.pallas.ops.gpu import attention_mgpu
-
-    # Two warpgroups of 64 rows; the widest key block whose scores, probabilities and output stay in
-    # their registers, and whose two stages fit into shared memory.
-    config = attention_mgpu.TuningConfig(
-        block_q=64,
-        block_kv=128 if point.head_dim <= 128 else 64,
-        max_concurrent_steps=2,
-        causal=point.is_causal,
-    )
-
-    def attention(query, key, value) -> Any:
-        return attention_mgpu.attention(query, key, value, config=config)
-
-    return Attention(attention, dtype="float16", query_scale=point.head_dim**-0.5)
-
-
-def _flash_attn3_jax(point: Point) -> Attention:
-    if (point.head_dim, point.head_dim_v) != (128, 128):
-        raise Refused("head dim 128 only")
-    if point.documents:
-        raise Refused("packed documents need another layout")
-    try:
-        from flash_attn3_jax import flash_mha  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise Refused(f"not installed ({error})") from error
-    window = _window(point) or (-1, -1)
-    return Attention(partial(flash_mha, is_causal=point.is_causal, window_size=window))
-
-
 CONTENDERS: dict[str, Callable[[Point], Attention]] = {
     "fa3": _fa3,
     "fa3 arrays": _fa3_arrays,  # the same mask, said by key_begin and key_end
     "fa3 full": _fa3,  # the same shapes with no mask: see `problem`
     "fa3 deterministic": partial(_fa3, deterministic_backward=True),
-    "cudnn": _cudnn,
-    "pallas": _pallas,
-    "flash-attn3-jax": _flash_attn3_jax,
+    **ATTENTIONS,
 }
 
 
@@ -146,6 +78,7 @@ def _key_intervals(point: Point, implementation: Any) -> Callable[..., Any]:
             point.seqlen,
             point.seqlen,
             is_causal=point.is_causal,
+            local_window_size=window(point),
             query_segment_ids=query_segment_ids,
             key_value_segment_ids=key_value_segment_ids,
             implementation=implementation,
@@ -156,14 +89,15 @@ def _key_intervals(point: Point, implementation: Any) -> Callable[..., Any]:
 
 def _normal(point: Point) -> tuple[jax.Array, ...]:
     """query, key, value and, for the passes that take it, the cotangent of out."""
+    lengths = (point.seqlen, point.keys, point.keys, point.seqlen)
     heads = (point.num_heads_q, point.num_heads_k, point.num_heads_k, point.num_heads_q)
     dims = (point.head_dim, point.head_dim, point.head_dim_v, point.head_dim_v)
     keys = jax.random.split(jax.random.key(0), 4 if "bwd" in point.pass_name else 3)
     # Drawn in bf16, the largest number of every block would be the same: there are few to draw from.
     drawn = jnp.float32 if point.pass_name in ("fp8", "prepare") else point.dtype
     return tuple(
-        jax.random.normal(key, (point.batch, point.seqlen, n, d), drawn).astype(point.dtype)
-        for key, n, d in zip(keys, heads, dims, strict=False)
+        jax.random.normal(key, (point.batch, length, n, d), drawn).astype(point.dtype)
+        for key, length, n, d in zip(keys, lengths, heads, dims, strict=False)
     )
 
 

@@ -1,7 +1,10 @@
-"""The FlashAttention-3 paper's plots: TFLOP/s against sequence length per head dim and mask."""
+"""The FlashAttention-3 paper's plots, TFLOP/s against sequence length per head dim and mask; and of the
+suite of models each row's ratio to the better rival."""
 
 from pathlib import Path
 from typing import Any
+
+from . import models_report, records
 
 NAMES = {"fwd": "forward", "bwd": "backward", "fwd+bwd": "both", "fp8": "FP8 forward"}
 COLOURS = {
@@ -9,13 +12,15 @@ COLOURS = {
     "cudnn": "C0",
     "pallas": "C1",
     "flash-attn3-jax": "C2",
+    "dew": "C5",
     "fa3 fp8": "C4",
     "cudnn fp8": "C9",
 }
 
 
 def plot(report: dict[str, Any], folder: Path) -> list[Path]:
-    """Writes one PNG per pass of the suites "paper", "quick" and "fp8", the preparation left out.
+    """Writes one PNG per pass of the suites "paper", "quick" and "fp8", the preparation left out, and
+    models.png of the suite "models".
 
     Raises ImportError without matplotlib.
     """
@@ -47,7 +52,35 @@ def plot(report: dict[str, Any], folder: Path) -> list[Path]:
         figure.savefig(path, dpi=150)
         plt.close(figure)
         written.append(path)
+    models = [r for r in report["points"] if r["suite"] == "models"]
+    if models:
+        path = folder / "models.png"
+        figure = plt.figure(figsize=(15, 2 + 0.1 * len(models)), layout="constrained")
+        _models(figure, models)
+        figure.suptitle(
+            f"Times as fast as the better of cuDNN and dew, {report['environment']['gpu']}"
+        )
+        figure.savefig(path, dpi=150)
+        plt.close(figure)
+        written.append(path)
     return written
+
+
+def _models(figure: Any, results: list[dict[str, Any]]) -> None:
+    """Forward and backward side by side, the best row on top; red: under its bar."""
+    for axis, pass_name in zip(figure.subplots(1, 2), ("fwd", "bwd"), strict=True):
+        rows = [
+            (best, f"{r['model']}: {models_report.shape(r)}", best < models_report.bar(r))
+            for r in results
+            if r["pass_name"] == pass_name and (best := records.of_the_best(r)) is not None
+        ]
+        rows.sort()
+        colours = ["C3" if missed else "C2" for _, _, missed in rows]
+        axis.barh(range(len(rows)), [best for best, _, _ in rows], color=colours)
+        axis.set_yticks(range(len(rows)), [name for _, name, _ in rows], fontsize=5)
+        axis.axvline(1, color="black", linewidth=0.8)
+        axis.margins(y=0.01)
+        axis.set_title(NAMES[pass_name])
 
 
 def _legend(axes: Any) -> tuple[list[Any], list[str]]:

@@ -6,13 +6,14 @@ import numpy as np
 
 TOKENS = 16384  # tokens of one call, and
 WIDTH = 2048  # heads * head_dim: the shapes of the FlashAttention-3 paper (arXiv 2407.08608, section 4.1)
-RIVALS = ("cudnn", "pallas", "flash-attn3-jax")
+RIVALS = ("cudnn", "pallas", "flash-attn3-jax", "dew")
 
 
 @dataclasses.dataclass(frozen=True)
 class Point:
     """One problem and who runs it; batch, lengths and head counts as in the public API.
 
+    `model` says whose shape it is, where it is somebody's. `seqlen_k` None: as many keys as queries.
     `window` is the number of keys that a row sees to its left besides its own (with is_causal);
     `documents` are the lengths of the documents packed into each row, None for one sequence.
     `contenders[0]` is the one that the figure is about, `baseline` the one it is divided by.
@@ -33,9 +34,15 @@ class Point:
     is_causal: bool = False
     window: int | None = None
     documents: tuple[int, ...] | None = None
+    seqlen_k: int | None = None
+    model: str = ""
     pass_name: str = "fwd"
     contenders: tuple[str, ...] = ("fa3", *RIVALS)
     baseline: str = "cudnn"
+
+    @property
+    def keys(self) -> int:
+        return self.seqlen if self.seqlen_k is None else self.seqlen_k
 
     @property
     def mask(self) -> str:
@@ -53,10 +60,13 @@ class Point:
 
     def intervals(self) -> tuple[np.ndarray, np.ndarray]:
         """begin, end, int32 [seqlen]: row i sees the keys in [begin[i], end[i])."""
-        documents = np.asarray(self.documents or (self.seqlen,), np.int32)
-        ends = np.cumsum(documents, dtype=np.int32)
         row = np.arange(self.seqlen, dtype=np.int32)
-        begin, end = np.repeat(ends - documents, documents), np.repeat(ends, documents)
+        if self.documents:
+            lengths = np.asarray(self.documents, np.int32)
+            ends = np.cumsum(lengths, dtype=np.int32)
+            begin, end = np.repeat(ends - lengths, lengths), np.repeat(ends, lengths)
+        else:
+            begin, end = np.zeros_like(row), np.full_like(row, self.keys)
         if self.is_causal:
             end = np.minimum(end, row + 1)
         if self.window is not None:
@@ -71,7 +81,7 @@ class Point:
             return 0.0
         begin, end = self.intervals()
         pairs = float(np.sum(end.astype(np.int64) - begin))
-        if self.mask == "causal":
+        if self.mask == "causal" and self.keys == self.seqlen:
             pairs = self.seqlen**2 / 2
         forwards = {"fwd": 1.0, "fp8": 1.0, "bwd": 2.5, "fwd+bwd": 3.5}[self.pass_name]
         per_pair = 2 * (self.head_dim + self.head_dim_v) * forwards
@@ -82,9 +92,9 @@ class Point:
         in 8. Their scales, 4 bytes for 128 rows of a head, do not count."""
         if self.pass_name != "prepare":
             return 0
-        numbers = (self.num_heads_q + self.num_heads_k) * self.head_dim
-        numbers += self.num_heads_k * self.head_dim_v
-        return 3 * self.batch * self.seqlen * numbers
+        numbers = self.seqlen * self.num_heads_q * self.head_dim
+        numbers += self.keys * self.num_heads_k * (self.head_dim + self.head_dim_v)
+        return 3 * self.batch * numbers
 
     def visible_share(self, block_m: int, block_n: int) -> float:
         """Blocks of scores that hold a visible pair, as a share of all blocks."""
@@ -92,7 +102,7 @@ class Point:
         starts = np.arange(0, self.seqlen, block_m)
         first = np.minimum.reduceat(begin, starts) // block_n
         last = -(-np.maximum.reduceat(end, starts) // block_n)
-        return float(np.sum(last - first)) / (len(starts) * -(-self.seqlen // block_n))
+        return float(np.sum(last - first)) / (len(starts) * -(-self.keys // block_n))
 
 
 def point(suite: str, head_dim: int, seqlen: int, *, heads=None, **fields) -> Point:

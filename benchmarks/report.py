@@ -1,17 +1,14 @@
 """Results as text: the table that grows while the benchmark runs, and those of docs/benchmarks.md."""
 
 import re
-import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from . import models_report, records
+
 COLUMN = 22
-OWN_SECTION = ("fp8", "masks", "deterministic")  # the other suites share one
-
-
-def _time(ms: float) -> str:
-    return f"{ms * 1e3:.1f} µs" if ms < 1 else f"{ms:.3f} ms"
+OWN_SECTION = ("fp8", "masks", "deterministic", "models")  # the other suites share one
 
 
 def _cell(result: dict[str, Any], name: str) -> str:
@@ -25,7 +22,7 @@ def _cell(result: dict[str, Any], name: str) -> str:
     if result.get("moved_bytes"):
         return f"{record['gb_per_s']:.0f} GB/s{against}"
     if not result["flops"]:
-        return _time(record["ms"]) + against
+        return records.duration(record["ms"]) + against
     return f"{record['tflops']:.0f}{against} /{record['back_to_back_tflops']:.0f}"
 
 
@@ -40,13 +37,13 @@ def line(result: dict[str, Any], names: Sequence[str]) -> str:
 
 
 def refusals(result: dict[str, Any]) -> list[str]:
-    records = result["results"].items()
-    return [f"    {name}: {record['refused']}" for name, record in records if "refused" in record]
+    results = result["results"].items()
+    return [f"    {name}: {record['refused']}" for name, record in results if "refused" in record]
 
 
 def over_expected(result: dict[str, Any]) -> float | None:
     """Time over the share of the unmasked time that the visible blocks are."""
-    record = result["results"][result["contenders"][0]]
+    record = records.ours(result)
     if result["visible_share"] is None or record.get("ratio") is None:
         return None
     return 1 / (record["ratio"] * result["visible_share"])
@@ -72,10 +69,10 @@ def _grid(results: Iterable[dict[str, Any]], beside: str | None = None) -> list[
     title = {"fwd": "forward", "bwd": "backward", "fwd+bwd": "both", "fp8": "FP8 forward"}
     rows: dict[str, dict[int, str]] = {}
     for result in results:
-        record = result["results"][result["contenders"][0]]
+        record = records.ours(result)
         cell = "–"
         if "tflops" in record:
-            ratios = [record["ratio"]] + ([_ratio(result, beside)] if beside else [])
+            ratios = [record["ratio"]] + ([records.ratio(result, beside)] if beside else [])
             shown = "; ".join("–" if x is None else f"{x:.2f}" for x in ratios)
             cell = f"{record['tflops']:.0f}" + (f" ({shown})" if any(ratios) else "")
         name = f"{title[result['pass_name']]}, head dim {result['head_dim']}, {result['mask']}"
@@ -83,25 +80,16 @@ def _grid(results: Iterable[dict[str, Any]], beside: str | None = None) -> list[
     return _by_length(rows)
 
 
-def _ratio(result: dict[str, Any], other: str) -> float | None:
-    """How many times as fast as another contender: the median over the rounds."""
-    records = [result["results"].get(name, {}) for name in (other, result["contenders"][0])]
-    if any("times_ms" not in record for record in records):
-        return None
-    pairs = zip(*(record["times_ms"] for record in records), strict=True)
-    return statistics.median(theirs / ours for theirs, ours in pairs)
-
-
 def _preparation(results: list[dict[str, Any]]) -> list[str]:
     """GB/s and ratio to the copy; the time as a share of the attention's on what was prepared."""
     ms = {
-        (r["head_dim"], r["seqlen"], r["mask"]): r["results"][r["contenders"][0]].get("ms")
+        (r["head_dim"], r["seqlen"], r["mask"]): records.ours(r).get("ms")
         for r in results
         if r["pass_name"] == "fp8"
     }
     rows: dict[str, dict[int, str]] = {}
     for result in (r for r in results if r["pass_name"] == "prepare"):
-        record = result["results"][result["contenders"][0]]
+        record = records.ours(result)
         dim, length = result["head_dim"], result["seqlen"]
         speed = rows.setdefault(f"preparation, head dim {dim}, GB/s", {})
         share = rows.setdefault(f"its time of the attention's, head dim {dim}, full / causal", {})
@@ -117,7 +105,7 @@ def _list(results: Iterable[dict[str, Any]]) -> list[str]:
     """One row per point: for the suites that are no grid of lengths."""
     lines = ["| point | time | TFLOP/s | against | times as fast |", "|---|---|---|---|---|"]
     for result in results:
-        record = result["results"][result["contenders"][0]]
+        record = records.ours(result)
         over = over_expected(result)
         against = f"{result['baseline']}" + (
             "" if over is None else f" × {result['visible_share']:.1%}"
@@ -129,7 +117,7 @@ def _list(results: Iterable[dict[str, Any]]) -> list[str]:
         faster = record["ratio"] if over is None else 1 / over
         factor = "–" if faster is None else f"{faster:.2f}"
         lines.append(
-            f"| {result['name']} | {_time(record['ms'])} | {speed} | {against} | {factor} |"
+            f"| {result['name']} | {records.duration(record['ms'])} | {speed} | {against} | {factor} |"
         )
     return lines
 
@@ -155,9 +143,10 @@ def conditions(report: dict[str, Any]) -> str:
 
 def joined(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """One report of several runs; the first one's environment and rounds, every one's conditions."""
-    first, *others = reports
+    runs = [run for report in reports for run in (report, *report.get("others", ()))]
+    others = [{k: v for k, v in run.items() if k not in ("points", "others")} for run in runs[1:]]
     points = [point for report in reports for point in report["points"]]
-    return {**first, "points": points, "others": others}
+    return {**runs[0], "points": points, "others": others}
 
 
 def markdown(report: dict[str, Any]) -> str:
@@ -179,6 +168,8 @@ def markdown(report: dict[str, Any]) -> str:
                 f"{shapes}:"
             )
             blocks.append("\n".join([intro, "", *_grid(results)]))
+        elif suite == "models":
+            blocks.append(models_report.markdown(results))
         elif suite == "fp8":
             intro = (
                 "TFLOP/s of the attention alone, on inputs that are e4m3 already; in brackets times "

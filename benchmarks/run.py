@@ -1,14 +1,29 @@
-"""Measures one point: everybody prepared and checked first, then timed in turn."""
+"""Measures points: of each, everybody prepared and checked first, then timed in turn."""
 
 import dataclasses
 import importlib
+import json
+import math
 import statistics
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from .contenders import PASSES, Refused, problem
+from . import report as reports
+from .contenders import PASSES, problem
 from .points import Point
-from .timing import Call, Timing, device_time, in_rounds, ratio
+from .rivals import Refused
+from .timing import (
+    Call,
+    Timing,
+    device_time,
+    environment,
+    flusher,
+    gpu_state,
+    in_rounds,
+    ratio,
+)
 
 BACK_TO_BACK = 10  # calls, for the second column
 
@@ -97,3 +112,56 @@ def measure(
     times = in_rounds(calls, rounds, between, timer)
     back_to_back = {name: timer(call, BACK_TO_BACK) for name, call in calls.items()}
     return summarise(point, times, back_to_back, records, _tile(point))
+
+
+def measure_all(
+    points: list[Point],
+    rounds: int,
+    file: Path | None = None,
+    resume: bool = False,
+    minutes: float = math.inf,
+) -> dict[str, Any]:
+    """The JSON report of all points, in the file after each one. With `resume`, those that the file
+    has are kept, not measured again; after `minutes` no further point begins.
+
+    Raises ValueError where the file's rounds are others, WrongResult where this library is wrong.
+    """
+    started = time.monotonic()
+    earlier: list[dict[str, Any]] = []
+    if resume and file and file.exists():
+        earlier = [json.loads(file.read_text(encoding="utf-8"))]
+        if earlier[0]["rounds"] != rounds:
+            raise ValueError(f"{file}: got {earlier[0]['rounds']} rounds, wanted {rounds}")
+        done = {result["name"] for result in earlier[0]["points"]}
+        points = [point for point in points if point.name not in done]
+        if not points:
+            return earlier[0]
+    between = flusher()
+    names = list(dict.fromkeys(name for p in points for name in (*p.contenders, p.baseline)))
+    run: dict[str, Any] = {
+        "environment": environment(),
+        "rounds": rounds,
+        "begin": gpu_state(between),
+        "points": [],
+    }
+
+    def save() -> dict[str, Any]:
+        run["wall_s"] = time.monotonic() - started
+        report = reports.joined([*earlier, run])
+        if file:
+            file.write_text(json.dumps(report, indent=1), encoding="utf-8")
+        return report
+
+    print(reports.header(names), flush=True)
+    for i, point in enumerate(points):
+        if time.monotonic() - started > 60 * minutes:
+            print(f"{i} of {len(points)} points in {minutes} minutes: --resume goes on", flush=True)
+            break
+        result = measure(point, rounds, between)
+        print("\n".join([reports.line(result, names), *reports.refusals(result)]), flush=True)
+        run["points"].append(result)
+        save()
+    run["end"] = gpu_state(between)
+    report = save()
+    print(f"{run['wall_s']:.0f} s", flush=True)
+    return report

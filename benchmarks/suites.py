@@ -3,6 +3,7 @@
 import fnmatch
 from collections.abc import Iterable
 
+from .models import models
 from .points import RIVALS, TOKENS, Point, point
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
@@ -28,20 +29,25 @@ def _paper(pass_name: str, *contenders: str) -> list[Point]:
 
 
 def _all_passes() -> list[Point]:
-    backward = _paper("bwd", "cudnn", "flash-attn3-jax")
-    return [*_paper("fwd", *RIVALS), *backward, *_paper("fwd+bwd", "cudnn")]
+    backward = _paper("bwd", "cudnn", "flash-attn3-jax", "dew")
+    return [*_paper("fwd", *RIVALS), *backward, *_paper("fwd+bwd", "cudnn", "dew")]
 
 
 def _quick() -> list[Point]:
     wanted = [(128, False, 1024), (128, False, 16384), (128, True, 1024), (128, True, 16384)]
     wanted += [(64, False, 2048), (64, True, 16384), (256, False, 2048), (256, True, 16384)]
-    return [point("quick", d, s, is_causal=c, contenders=("fa3", "cudnn")) for d, c, s in wanted]
+    names = ("fa3", "cudnn", "dew")
+    return [point("quick", d, s, is_causal=c, contenders=names) for d, c, s in wanted]
 
 
 def _masks() -> list[Point]:
     """That masks are free: each point's baseline is this library with a cheaper way to say as much."""
-    arrays = ("fa3 arrays", "fa3", "cudnn")
-    packed = {"documents": DOCUMENTS, "contenders": ("fa3", "fa3 full"), "baseline": "fa3 full"}
+    arrays = ("fa3 arrays", "fa3", "cudnn", "dew")
+    packed = {
+        "documents": DOCUMENTS,
+        "contenders": ("fa3", "fa3 full", "dew"),
+        "baseline": "fa3 full",
+    }
     return [
         point("masks", 128, 8192, is_causal=True, contenders=arrays, baseline="fa3"),
         point("masks", 128, TOKENS, **packed),
@@ -133,6 +139,7 @@ SUITES = {
     "fp16": _fp16,
     "dims": _dims,
     "fp8": _fp8,
+    "models": models,
 }
 
 

@@ -151,6 +151,8 @@ def environment() -> dict[str, Any]:
         "nvidia-cudnn-cu13",
         "nvidia-cudnn-cu12",
         "flash-attn3-jax",
+        "dew-flash-attn-cu13",
+        "dew-flash-attn-cu12",
         "jax_fa3",
     )
     versions = {}

@@ -229,9 +229,9 @@ def test_command_measures_and_saves(tmp_path, capsys, monkeypatch):
     made = fake_report()
     monkeypatch.setattr(command, "why_not_here", lambda: None)
     monkeypatch.setattr(command, "select", lambda *_: [SMALL])
-    monkeypatch.setattr(timing, "flusher", lambda: lambda: None)
-    monkeypatch.setattr(timing, "environment", lambda: made["environment"])
-    monkeypatch.setattr(timing, "gpu_state", lambda _: made["begin"])
+    monkeypatch.setattr(run, "flusher", lambda: lambda: None)
+    monkeypatch.setattr(run, "environment", lambda: made["environment"])
+    monkeypatch.setattr(run, "gpu_state", lambda _: made["begin"])
     monkeypatch.setattr(run, "measure", lambda *_: made["points"][0])
     file = tmp_path / "report.json"
     assert command.main(["--json", str(file)]) == 0

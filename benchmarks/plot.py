@@ -77,7 +77,7 @@ def _models(figure: Any, results: list[dict[str, Any]]) -> None:
         rows.sort()
         colours = ["C3" if missed else "C2" for _, _, missed in rows]
         axis.barh(range(len(rows)), [best for best, _, _ in rows], color=colours)
-        axis.set_yticks(range(len(rows)), [name for _, name, _ in rows], fontsize=5)
+        axis.set_yticks(range(len(rows)), [name for _, name, _ in rows], fontsize=6)
         axis.axvline(1, color="black", linewidth=0.8)
         axis.margins(y=0.01)
         axis.set_title(NAMES[pass_name])

@@ -2,14 +2,15 @@
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from lowering import hide_gpus
 
 import jax_fa3
-from jax_fa3 import _dispatch
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # behind an installed jax_fa3
 
@@ -77,7 +78,7 @@ def test_the_shapes_with_bars_of_their_own_are_there():
 
 
 def test_this_library_takes_every_row(monkeypatch):
-    monkeypatch.setattr(_dispatch, "compute_capabilities", set)
+    hide_gpus(monkeypatch)
     for p in ROWS:
         shapes = (
             (p.batch, p.seqlen, p.num_heads_q, p.head_dim),
@@ -87,8 +88,8 @@ def test_this_library_takes_every_row(monkeypatch):
         arrays = [jax.ShapeDtypeStruct(shape, p.dtype) for shape in shapes]
         window = None if p.window is None else (p.window, 0)
         options = {"is_causal": p.is_causal, "local_window_size": window, "implementation": "fa3"}
-        reason = jax_fa3.is_supported(*arrays, **options)
-        assert reason is not None and reason.startswith("device: got no CUDA device"), p.model
+        out = jax.eval_shape(partial(jax_fa3.dot_product_attention, **options), *arrays)
+        assert out.shape == (*shapes[0][:3], p.head_dim_v)
 
 
 def test_a_run_takes_less_than_ten_minutes():
@@ -125,7 +126,8 @@ def test_flops_of_a_smaller_one(name):
 def measured(point: Point, **ms: float | str) -> dict:
     """A record: milliseconds of each contender, or why it refused."""
     records = {name: {"refused": x} if isinstance(x, str) else {} for name, x in ms.items()}
-    times = {name: [x, 2 * x, 3 * x] for name, x in ms.items() if not isinstance(x, str)}
+    ran = {name: float(x) for name, x in ms.items() if not isinstance(x, str)}
+    times = {name: [x, 2 * x, 3 * x] for name, x in ran.items()}
     back = {name: timing.Timing(x[1], ("kernel",)) for name, x in times.items()}
     return run.summarise(point, times, back, records, None)
 

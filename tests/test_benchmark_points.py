@@ -53,6 +53,19 @@ def test_intervals_and_shares(causal, window, documents):
         assert p.flops() == p.batch * p.num_heads_q * visible.sum() * 4 * 64
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("keys", [96, 512])
+def test_other_keys_than_queries(keys, causal):
+    p = point("masks", 64, 256, seqlen_k=keys, is_causal=causal)
+    i, j = np.arange(256)[:, None], np.arange(keys)[None, :]
+    visible = np.broadcast_to(j <= i, (256, keys)) | (not causal)
+    begin, end = p.intervals()
+    np.testing.assert_array_equal((j >= begin[:, None]) & (j < end[:, None]), visible)
+    blocks = visible.reshape(4, 64, -1, 32).any(axis=(1, 3))
+    assert p.visible_share(64, 32) == pytest.approx(blocks.mean())
+    assert p.flops() == p.batch * p.num_heads_q * visible.sum() * 4 * 64
+
+
 def test_flops_as_the_papers_count():
     full, causal = point("paper", 128, 8192), point("paper", 128, 8192, is_causal=True)
     assert full.flops() == 4 * 2 * 16 * 8192 * 8192 * 128

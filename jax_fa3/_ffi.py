@@ -178,12 +178,13 @@ def bwd(
         query, key, value, masks, heads: as for fwd. Key and value side by side may also be uint32
             words of two numbers each, with more behind them: [B, S, K, *].
     """
-    head_dim, head_dim_v = query.shape[3], rows.dout.shape[3]
+    batch, length, _, head_dim = query.shape
+    head_dim_v = rows.dout.shape[3]
     columns_v = head_dim if value is None else 0
     value = key if value is None else value
     packed, heads = heads is not None, heads or _all_heads(query, key)
     attributes = attributes_of(config, heads.count, heads.first, head_dim_v, columns_v)
-    sizes = Sizes(*query.shape[:2], key.shape[1], *heads.count, head_dim, head_dim_v)
+    sizes = Sizes(batch, length, key.shape[1], *heads.count, head_dim, head_dim_v)
     dq_accum = dq_sum_of(query, sizes.num_heads, head_dim_v)
     *per_row, width = dq_accum.shape
     if not bwd_tile(width).fused and part.finish_dq and part.summed_dq is None:

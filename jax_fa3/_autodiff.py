@@ -205,10 +205,8 @@ def _kernel_backward(
     config: Config, packed: Packed, operands: Operands, masks: Masks, *results: Array
 ) -> Operands:
     """Of out, lse, their cotangents and, from the 16-bit forward, lse_low."""
-    out, lse, dout, dlse, *low = results
     tensors, heads = for_kernel(packed, operands)
-    options: Any = heads | ({"lse_low": low[0]} if low else {})
-    grads = _ffi.bwd(config, *tensors, masks, out, lse, dout, dlse, **options)
+    grads = _ffi.bwd(config, *tensors, masks, _ffi.Rows(*results), **heads)
     return grads if packed is None else (grads[0].reshape(operands[0].shape),)
 
 

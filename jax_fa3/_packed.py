@@ -7,6 +7,8 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
+from ._ffi import Heads
+
 # query, key and value; or the one packed array, of whose heads N, K, K are these three: they are one
 # dimension, or two, [3, N], of which devices can split the second.
 Operands = tuple[Array, ...]
@@ -21,8 +23,8 @@ def for_kernel(
         query, key, value = operands
         return (query, key, value), {}
     qkv, (num_heads, num_kv_heads) = _one_dimension_of_heads(packed, operands[0])
-    first_head = 0, num_heads, num_heads + num_kv_heads
-    return (qkv, qkv, qkv), {"num_heads": (num_heads, num_kv_heads), "first_head": first_head}
+    first = 0, num_heads, num_heads + num_kv_heads
+    return (qkv, qkv, qkv), {"heads": Heads((num_heads, num_kv_heads), first)}
 
 
 def split(packed: Packed, operands: Operands) -> tuple[Array, Array, Array]:

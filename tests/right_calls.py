@@ -19,7 +19,20 @@ from jax_fa3.fp8 import _ffi as _fp8
 B, T, S, N, K, H, V = 2, 128, 160, 4, 2, 128, 64
 Struct = jax.ShapeDtypeStruct
 FORWARD: Any = _ffi.fwd
-BACKWARD: Any = _ffi.bwd
+
+
+def BACKWARD(
+    config: Config,
+    query: Any,
+    key: Any,
+    value: Any,
+    masks: Masks,
+    *rows: Any,
+    heads: Any = None,
+    **part: Any,
+) -> Any:
+    options: Any = {"heads": heads, "part": _ffi.PartOfDq(**part)}
+    return _ffi.bwd(config, query, key, value, masks, _ffi.Rows(*rows), **options)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +85,7 @@ def right_calls() -> dict[str, Call]:
     plain = Config(0.5, (None, None), None, False)
     partial = dataclasses.replace(plain, partial=True)
     qkv = Struct((B, T, N + 2 * K, H), q.dtype)
-    heads: dict[str, Any] = {"num_heads": (N, K), "first_head": (0, N, N + K)}
+    heads = _ffi.Heads((N, K), (0, N, N + K))
     together = Struct((B, S, K, H + V), q.dtype)
     words = Struct((B, S, K, (H + V) // 2), jnp.uint32)
     summed = _ffi.dq_sum_of(q, N, V)
@@ -84,13 +97,13 @@ def right_calls() -> dict[str, Call]:
     lengths, masks = Struct((B,), jnp.int32), masks_of()
 
     def packed_forward(config: Config) -> Any:
-        return lambda qkv, *masks: FORWARD(config, qkv, qkv, qkv, *masks, **heads)
+        return lambda qkv, *masks: FORWARD(config, qkv, qkv, qkv, *masks, heads=heads)
 
     def packed_backward(qkv: Any, masks: Masks, *rows: Any) -> Any:
-        return BACKWARD(every, qkv, qkv, qkv, masks, *rows[:-1], lse_low=rows[-1], **heads)
+        return BACKWARD(every, qkv, qkv, qkv, masks, *rows, heads=heads)
 
-    def with_low(config: Config) -> Any:
-        return lambda *x: BACKWARD(config, *x[:-1], lse_low=x[-1])
+    def backward(config: Config) -> Any:
+        return lambda *x: BACKWARD(config, *x)
 
     def joined(config: Config) -> Any:
         return lambda *x: FORWARD(config, *x[:3], Masks(), before=x[3:])
@@ -114,10 +127,10 @@ def right_calls() -> dict[str, Call]:
         "fwd side by side": recorded(lambda q, x: FORWARD(plain, q, x, None, Masks()), q, together),
         "fwd joined": recorded(joined(partial), *operands, *before),
         "fwd joined last": recorded(joined(plain), *operands, *before),
-        "bwd": recorded(lambda *x: BACKWARD(every, *x), *operands, masks, *rows),
-        "bwd without masks": recorded(lambda *x: BACKWARD(plain, *x), *operands, Masks(), *rows),
-        "bwd in parts": in_parts(with_low(plain), *operands, Masks(), *rows, low),
-        "bwd of float16": recorded(with_low(every), *half, masks, *half_rows, low),
+        "bwd": recorded(backward(every), *operands, masks, *rows),
+        "bwd without masks": recorded(backward(plain), *operands, Masks(), *rows),
+        "bwd in parts": in_parts(backward(plain), *operands, Masks(), *rows, low),
+        "bwd of float16": recorded(backward(every), *half, masks, *half_rows, low),
         "bwd continued": recorded(continued, *operands, *rows, summed),
         "bwd of words": recorded(of_words, q, words, *rows[1:]),
         "bwd packed": recorded(packed_backward, qkv, masks, *packed_rows, low),
@@ -148,10 +161,10 @@ def without_heads() -> dict[str, Call]:
     """Right calls, too."""
     config = Config(0.5, (None, None), None, False)
     operands, rows = operands_of(heads=0), rows_of(heads=0)
-    packed: dict[str, Any] = {"num_heads": (0, K), "first_head": (0, 0, K)}
+    packed = _ffi.Heads((0, K), (0, 0, K))
 
     def packed_backward(qkv: Any, *rows: Any) -> Any:
-        return BACKWARD(config, qkv, qkv, qkv, Masks(), *rows, **packed)
+        return BACKWARD(config, qkv, qkv, qkv, Masks(), *rows, heads=packed)
 
     qkv = Struct((B, T, 2 * K, H), jnp.bfloat16)
     return {

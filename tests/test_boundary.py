@@ -16,7 +16,7 @@ from right_calls import all_recorded, right_calls, without_heads
 from wrong_calls import REFUSED, outcome, wrong_calls, wrong_throughout
 
 import jax_fa3
-from jax_fa3 import _ffi, context_parallel, fp8
+from jax_fa3 import _ffi, _targets, context_parallel, fp8
 
 pytestmark = pytest.mark.skipif(
     _ffi._C is None or not _ffi.kernels(), reason="no kernels in this install"
@@ -35,7 +35,7 @@ def cpu():
 
 
 def test_every_target_is_called():
-    assert {call.target for call in CALLS.values()} == set(_ffi.TARGETS)
+    assert {call.target for call in CALLS.values()} == set(_targets.TARGETS)
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -71,6 +71,23 @@ def test_messages_name_what_is_wrong(cpu, name):
             message = outcome(dataclasses.replace(call, operands=operands), cpu)
             shapes = re.escape(f"got shape {list(wrong.shape)}, wanted {list(x.shape)}")
             assert re.search(rf"jax_fa3: (query|key|lengths)\w*: {shapes}", message)
+
+
+@pytest.mark.parametrize(
+    "name", ["fwd", "bwd", "bwd packed", "fp8", "quantize", "segment_intervals"]
+)
+def test_messages_name_the_array(cpu, name):
+    """Whichever operand or result is wrong."""
+    call = CALLS[name]
+    table = _targets.TARGETS[call.target]
+    for kind, rows in zip(("operands", "results"), table, strict=True):
+        arrays = getattr(call, kind)
+        for i, (row, x) in enumerate(zip(rows, arrays, strict=True)):
+            other = "int32" if "uint8" in row.dtypes else "uint8"
+            wrong = jax.ShapeDtypeStruct(x.shape, jnp.dtype(other))
+            changed = {kind: (*arrays[:i], wrong, *arrays[i + 1 :])}
+            message = outcome(dataclasses.replace(call, **changed), cpu)
+            assert f"jax_fa3: {row.name}: got {other}, wanted " in message
 
 
 @pytest.mark.parametrize("name", ["bwd in parts", "bwd packed in parts"])

@@ -24,7 +24,7 @@ def test_bwd_operands_and_results(deterministic, dtype, name):
     results = struct(B, T, N, V, dtype=dtype), struct(B, N, T, dtype=jnp.float32)
 
     def backward(q, k, v, *results):
-        return _ffi.bwd(config, q, k, v, Masks(), *results[:-1], lse_low=results[-1])
+        return _ffi.bwd(config, q, k, v, Masks(), _ffi.Rows(*results))
 
     text = lower(backward, *operands, *results, *results, results[1])
     assert targets(text) == ["jax_fa3.bwd.v1"]
@@ -49,7 +49,7 @@ def test_bwd_in_parts():
         lse = struct(1, 8, length, dtype=jnp.float32)
 
         def backward(q, k, v, *rows):
-            return _ffi.bwd(config, q, k, v, Masks(), *rows)
+            return _ffi.bwd(config, q, k, v, Masks(), _ffi.Rows(*rows))
 
         text = lower(backward, q, kv, kv, q, lse, q, lse)
         (results,) = re.findall(r"custom_call @jax_fa3.bwd.v1\(.* -> \((.*)\)\n", text)
@@ -67,8 +67,9 @@ def test_bwd_of_parts_of_the_keys(dim, width):
     q, kv, lse = struct(B, T, N, dim), struct(B, S, K, dim), struct(B, N, T, dtype=jnp.float32)
 
     def backward(q, k, v, *rows):
-        call = functools.partial(_ffi.bwd, config, q, k, v, Masks(), None, *rows)
-        return call(summed_dq=call(finish_dq=False)[0])
+        call = functools.partial(_ffi.bwd, config, q, k, v, Masks(), _ffi.Rows(None, *rows))
+        first = call(part=_ffi.PartOfDq(finish_dq=False))
+        return call(part=_ffi.PartOfDq(summed_dq=first[0]))
 
     text = lower(backward, q, kv, kv, lse, q, lse)
     assert operations(text) == {"custom_call", "output_operand_alias", "broadcast_in_dim"}
@@ -86,10 +87,10 @@ def test_bwd_of_parts_of_the_keys(dim, width):
 def test_bwd_of_packed_is_one_gradient():
     qkv = struct(B, T, N + 2 * K, H)
     results = struct(B, T, N, H), struct(B, N, T, dtype=jnp.float32)
-    heads = {"num_heads": (N, K), "first_head": (0, N, N + K)}
+    heads = _ffi.Heads((N, K), (0, N, N + K))
 
     def backward(qkv, *results):
-        return _ffi.bwd(CONFIG, qkv, qkv, qkv, Masks(), *results, **heads)
+        return _ffi.bwd(CONFIG, qkv, qkv, qkv, Masks(), _ffi.Rows(*results), heads=heads)
 
     text = lower(backward, qkv, *results, *results)
     assert targets(text) == ["jax_fa3.bwd_packed.v1"]
@@ -108,7 +109,8 @@ def test_bwd_workspace_is_large_enough(head_dim, length, finish_dq):
     kv = half(B, S, K, head_dim)
 
     def backward(q, k, v, *results):
-        return _ffi.bwd(config, q, k, v, Masks(), *results, finish_dq=finish_dq)
+        part = _ffi.PartOfDq(finish_dq=finish_dq)
+        return _ffi.bwd(config, q, k, v, Masks(), _ffi.Rows(*results), part=part)
 
     text = lower(backward, q, kv, kv, q, lse, q, lse)
     made = re.findall(r"tensor<([\dx]+)x(?:f32|i32)>", text[text.rindex("-> (") :])

@@ -99,8 +99,8 @@ def _backward_kernel(
     summed_dq: Array | None,
 ) -> tuple[Array, ...]:
     query, part = operands
-    options: Any = {"summed_dq": summed_dq, "finish_dq": finish_dq}
-    return _ffi.bwd(config, query, part, None, masks, None, lse, dout, dlse, **options)
+    rows, of_dq = _ffi.Rows(None, lse, dout, dlse), _ffi.PartOfDq(summed_dq, finish_dq)
+    return _ffi.bwd(config, query, part, None, masks, rows, part=of_dq)
 
 
 def _plain_backward(

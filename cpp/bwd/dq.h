@@ -89,8 +89,8 @@ CUTLASS_DEVICE void load_dq(Params const& params, typename Traits::SharedStorage
   constexpr auto kReadOnce = TMA::CacheHintSm90::EVICT_FIRST;
   Mask const& mask = params.mask;
   int const batch = tile.batch;
-  int const head_k = tile.head / params.group;
-  int const row = tile.m_block * kBlockM;
+  KeySource const keys{batch, tile.head / params.group};
+  RowCoord const rows{tile.m_block * kBlockM, tile.head, batch};
   int const length_k = mask.length_k(batch);
   PipelineState<Traits::kStages> key_state;
   PipelineState<Traits::kStagesV> value_state;
@@ -104,20 +104,20 @@ CUTLASS_DEVICE void load_dq(Params const& params, typename Traits::SharedStorage
     load_tile<kBlockN, Traits::kHeadDim>(params.key, storage.key_pipeline.full[key_state.stage],
                                          storage.staged, staged_phase, kKeep,
                                          storage.key + key_state.stage * Traits::kSizeK,
-                                         n_block * kBlockN, head_k, batch, padding(n_block));
+                                         keys.block<kBlockN>(n_block), padding(n_block));
     key_state.advance();
     if (n_block == blocks.end - 1) {
       load_tile<kBlockM, Traits::kHeadDim>(params.query, storage.query_full, storage.staged,
-                                           staged_phase, kReadOnce, storage.query, row, tile.head,
-                                           batch, query_block<Traits>(params, tile).blind);
+                                           staged_phase, kReadOnce, storage.query, rows,
+                                           query_block<Traits>(params, tile).blind);
       load_tile<kBlockM, Traits::kHeadDimV>(params.dout, storage.dout_full, storage.staged,
-                                            staged_phase, kReadOnce, storage.dout, row, tile.head,
-                                            batch, query_block<Traits>(params, tile).blind);
+                                            staged_phase, kReadOnce, storage.dout, rows,
+                                            query_block<Traits>(params, tile).blind);
     }
     storage.value_pipeline.empty[value_state.stage].wait(value_state.phase ^ 1);
     load_tile<kBlockN, Traits::kHeadDimV>(
         params.value, storage.value_pipeline.full[value_state.stage], storage.staged, staged_phase,
-        kKeep, storage.value + value_state.stage * Traits::kSizeV, n_block * kBlockN, head_k, batch,
+        kKeep, storage.value + value_state.stage * Traits::kSizeV, keys.block<kBlockN>(n_block),
         padding(n_block));
     value_state.advance();
   }

@@ -40,8 +40,8 @@ CUTLASS_DEVICE void store_grad(Fragment const& grad, CUtensorMap const& map, uin
   cute::tma_store_fence();
   cutlass::arch::NamedBarrier::sync(128, barrier);
   if (thread == 0) {
-    tma_store_rows<kRows, kColumns, kSlab>(map, smem + rows.first * kSlab, rows.row + rows.first,
-                                           rows.tile.head, rows.tile.batch);
+    tma_store_rows<kRows, kColumns, kSlab>(
+        map, smem + rows.first * kSlab, {rows.row + rows.first, rows.tile.head, rows.tile.batch});
     cute::tma_store_arrive();
   }
 }

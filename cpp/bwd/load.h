@@ -6,6 +6,7 @@
 
 #include "bwd/params.h"
 #include "bwd/traits.h"
+#include "common/key_source.h"
 #include "common/tma.h"
 
 namespace jax_fa3::bwd {
@@ -29,8 +30,7 @@ CUTLASS_DEVICE void zero_rows(uint16_t* smem, RowSet const& rows) {
 template <int kRows, int kColumns>
 CUTLASS_DEVICE void load_tile(CUtensorMap const& map, FullBarrier& full, FullBarrier& staged,
                               uint32_t& staged_phase, cute::TMA::CacheHintSm90 hint, uint16_t* smem,
-                              int row, int head, int batch, RowSet const& zeroed,
-                              int extra_bytes = 0) {
+                              RowCoord const& from, RowSet const& zeroed, int extra_bytes = 0) {
   constexpr int kSlab = slab(kColumns);
   bool const boundary = zeroed.any();
   FullBarrier& barrier = boundary ? staged : full;
@@ -40,8 +40,7 @@ CUTLASS_DEVICE void load_tile(CUtensorMap const& map, FullBarrier& full, FullBar
     } else {
       full.arrive_and_expect_tx(kRows * kColumns * 2 + extra_bytes);
     }
-    tma_load_rows<kRows, kColumns, kSlab>(map, reinterpret_cast<uint64_t*>(&barrier), hint, smem,
-                                          row, head, batch);
+    tma_load_rows<kRows, kColumns, kSlab>(map, barrier, hint, smem, from);
   }
   if (boundary) {
     __syncwarp();
@@ -62,6 +61,7 @@ CUTLASS_DEVICE void load(Params const& params, typename Traits::SharedStorage& s
   int const lane = threadIdx.x % 32;
   int const batch = tile.batch;
   int const first_key = tile.m_block * kBlockN;
+  KeySource const keys{batch, tile.head};
   Mask const& mask = params.mask;
   // Registers are few: what is needed seldom is computed again. Past the arrays' end TMA itself
   // brings zeros.
@@ -94,7 +94,7 @@ CUTLASS_DEVICE void load(Params const& params, typename Traits::SharedStorage& s
     }
     load_tile<kBlockM, Traits::kHeadDim>(params.query, full, storage.staged, staged_phase, kKeep,
                                          storage.query + state.stage * Traits::kSizeQ,
-                                         step.m_block * kBlockM, step.head, batch, blind,
+                                         {step.m_block * kBlockM, step.head, batch}, blind,
                                          kStatsBytes + kIntervalBytes);
   };
   auto const load_dout = [&](Step step, RowSet const& blind) {
@@ -103,20 +103,20 @@ CUTLASS_DEVICE void load(Params const& params, typename Traits::SharedStorage& s
     load_tile<kBlockM, Traits::kHeadDimV>(params.dout, pipeline.full[state.stage], storage.staged,
                                           staged_phase, kKeep,
                                           storage.dout + state.stage * Traits::kSizedO,
-                                          step.m_block * kBlockM, step.head, batch, blind);
+                                          {step.m_block * kBlockM, step.head, batch}, blind);
   };
   auto const load_step = [&](Step step) {
     RowSet const blind = query_blocks[step.m_block].blind;
     if (first) {
       load_tile<kBlockN, Traits::kHeadDim>(params.key, storage.key_full, storage.staged,
-                                           staged_phase, kReadOnce, storage.key, first_key,
-                                           tile.head, batch, padding());
+                                           staged_phase, kReadOnce, storage.key,
+                                           keys.block<kBlockN>(tile.m_block), padding());
     }
     load_query(step, blind);
     if (first) {
       load_tile<kBlockN, Traits::kHeadDimV>(params.value, storage.value_full, storage.staged,
-                                            staged_phase, kReadOnce, storage.value, first_key,
-                                            tile.head, batch, padding());
+                                            staged_phase, kReadOnce, storage.value,
+                                            keys.block<kBlockN>(tile.m_block), padding());
     }
     load_dout(step, blind);
     first = false;

@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(Traits::kConsumerThreads)
   if (threadIdx.x == 0) {
     for (int box = 0; box < kBlockM; box += 64) {
       tma_store_rows<kBlockM, Traits::kHeadDim, kSlab>(params.dquery, memory + box * kSlab,
-                                                       m_block * kBlockM + box, head, batch);
+                                                       {m_block * kBlockM + box, head, batch});
     }
     tma_store_arrive();
     tma_store_wait<0>();

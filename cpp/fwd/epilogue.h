@@ -136,7 +136,8 @@ CUTLASS_DEVICE void store(typename Traits::Params const& params,
     cutlass::arch::NamedBarrier::sync(128, barrier);
     if (thread == 0) {
       tma_store_rows<Traits::kOutRows, Traits::kHeadDimV, Traits::kSlabV>(
-          params.out, smem, tile.m_block * Traits::kBlockM + warpgroup * 64, tile.head, tile.batch);
+          params.out, smem,
+          {tile.m_block * Traits::kBlockM + warpgroup * 64, tile.head, tile.batch});
       tma_store_arrive();
     }
     if constexpr (Traits::kOutOverValue) {

@@ -1,6 +1,7 @@
 // The producer warpgroup: one warp chooses tiles, one warp brings Q, K and V by TMA.
 #pragma once
 
+#include "common/key_source.h"
 #include "common/tma.h"
 #include "fwd/params.h"
 #include "fwd/traits.h"
@@ -86,7 +87,7 @@ CUTLASS_DEVICE void load(
     __syncwarp();
     if (work.last) return;
     int const batch = work.tile.batch;
-    int const head_k = work.tile.head / params.group;
+    KeySource const keys{batch, work.tile.head / params.group};
     // Lets the scheduler take the CTA's next tile: not before this one's loads are nearly done, for
     // a tile that is taken too early waits here while other CTAs have nothing to do.
     auto const take_next_tile = [&] {
@@ -99,8 +100,8 @@ CUTLASS_DEVICE void load(
         pipeline.empty[key_state.stage].wait(key_state.phase ^ 1);
         pipeline.full[key_state.stage].arrive_and_expect_tx(Traits::kSizeK * 2);
         tma_load_rows<kBlockN, Traits::kHeadDim, Traits::kSlab>(
-            params.key, reinterpret_cast<uint64_t*>(&pipeline.full[key_state.stage]), kKeep,
-            storage.key + key_state.stage * Traits::kSizeK, n_block * kBlockN, head_k, batch);
+            params.key, pipeline.full[key_state.stage], kKeep,
+            storage.key + key_state.stage * Traits::kSizeK, keys.block<kBlockN>(n_block));
       }
       key_state.advance();
     };
@@ -116,9 +117,8 @@ CUTLASS_DEVICE void load(
       if (lane == 0) {
         pipeline.empty[value_state.stage].wait(value_state.phase ^ 1);
         full.arrive_and_expect_tx(Traits::kSizeV * 2);
-        tma_load_rows<kBlockN, Traits::kHeadDimV, Traits::kSlabV>(
-            params.value, reinterpret_cast<uint64_t*>(&full), kKeep, smem, n_block * kBlockN,
-            head_k, batch);
+        tma_load_rows<kBlockN, Traits::kHeadDimV, Traits::kSlabV>(params.value, full, kKeep, smem,
+                                                                  keys.block<kBlockN>(n_block));
       }
       if (boundary) {
         __syncwarp();
@@ -140,9 +140,8 @@ CUTLASS_DEVICE void load(
         FullBarrier& full = storage.query_full[warpgroup];
         full.arrive_and_expect_tx(64 * Traits::kHeadDim * 2);
         tma_load_rows<kBlockM, Traits::kHeadDim, Traits::kSlab>(
-            params.query, reinterpret_cast<uint64_t*>(&full), kReadOnce,
-            storage.query + warpgroup * 64 * Traits::kSlab,
-            work.tile.m_block * kBlockM + warpgroup * 64, work.tile.head, batch);
+            params.query, full, kReadOnce, storage.query + warpgroup * 64 * Traits::kSlab,
+            {work.tile.m_block * kBlockM + warpgroup * 64, work.tile.head, batch});
       }
       query_phase ^= 1;
     }

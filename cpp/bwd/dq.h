@@ -174,7 +174,7 @@ CUTLASS_DEVICE void consume_dq(Params const& params, typename Traits::SharedStor
           params.row_stats[params.m_block_index(tile.batch, tile.head, record) * Stats::kSize +
                            Stats::kCareful]) != 0;
   if (careful) blocks.full_end = blocks.full_begin;
-  float const exponent_scale = careful ? 1.f : params.exponent_scale;
+  float const softmax_scale_log2 = careful ? 1.f : params.softmax_scale_log2;
   CUTLASS_PRAGMA_UNROLL
   for (int r = 0; r < kRowsPerThread; ++r) {
     lse[r] = exists ? stats(Stats::kLse, r) : INFINITY;
@@ -204,17 +204,17 @@ CUTLASS_DEVICE void consume_dq(Params const& params, typename Traits::SharedStor
     if (elected) values.empty[value_state.stage].arrive();
     value_state.advance();
     float factor[kRowsPerThread] = {1.f, 1.f};
-    bool const capped = params.cap_scale != 0.f;
-    if (capped) {
+    bool const is_capped = params.score.cap_scale != 0.f;
+    if (is_capped) {
       CUTLASS_PRAGMA_UNROLL
       for (int i = 0; i < size(tS); ++i) {
-        float const t = tanh_approx(tS(i) * params.cap_scale);
-        tdP(i) = (1.f - t * t) * (tdP(i) * scale - delta[fragment_row(i)]);
-        tS(i) = t;
+        float const capped = params.score.cap(tS(i));
+        tdP(i) = Score::cap_grad(capped) * (tdP(i) * scale - delta[fragment_row(i)]);
+        tS(i) = capped;
       }
       factor[0] = factor[1] = 0.f;  // of delta, which is in already, as the scale is
     }
-    float const scale_left = capped ? 1.f : scale;
+    float const scale_left = is_capped ? 1.f : scale;
     if (n_block < blocks.full_begin || n_block >= blocks.full_end) {
       if (careful) {  // then the exponents are made here, and every block comes here
         float const lse_high[] = {stats(Stats::kLse, 0), stats(Stats::kLse, 1)};
@@ -222,7 +222,7 @@ CUTLASS_DEVICE void consume_dq(Params const& params, typename Traits::SharedStor
         CUTLASS_PRAGMA_UNROLL
         for (int i = 0; i < size(tS); ++i) {
           int const r = fragment_row(i);
-          tS(i) = (tS(i) * params.exponent_scale - lse_high[r]) - lse_low[r];
+          tS(i) = (tS(i) * params.softmax_scale_log2 - lse_high[r]) - lse_low[r];
         }
       }
       mask_scores(tS, rows, n_block * kBlockN + threadIdx.x % 4 * 2);
@@ -230,7 +230,8 @@ CUTLASS_DEVICE void consume_dq(Params const& params, typename Traits::SharedStor
     CUTLASS_PRAGMA_UNROLL
     for (int i = 0; i < size(tS); ++i) {
       int const r = fragment_row(i);
-      tS(i) = exp2f(tS(i) * exponent_scale - lse[r]) * (tdP(i) * scale_left - factor[r] * delta[r]);
+      tS(i) =
+          exp2f(tS(i) * softmax_scale_log2 - lse[r]) * (tdP(i) * scale_left - factor[r] * delta[r]);
     }
     copy(packed<Element>(tS), recast<uint32_t>(tdQrdS));
   };
@@ -291,7 +292,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   int const warp = cutlass::canonical_warp_idx_sync();
   TileCoord const tile = params.dq_order(blockIdx.x);
   BlockRange blocks = query_block<Traits>(params, tile).hull.blocks(Traits::kBlockN);
-  if (params.cap_scale != 0.f) blocks.full_end = blocks.full_begin;  // applied where the mask is
+  if (params.score.cap_scale != 0.f)
+    blocks.full_end = blocks.full_begin;  // applied where the mask is
   if (warp == 0 && elect_one_sync()) {
     constexpr int kConsumerWarps = Traits::kConsumerThreads / 32;
     storage.query_full.init(1);

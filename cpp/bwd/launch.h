@@ -72,8 +72,8 @@ cudaError_t make_params(BackwardProblem const& problem, Params* params) {
   params->head_dim = p.head_dim;
   params->head_dim_v = p.head_dim_v;
   ScoreScale const scale = score_scale(p);
-  params->exponent_scale = scale.scale * kLog2E;
-  params->cap_scale = scale.cap_scale;
+  params->softmax_scale_log2 = scale.softmax_scale * kLog2E;
+  params->score = scale.score;
   params->softmax_scale = p.softmax_scale;
 
   bool const masked = p.mask.restricts();

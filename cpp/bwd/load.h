@@ -164,7 +164,7 @@ CUTLASS_DEVICE void load(Params const& params, typename Traits::SharedStorage& s
       bool full = false;
       bool const visited = sees_keys(chunk + lane, &full);
       // The soft cap is applied where the mask is.
-      uint32_t const full_blocks = __ballot_sync(~0u, full && params.cap_scale == 0.f);
+      uint32_t const full_blocks = __ballot_sync(~0u, full && params.score.cap_scale == 0.f);
       for (uint32_t blocks = __ballot_sync(~0u, visited); blocks != 0; blocks &= blocks - 1) {
         if (skipped > 0) {
           --skipped;

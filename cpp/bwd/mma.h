@@ -83,8 +83,8 @@ CUTLASS_DEVICE bool mma(Params const& params, typename Traits::SharedStorage& st
   // S^T to P^T, once S^T is there. With a soft cap just to tanh, for both are needed later.
   auto const make_p = [&](Step const& step) {
     warpgroup_fence_operand(tS);
-    if (params.cap_scale != 0.f) {
-      soft_cap(params, tS);
+    if (params.score.cap_scale != 0.f) {
+      params.score.cap_all(tS);
     } else if (step.masked) {
       probabilities<true>(params, records(), tS);
     } else {
@@ -94,15 +94,15 @@ CUTLASS_DEVICE bool mma(Params const& params, typename Traits::SharedStorage& st
   // dS^T, once dP^T is there, and both packed.
   auto const make_ds = [&] {
     warpgroup_fence_operand(tdP);
-    if (params.cap_scale != 0.f) {
+    if (params.score.cap_scale != 0.f) {
       CUTLASS_PRAGMA_UNROLL
-      for (int i = 0; i < size(tS); ++i) tdP(i) *= scale * soft_cap_grad(tS(i));
+      for (int i = 0; i < size(tS); ++i) tdP(i) *= scale * Score::cap_grad(tS(i));
       CUTLASS_PRAGMA_UNROLL
       for (int i = 0; i < size(tS); i += 4) {
         float2 const delta = records().delta_of(i);
         CUTLASS_PRAGMA_UNROLL
         for (int e = 0; e < 4; ++e) {
-          tdP(i + e) -= RowRecords<kBlockM>::of(delta, e) * soft_cap_grad(tS(i + e));
+          tdP(i + e) -= RowRecords<kBlockM>::of(delta, e) * Score::cap_grad(tS(i + e));
         }
       }
       probabilities<true>(params, records(), tS);

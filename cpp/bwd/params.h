@@ -5,6 +5,7 @@
 
 #include "common/mask.h"
 #include "common/row_set.h"
+#include "common/score.h"
 #include "common/tile_scheduler.h"
 #include "plan.h"
 #include "problem.h"
@@ -61,10 +62,8 @@ struct Params {
   int num_heads_q, num_heads_k;
   int group;  // query heads of one key/value head
   int head_dim, head_dim_v;
-  // Scores x = q.k become exponents: exponent_scale * x (base 2), or with a soft cap
-  // exponent_scale * tanh(cap_scale * x).
-  float exponent_scale;
-  float cap_scale;      // 0: no soft cap
+  float softmax_scale_log2;  // of what `score` gives
+  Score score;
   float softmax_scale;  // of dQ and dK
 
   CUTLASS_HOST_DEVICE int64_t m_block_index(int batch, int head, int m_block) const {

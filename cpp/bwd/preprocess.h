@@ -6,7 +6,7 @@
 #include "bwd/params.h"
 #include "bwd/range.h"
 #include "bwd/rows.h"
-#include "common/launch.h"
+#include "common/score.h"
 
 namespace jax_fa3::bwd {
 

@@ -46,7 +46,7 @@ CUTLASS_DEVICE void probabilities(Params const& params, Records const& records, 
     float2 const lse = records.lse_of(i);
     CUTLASS_PRAGMA_UNROLL
     for (int e = 0; e < 4; ++e) {
-      scores(i + e) = scores(i + e) * params.exponent_scale - Records::of(lse, e);
+      scores(i + e) = scores(i + e) * params.softmax_scale_log2 - Records::of(lse, e);
     }
     if constexpr (kCareful) {
       float2 const low = records.lse_low_of(i);
@@ -64,12 +64,6 @@ CUTLASS_DEVICE void probabilities(Params const& params, Records const& records, 
   }
 }
 
-template <class Scores>
-CUTLASS_DEVICE void soft_cap(Params const& params, Scores& scores) {
-  CUTLASS_PRAGMA_UNROLL
-  for (int i = 0; i < size(scores); ++i) scores(i) = tanh_approx(scores(i) * params.cap_scale);
-}
-
 // dS = P (dP - delta), in place of dP; times `scale`, which delta has in it already.
 template <class Records, class Scores>
 CUTLASS_DEVICE void score_grads(Records const& records, float scale, Scores const& p, Scores& dp) {
@@ -82,8 +76,5 @@ CUTLASS_DEVICE void score_grads(Records const& records, float scale, Scores cons
     }
   }
 }
-
-// The soft cap's derivative at tanh = t.
-CUTLASS_DEVICE float soft_cap_grad(float t) { return 1.f - t * t; }
 
 }  // namespace jax_fa3::bwd

@@ -71,11 +71,11 @@ CUTLASS_DEVICE void consume_value(Params const& params, typename Traits::SharedS
     warpgroup_fence_operand(tS);
     auto const records = records_of_step();
     auto p_for_ds = make_tensor<uint32_t>(Int<decltype(size(p_for_dv))::value>{});
-    if (params.cap_scale != 0.f) {
-      soft_cap(params, tS);
+    if (params.score.cap_scale != 0.f) {
+      params.score.cap_all(tS);
       Tensor factor = make_fragment_like(tS);
       CUTLASS_PRAGMA_UNROLL
-      for (int i = 0; i < size(tS); ++i) factor(i) = soft_cap_grad(tS(i));
+      for (int i = 0; i < size(tS); ++i) factor(i) = Score::cap_grad(tS(i));
       probabilities<true>(params, records, tS);
       CUTLASS_PRAGMA_UNROLL
       for (int i = 0; i < size(tS); ++i) factor(i) *= tS(i);

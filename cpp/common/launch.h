@@ -4,31 +4,12 @@
 
 #include <cuda_runtime_api.h>
 
-#include <limits>
-
-#include "problem.h"
-
 namespace jax_fa3 {
 
 #define JAX_FA3_RETURN_IF_ERROR(expression)                           \
   if (cudaError_t const error = (expression); error != cudaSuccess) { \
     return error;                                                     \
   }
-
-inline constexpr float kLog2E = 1.44269504f;
-
-// How scores x = q.k become exponents: scale * x, or with a soft cap scale * tanh(cap_scale * x).
-struct ScoreScale {
-  float scale;
-  float cap_scale;  // 0: no soft cap
-};
-
-inline ScoreScale score_scale(Problem const& problem) {
-  // Beyond this cap tanh(x) is x for every score there is, and cap_scale would be flushed to 0.
-  float const cap_scale = problem.soft_cap == 0.f ? 0.f : problem.softmax_scale / problem.soft_cap;
-  bool const capped = cap_scale >= std::numeric_limits<float>::min();
-  return capped ? ScoreScale{problem.soft_cap, cap_scale} : ScoreScale{problem.softmax_scale, 0.f};
-}
 
 // Of the current device.
 inline cudaError_t count_sms(int* num_sms) {

@@ -20,12 +20,6 @@ CUTLASS_DEVICE float quad_sum(float x) {
   return x + __shfl_xor_sync(~0u, x, 2);
 }
 
-CUTLASS_DEVICE float tanh_approx(float x) {
-  float y;
-  asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
 // Sets scores outside [begin, end) to -inf; `column` is the key index of the thread's column 0. One
 // bit per element of a row is made first: testing it costs a third of comparing the column twice.
 // A broken row may wrap around here: the epilogue overwrites it.
@@ -58,8 +52,8 @@ CUTLASS_DEVICE void mask_scores(Scores& scores, Interval const (&rows)[kRowsPerT
 // maximum by 2^4 or more, so its weight below 2^-16, and a power of 2 can take the place of the
 // scale: no product is rounded then.
 struct Exponents {
-  float scale_log2;
-  float power_of_2;  // 4 to 8 times scale_log2
+  float softmax_scale_log2;
+  float power_of_2;  // 4 to 8 times that
   float huge;        // scores from this on take power_of_2
   float lowest;      // a maximum where no key was seen: finite, for -inf - -inf would be NaN
 };
@@ -91,14 +85,14 @@ struct Softmax {
       float const previous = offset[row];
       row_max[row] = quad_max(row_max[row]);
       // Both products, then the choice: the exponentials wait for this.
-      float const by_scale = __fmul_rn(row_max[row], exponents.scale_log2);
+      float const by_scale = __fmul_rn(row_max[row], exponents.softmax_scale_log2);
       float const by_power = __fmul_rn(row_max[row], exponents.power_of_2);
       offset[row] = is_huge(row) ? by_power : by_scale;
       // With another factor than before, the one is far below the other.
       rescale[row] = exp2f(previous - offset[row]);
       row_sum[row] *= rescale[row];
       // Kept: with the choice made again for the exponentials, head dim 128 is 2 % slower.
-      factor[row] = is_huge(row) ? exponents.power_of_2 : exponents.scale_log2;
+      factor[row] = is_huge(row) ? exponents.power_of_2 : exponents.softmax_scale_log2;
     }
   }
 
@@ -137,7 +131,7 @@ struct Softmax {
 
   // The row's maximum as an exponent, less `subtrahend`, rounded once.
   CUTLASS_DEVICE float max_exponent_less(float subtrahend, int row) const {
-    return fmaf(row_max[row], exponents.scale_log2, -subtrahend);
+    return fmaf(row_max[row], exponents.softmax_scale_log2, -subtrahend);
   }
 
  private:

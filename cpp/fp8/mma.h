@@ -131,22 +131,14 @@ CUTLASS_DEVICE void consume(Traits<kHeadDim>, Params const& params,
 
   // Scores of a masked (or capped) block in their true size.
   auto const mask_block = [&](int n_block, float scale) {
-    if (params.cap_scale != 0.f) {
-      CUTLASS_PRAGMA_UNROLL
-      for (int i = 0; i < size(tSrS); ++i) {
-        tSrS(i) = tanh_approx(tSrS(i) * (scale * params.cap_scale));
-      }
-    } else {
-      CUTLASS_PRAGMA_UNROLL
-      for (int i = 0; i < size(tSrS); ++i) tSrS(i) *= scale;
-    }
+    params.score.apply(tSrS, scale);
     mask_scores(tSrS, rows, n_block * kBlockN + thread() % 4 * 2);
   };
   // Takes a block's scores, masked if need be, into the maximum, and the unit of its V into what O
   // is multiplied by. Returns what the exponentials are to multiply the scores by.
   auto const take_block = [&](int n_block, bool masked) {
     float const score_scale = block_scale.key * query_scale;
-    float const exponent_scale = params.exponents.scale_log2 * (masked ? 1.f : score_scale);
+    float const exponent_scale = params.exponents.softmax_scale_log2 * (masked ? 1.f : score_scale);
     if (masked) mask_block(n_block, score_scale);
     softmax.update_max(tSrS, exponent_scale, block_scale.exponent);
     CUTLASS_PRAGMA_UNROLL

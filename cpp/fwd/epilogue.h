@@ -2,7 +2,7 @@
 #pragma once
 
 #include "common/fragment.h"
-#include "common/launch.h"  // kLog2E
+#include "common/score.h"
 #include "common/softmax.h"
 #include "common/tma.h"
 #include "fwd/params.h"

@@ -34,9 +34,9 @@ inline void set_common(Problem const& p, int block_m, Params* params) {
   params->order = {ceil_div(p.seqlen_q, block_m), p.num_heads_q, p.batch,
                    static_cast<int>(std::min(section, int64_t{p.num_heads_q} * p.batch))};
   ScoreScale const scale = score_scale(p);
-  params->softmax_scale = scale.scale;
-  params->exponents = exponents_of(scale.scale * kLog2E);
-  params->cap_scale = scale.cap_scale;
+  params->softmax_scale = scale.softmax_scale;
+  params->exponents = exponents_of(scale.softmax_scale * kLog2E);
+  params->score = scale.score;
 }
 
 template <class Traits>

@@ -29,7 +29,7 @@ CUTLASS_DEVICE void schedule(Params const& params, typename Traits::SharedStorag
       auto const blocks_of = [&](IntervalHull const& hull) {
         BlockRange blocks = hull.blocks(Traits::kBlockN);
         // The soft cap is applied where the mask is: every block takes that way.
-        if (params.cap_scale != 0.f) blocks.full_end = blocks.full_begin;
+        if (params.score.cap_scale != 0.f) blocks.full_end = blocks.full_begin;
         return blocks;
       };
       IntervalHull hull;

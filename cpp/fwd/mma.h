@@ -65,10 +65,7 @@ CUTLASS_DEVICE void mma(Traits<Element, kHeadDim, kHeadDimV, kKeys>, Params cons
     if (elected && n_block == blocks.begin) storage.query_empty[turns.warpgroup].arrive();
   };
   auto const mask_block = [&](int n_block) {
-    if (params.cap_scale != 0.f) {
-      CUTLASS_PRAGMA_UNROLL
-      for (int i = 0; i < size(tSrS); ++i) tSrS(i) = tanh_approx(tSrS(i) * params.cap_scale);
-    }
+    params.score.apply(tSrS);
     mask_scores(tSrS, rows, n_block * kBlockN + lane_column);
   };
   auto const convert = [&] {

@@ -4,6 +4,7 @@
 #include <cuda.h>
 
 #include "common/mask.h"
+#include "common/score.h"
 #include "common/softmax.h"
 #include "common/tile_scheduler.h"
 
@@ -28,11 +29,9 @@ struct Params {
   int group;  // query heads of one key/value head
   int head_dim_v;
   int64_t out_batch_stride, out_seqlen_stride, out_head_stride;  // of the fp32 ones, in elements
-  // Scores x = q.k become exponents: softmax_scale * x, or with a soft cap
-  // softmax_scale * tanh(cap_scale * x), where softmax_scale is then the cap.
-  float softmax_scale;
-  Exponents exponents;
-  float cap_scale;  // 0: no soft cap
+  float softmax_scale;  // of what `score` gives, in base e: with a soft cap it is the cap
+  Exponents exponents;  // the same in base 2
+  Score score;
 };
 
 }  // namespace jax_fa3::fwd

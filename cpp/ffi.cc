@@ -62,7 +62,7 @@ ffi::Error fwd_impl(Stream stream, ffi::AnyBuffer query, ffi::AnyBuffer key, ffi
       return invalid("what is merged with must be where the results are");
     }
     if (!is_absent(*lse_low)) return invalid("lse_low: got one of merged results, wanted none");
-    problem.out_before = out_before.typed_data();
+    problem.out_accum = out_before.typed_data();
     if (out_is_its) apart = View{};
   }
   JAX_FA3_RETURN_IF_FAILED(
@@ -192,8 +192,8 @@ ffi::Error launch_backward(Stream stream, Inputs inputs, BackwardInputs backward
     View const accum = view("dq_accum", *workspace.dq_accum);
     if (!(sum.dims == accum.dims)) JAX_FA3_RETURN_IF_FAILED(check_shape(sum, {0}));
   }
-  problem.continues_dq = backward.summed_dq && !is_absent(*backward.summed_dq);
-  if (problem.continues_dq &&
+  problem.accumulates_dq = backward.summed_dq && !is_absent(*backward.summed_dq);
+  if (problem.accumulates_dq &&
       backward.summed_dq->typed_data() != workspace.dq_accum->typed_data()) {
     return invalid("the sum of dq must be continued where it is");
   }
@@ -208,18 +208,18 @@ ffi::Error launch_backward(Stream stream, Inputs inputs, BackwardInputs backward
        view("dkv_parts", *workspace.dkv_parts)},
       {view("out", backward.out), view("lse", backward.lse), view("dout", backward.dout),
        view("dlse", backward.dlse), view("lse_low", backward.lse_low),
-       packed || problem.continues_dq ? none : view("summed_dq", *backward.summed_dq)}));
+       packed || problem.accumulates_dq ? none : view("summed_dq", *backward.summed_dq)}));
   if (!is_built(forward.dtype) || kernel_size(forward.head_dim, forward.head_dim_v).head_dim == 0) {
     return not_built(forward);
   }
   JAX_FA3_RETURN_IF_FAILED(
-      check_workspace(forward, problem.continues_dq || !finishes_dq, workspace));
+      check_workspace(forward, problem.accumulates_dq || !finishes_dq, workspace));
 
   if (!is_absent(backward.out)) forward.out = to_operand(backward.out, 0, 0);
   forward.lse = backward.lse.typed_data();
   if (!is_absent(backward.lse_low)) forward.lse_low = backward.lse_low.typed_data();
   problem.dout = to_operand(backward.dout, 0, 0);
-  problem.dlse = backward.dlse.typed_data();
+  (is_absent(backward.out) ? problem.neg_delta : problem.dlse) = backward.dlse.typed_data();
   if (finishes_dq) problem.dquery = to_operand(*grads.query, grads.first_head_q, 2);
   int64_t const size = *dkv_dtype == DType::kFloat32 ? 4 : 2;
   problem.dkey = to_operand(*grads.key, grads.first_head_k, size);
@@ -232,7 +232,7 @@ ffi::Error launch_backward(Stream stream, Inputs inputs, BackwardInputs backward
   if (!is_absent(*workspace.turns)) problem.turns = workspace.turns->typed_data();
   if (!is_absent(*workspace.ranges)) problem.ranges = workspace.ranges->typed_data();
   if (!is_absent(*workspace.dkv_parts)) {
-    problem.dkv_parts = workspace.dkv_parts->typed_data();
+    problem.dkv_partial = workspace.dkv_parts->typed_data();
     problem.num_splits = static_cast<int>(workspace.dkv_parts->dimensions()[0]);
   }
   if (forward.batch == 0 || forward.num_heads_k == 0) return ffi::Error::Success();
@@ -322,7 +322,7 @@ ffi::Error segment_intervals_impl(Stream stream, Int32Buffer query_segment_ids,
                                  key_value_segment_ids.typed_data(),
                                  key_begin->typed_data(),
                                  key_end->typed_data()};
-  return cuda_status(launch(problem, *stream));
+  return cuda_status(launch_segment_intervals(problem, *stream));
 }
 
 }  // namespace

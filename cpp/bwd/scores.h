@@ -7,13 +7,13 @@
 
 namespace jax_fa3::bwd {
 
-// What a step knows of its query rows, in shared memory.
+// What preprocess wrote about a step's query rows, in shared memory.
 template <int kBlockM>
 struct RowRecords {
   using Stats = RowStats<kBlockM>;
   float const* stats;
-  int2 const* rows;  // the keys that they see
-  int key;           // the thread's first
+  int2 const* rows;  // begin and end of the keys that they see
+  int key;           // the first of the thread's two keys
   int quad = threadIdx.x % 4 * 2;
 
   // The values of elements i to i + 3: those of two query rows, twice.
@@ -37,8 +37,8 @@ struct RowRecords {
   }
 };
 
-// P from scores (or from the soft cap's tanh), in place. With kCareful masked, and exact however
-// large the scores are.
+// P from scores (or from what the soft cap made of them), in place. With kCareful it is masked, and
+// exact however large the scores are.
 template <bool kCareful, class Records, class Scores>
 CUTLASS_DEVICE void probabilities(Params const& params, Records const& records, Scores& scores) {
   CUTLASS_PRAGMA_UNROLL
@@ -64,7 +64,8 @@ CUTLASS_DEVICE void probabilities(Params const& params, Records const& records, 
   }
 }
 
-// dS = P (dP - delta), in place of dP; times `scale`, which delta has in it already.
+// dS = P (dP - delta), in place of dP, times ds_scale() (range.h), by which preprocess has
+// multiplied delta already.
 template <class Records, class Scores>
 CUTLASS_DEVICE void score_grads(Records const& records, float scale, Scores const& p, Scores& dp) {
   CUTLASS_PRAGMA_UNROLL

@@ -89,7 +89,7 @@ CUTLASS_DEVICE void zero_rows_from(uint16_t* smem, int first) {
   __syncwarp();
 }
 
-// Stores one box of rows, likewise.
+// Stores one box of rows of such a tile.
 template <int kRows, int kColumns, int kSlab>
 CUTLASS_DEVICE void tma_store_rows(CUtensorMap const& map, uint16_t const* smem,
                                    RowCoord const& to) {
@@ -99,7 +99,8 @@ CUTLASS_DEVICE void tma_store_rows(CUtensorMap const& map, uint16_t const* smem,
   }
 }
 
-// Adds `bytes` of fp32 in shared memory to those in global memory, as one bulk group's member.
+// Issues the addition of `bytes` of fp32 in shared memory to those in global memory. It belongs to
+// the thread's current bulk group, which tma_store_arrive() closes.
 CUTLASS_DEVICE void bulk_add_fp32(float* global, float const* smem, int bytes) {
   asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;"
                :
@@ -107,7 +108,8 @@ CUTLASS_DEVICE void bulk_add_fp32(float* global, float const* smem, int bytes) {
                : "memory");
 }
 
-// Waits until all bulk groups of this thread are done with global memory, too.
+// Waits until all bulk groups of this thread have written global memory (tma_store_wait() waits
+// just until they have read shared memory).
 CUTLASS_DEVICE void bulk_wait_written() {
   asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
 }

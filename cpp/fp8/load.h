@@ -51,7 +51,7 @@ class ScaleLoader {
 
 // The warps that have nothing else to do.
 template <int kHeadDim>
-CUTLASS_DEVICE void assist(Traits<kHeadDim>, Params const& params) {
+CUTLASS_DEVICE void use_spare_warp(Traits<kHeadDim>, Params const& params) {
   if constexpr (Traits<kHeadDim>::kTransposesBeside) {
     if (params.transpose.taken != nullptr) transpose_beside<kHeadDim>(params.transpose);
   }
@@ -71,7 +71,7 @@ CUTLASS_DEVICE void load(Traits<kHeadDim>, Params const& params,
 
   for (;; work_state.advance()) {
     storage.work_pipeline.full[work_state.stage].wait(work_state.phase);
-    fwd::Work const work = storage.work[work_state.stage];
+    WorkTile const work = storage.work[work_state.stage];
     storage.work_pipeline.empty[work_state.stage].arrive();
     if (work.last) break;
     int const batch = work.tile.batch;
@@ -125,7 +125,7 @@ CUTLASS_DEVICE void load(Traits<kHeadDim>, Params const& params,
       full.arrive_and_expect_tx(64 * kHeadDim);
       tma_load_rows<kBlockM, kHeadDim, Traits::kSlab>(
           params.query, full, kReadOnce, storage.query + warpgroup * 64 * Traits::kSlab,
-          {work.tile.m_block * kBlockM + warpgroup * 64, work.tile.head, batch});
+          {work.tile.block * kBlockM + warpgroup * 64, work.tile.head, batch});
     }
     cudaGridDependencySynchronize();  // if V is what the kernel before this one makes
     for (int n_block = blocks.end - 2; n_block >= blocks.begin - 1; --n_block) {

@@ -18,10 +18,12 @@ struct Params {
   float* out_fp32;    // [b, t, n, v] or null
   float* lse;         // [b, n, t]
   float* lse_low;     // [b, n, t] or null: what lse lost to rounding, in base 2
-  // Of each CTA, sums of O over a part of a tile's keys (long_sums.h), or null.
+  // Room of each CTA for sums of O over more keys than the accumulators take (long_sums.h), or
+  // null.
   float* long_sums;
-  // [b, t, n, v] or null: the result for other keys, to be merged with; its log-sum-exp is in lse.
-  float const* out_before;
+  // [b, t, n, v] or null: the result for the keys of other calls, to be accumulated with this
+  // call's; its log-sum-exp is in lse.
+  float const* out_accum;
   Mask mask;
   TileOrder order;
   int* tile_counter;  // 0 at the start, or null: tiles are dealt in fixed rounds

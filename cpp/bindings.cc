@@ -128,7 +128,7 @@ NB_MODULE(_C, module) {
         std::vector<std::tuple<int, int, int>> tiles;
         for (int index = 0; index < order.num_tiles(); ++index) {
           auto const tile = order(index);
-          tiles.emplace_back(tile.m_block, tile.head, tile.batch);
+          tiles.emplace_back(tile.block, tile.head, tile.batch);
         }
         return tiles;
       });

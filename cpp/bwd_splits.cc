@@ -9,8 +9,8 @@ namespace jax_fa3 {
 namespace {
 
 constexpr int kSms = kMostCtas;
-constexpr double kFixed = 1.5;       // steps' worth of time that a CTA takes besides
-constexpr double kFixedOfPart = 1.;  // and to write 4 bytes a number instead of 2
+constexpr double kFixed = 1.5;          // steps' worth of time that a CTA takes besides
+constexpr double kFixedOfPartial = 1.;  // and to write 4 bytes a number instead of 2
 constexpr double kFlopsPerSm = 4.2e12;
 constexpr double kBytesPerSecond = 3.5e12;
 constexpr double kLaunch = 2e-6;     // seconds
@@ -39,7 +39,7 @@ double makespan(TileOrder const& order, std::vector<int64_t> const& visits, doub
       start = free.top();
       free.pop();
     }
-    double const done = start + visits[order(index).m_block] * share + fixed;
+    double const done = start + visits[order(index).block] * share + fixed;
     end = std::max(end, done);
     free.push(done);
   }
@@ -55,9 +55,9 @@ int bwd_splits(Sizes const& p, int kernel_head_dim, int64_t window_left, int64_t
   int const n_blocks = ceil_div(p.seqlen_k, tile.block_n);
   int64_t const tiles = int64_t{n_blocks} * p.num_heads_k * p.batch;
   int const group = p.num_heads_q / p.num_heads_k;
-  int const in_parts = int64_t{group} * p.seqlen_q > kMostRowsOfSum ? 1 : 0;
+  int const partial = int64_t{group} * p.seqlen_q > kMostRowsOfSum ? 1 : 0;
   if (tiles == 0 || p.seqlen_q == 0) return 0;
-  if (tiles > kMostTiles) return in_parts;  // they fill the GPU
+  if (tiles > kMostTiles) return partial;  // they fill the GPU
 
   std::vector<int64_t> visited(n_blocks);
   for (int n = 0; n < n_blocks; ++n) {
@@ -66,13 +66,14 @@ int bwd_splits(Sizes const& p, int kernel_head_dim, int64_t window_left, int64_t
   int64_t const longest = group * *std::max_element(visited.begin(), visited.end());
   double const step =
       2. * tile.block_m * tile.block_n * (3 * p.head_dim + 2 * p.head_dim_v) / kFlopsPerSm;
-  double const part_bytes = 4. * p.batch * p.seqlen_k * p.num_heads_k * (p.head_dim + p.head_dim_v);
+  double const partial_bytes =
+      4. * p.batch * p.seqlen_k * p.num_heads_k * (p.head_dim + p.head_dim_v);
   auto const seconds = [&](int splits) {
-    bool const parts = splits > 1 || in_parts;
+    bool const sums = splits > 1 || partial;
     TileOrder const order = bwd_order(p, kernel_head_dim, splits, masked, in_turn);
     double const compute = makespan(order, visited, static_cast<double>(group) / splits,
-                                    kFixed + (parts ? kFixedOfPart : 0));
-    double const sum = parts ? kLaunch + part_bytes * (splits + 0.5) / kBytesPerSecond : 0;
+                                    kFixed + (sums ? kFixedOfPartial : 0));
+    double const sum = sums ? kLaunch + partial_bytes * (splits + 0.5) / kBytesPerSecond : 0;
     return compute * step + sum;
   };
   int best = 1;
@@ -87,7 +88,7 @@ int bwd_splits(Sizes const& p, int kernel_head_dim, int64_t window_left, int64_t
       best_seconds = time;
     }
   }
-  return best > 1 ? best : in_parts;
+  return best > 1 ? best : partial;
 }
 
 }  // namespace jax_fa3

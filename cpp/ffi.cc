@@ -41,7 +41,7 @@ ffi::Error fwd_impl(Stream stream, ffi::RemainingArgs operands, ffi::RemainingRe
     if (!x.lse_low.is_absent()) return wrong(x.lse_low, "one of merged results", "none");
   }
   problem.out = to_operand(x.out);
-  problem.out_before = x.out_before.floats();
+  problem.out_accum = x.out_before.floats();
   problem.lse = x.lse.floats();
   problem.lse_low = x.lse_low.floats();
   problem.tile_counter = x.tile_counter.ints();
@@ -97,21 +97,21 @@ ffi::Error launch_backward(Stream stream, Backward const& x, Attributes const& a
   if (x.dvalue.dtype != x.dkey.dtype) {
     return invalid("dkey and dvalue must both have query's dtype, or float32");
   }
-  problem.continues_dq = !x.summed_dq.is_absent();
-  if (problem.continues_dq && x.summed_dq.data != x.dq_accum.data) {
+  problem.accumulates_dq = !x.summed_dq.is_absent();
+  if (problem.accumulates_dq && x.summed_dq.data != x.dq_accum.data) {
     return invalid("the sum of dq must be continued where it is");
   }
   if (!is_built(forward.dtype) || kernel_size(forward.head_dim, forward.head_dim_v).head_dim == 0) {
     return not_built(forward);
   }
   bool const finishes_dq = !x.dquery.is_absent();
-  JAX_FA3_RETURN_IF_FAILED(check_workspace(forward, problem.continues_dq || !finishes_dq, x));
+  JAX_FA3_RETURN_IF_FAILED(check_workspace(forward, problem.accumulates_dq || !finishes_dq, x));
 
   if (!x.out.is_absent()) forward.out = to_operand(x.out);
   forward.lse = x.lse.floats();
   forward.lse_low = x.lse_low.floats();
   problem.dout = to_operand(x.dout);
-  problem.dlse = x.dlse.floats();
+  (x.out.is_absent() ? problem.neg_delta : problem.dlse) = x.dlse.floats();
   if (finishes_dq) problem.dquery = to_operand(x.dquery, attributes.first_head_q);
   problem.dkey = to_operand(x.dkey, attributes.first_head_k);
   problem.dvalue = to_operand(x.dvalue, attributes.first_head_v);
@@ -121,7 +121,7 @@ ffi::Error launch_backward(Stream stream, Backward const& x, Attributes const& a
   problem.dq_accum = x.dq_accum.floats();
   problem.turns = x.turns.ints();
   problem.ranges = x.ranges.ints();
-  problem.dkv_parts = x.dkv_parts.floats();
+  problem.dkv_partial = x.dkv_parts.floats();
   if (!x.dkv_parts.is_absent()) problem.num_splits = static_cast<int>(x.dkv_parts.dims[0]);
   if (forward.batch == 0 || forward.num_heads_k == 0) return ffi::Error::Success();
   JAX_FA3_RETURN_IF_FAILED(check_device(stream));
@@ -189,7 +189,7 @@ ffi::Error segment_intervals_impl(Stream stream, ffi::RemainingArgs operands,
   problem.key_segment_ids = x.key_value_segment_ids.ints();
   problem.key_begin = x.key_begin.ints();
   problem.key_end = x.key_end.ints();
-  return cuda_status(launch(problem, *stream));
+  return cuda_status(launch_segment_intervals(problem, *stream));
 }
 
 }  // namespace

@@ -39,11 +39,13 @@ constexpr int bwd_width(int head_dim) { return bwd_tile(head_dim).head_dim; }
 constexpr int row_stats_of_block(int block_m) { return 3 * block_m + 4; }  // of bwd/params.h
 constexpr int kQueryBlockInts = 8;
 
-// Query rows over which dK and dV are summed in one accumulator: wgmma cuts off what does not fit,
-// towards 0, so a longer sum drifts (0.04 % here, 4.9 % over 8 million rows of one sign).
+// Query rows over which dK and dV are summed in the accumulators: as it adds, wgmma cuts off what
+// does not fit, towards 0, so a longer sum drifts (0.04 % here, 4.9 % over 8 million rows of one
+// sign).
 constexpr int kMostRowsOfSum = 1 << 16;
 
-// Elements of the backward's workspace (problem.h); sums_dq: over several calls.
+// Elements of the backward's workspace (problem.h); partial_dq: dQ is accumulated over several
+// calls.
 struct BwdWorkspace {
   int64_t row_stats, row_intervals, query_blocks, dq_accum, turns, ranges;
 };
@@ -52,13 +54,13 @@ struct BwdWorkspace {
 constexpr int kMostSplits = 1024;
 
 constexpr BwdWorkspace bwd_workspace(int64_t batch, int64_t seqlen_q, int64_t num_heads_q,
-                                     int64_t num_heads_k, int head_dim, bool sums_dq) {
+                                     int64_t num_heads_k, int head_dim, bool partial_dq) {
   BwdTile const tile = bwd_tile(head_dim);
   int64_t const blocks = ceil_div(seqlen_q, tile.block_m);
   int64_t const rows = blocks * tile.block_m;
   int64_t const heads = batch * num_heads_q;
   int64_t const summed_rows =
-      tile.fused ? rows : (sums_dq ? ceil_div(seqlen_q, kBwdQueryRows) * kBwdQueryRows : 0);
+      tile.fused ? rows : (partial_dq ? ceil_div(seqlen_q, kBwdQueryRows) * kBwdQueryRows : 0);
   return {heads * blocks * row_stats_of_block(tile.block_m),
           batch * rows * 2,
           batch * blocks * kQueryBlockInts,
@@ -94,10 +96,10 @@ struct Sizes {
   int batch, seqlen_q, seqlen_k, num_heads_q, num_heads_k, head_dim, head_dim_v;
 };
 
-// The order of the backward's CTAs: blocks of keys; of a KV head one after the other those that
-// share its query rows. Under a mask, heads whose operands share the L2 cache run side by side.
-// In turn (bwd/write_dq.h) they do so without a mask, too: key blocks of one head that start
-// together wait for each other.
+// The order of the backward's CTAs: blocks of keys of (KV head, split), the splits of a head next
+// to each other. Under a mask, heads whose operands fit into the L2 cache together run at the same
+// time. So they do without a mask where gradients are deterministic (`in_turn`): there the key
+// blocks of one head add to dQ one after the other, and would wait if they all started together.
 constexpr TileOrder bwd_order(Sizes const& p, int kernel_head_dim, int num_splits, bool masked,
                               bool in_turn) {
   int const heads = p.num_heads_k * num_splits;
@@ -112,11 +114,12 @@ constexpr TileOrder bwd_order(Sizes const& p, int kernel_head_dim, int num_split
           static_cast<int>(section), !in_turn};
 }
 
-// Whether the FP8 forward transposes V beside its tiles, of which `readers` read each block of V if
-// nothing is masked. Its warps are slower at it than a kernel of its own, so what there is of V
-// must be little beside the work on it; what arrays per row leave of that is not known here. And
-// all SMs must have a part in it.
-constexpr bool transposes_beside(Mask const& mask, int64_t readers, int num_tiles, int num_sms) {
+// Whether the FP8 forward transposes V itself, while it works on its tiles, of which `readers` read
+// each block of V if nothing is masked. Its warps are slower at that than a kernel of its own, so
+// it pays only if a block of V has several readers (with arrays per row their number is not known
+// here), and if there are tiles for all SMs.
+constexpr bool transposes_in_forward(Mask const& mask, int64_t readers, int num_tiles,
+                                     int num_sms) {
   constexpr int kLeastReaders = 5;
   bool const known = mask.key_begin == nullptr && mask.key_end == nullptr;
   return known && mask.seqlen_k > 0 && num_tiles >= num_sms &&

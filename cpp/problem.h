@@ -1,4 +1,11 @@
 // What one call computes. Plain data: no CUTLASS, no XLA (twin of jax_fa3/_problem.py).
+//
+// Partial results. A call may be given just some of the keys that its query rows see, as each step
+// of a ring is. What it computes of O, the log-sum-exp and dQ is then partial, to be accumulated
+// with the partial results of the calls for the other keys: always in fp32, in place, call after
+// call. Likewise dK and dV of some of the query rows. Those that are accumulated so far are called
+// *_accum: a call reads them, adds its own and writes them back. Within one call, too, dQ of all
+// key blocks is accumulated in dq_accum, and dK and dV of several CTAs' query rows in dkv_partial.
 #pragma once
 
 #include <cstdint>
@@ -26,8 +33,7 @@ struct Problem {
   int head_dim;     // of query and key
   int head_dim_v;   // of value and out
   DType dtype;      // of query, key and value
-  DType out_dtype;  // dtype, or kFloat32 for partial results that are summed elsewhere; any but
-                    // kFloat8E4M3 where that is dtype
+  DType out_dtype;  // dtype, or kFloat32 for partial results; where dtype is kFloat8E4M3, any other
 
   float softmax_scale;  // > 0
   float soft_cap;       // s <- soft_cap * tanh(s / soft_cap) after scaling; 0: none
@@ -38,44 +44,51 @@ struct Problem {
   Operand out;     // [b, t, n, v]
   float* lse;      // [b, n, t], natural logarithm
   float* lse_low;  // [b, n, t] or null: what lse lost to rounding, in base 2
-  // [b, t, n, v] or null: the result for other keys, whose log-sum-exp is in lse. Out and lse
-  // become those for all of these keys. Where out is fp32 it is the same array.
-  float const* out_before;
+  // [b, t, n, v] or null: the result for the keys of earlier calls, whose log-sum-exp is in lse.
+  // Out and lse become the result for those and this call's keys. Unless the call is the last (out
+  // is then of dtype) `out` is the same array.
+  float const* out_accum;
   Mask mask;
 
-  // Workspace: a counter, and for sums over more keys than plan.h's kMostKeysOfSum as many fp32
-  // numbers as CTAs are to be launched, times long_sums_of_cta(); with none such sums drift.
+  // Workspace.
   int* tile_counter;  // [1]
+  // For O over more keys than kMostKeysOfSum (plan.h): long_sums_of_cta() fp32 numbers for each
+  // CTA, of which no more are launched than there is room for. Null and 0: such sums drift.
   float* long_sums;
   int64_t long_sums_size;
 };
 
 // The gradients of a Problem.
 struct BackwardProblem {
-  Problem forward;  // out, lse and lse_low are read here; out.data null: dlse has its part in it
-                    // already
+  Problem forward;  // out, lse and lse_low are read here, not written
   Operand dout;     // [b, t, n, v]
-  float* dlse;      // [b, n, t]; with no out it is dlse - rowsum(dout * out)
-  // [b, t, n, h], of dtype. A sum over several calls, each with other keys, is kept in dq_accum:
-  // calls with data null leave it there, calls that continue it find it there.
+  // [b, n, t] both, one of them null. dS = P * (dP - delta) with delta = rowsum(dout * out) - dlse:
+  // either the gradient of the log-sum-exp is given, and forward.out; or -delta whole, which a ring
+  // computes once for all its steps, and then forward.out.data is null.
+  float const* dlse;
+  float const* neg_delta;
+  // [b, t, n, h], of dtype; data is null where other calls are still to add to dQ: then it stays in
+  // dq_accum. accumulates_dq: dq_accum holds the dQ of earlier calls; else it is cleared first.
   Operand dquery;
-  bool continues_dq;  // else dq_accum is cleared
-  Operand dkey;       // [b, s, k, h], of dkv_dtype, like the other
-  Operand dvalue;     // [b, s, k, v]
-  DType dkv_dtype;    // dtype, or kFloat32 for partial results that are summed elsewhere
-  // Workspace (plan.h), with m blocks of bwd_tile().block_m query rows each.
+  bool accumulates_dq;
+  Operand dkey;     // [b, s, k, h], of dkv_dtype
+  Operand dvalue;   // [b, s, k, v], of dkv_dtype
+  DType dkv_dtype;  // dtype, or kFloat32 for partial results
+  // Workspace (plan.h). There are m blocks of bwd_tile().block_m query rows each.
   float* row_stats;    // [b, n, m, row_stats_of_block()]
   int* row_intervals;  // [b, m, block_m, 2]: key_begin, key_end
   int* query_blocks;   // [b, m, kQueryBlockInts]
   int* ranges;         // [b, k, 3], where dtype is fp16: of dO, V and dlse
-  // [num_splits, b, s, k, h + v]: num_splits CTAs share the query rows of a block of keys. Null
-  // where one CTA sums over all of them, in one go.
-  float* dkv_parts;
+  // [num_splits, b, s, k, h + v]: dK and dV of each of the num_splits CTAs that share the query
+  // rows of a block of keys. Null where one CTA has all of them, and they are few enough for one
+  // sum.
+  float* dkv_partial;
   int num_splits;
-  // [b, n, m, block_m * head dim of the kernel], where the tile is fused; else, and only for a sum
-  // over several calls, [b, n, blocks of kBwdQueryRows, kBwdQueryRows * head dim of the kernel].
+  // fp32 in the order of the kernel's accumulators. Where the tile is fused: [b, n, m, block_m *
+  // head dim of the kernel]. Else dQ has a kernel of its own, which needs dq_accum only if dQ is of
+  // several calls: [b, n, blocks of kBwdQueryRows, kBwdQueryRows * head dim of the kernel].
   float* dq_accum;
-  int* turns;  // [b, n, m], for gradients that are bit-equal from run to run, or null
+  int* turns;  // [b, n, m] or null: key blocks add to dQ in a fixed order, for bit-equal gradients
 };
 
 }  // namespace jax_fa3

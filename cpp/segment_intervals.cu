@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-cudaError_t launch(SegmentIntervals const& problem, cudaStream_t stream) {
+cudaError_t launch_segment_intervals(SegmentIntervals const& problem, cudaStream_t stream) {
   dim3 const grid(ceil_div(problem.seqlen_q, kThreads) * problem.batch);
   void* arguments[] = {const_cast<SegmentIntervals*>(&problem)};
   return cudaLaunchKernel(reinterpret_cast<void const*>(&segment_intervals_kernel), grid,

@@ -16,9 +16,11 @@ struct SegmentIntervals {
 };
 
 #ifdef JAX_FA3_HAS_CUDA
-cudaError_t launch(SegmentIntervals const& problem, cudaStream_t stream);
+cudaError_t launch_segment_intervals(SegmentIntervals const& problem, cudaStream_t stream);
 #else  // a build without kernels
-inline cudaError_t launch(SegmentIntervals const&, cudaStream_t) { return cudaErrorNotSupported; }
+inline cudaError_t launch_segment_intervals(SegmentIntervals const&, cudaStream_t) {
+  return cudaErrorNotSupported;
+}
 #endif
 
 }  // namespace jax_fa3

@@ -60,21 +60,21 @@ struct QueryTraits {
   static_assert(sizeof(SharedStorage) <= 227 * 1024);
 };
 
-// What is known of a tile's rows: the records of as many blocks as it has.
+// What preprocess wrote about a tile's rows: its blocks may be smaller than this kernel's tiles.
 template <class Traits>
 CUTLASS_DEVICE QueryBlock query_block(Params const& params, TileCoord tile) {
   constexpr int kRecords = Traits::kBlockM / Traits::kRecordRows;
-  constexpr int kWords = Traits::kRecordRows / 32;
+  constexpr int kMasks = Traits::kRecordRows / 32;
   QueryBlock block{};
   CUTLASS_PRAGMA_UNROLL
   for (int i = 0; i < kRecords; ++i) {
-    int const record = tile.m_block * kRecords + i;
+    int const record = tile.block * kRecords + i;
     if (record >= params.num_m_blocks) break;
     QueryBlock const& part =
         params.query_blocks[int64_t{tile.batch} * params.num_m_blocks + record];
     block.hull.merge(part.hull);
-    for (int word = 0; word < kWords; ++word) {
-      block.blind.words[i * kWords + word] = part.blind.words[word];
+    for (int rows = 0; rows < kMasks; ++rows) {
+      block.blind.bits[i * kMasks + rows] = part.blind.bits[rows];
     }
   }
   return block;
@@ -82,15 +82,15 @@ CUTLASS_DEVICE QueryBlock query_block(Params const& params, TileCoord tile) {
 
 template <class Traits>
 CUTLASS_DEVICE void load_dq(Params const& params, typename Traits::SharedStorage& storage,
-                            TileCoord tile, BlockRange blocks) {
+                            WorkTile const& work) {
   constexpr int kBlockM = Traits::kBlockM;
   constexpr int kBlockN = Traits::kBlockN;
   constexpr auto kKeep = TMA::CacheHintSm90::EVICT_LAST;
   constexpr auto kReadOnce = TMA::CacheHintSm90::EVICT_FIRST;
   Mask const& mask = params.mask;
-  int const batch = tile.batch;
-  int const head_k = tile.head / params.group;
-  int const row = tile.m_block * kBlockM;
+  int const batch = work.tile.batch;
+  KeySource const keys{batch, work.tile.head / params.group};
+  RowCoord const rows{work.tile.block * kBlockM, work.tile.head, batch};
   int const length_k = mask.length_k(batch);
   PipelineState<Traits::kStages> key_state;
   PipelineState<Traits::kStagesV> value_state;
@@ -99,25 +99,25 @@ CUTLASS_DEVICE void load_dq(Params const& params, typename Traits::SharedStorage
     return RowSet::from(length_k < mask.seqlen_k ? length_k - n_block * kBlockN : kBlockN);
   };
 
-  for (int n_block = blocks.end - 1; n_block >= blocks.begin; --n_block) {
+  for (int n_block = work.blocks.end - 1; n_block >= work.blocks.begin; --n_block) {
     storage.key_pipeline.empty[key_state.stage].wait(key_state.phase ^ 1);
     load_tile<kBlockN, Traits::kHeadDim>(params.key, storage.key_pipeline.full[key_state.stage],
                                          storage.staged, staged_phase, kKeep,
                                          storage.key + key_state.stage * Traits::kSizeK,
-                                         n_block * kBlockN, head_k, batch, padding(n_block));
+                                         keys.block<kBlockN>(n_block), padding(n_block));
     key_state.advance();
-    if (n_block == blocks.end - 1) {
+    if (n_block == work.blocks.end - 1) {
       load_tile<kBlockM, Traits::kHeadDim>(params.query, storage.query_full, storage.staged,
-                                           staged_phase, kReadOnce, storage.query, row, tile.head,
-                                           batch, query_block<Traits>(params, tile).blind);
+                                           staged_phase, kReadOnce, storage.query, rows,
+                                           query_block<Traits>(params, work.tile).blind);
       load_tile<kBlockM, Traits::kHeadDimV>(params.dout, storage.dout_full, storage.staged,
-                                            staged_phase, kReadOnce, storage.dout, row, tile.head,
-                                            batch, query_block<Traits>(params, tile).blind);
+                                            staged_phase, kReadOnce, storage.dout, rows,
+                                            query_block<Traits>(params, work.tile).blind);
     }
     storage.value_pipeline.empty[value_state.stage].wait(value_state.phase ^ 1);
     load_tile<kBlockN, Traits::kHeadDimV>(
         params.value, storage.value_pipeline.full[value_state.stage], storage.staged, staged_phase,
-        kKeep, storage.value + value_state.stage * Traits::kSizeV, n_block * kBlockN, head_k, batch,
+        kKeep, storage.value + value_state.stage * Traits::kSizeV, keys.block<kBlockN>(n_block),
         padding(n_block));
     value_state.advance();
   }
@@ -125,7 +125,7 @@ CUTLASS_DEVICE void load_dq(Params const& params, typename Traits::SharedStorage
 
 template <class Traits>
 CUTLASS_DEVICE void consume_dq(Params const& params, typename Traits::SharedStorage& storage,
-                               TileCoord tile, BlockRange blocks, int warpgroup) {
+                               WorkTile work, int warpgroup) {
   using Element = typename Traits::Element;
   constexpr int kBlockM = Traits::kBlockM;
   constexpr int kBlockN = Traits::kBlockN;
@@ -154,7 +154,7 @@ CUTLASS_DEVICE void consume_dq(Params const& params, typename Traits::SharedStor
   clear(tdQ);
 
   int const thread = threadIdx.x % 128;
-  int const first_row = tile.m_block * kBlockM + warpgroup * 64;
+  int const first_row = work.tile.block * kBlockM + warpgroup * 64;
   int const row = first_row + thread / 32 * 16 + thread % 32 / 4;  // the thread's first
   Interval rows[kRowsPerThread];
   float lse[kRowsPerThread];
@@ -165,24 +165,25 @@ CUTLASS_DEVICE void consume_dq(Params const& params, typename Traits::SharedStor
   int const record = first_row / Traits::kRecordRows;
   bool const exists = record < params.num_m_blocks;  // the tile may reach beyond the records
   auto const stats = [&](int index, int r) {
-    return params.row_stats[params.m_block_index(tile.batch, tile.head, record) * Stats::kSize +
-                            index + row % 64 + r * 8];
+    return params
+        .row_stats[params.m_block_index(work.tile.batch, work.tile.head, record) * Stats::kSize +
+                   index + row % 64 + r * 8];
   };
   bool const careful =
-      exists &&
-      __float_as_int(
-          params.row_stats[params.m_block_index(tile.batch, tile.head, record) * Stats::kSize +
-                           Stats::kCareful]) != 0;
-  if (careful) blocks.full_end = blocks.full_begin;
-  float const exponent_scale = careful ? 1.f : params.exponent_scale;
+      exists && __float_as_int(
+                    params.row_stats[params.m_block_index(work.tile.batch, work.tile.head, record) *
+                                         Stats::kSize +
+                                     Stats::kCareful]) != 0;
+  if (careful) work.blocks.full_end = work.blocks.full_begin;
+  float const softmax_scale_log2 = careful ? 1.f : params.softmax_scale_log2;
   CUTLASS_PRAGMA_UNROLL
   for (int r = 0; r < kRowsPerThread; ++r) {
     lse[r] = exists ? stats(Stats::kLse, r) : INFINITY;
     if (careful) lse[r] = 0.f;
     delta[r] = exists ? stats(Stats::kDelta, r) : 0.f;
-    rows[r] = params.mask.row_interval(tile.batch, row + r * 8);
+    rows[r] = params.mask.row_interval(work.tile.batch, row + r * 8);
   }
-  float const scale = ds_scale<Element>(params, tile.batch, tile.head / params.group);
+  float const scale = ds_scale<Element>(params, work.tile.batch, work.tile.head / params.group);
   bool const elected = threadIdx.x % 32 == 0;
   auto& keys = storage.key_pipeline;
   auto& values = storage.value_pipeline;
@@ -197,32 +198,32 @@ CUTLASS_DEVICE void consume_dq(Params const& params, typename Traits::SharedStor
     values.full[value_state.stage].wait(value_state.phase);
     issue_gemm_zero(mma_dp, tdPrdO, tdPrV(_, _, _, value_state.stage), tdP);
   };
-  // dS of a block, whose S and dP are there; then dQ beside S and dP of the next.
+  // dS of a block, whose S and dP are there.
   auto const score_grad = [&](int n_block) {
     warpgroup_fence_operand(tS);
     warpgroup_fence_operand(tdP);
     if (elected) values.empty[value_state.stage].arrive();
     value_state.advance();
     float factor[kRowsPerThread] = {1.f, 1.f};
-    bool const capped = params.cap_scale != 0.f;
-    if (capped) {
+    bool const is_capped = params.score.cap_scale != 0.f;
+    if (is_capped) {
       CUTLASS_PRAGMA_UNROLL
       for (int i = 0; i < size(tS); ++i) {
-        float const t = tanh_approx(tS(i) * params.cap_scale);
-        tdP(i) = (1.f - t * t) * (tdP(i) * scale - delta[fragment_row(i)]);
-        tS(i) = t;
+        float const capped = params.score.cap(tS(i));
+        tdP(i) = Score::cap_grad(capped) * (tdP(i) * scale - delta[fragment_row(i)]);
+        tS(i) = capped;
       }
-      factor[0] = factor[1] = 0.f;  // of delta, which is in already, as the scale is
+      factor[0] = factor[1] = 0.f;  // delta and the scale are in already
     }
-    float const scale_left = capped ? 1.f : scale;
-    if (n_block < blocks.full_begin || n_block >= blocks.full_end) {
-      if (careful) {  // then the exponents are made here, and every block comes here
+    float const scale_left = is_capped ? 1.f : scale;
+    if (n_block < work.blocks.full_begin || n_block >= work.blocks.full_end) {
+      if (careful) {  // every block comes here then, and its exponents are computed here
         float const lse_high[] = {stats(Stats::kLse, 0), stats(Stats::kLse, 1)};
         float const lse_low[] = {stats(Stats::kLseLow, 0), stats(Stats::kLseLow, 1)};
         CUTLASS_PRAGMA_UNROLL
         for (int i = 0; i < size(tS); ++i) {
           int const r = fragment_row(i);
-          tS(i) = (tS(i) * params.exponent_scale - lse_high[r]) - lse_low[r];
+          tS(i) = (tS(i) * params.softmax_scale_log2 - lse_high[r]) - lse_low[r];
         }
       }
       mask_scores(tS, rows, n_block * kBlockN + threadIdx.x % 4 * 2);
@@ -230,18 +231,19 @@ CUTLASS_DEVICE void consume_dq(Params const& params, typename Traits::SharedStor
     CUTLASS_PRAGMA_UNROLL
     for (int i = 0; i < size(tS); ++i) {
       int const r = fragment_row(i);
-      tS(i) = exp2f(tS(i) * exponent_scale - lse[r]) * (tdP(i) * scale_left - factor[r] * delta[r]);
+      tS(i) =
+          exp2f(tS(i) * softmax_scale_log2 - lse[r]) * (tdP(i) * scale_left - factor[r] * delta[r]);
     }
     copy(packed<Element>(tS), recast<uint32_t>(tdQrdS));
   };
 
-  if (blocks.begin < blocks.end) {
+  if (work.blocks.begin < work.blocks.end) {
     storage.query_full.wait(0);
     storage.dout_full.wait(0);
     issue_s();
     issue_dp();
     warpgroup_wait<0>();
-    for (int n_block = blocks.end - 1; n_block > blocks.begin; --n_block) {
+    for (int n_block = work.blocks.end - 1; n_block > work.blocks.begin; --n_block) {
       score_grad(n_block);
       issue_gemm(mma_dq, tdQrdS, tdQrK(_, _, _, key_state.stage), tdQ);
       int const last_stage = key_state.stage;
@@ -253,19 +255,19 @@ CUTLASS_DEVICE void consume_dq(Params const& params, typename Traits::SharedStor
       issue_dp();
       warpgroup_wait<0>();
     }
-    score_grad(blocks.begin);
+    score_grad(work.blocks.begin);
     issue_gemm(mma_dq, tdQrdS, tdQrK(_, _, _, key_state.stage), tdQ);
     warpgroup_wait<0>();
     warpgroup_fence_operand(tdQ);
   }
 
-  mark_broken_rows(params, tile.batch, tile.head, row, tdQ);
-  if (params.continues_dq || !params.finishes_dq) {
-    int64_t const head = int64_t{tile.batch} * params.num_heads_q + tile.head;
-    int64_t const index = head * params.dq_order.num_m_blocks + tile.m_block;
+  mark_broken_rows(params, work.tile.batch, work.tile.head, row, tdQ);
+  if (params.accumulates_dq || !params.finishes_dq) {
+    int64_t const head = int64_t{work.tile.batch} * params.num_heads_q + work.tile.head;
+    int64_t const index = head * params.dq_order.num_blocks + work.tile.block;
     float4* const sum =
-        summed_by_thread(params.dq_accum + index * Traits::kSizeQ + warpgroup * Traits::kSizeQ / 2);
-    if (params.continues_dq) add_sum(sum, tdQ);
+        accum_of_thread(params.dq_accum + index * Traits::kSizeQ + warpgroup * Traits::kSizeQ / 2);
+    if (params.accumulates_dq) add_accum(sum, tdQ);
     if (!params.finishes_dq) {
       CUTLASS_PRAGMA_UNROLL
       for (int i = 0; i < size(tdQ); i += 4) {
@@ -274,13 +276,16 @@ CUTLASS_DEVICE void consume_dq(Params const& params, typename Traits::SharedStor
       return;
     }
   }
-  // dQ takes the place of Q, of which a warpgroup reads just its own rows.
+  // dQ is staged in Q's memory, whose rows are read only by the warpgroup that now writes them.
   BarrierId const barrier = barrier_id(NamedBarrier::kGradOfWarpgroup0, warpgroup);
   cutlass::arch::NamedBarrier::sync(128, barrier);
   scale_grad(tdQ, params.softmax_scale / scale);
   store_grad<Element, kBlockM, Traits::kHeadDim>(
       tdQ, params.dquery, storage.query,
-      GradRows{tile, tile.m_block * kBlockM, params.mask.seqlen_q, warpgroup * 64}, barrier);
+      GradRows{{work.tile.block * kBlockM, work.tile.head, work.tile.batch},
+               params.mask.seqlen_q,
+               warpgroup * 64},
+      barrier);
 }
 
 template <class Traits>
@@ -289,9 +294,11 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   extern __shared__ char memory[];
   auto& storage = *reinterpret_cast<typename Traits::SharedStorage*>(memory);
   int const warp = cutlass::canonical_warp_idx_sync();
-  TileCoord const tile = params.dq_order(blockIdx.x);
-  BlockRange blocks = query_block<Traits>(params, tile).hull.blocks(Traits::kBlockN);
-  if (params.cap_scale != 0.f) blocks.full_end = blocks.full_begin;  // applied where the mask is
+  WorkTile work{};
+  work.tile = params.dq_order(blockIdx.x);
+  work.blocks = query_block<Traits>(params, work.tile).hull.blocks(Traits::kBlockN);
+  // The soft cap is applied where the mask is: every block takes that way.
+  if (params.score.cap_scale != 0.f) work.blocks.full_end = work.blocks.full_begin;
   if (warp == 0 && elect_one_sync()) {
     constexpr int kConsumerWarps = Traits::kConsumerThreads / 32;
     storage.query_full.init(1);
@@ -304,10 +311,10 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   __syncthreads();
   if (warp < 4) {
     cutlass::arch::warpgroup_reg_dealloc<Traits::kProducerRegisters>();
-    if (warp == 0) load_dq<Traits>(params, storage, tile, blocks);
+    if (warp == 0) load_dq<Traits>(params, storage, work);
   } else {
     cutlass::arch::warpgroup_reg_alloc<Traits::kConsumerRegisters>();
-    consume_dq<Traits>(params, storage, tile, blocks, warp / 4 - 1);
+    consume_dq<Traits>(params, storage, work, warp / 4 - 1);
     tma_store_wait<0>();
   }
 }

@@ -1,4 +1,4 @@
-// The end of a tile or a part: a gradient of 64 rows, from registers to global memory.
+// A gradient of 64 rows, from the registers of a warpgroup to global memory.
 #pragma once
 
 #include "bwd/params.h"
@@ -10,15 +10,19 @@ namespace jax_fa3::bwd {
 
 // The rows of a gradient that a warpgroup holds.
 struct GradRows {
-  TileCoord tile;  // of whose head and batch
-  int row;         // the array's, of the tile's first
-  int rows;        // of the array
-  int first = 0;   // within the tile
+  RowCoord tile;  // its first row in the array
+  int seqlen;     // rows of the array
+  int first = 0;  // the warpgroup's first row in the tile
 
   CUTLASS_DEVICE int of_thread() const {
-    return row + first + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
+    return tile.row + first + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
   }
 };
+
+template <class Traits>
+CUTLASS_DEVICE GradRows rows_of_keys(Params const& params, KeyTile const& tile, int first = 0) {
+  return {{tile.n_block * Traits::kBlockN, tile.head_k, tile.batch}, params.mask.seqlen_k, first};
+}
 
 template <class Fragment>
 CUTLASS_DEVICE void store_grad_fp32(Fragment const& grad, Operand const& out, GradRows const& rows,
@@ -26,7 +30,7 @@ CUTLASS_DEVICE void store_grad_fp32(Fragment const& grad, Operand const& out, Gr
   float* const head = static_cast<float*>(out.data) + rows.tile.batch * out.batch_stride +
                       rows.tile.head * out.head_stride;
   int const first = rows.of_thread();
-  auto const exists = [&](int i) { return first + i * 8 < rows.rows; };
+  auto const exists = [&](int i) { return first + i * 8 < rows.seqlen; };
   store_fp32(grad, head, out.seqlen_stride, first, exists, columns);
 }
 
@@ -40,8 +44,9 @@ CUTLASS_DEVICE void store_grad(Fragment const& grad, CUtensorMap const& map, uin
   cute::tma_store_fence();
   cutlass::arch::NamedBarrier::sync(128, barrier);
   if (thread == 0) {
-    tma_store_rows<kRows, kColumns, kSlab>(map, smem + rows.first * kSlab, rows.row + rows.first,
-                                           rows.tile.head, rows.tile.batch);
+    tma_store_rows<kRows, kColumns, kSlab>(
+        map, smem + rows.first * kSlab,
+        {rows.tile.row + rows.first, rows.tile.head, rows.tile.batch});
     cute::tma_store_arrive();
   }
 }

@@ -8,7 +8,7 @@
 #include "bwd/epilogue.h"
 #include "bwd/load.h"
 #include "bwd/mma.h"
-#include "bwd/parts.h"
+#include "bwd/partial.h"
 #include "bwd/wide.h"
 #include "bwd/write_dq.h"
 
@@ -27,7 +27,7 @@ CUTLASS_DEVICE void init_barriers(typename Traits::SharedStorage& storage) {
 
 template <class Traits>
 CUTLASS_DEVICE void consume_fused(Params const& params, typename Traits::SharedStorage& storage,
-                                  TileCoord tile, int split, int warpgroup) {
+                                  KeyTile const& tile, int warpgroup) {
   using Element = typename Traits::Element;
   constexpr int kBlockN = Traits::kBlockN;
   Tensor tdK = partition_fragment_C(typename Traits::template MmaGrad<Traits::kHeadDim>{},
@@ -35,9 +35,9 @@ CUTLASS_DEVICE void consume_fused(Params const& params, typename Traits::SharedS
   Tensor tdV = partition_fragment_C(typename Traits::template MmaGrad<Traits::kHeadDimV>{},
                                     Shape<Int<kBlockN>, Int<Traits::kHeadDimV>>{});
   PipelineState<Traits::kStages> state;
-  float const scale = ds_scale<Element>(params, tile.batch, tile.head);
+  float const scale = ds_scale<Element>(params, tile.batch, tile.head_k);
   float const scale_of_dk = params.softmax_scale / scale;
-  GradRows const rows{tile, tile.m_block * kBlockN, params.mask.seqlen_k, warpgroup * 64};
+  GradRows const rows = rows_of_keys<Traits>(params, tile, warpgroup * 64);
   bool ends;
   bool first = true;
   do {
@@ -45,22 +45,22 @@ CUTLASS_DEVICE void consume_fused(Params const& params, typename Traits::SharedS
     clear(tdV);
     ends = mma<Traits>(params, storage, tile, warpgroup, state, scale, tdK, tdV);
     scale_grad(tdK, scale_of_dk);
-    if (params.dkv_parts == nullptr) break;
-    store_part(tdV, dkv_parts(params, split, true), rows, params.head_dim_v, first);
-    store_part(tdK, dkv_parts(params, split, false), rows, params.head_dim, first);
+    if (params.dkv_partial == nullptr) break;
+    accumulate_partial(tdV, dkv_partial(params, tile.split, true), rows, params.head_dim_v, first);
+    accumulate_partial(tdK, dkv_partial(params, tile.split, false), rows, params.head_dim, first);
     first = false;
   } while (!ends);
-  if (params.dkv_parts != nullptr) return;
+  if (params.dkv_partial != nullptr) return;
   if (params.dkv_fp32) {
     store_grad_fp32(tdV, params.dvalue_rows, rows, params.head_dim_v);
     store_grad_fp32(tdK, params.dkey_rows, rows, params.head_dim);
     return;
   }
-  // The gradients take the place of K and V. A warpgroup reads just its own rows of V, but all of
-  // K.
+  // The gradients are staged in the memory of K and V. A warpgroup's own rows of V are read by
+  // itself alone, but K by both.
   BarrierId const barrier = barrier_id(NamedBarrier::kGradOfWarpgroup0, warpgroup);
   store_grad<Element, kBlockN, Traits::kHeadDimV>(tdV, params.dvalue, storage.value, rows, barrier);
-  cutlass::arch::NamedBarrier::sync(Traits::kConsumerThreads, barrier_id(NamedBarrier::kKeysRead));
+  named_sync(NamedBarrier::kKeysRead, 0, Traits::kConsumerThreads);
   store_grad<Element, kBlockN, Traits::kHeadDim>(tdK, params.dkey, storage.key, rows, barrier);
 }
 
@@ -70,9 +70,9 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   extern __shared__ char memory[];
   auto& storage = *reinterpret_cast<typename Traits::SharedStorage*>(memory);
   int const warp = cutlass::canonical_warp_idx_sync();
-  TileCoord tile = params.order(blockIdx.x);
-  int const split = tile.head % params.num_splits;
-  tile.head /= params.num_splits;
+  TileCoord const next = params.order(blockIdx.x);
+  KeyTile const tile{next.block, next.head / params.num_splits, next.batch,
+                     next.head % params.num_splits};
 
   if (warp == 0 && elect_one_sync()) {
     prefetch_tma_descriptor(&params.query);
@@ -86,18 +86,18 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   if (warp < 4) {
     cutlass::arch::warpgroup_reg_dealloc<Traits::kProducerRegisters>();
     if (warp == 0) {
-      load<Traits>(params, storage, tile, split);
+      load<Traits>(params, storage, tile);
     } else if (warp <= Traits::kWritersdQ) {
       if constexpr (Traits::kFused) write_dq<Traits>(params, storage, tile, warp - 1);
     }
   } else {
     cutlass::arch::warpgroup_reg_alloc<Traits::kConsumerRegisters>();
     if constexpr (Traits::kFused) {
-      consume_fused<Traits>(params, storage, tile, split, warp / 4 - 1);
+      consume_fused<Traits>(params, storage, tile, warp / 4 - 1);
     } else if (warp < 8) {
-      consume_value<Traits>(params, storage, tile, split);
+      consume_value<Traits>(params, storage, tile);
     } else {
-      consume_key<Traits>(params, storage, tile, split);
+      consume_key<Traits>(params, storage, tile);
     }
     tma_store_wait<0>();
   }

@@ -34,7 +34,7 @@ cudaError_t make_params(BackwardProblem const& problem, Params* params) {
   JAX_FA3_RETURN_IF_ERROR(map(&params->dout, problem.dout, false, true, kBlockM));
   JAX_FA3_RETURN_IF_ERROR(map(&params->key, p.key, true, false, kBlockN));
   JAX_FA3_RETURN_IF_ERROR(map(&params->value, p.value, true, true, kBlockN));
-  params->continues_dq = problem.continues_dq;
+  params->accumulates_dq = problem.accumulates_dq;
   params->finishes_dq = problem.dquery.data != nullptr;
   params->dkv_fp32 = problem.dkv_dtype == DType::kFloat32;
   // Gradients are stored by warpgroups, 64 rows each.
@@ -43,8 +43,8 @@ cudaError_t make_params(BackwardProblem const& problem, Params* params) {
   }
   params->dkey_rows = problem.dkey;
   params->dvalue_rows = problem.dvalue;
-  params->dkv_parts = problem.dkv_parts;
-  params->num_splits = problem.dkv_parts == nullptr ? 1 : problem.num_splits;
+  params->dkv_partial = problem.dkv_partial;
+  params->num_splits = problem.dkv_partial == nullptr ? 1 : problem.num_splits;
   if (!params->dkv_fp32) {
     JAX_FA3_RETURN_IF_ERROR(map(&params->dkey, problem.dkey, true, false, 64));
     JAX_FA3_RETURN_IF_ERROR(map(&params->dvalue, problem.dvalue, true, true, 64));
@@ -54,12 +54,12 @@ cudaError_t make_params(BackwardProblem const& problem, Params* params) {
   params->value_rows = p.value;
   params->lse = p.lse;
   params->lse_low = p.lse_low;
-  params->dlse = problem.dlse;
+  params->dlse = problem.dlse != nullptr ? problem.dlse : problem.neg_delta;
   params->row_stats = problem.row_stats;
   params->row_intervals = reinterpret_cast<int2*>(problem.row_intervals);
   params->query_blocks = reinterpret_cast<QueryBlock*>(problem.query_blocks);
-  bool const sums_dq = params->continues_dq || !params->finishes_dq;
-  params->ranges = sums_dq ? nullptr : reinterpret_cast<uint32_t*>(problem.ranges);
+  bool const partial_dq = params->accumulates_dq || !params->finishes_dq;
+  params->ranges = partial_dq ? nullptr : reinterpret_cast<uint32_t*>(problem.ranges);
   params->dq_accum = problem.dq_accum;
   params->mask = p.mask;
   BwdTile const tile = bwd_tile(Traits::kHeadDim);
@@ -71,8 +71,8 @@ cudaError_t make_params(BackwardProblem const& problem, Params* params) {
   params->head_dim = p.head_dim;
   params->head_dim_v = p.head_dim_v;
   ScoreScale const scale = score_scale(p);
-  params->exponent_scale = scale.scale * kLog2E;
-  params->cap_scale = scale.cap_scale;
+  params->softmax_scale_log2 = scale.softmax_scale * kLog2E;
+  params->score = scale.score;
   params->softmax_scale = p.softmax_scale;
 
   bool const masked = p.mask.restricts();
@@ -122,12 +122,12 @@ cudaError_t launch(BackwardProblem const& problem, cudaStream_t stream) {
       launch_if_any(kPreprocess, blocks, kPreprocessThreads, 0, params, stream));
   JAX_FA3_RETURN_IF_ERROR(launch_if_any(bwd_kernel<Main>, params.order.num_tiles(), Main::kThreads,
                                         sizeof(typename Main::SharedStorage), params, stream));
-  if (params.dkv_parts != nullptr) {
+  if (params.dkv_partial != nullptr) {
     int64_t const vectors = int64_t{problem.forward.batch} * params.mask.seqlen_k *
                             params.num_heads_k * (params.head_dim + params.head_dim_v) / 8;
-    JAX_FA3_RETURN_IF_ERROR(launch_if_any(sum_parts_kernel<Element>,
-                                          (vectors + kPartsThreads - 1) / kPartsThreads,
-                                          kPartsThreads, 0, params, stream));
+    JAX_FA3_RETURN_IF_ERROR(launch_if_any(sum_partial_kernel<Element>,
+                                          (vectors + kPartialThreads - 1) / kPartialThreads,
+                                          kPartialThreads, 0, params, stream));
   }
   if constexpr (Main::kFused) {
     if (!params.finishes_dq) return cudaSuccess;

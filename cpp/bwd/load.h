@@ -1,11 +1,12 @@
-// The producer warp of the main kernel: brings the CTA's K and V once, then Q, dO and what is known
-// of their rows, for every block of query rows that sees any of the CTA's keys.
+// The producer warp of the main kernel: loads the CTA's K and V once, then Q, dO and what
+// preprocess wrote about their rows, for every block of query rows that sees any of the CTA's keys.
 #pragma once
 
 #include <climits>
 
 #include "bwd/params.h"
 #include "bwd/traits.h"
+#include "common/key_source.h"
 #include "common/tma.h"
 
 namespace jax_fa3::bwd {
@@ -24,13 +25,14 @@ CUTLASS_DEVICE void zero_rows(uint16_t* smem, RowSet const& rows) {
   __syncwarp();
 }
 
-// Loads a tile by TMA. What stands in the rows that do not count may be anything, and 0 * NaN is
-// NaN: they are zeroed before the consumers hear of the tile. The whole warp calls it.
+// Loads a tile by TMA; the whole warp calls it. Rows in `zeroed` (past the length, or without keys)
+// may hold anything, and 0 * NaN is NaN. A tile with such rows lands on the barrier `staged`; this
+// warp zeroes them and only then completes `full`, for which consumers wait. `extra_bytes`: what
+// else is being loaded that `full` counts.
 template <int kRows, int kColumns>
 CUTLASS_DEVICE void load_tile(CUtensorMap const& map, FullBarrier& full, FullBarrier& staged,
                               uint32_t& staged_phase, cute::TMA::CacheHintSm90 hint, uint16_t* smem,
-                              int row, int head, int batch, RowSet const& zeroed,
-                              int extra_bytes = 0) {
+                              RowCoord const& from, RowSet const& zeroed, int extra_bytes = 0) {
   constexpr int kSlab = slab(kColumns);
   bool const boundary = zeroed.any();
   FullBarrier& barrier = boundary ? staged : full;
@@ -40,8 +42,7 @@ CUTLASS_DEVICE void load_tile(CUtensorMap const& map, FullBarrier& full, FullBar
     } else {
       full.arrive_and_expect_tx(kRows * kColumns * 2 + extra_bytes);
     }
-    tma_load_rows<kRows, kColumns, kSlab>(map, reinterpret_cast<uint64_t*>(&barrier), hint, smem,
-                                          row, head, batch);
+    tma_load_rows<kRows, kColumns, kSlab>(map, barrier, hint, smem, from);
   }
   if (boundary) {
     __syncwarp();
@@ -54,17 +55,18 @@ CUTLASS_DEVICE void load_tile(CUtensorMap const& map, FullBarrier& full, FullBar
 
 template <class Traits>
 CUTLASS_DEVICE void load(Params const& params, typename Traits::SharedStorage& storage,
-                         TileCoord tile, int split) {
+                         KeyTile const& tile) {
   constexpr int kBlockM = Traits::kBlockM;
   constexpr int kBlockN = Traits::kBlockN;
   constexpr auto kKeep = TMA::CacheHintSm90::EVICT_LAST;       // Q and dO: read by many tiles
   constexpr auto kReadOnce = TMA::CacheHintSm90::EVICT_FIRST;  // K and V
   int const lane = threadIdx.x % 32;
   int const batch = tile.batch;
-  int const first_key = tile.m_block * kBlockN;
+  int const first_key = tile.n_block * kBlockN;
+  KeySource const keys{batch, tile.head_k};
   Mask const& mask = params.mask;
-  // Registers are few: what is needed seldom is computed again. Past the arrays' end TMA itself
-  // brings zeros.
+  // The keys past the length; past the array's end TMA itself writes zeros. Computed where it is
+  // needed, for there are no registers to keep it in.
   auto const padding = [&] {
     int const length_k = mask.length_k(batch);
     return RowSet::from(length_k < mask.seqlen_k ? length_k - first_key : kBlockN);
@@ -94,7 +96,7 @@ CUTLASS_DEVICE void load(Params const& params, typename Traits::SharedStorage& s
     }
     load_tile<kBlockM, Traits::kHeadDim>(params.query, full, storage.staged, staged_phase, kKeep,
                                          storage.query + state.stage * Traits::kSizeQ,
-                                         step.m_block * kBlockM, step.head, batch, blind,
+                                         {step.m_block * kBlockM, step.head, batch}, blind,
                                          kStatsBytes + kIntervalBytes);
   };
   auto const load_dout = [&](Step step, RowSet const& blind) {
@@ -103,27 +105,29 @@ CUTLASS_DEVICE void load(Params const& params, typename Traits::SharedStorage& s
     load_tile<kBlockM, Traits::kHeadDimV>(params.dout, pipeline.full[state.stage], storage.staged,
                                           staged_phase, kKeep,
                                           storage.dout + state.stage * Traits::kSizedO,
-                                          step.m_block * kBlockM, step.head, batch, blind);
+                                          {step.m_block * kBlockM, step.head, batch}, blind);
   };
   auto const load_step = [&](Step step) {
     RowSet const blind = query_blocks[step.m_block].blind;
     if (first) {
       load_tile<kBlockN, Traits::kHeadDim>(params.key, storage.key_full, storage.staged,
-                                           staged_phase, kReadOnce, storage.key, first_key,
-                                           tile.head, batch, padding());
+                                           staged_phase, kReadOnce, storage.key,
+                                           keys.block<kBlockN>(tile.n_block), padding());
     }
     load_query(step, blind);
     if (first) {
       load_tile<kBlockN, Traits::kHeadDimV>(params.value, storage.value_full, storage.staged,
-                                            staged_phase, kReadOnce, storage.value, first_key,
-                                            tile.head, batch, padding());
+                                            staged_phase, kReadOnce, storage.value,
+                                            keys.block<kBlockN>(tile.n_block), padding());
     }
     load_dout(step, blind);
     first = false;
     state.advance();
   };
 
-  // The steps of all splits: the blocks of query rows that see any of the CTA's keys, head by head.
+  // The steps of all splits are the blocks of query rows that see any of the CTA's keys, head by
+  // head of the group. This split's are those of some heads, or an equal share of all in that
+  // order.
   auto const sees_keys = [&](int m_block, bool* full) {
     if (m_block >= params.num_m_blocks) return false;
     IntervalHull const hull = query_blocks[m_block].hull;
@@ -132,12 +136,12 @@ CUTLASS_DEVICE void load(Params const& params, typename Traits::SharedStorage& s
   };
   int first_member = 0;
   int last_member = params.group;
-  int skipped = 0;      // steps of the first member that are another split's
+  int skipped = 0;      // steps of first_member that belong to the split before
   int count = INT_MAX;  // of this split's steps
   if (params.num_splits > 1) {
     if (params.group % params.num_splits == 0) {
       int const members = params.group / params.num_splits;
-      first_member = split * members;
+      first_member = tile.split * members;
       last_member = first_member + members;
     } else {
       int of_head = 0;
@@ -146,25 +150,26 @@ CUTLASS_DEVICE void load(Params const& params, typename Traits::SharedStorage& s
         of_head += __popc(__ballot_sync(~0u, sees_keys(chunk + lane, &full)));
       }
       int64_t const all = int64_t{of_head} * params.group;
-      int64_t const begin = all * split / params.num_splits;
-      int64_t const end = all * (split + 1) / params.num_splits;
+      int64_t const begin = all * tile.split / params.num_splits;
+      int64_t const end = all * (tile.split + 1) / params.num_splits;
       first_member = of_head == 0 ? params.group : static_cast<int>(begin / of_head);
       skipped = of_head == 0 ? 0 : static_cast<int>(begin % of_head);
       count = static_cast<int>(end - begin);
     }
   }
 
-  // A step is sent when it is known whether another follows.
+  // A step is loaded once the next is found: it must say whether it is the last.
   Step pending{-1, 0, false, true, true};
-  int const most_of_part = params.dkv_parts == nullptr ? INT_MAX : kMostRowsOfSum / kBlockM;
-  int of_part = 0;
+  // dK and dV leave the accumulators after so many steps (partial.h).
+  int const most_steps = params.dkv_partial == nullptr ? INT_MAX : kMostRowsOfSum / kBlockM;
+  int steps = 0;
   for (int member = first_member; member < last_member && count > 0; ++member) {
-    int const head = tile.head * params.group + member;
+    int const head = tile.head_k * params.group + member;
     for (int chunk = 0; chunk < params.num_m_blocks && count > 0; chunk += 32) {
       bool full = false;
       bool const visited = sees_keys(chunk + lane, &full);
       // The soft cap is applied where the mask is.
-      uint32_t const full_blocks = __ballot_sync(~0u, full && params.cap_scale == 0.f);
+      uint32_t const full_blocks = __ballot_sync(~0u, full && params.score.cap_scale == 0.f);
       for (uint32_t blocks = __ballot_sync(~0u, visited); blocks != 0; blocks &= blocks - 1) {
         if (skipped > 0) {
           --skipped;
@@ -173,8 +178,8 @@ CUTLASS_DEVICE void load(Params const& params, typename Traits::SharedStorage& s
         if (count-- == 0) break;
         int const bit = __ffs(blocks) - 1;
         if (pending.m_block >= 0) {
-          pending.last = ++of_part == most_of_part;
-          if (pending.last) of_part = 0;
+          pending.last = ++steps == most_steps;
+          if (pending.last) steps = 0;
           load_step(pending);
         }
         pending = {chunk + bit, head, (full_blocks >> bit & 1) == 0, false, false};

@@ -1,4 +1,4 @@
-// The sum of dQ, fp32 in the order of the accumulators, to the gradient.
+// dq_accum, fp32 in the order of the accumulators, to the gradient.
 #pragma once
 
 #include "bwd/epilogue.h"
@@ -7,7 +7,7 @@
 
 namespace jax_fa3::bwd {
 
-// Whether anything but 0 came back for a row's results.
+// Whether the gradient of a row's results (dO, dlse) is other than 0.
 CUTLASS_DEVICE bool has_cotangent(Params const& params, int batch, int head, int row) {
   int64_t const index = (int64_t{batch} * params.num_heads_q + head) * params.mask.seqlen_q + row;
   bool found = params.dlse[index] != 0.f;
@@ -18,8 +18,8 @@ CUTLASS_DEVICE bool has_cotangent(Params const& params, int batch, int head, int
   return found;
 }
 
-// Rows of a broken segment (mask.h) get NaN if their results were used. The thread's rows are `row`
-// and `row` + 8.
+// Rows of a broken segment (mask.h) get NaN, if a gradient came in for them. The thread's rows are
+// `row` and `row` + 8.
 template <class Fragment>
 CUTLASS_DEVICE void mark_broken_rows(Params const& params, int batch, int head, int row,
                                      Fragment& grad) {
@@ -36,14 +36,14 @@ CUTLASS_DEVICE void mark_broken_rows(Params const& params, int batch, int head, 
   }
 }
 
-// The thread's elements of its warpgroup's part of a tile in dq_accum: all threads' first 16 bytes,
-// then their next.
-CUTLASS_DEVICE float4* summed_by_thread(float* part) {
-  return reinterpret_cast<float4*>(part) + threadIdx.x % 128;
+// The thread's elements of a warpgroup's tile in dq_accum: all threads' first 16 bytes, then all
+// threads' next. It takes every 128th float4 from here on.
+CUTLASS_DEVICE float4* accum_of_thread(float* of_warpgroup) {
+  return reinterpret_cast<float4*>(of_warpgroup) + threadIdx.x % 128;
 }
 
 template <class Fragment>
-CUTLASS_DEVICE void add_sum(float4 const* sum, Fragment& grad) {
+CUTLASS_DEVICE void add_accum(float4 const* sum, Fragment& grad) {
   CUTLASS_PRAGMA_UNROLL
   for (int i = 0; i < size(grad); i += 4) {
     float4 const vector = sum[i / 4 * 128];
@@ -68,10 +68,10 @@ __global__ void __launch_bounds__(Traits::kConsumerThreads)
 
   Tensor grad = make_tensor<float>(Int<Traits::kSizeQ / Traits::kConsumerThreads>{});
   clear(grad);
-  add_sum(summed_by_thread(params.dq_accum +
-                           params.m_block_index(batch, head, m_block) * Traits::kSizeQ +
-                           warpgroup * Traits::kSizeQ / 2),
-          grad);
+  add_accum(accum_of_thread(params.dq_accum +
+                            params.m_block_index(batch, head, m_block) * Traits::kSizeQ +
+                            warpgroup * Traits::kSizeQ / 2),
+            grad);
   // The warpgroups share the rows, or the columns.
   int const first_row = Traits::kWarpgroupsM == 2 ? warpgroup * 64 : 0;
   int const first_column = Traits::kWarpgroupsM == 2 ? 0 : warpgroup * kColumns;
@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(Traits::kConsumerThreads)
   if (threadIdx.x == 0) {
     for (int box = 0; box < kBlockM; box += 64) {
       tma_store_rows<kBlockM, Traits::kHeadDim, kSlab>(params.dquery, memory + box * kSlab,
-                                                       m_block * kBlockM + box, head, batch);
+                                                       {m_block * kBlockM + box, head, batch});
     }
     tma_store_arrive();
     tma_store_wait<0>();

@@ -1,12 +1,12 @@
-// What the main kernels need to know of each query row: the log-sum-exp, delta and the keys it
-// sees (params.h). delta = rowsum(dO * O) - dlse: the gradient that comes in through the
-// log-sum-exp takes the same way, for its derivative by the scores is P itself.
+// Writes what the other kernels need of each query row: the log-sum-exp, delta and the keys it sees
+// (params.h). delta = rowsum(dO * O) - dlse: the derivative of the log-sum-exp by the scores is P
+// itself, so its gradient enters dS = P (dP - delta) as a part of delta.
 #pragma once
 
 #include "bwd/params.h"
 #include "bwd/range.h"
 #include "bwd/rows.h"
-#include "common/launch.h"
+#include "common/score.h"
 
 namespace jax_fa3::bwd {
 
@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(kPreprocessThreads)
 
   if constexpr (kAccumulators > 0) {
     auto* const sum = reinterpret_cast<float4*>(params.dq_accum + index * kAccumulators);
-    int const cleared = params.continues_dq ? 0 : kAccumulators / 4;
+    int const cleared = params.accumulates_dq ? 0 : kAccumulators / 4;
     for (int i = threadIdx.x; i < cleared; i += kPreprocessThreads) {
       sum[i] = float4{0.f, 0.f, 0.f, 0.f};
     }
@@ -38,9 +38,8 @@ __global__ void __launch_bounds__(kPreprocessThreads)
       int const row = i * 32 + threadIdx.x;
       Interval const interval = mask.row_interval(batch, first_row + row);
       block.hull.add(interval);
-      // Rows past the array's end are read as zeros.
-      block.blind.words[i] =
-          __ballot_sync(~0u, interval.empty() && first_row + row < mask.seqlen_q);
+      // Not rows past the array's end: TMA writes zeros there.
+      block.blind.bits[i] = __ballot_sync(~0u, interval.empty() && first_row + row < mask.seqlen_q);
       params.row_intervals[(int64_t{batch} * params.num_m_blocks + m_block) * kBlockM + row] =
           interval.empty() ? int2{0, 0} : int2{interval.begin, interval.end};
     }
@@ -57,7 +56,7 @@ __global__ void __launch_bounds__(kPreprocessThreads)
   using Stats = RowStats<kBlockM>;
   float* const stats = params.row_stats + index * Stats::kSize;
   float const scale = ds_scale<Element>(params, batch, head / params.group);
-  // Of a probability, by which a sum may be off: far below the rounding to 16 bits.
+  // An error of a log-sum-exp (base 2), and so of P, that is far below the rounding to 16 bits.
   constexpr float kNegligible = 1.f / 8192;
   bool careful = false;
   for (int row = threadIdx.x / kLanes; row < kBlockM; row += kPreprocessThreads / kLanes) {

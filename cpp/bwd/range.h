@@ -19,8 +19,8 @@ CUTLASS_HOST_DEVICE constexpr int64_t range_chunks(int batch, int seqlen, int he
   return int64_t{batch} * heads * ((seqlen + kRangeRows - 1) / kRangeRows);
 }
 
-// What dS is multiplied by: 1 where nobody looked, as in a sum of dQ over several calls, which must
-// have one scale.
+// What dS is multiplied by. It is 1 where `ranges` is null, as where dQ is accumulated over several
+// calls: they must have one scale.
 template <class Element>
 CUTLASS_DEVICE float ds_scale(Params const& params, int batch, int head_k) {
   if constexpr (std::is_same_v<Element, cutlass::half_t>) {
@@ -38,7 +38,7 @@ CUTLASS_DEVICE float ds_scale(Params const& params, int batch, int head_k) {
   return 1.f;
 }
 
-// A warp takes neighbouring rows of a head, of dO or V: one atomic for all of them.
+// A warp takes kRangeRows rows of a head, of dO or V, and then needs one atomic for all of them.
 template <class Element>
 __global__ void __launch_bounds__(kRangeThreads)
     range_kernel(__grid_constant__ Params const params) {

@@ -7,13 +7,13 @@
 
 namespace jax_fa3::bwd {
 
-// What a step knows of its query rows, in shared memory.
+// What preprocess wrote about a step's query rows, in shared memory.
 template <int kBlockM>
 struct RowRecords {
   using Stats = RowStats<kBlockM>;
   float const* stats;
-  int2 const* rows;  // the keys that they see
-  int key;           // the thread's first
+  int2 const* rows;  // begin and end of the keys that they see
+  int key;           // the first of the thread's two keys
   int quad = threadIdx.x % 4 * 2;
 
   // The values of elements i to i + 3: those of two query rows, twice.
@@ -37,8 +37,8 @@ struct RowRecords {
   }
 };
 
-// P from scores (or from the soft cap's tanh), in place. With kCareful masked, and exact however
-// large the scores are.
+// P from scores (or from what the soft cap made of them), in place. With kCareful it is masked, and
+// exact however large the scores are.
 template <bool kCareful, class Records, class Scores>
 CUTLASS_DEVICE void probabilities(Params const& params, Records const& records, Scores& scores) {
   CUTLASS_PRAGMA_UNROLL
@@ -46,7 +46,7 @@ CUTLASS_DEVICE void probabilities(Params const& params, Records const& records, 
     float2 const lse = records.lse_of(i);
     CUTLASS_PRAGMA_UNROLL
     for (int e = 0; e < 4; ++e) {
-      scores(i + e) = scores(i + e) * params.exponent_scale - Records::of(lse, e);
+      scores(i + e) = scores(i + e) * params.softmax_scale_log2 - Records::of(lse, e);
     }
     if constexpr (kCareful) {
       float2 const low = records.lse_low_of(i);
@@ -64,13 +64,8 @@ CUTLASS_DEVICE void probabilities(Params const& params, Records const& records, 
   }
 }
 
-template <class Scores>
-CUTLASS_DEVICE void soft_cap(Params const& params, Scores& scores) {
-  CUTLASS_PRAGMA_UNROLL
-  for (int i = 0; i < size(scores); ++i) scores(i) = tanh_approx(scores(i) * params.cap_scale);
-}
-
-// dS = P (dP - delta), in place of dP; times `scale`, which delta has in it already.
+// dS = P (dP - delta), in place of dP, times ds_scale() (range.h), by which preprocess has
+// multiplied delta already.
 template <class Records, class Scores>
 CUTLASS_DEVICE void score_grads(Records const& records, float scale, Scores const& p, Scores& dp) {
   CUTLASS_PRAGMA_UNROLL
@@ -82,8 +77,5 @@ CUTLASS_DEVICE void score_grads(Records const& records, float scale, Scores cons
     }
   }
 }
-
-// The soft cap's derivative at tanh = t.
-CUTLASS_DEVICE float soft_cap_grad(float t) { return 1.f - t * t; }
 
 }  // namespace jax_fa3::bwd

@@ -3,6 +3,7 @@
 
 #include <cute/tensor.hpp>
 
+#include "bwd/barriers.h"
 #include "common/barriers.h"
 #include "common/layouts.h"
 #include "plan.h"
@@ -11,36 +12,22 @@ namespace jax_fa3::bwd {
 
 using namespace cute;
 
-// Hardware barriers of the CTA.
-enum class NamedBarrier : uint32_t {
-  kDScoresWritten = 1,     // fused: a warpgroup has written its part of dS; by warpgroup and buffer
-  kDQueryFull = 5,         // fused: its part of dQ is in shared memory; by warpgroup and dQ writer
-  kDQueryEmpty = 9,        // fused: it has left shared memory again; by warpgroup
-  kProbabilitiesFull = 5,  // wide: P has been handed from one warpgroup to the other; by buffer
-  kProbabilitiesEmpty = 7,  // wide: it has been taken
-  kKeyRead = 9,             // wide: nobody needs K any more: its memory may hold dK
-  kValueRead = 10,          // wide: likewise V and dV
-  kKeysRead = 13,           // fused: likewise K and dK
-  kGradOfWarpgroup0 = 14,   // the threads of one warpgroup, around their gradient tile
-  kGradOfWarpgroup1,
+// What a CTA of the main kernel works on: a block of keys of one KV head, and of the steps that its
+// query rows make one split's (params.num_splits CTAs share them).
+struct KeyTile {
+  int n_block;
+  int head_k;
+  int batch;
+  int split;
 };
 
-// 1 to 15, for 0 is that of __syncthreads: also those that CUTLASS reserves, whose users are not
-// used here. A plain number would be counted from the end of those.
-using BarrierId = cutlass::arch::ReservedNamedBarriers;
-static_assert(static_cast<uint32_t>(NamedBarrier::kGradOfWarpgroup1) <= 15);
-
-CUTLASS_DEVICE BarrierId barrier_id(NamedBarrier first, int offset = 0) {
-  return static_cast<BarrierId>(static_cast<uint32_t>(first) + offset);
-}
-
-// One step of a CTA: a block of query rows of one head, against the CTA's keys.
+// One step of such a CTA: a block of query rows of one head, against its keys.
 struct Step {
-  int m_block;  // -1: there is no step at all
+  int m_block;  // -1: the CTA has no step at all
   int head;
   bool masked;
-  bool last;  // of a part, after which dK and dV leave the accumulators (parts.h)
-  bool ends;  // the CTA's last: there is no other part
+  bool last;  // dK and dV leave the accumulators after it, as partial sums or whole (partial.h)
+  bool ends;  // it is the CTA's last
 };
 
 template <class Element_, int kHeadDim_, int kHeadDimV_>
@@ -52,9 +39,9 @@ struct Traits {
   static constexpr int kBlockM = kTile.block_m;  // query rows of a step
   static constexpr int kBlockN = kTile.block_n;  // keys of the CTA
   static constexpr bool kFused = kTile.fused;
-  static constexpr bool kNarrow = kHeadDim <= 64;          // registers for S and dQ at once
-  static constexpr int kStages = 2;                        // of Q and of dO
-  static constexpr int kWritersdQ = kFused ? kStages : 0;  // warps: one for the steps of a stage
+  static constexpr bool kNarrow = kHeadDim <= 64;  // S and dQ fit into the registers together
+  static constexpr int kStages = 2;                // of Q and of dO
+  static constexpr int kWritersdQ = kFused ? kStages : 0;  // warps that add dQ: one for each stage
 
   // One producer warpgroup (a warp loads, two write dQ), then two consumers. Fused: each owns
   // 64 keys. Wide: both own the same 64 keys, one computes dV, the other dK.
@@ -65,8 +52,6 @@ struct Traits {
   static constexpr int kWarpgroupsN = kFused ? 2 : 1;
   static_assert(kBlockN == 64 * kWarpgroupsN);
 
-  static constexpr int kSlab = slab(kHeadDim);
-  static constexpr int kSlabV = slab(kHeadDimV);
   using LayoutK = LayoutRows<kBlockN, kHeadDim, 1>;
   using LayoutKt = LayoutColumns<kBlockN, kHeadDim, 1>;
   using LayoutV = LayoutRows<kBlockN, kHeadDimV, 1>;
@@ -77,9 +62,9 @@ struct Traits {
   // dS as the A operand [m, n] of dQ, from dS^T [n, m] in slabs of 64 query rows.
   using LayoutdS = LayoutColumns<kBlockN, kBlockM, 2>;
 
-  // S^T = K Q^T and dP^T = V dO^T from shared memory; dV += P^T dO and dK += dS^T Q with P^T and
-  // dS^T in registers, in which they are the accumulators of the former; dQ = dS K from shared
-  // memory.
+  // S^T = K Q^T and dP^T = V dO^T have both operands in shared memory. dV += P^T dO and dK += dS^T
+  // Q have their A operands P^T and dS^T in registers: a thread computes its elements from those of
+  // S^T and dP^T that it holds, for both layouts are the same. dQ = dS K is from shared memory.
   using TileN = Layout<Shape<Int<kWarpgroupsN>, _1, _1>>;
   template <int kDim>
   using MmaScores = decltype(make_tiled_mma(
@@ -90,7 +75,8 @@ struct Traits {
       GMMA::rs_op_selector<Element, Element, float, Shape<_64, Int<kDim>, Int<kBlockM>>,
                            GMMA::Major::K, GMMA::Major::MN>(),
       TileN{}));
-  static constexpr int kWarpgroupsM = kBlockM / 64;  // of dQ; the others share its columns
+  // A warpgroup computes 64 rows of dQ. Where the tile has just 64, each computes half the columns.
+  static constexpr int kWarpgroupsM = kBlockM / 64;
   static constexpr int kColumnsdQ = kHeadDim * kWarpgroupsM / 2;  // of one warpgroup
   using MmadQ = decltype(make_tiled_mma(
       GMMA::ss_op_selector<Element, Element, float,

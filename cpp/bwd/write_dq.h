@@ -1,9 +1,10 @@
-// The warps that add dQ, from shared memory, to the sum in global memory.
+// The warps that add dQ, from shared memory, to dq_accum in global memory.
 //
-// In deterministic mode the key blocks of a head add to a block of query rows in turn, the last
-// first, which is the order of launch: a CTA waits only for CTAs that are running or done. What a
-// turn takes (to see that it has come, to add, to wait until all is written, to pass it on) is
-// longer than a step, so two warps take the steps by turns.
+// Deterministic gradients: the key blocks of a head add to a block of query rows one after the
+// other, the last first. That is the order in which they are launched, so a CTA waits only for CTAs
+// that are running or done. A turn (to see that it has come, to add, to wait until all is written,
+// to pass it on) takes longer than a step of the main loop, so two warps take every second step
+// each.
 #pragma once
 
 #include "bwd/params.h"
@@ -28,13 +29,12 @@ CUTLASS_DEVICE void pass_turn(int* turns, int turn) {
 
 template <class Traits>
 CUTLASS_DEVICE void write_dq(Params const& params, typename Traits::SharedStorage& storage,
-                             TileCoord tile, int writer) {
+                             KeyTile const& tile, int writer) {
   constexpr int kPart = Traits::kSizeQ / 2;  // of one warpgroup
   PipelineState<Traits::kStages> state;
   bool const elected = threadIdx.x % 32 == 0;
   auto const release = [](int warpgroup) {
-    cutlass::arch::NamedBarrier::arrive(128 + 32,
-                                        barrier_id(NamedBarrier::kDQueryEmpty, warpgroup));
+    named_arrive(NamedBarrier::kDQueryEmpty, warpgroup, 128 + 32);
   };
   if (writer == 0) {
     release(0);
@@ -48,23 +48,22 @@ CUTLASS_DEVICE void write_dq(Params const& params, typename Traits::SharedStorag
     if (elected) storage.query_pipeline.empty[state.stage].arrive();
     if (state.stage == writer) {
       int64_t const index = params.m_block_index(tile.batch, step.head, step.m_block);
-      float* const sum = params.dq_accum + index * Traits::kSizeQ;
+      float* const accum = params.dq_accum + index * Traits::kSizeQ;
       bool const in_turn = params.turns != nullptr && elected;
       int turn = 0;
       if (in_turn) {
         int const end =
             params.query_blocks[int64_t{tile.batch} * params.num_m_blocks + step.m_block]
                 .hull.max_end;
-        turn = (end - 1) / Traits::kBlockN - tile.m_block;  // key blocks behind this one
+        turn = (end - 1) / Traits::kBlockN - tile.n_block;  // key blocks behind this one
         wait_for_turn(params.turns + index, turn);
       }
       __syncwarp();
       CUTLASS_PRAGMA_UNROLL
       for (int warpgroup = 0; warpgroup < 2; ++warpgroup) {
-        cutlass::arch::NamedBarrier::sync(
-            128 + 32, barrier_id(NamedBarrier::kDQueryFull, warpgroup * 2 + writer));
+        named_sync(NamedBarrier::kDQueryFull, warpgroup * 2 + writer, 128 + 32);
         if (elected) {
-          bulk_add_fp32(sum + warpgroup * kPart, storage.dquery + warpgroup * kPart, kPart * 4);
+          bulk_add_fp32(accum + warpgroup * kPart, storage.dquery + warpgroup * kPart, kPart * 4);
           cute::tma_store_arrive();
         }
         __syncwarp();

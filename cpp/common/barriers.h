@@ -1,5 +1,5 @@
-// Barriers between the roles of a CTA: mbarrier pipelines through shared memory, and the named
-// barriers among consumer warpgroups.
+// mbarriers between the roles of a CTA: what TMA fills and consumers read, in shared memory. (The
+// named barriers of a kernel, bar.sync and bar.arrive, are in its folder's barriers.h.)
 #pragma once
 
 #include <cutlass/arch/barrier.h>
@@ -38,48 +38,14 @@ struct PipelineState {
   }
 };
 
-// Hardware barriers of the CTA, each with one purpose.
-enum class NamedBarrier : uint32_t {
-  kTurnOfWarpgroup0,  // ping-pong: this warpgroup may issue its GEMMs
-  kTurnOfWarpgroup1,
-  kTurnOfWarpgroup2,
-  kOutOfWarpgroup0,  // the threads of one warpgroup, around its output tile in shared memory
-  kOutOfWarpgroup1,
-  kOutOfWarpgroup2,
-  kValueRead,  // every consumer warpgroup has read V: its memory may hold the output
-};
-
-CUTLASS_DEVICE uint32_t barrier_id(NamedBarrier first, int offset = 0) {
-  return static_cast<uint32_t>(first) + offset;
-}
-
-// Ping-pong: the consumer warpgroups issue their GEMMs in turn, so that the softmax of one runs
-// while the tensor cores work for another.
+// Q's barriers: each consumer warpgroup has its own 64 rows, and releases them by itself.
 template <int kWarpgroups>
-struct Turns {
-  int warpgroup;
-
-  // Each barrier is completed by the warpgroup that waits and the one that passes the turn on.
-  static constexpr int kThreads = 2 * 128;
-
-  CUTLASS_DEVICE void start() const {
-    if constexpr (kWarpgroups > 1) {
-      if (warpgroup == kWarpgroups - 1) pass();
-    }
+CUTLASS_DEVICE void init_query_barriers(FullBarrier (&full)[kWarpgroups],
+                                        EmptyBarrier (&empty)[kWarpgroups]) {
+  for (int warpgroup = 0; warpgroup < kWarpgroups; ++warpgroup) {
+    full[warpgroup].init(1);
+    empty[warpgroup].init(4);  // warps
   }
-  CUTLASS_DEVICE void wait() const {
-    if constexpr (kWarpgroups > 1) {
-      cutlass::arch::NamedBarrier::sync(kThreads,
-                                        barrier_id(NamedBarrier::kTurnOfWarpgroup0, warpgroup));
-    }
-  }
-  CUTLASS_DEVICE void pass() const {
-    if constexpr (kWarpgroups > 1) {
-      int const next = warpgroup + 1 == kWarpgroups ? 0 : warpgroup + 1;
-      cutlass::arch::NamedBarrier::arrive(kThreads,
-                                          barrier_id(NamedBarrier::kTurnOfWarpgroup0, next));
-    }
-  }
-};
+}
 
 }  // namespace jax_fa3

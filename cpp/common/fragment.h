@@ -34,7 +34,7 @@ CUTLASS_DEVICE float unpack(uint32_t pair, int half) {
   }
 }
 
-// A whole fragment, likewise: the order in which wgmma wants a 16-bit A operand.
+// A whole fragment, packed in pairs: the order in which wgmma wants a 16-bit A operand.
 template <class Element, class Fragment>
 CUTLASS_DEVICE auto packed(Fragment const& fragment) {
   auto result = cute::make_tensor<uint32_t>(cute::Int<decltype(size(fragment))::value / 2>{});
@@ -68,8 +68,8 @@ CUTLASS_DEVICE void stage_packed(Packed const& packed, uint16_t* smem, int first
   }
 }
 
-// fp32, straight from registers to rows `row_stride` elements apart; `first_row` is the thread's.
-// `stored(i)`: whether its i-th row is.
+// fp32, straight from registers to rows `row_stride` elements apart; `first_row` is the thread's
+// first. `stored(i)`: whether its i-th row is to be stored.
 template <class Fragment, class Stored>
 CUTLASS_DEVICE void store_fp32(Fragment const& fragment, float* out, int64_t row_stride,
                                int first_row, Stored const& stored, int columns) {

@@ -14,7 +14,8 @@ CUTLASS_DEVICE auto recomputed(Descriptors const& operand) {
   return cute::make_tensor(iterator, operand.layout());
 }
 
-// Issues C += A B as one group of wgmmas. C (and A, if in registers) must rest until the wait.
+// Issues C += A B as one group of wgmmas. C (and A, if in registers) must not be touched until
+// warpgroup_wait().
 template <class Mma, class A, class B, class C>
 CUTLASS_DEVICE void issue_gemm(Mma mma, A const& a, B const& b, C& c) {
   using namespace cute;
@@ -37,11 +38,26 @@ CUTLASS_DEVICE void issue_gemm(Mma mma, A const& a, B const& b, C& c) {
   warpgroup_commit_batch();
 }
 
-// C = A B, likewise.
+// Issues C = A B, as above.
 template <class Mma, class A, class B, class C>
 CUTLASS_DEVICE void issue_gemm_zero(Mma mma, A const& a, B const& b, C& c) {
   mma.accumulate_ = cute::GMMA::ScaleOut::Zero;
   issue_gemm(mma, a, b, c);
+}
+
+// A tile in shared memory as an operand of a warpgroup's GEMMs: its wgmma descriptors. They are the
+// same in all threads of the warpgroup, for which its first one stands.
+template <class Mma, class Storage, class Layout>
+CUTLASS_DEVICE auto operand_a(Mma const& mma, int warpgroup, Storage* smem, Layout layout) {
+  auto* const elements = reinterpret_cast<typename Mma::ValTypeA*>(smem);
+  return mma.get_slice(warpgroup * 128)
+      .partition_fragment_A(cute::make_tensor(cute::make_smem_ptr(elements), layout));
+}
+template <class Mma, class Storage, class Layout>
+CUTLASS_DEVICE auto operand_b(Mma const& mma, int warpgroup, Storage* smem, Layout layout) {
+  auto* const elements = reinterpret_cast<typename Mma::ValTypeB*>(smem);
+  return mma.get_slice(warpgroup * 128)
+      .partition_fragment_B(cute::make_tensor(cute::make_smem_ptr(elements), layout));
 }
 
 }  // namespace jax_fa3

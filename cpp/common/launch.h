@@ -4,31 +4,12 @@
 
 #include <cuda_runtime_api.h>
 
-#include <limits>
-
-#include "problem.h"
-
 namespace jax_fa3 {
 
 #define JAX_FA3_RETURN_IF_ERROR(expression)                           \
   if (cudaError_t const error = (expression); error != cudaSuccess) { \
     return error;                                                     \
   }
-
-inline constexpr float kLog2E = 1.44269504f;
-
-// How scores x = q.k become exponents: scale * x, or with a soft cap scale * tanh(cap_scale * x).
-struct ScoreScale {
-  float scale;
-  float cap_scale;  // 0: no soft cap
-};
-
-inline ScoreScale score_scale(Problem const& problem) {
-  // Beyond this cap tanh(x) is x for every score there is, and cap_scale would be flushed to 0.
-  float const cap_scale = problem.soft_cap == 0.f ? 0.f : problem.softmax_scale / problem.soft_cap;
-  bool const capped = cap_scale >= std::numeric_limits<float>::min();
-  return capped ? ScoreScale{problem.soft_cap, cap_scale} : ScoreScale{problem.softmax_scale, 0.f};
-}
 
 // Of the current device.
 inline cudaError_t count_sms(int* num_sms) {
@@ -37,31 +18,33 @@ inline cudaError_t count_sms(int* num_sms) {
   return cudaDeviceGetAttribute(num_sms, cudaDevAttrMultiProcessorCount, device);
 }
 
-// When a kernel starts: after all before it, or when the CTAs of the one before it have let it
-// (cudaTriggerProgrammaticLaunchCompletion) or are done. Then it must wait itself for what it takes
-// from them (cudaGridDependencySynchronize).
-enum class Start { kAfter, kBeside };
+// kInOrder: the kernel starts when all work before it in the stream is done.
+// kEarly: programmatic dependent launch. It may start while the kernel before it still runs, as
+// soon as all CTAs of that one have called cudaTriggerProgrammaticLaunchCompletion() or ended. What
+// that one writes may be read only after cudaGridDependencySynchronize().
+enum class Start { kInOrder, kEarly };
 
-// Not <<<>>>, after which an older call's error cannot be told from this one's.
+// By cudaLaunchKernelExC, whose result is this launch's alone: after <<<>>> cudaGetLastError()
+// might return what an earlier call left there.
 template <class Params>
 cudaError_t launch_kernel(void (*kernel)(Params), int64_t num_ctas, int num_threads,
                           int shared_bytes, Params& params, cudaStream_t stream,
-                          Start start = Start::kAfter) {
+                          Start start = Start::kInOrder) {
   auto const* const function = reinterpret_cast<void const*>(kernel);
   if (shared_bytes > 0) {  // per device, so not remembered across calls
     JAX_FA3_RETURN_IF_ERROR(
         cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
   }
-  cudaLaunchAttribute beside{};
-  beside.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  beside.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(num_ctas));
   config.blockDim = dim3(num_threads);
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
-  config.attrs = &beside;
-  config.numAttrs = start == Start::kBeside;
+  config.attrs = &early;
+  config.numAttrs = start == Start::kEarly;
   void* arguments[] = {&params};
   return cudaLaunchKernelExC(&config, function, arguments);
 }

@@ -1,8 +1,8 @@
 // The mask: every query row sees one interval of keys, [begin, end).
 //
 // Causal, sliding window, padding and per-row arrays are all intersected into that interval, at run
-// time, so that one kernel serves every mask (design: "the mask is data"). All of it is
-// host-callable: tests brute-force it without a GPU.
+// time, so that one kernel serves every mask. All of it is host-callable: tests brute-force it
+// without a GPU.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// Some of the rows of a tile.
+// Some of the rows of a tile, of which there are 128 at most: one bit each.
 #pragma once
 
 #include <cstdint>
@@ -8,20 +8,20 @@
 namespace jax_fa3 {
 
 struct RowSet {
-  static constexpr int kWords = 4;
-  uint32_t words[kWords];  // of 32 rows each
+  static constexpr int kMasks = 4;
+  uint32_t bits[kMasks];  // of 32 rows each
 
   // The rows from `first` on.
   JAX_FA3_HOST_DEVICE static RowSet from(int first) {
     RowSet set;
-    for (int i = 0; i < kWords; ++i) {
+    for (int i = 0; i < kMasks; ++i) {
       int const bit = first - i * 32;
-      set.words[i] = bit <= 0 ? ~0u : (bit >= 32 ? 0u : ~0u << bit);
+      set.bits[i] = bit <= 0 ? ~0u : (bit >= 32 ? 0u : ~0u << bit);
     }
     return set;
   }
-  JAX_FA3_HOST_DEVICE bool any() const { return (words[0] | words[1] | words[2] | words[3]) != 0; }
-  JAX_FA3_HOST_DEVICE bool contains(int row) const { return words[row / 32] >> row % 32 & 1; }
+  JAX_FA3_HOST_DEVICE bool any() const { return (bits[0] | bits[1] | bits[2] | bits[3]) != 0; }
+  JAX_FA3_HOST_DEVICE bool contains(int row) const { return bits[row / 32] >> row % 32 & 1; }
 };
 
 }  // namespace jax_fa3

@@ -20,12 +20,6 @@ CUTLASS_DEVICE float quad_sum(float x) {
   return x + __shfl_xor_sync(~0u, x, 2);
 }
 
-CUTLASS_DEVICE float tanh_approx(float x) {
-  float y;
-  asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
 // Sets scores outside [begin, end) to -inf; `column` is the key index of the thread's column 0. One
 // bit per element of a row is made first: testing it costs a third of comparing the column twice.
 // A broken row may wrap around here: the epilogue overwrites it.
@@ -49,19 +43,19 @@ CUTLASS_DEVICE void mask_scores(Scores& scores, Interval const (&rows)[kRowsPerT
   }
 }
 
-// How scores become exponents of base 2: score * factor - offset in one FFMA, where the offset is
-// the row's maximum times the factor, rounded. So the maximum's own exponent is not quite 0, and
-// all that is summed of a row is relative to the rounded offset, which log_sum() takes into
-// account.
+// How scores become exponents of base 2: score * factor - offset in one FFMA. The factor is
+// softmax_scale_log2 and the offset the row's maximum times the factor, rounded. So the maximum's
+// own exponent is not quite 0: all that is summed of a row is relative to the rounded offset, which
+// log_sum() takes into account.
 //
-// From 2^28 on the rounding would be 2^4 and more. But there any other score is less than the
-// maximum by 2^4 or more, so its weight below 2^-16, and a power of 2 can take the place of the
-// scale: no product is rounded then.
+// Where an offset is 2^28 or more it is rounded by 2^4 or more. But so large scores differ by 2^4
+// or more, if they differ: every weight but the maximum's is below 2^-16, whatever the factor.
+// There the factor is a power of 2, and no product is rounded.
 struct Exponents {
-  float scale_log2;
-  float power_of_2;  // 4 to 8 times scale_log2
+  float softmax_scale_log2;
+  float power_of_2;  // 4 to 8 times that
   float huge;        // scores from this on take power_of_2
-  float lowest;      // a maximum where no key was seen: finite, for -inf - -inf would be NaN
+  float lowest;      // the maximum of no keys: finite, for -inf - -inf would be NaN
 };
 
 inline Exponents exponents_of(float scale_log2) {
@@ -77,7 +71,8 @@ struct Softmax {
   float rescale[kRowsPerThread] = {1.f, 1.f};  // of what was accumulated before the last update
   float factor[kRowsPerThread];
   float offset[kRowsPerThread] = {-INFINITY, -INFINITY};
-  static constexpr float out_unit = 1.f;  // what the accumulated output counts in
+  static constexpr float out_scale =
+      1.f;  // O is to be multiplied by it at the end (FP8: V's scale)
 
   // Takes the scores of one more block into the running maximum.
   template <class Scores>
@@ -91,14 +86,14 @@ struct Softmax {
       float const previous = offset[row];
       row_max[row] = quad_max(row_max[row]);
       // Both products, then the choice: the exponentials wait for this.
-      float const by_scale = __fmul_rn(row_max[row], exponents.scale_log2);
+      float const by_scale = __fmul_rn(row_max[row], exponents.softmax_scale_log2);
       float const by_power = __fmul_rn(row_max[row], exponents.power_of_2);
       offset[row] = is_huge(row) ? by_power : by_scale;
-      // With another factor than before, the one is far below the other.
+      // If the factor is another than before, the new offset is so much greater that this is 0.
       rescale[row] = exp2f(previous - offset[row]);
       row_sum[row] *= rescale[row];
       // Kept: with the choice made again for the exponentials, head dim 128 is 2 % slower.
-      factor[row] = is_huge(row) ? exponents.power_of_2 : exponents.scale_log2;
+      factor[row] = is_huge(row) ? exponents.power_of_2 : exponents.softmax_scale_log2;
     }
   }
 
@@ -126,8 +121,8 @@ struct Softmax {
     return logf(row_sum[row]) - kLn2 * fmaf(row_max[row], factor[row], -offset[row]);
   }
 
-  // The sum of a row's weights as they were rounded to Element, as far as its largest is concerned:
-  // where that is nearly all there is, out is then its value, whatever the rounding.
+  // The sum of a row's weights, with the largest of them as it was rounded to Element. Where that
+  // one is nearly all there is, O divided by this sum is its value, however it was rounded.
   template <class Element>
   CUTLASS_DEVICE float sum_of_rounded(int row) const {
     if (fabsf(offset[row]) < kExactBelow) return row_sum[row];
@@ -137,7 +132,7 @@ struct Softmax {
 
   // The row's maximum as an exponent, less `subtrahend`, rounded once.
   CUTLASS_DEVICE float max_exponent_less(float subtrahend, int row) const {
-    return fmaf(row_max[row], exponents.scale_log2, -subtrahend);
+    return fmaf(row_max[row], exponents.softmax_scale_log2, -subtrahend);
   }
 
  private:

@@ -1,4 +1,4 @@
-// Which tile of the output a CTA works on next.
+// Which tile of the output a CTA works on next, and for which keys.
 #pragma once
 
 #include "common/mask.h"
@@ -6,28 +6,37 @@
 namespace jax_fa3 {
 
 struct TileCoord {
-  int m_block;
-  int head;
+  int block;  // of query rows; of keys where a tile is one of dK and dV, or of V transposed
+  int head;   // query head; KV head where a tile is of keys
   int batch;
 };
 
+// What a CTA works on: a tile of query rows, and the key blocks that it goes through for it. Today
+// those are all that the tile's rows see. Where several CTAs share them, `blocks` is one's part,
+// and which of them it is (the index of the split) belongs here.
+struct WorkTile {
+  TileCoord tile;
+  BlockRange blocks;
+  bool last;  // there is no tile: a persistent CTA is done
+};
+
 // A fixed order of all tiles: heads in sections whose K and V share the L2 cache; within a section
-// the last rows first (or the first, where tiles are of keys), so that under a causal mask the
-// longest tiles start first. Keys that add in turn (bwd/write_dq.h) have the last first, too.
+// the last block first, or the first one if `ascending`. Under a causal mask the longest tiles are
+// those of the last query rows and of the first keys: they start first. (Deterministic gradients
+// want the last keys first, see bwd/write_dq.h.)
 struct TileOrder {
-  int num_m_blocks;
+  int num_blocks;
   int num_heads;
   int batch;
   int section;  // heads of one section, counted over (batch, head)
   bool ascending = false;
-  bool short_last =
-      false;  // the tiles of the last rows, which take less time, come after all others
+  bool short_last = false;  // the last block's tiles take less time: they come after all others
 
-  JAX_FA3_HOST_DEVICE int num_tiles() const { return num_m_blocks * num_heads * batch; }
+  JAX_FA3_HOST_DEVICE int num_tiles() const { return num_blocks * num_heads * batch; }
 
   JAX_FA3_HOST_DEVICE TileCoord operator()(int index) const {
     int const rows = num_heads * batch;
-    int const blocks = short_last ? num_m_blocks - 1 : num_m_blocks;
+    int const blocks = short_last ? num_blocks - 1 : num_blocks;
     if (index >= blocks * rows) {
       int const row = index - blocks * rows;
       return {blocks, row % num_heads, row / num_heads};
@@ -36,8 +45,8 @@ struct TileOrder {
     int const width = rows - first < section ? rows - first : section;
     int const rest = index - first * blocks;
     int const row = first + rest % width;
-    int const m_block = rest / width;
-    return {ascending ? m_block : blocks - 1 - m_block, row % num_heads, row / num_heads};
+    int const block = rest / width;
+    return {ascending ? block : blocks - 1 - block, row % num_heads, row / num_heads};
   }
 };
 

@@ -6,11 +6,11 @@
 
 #include <cuda.h>
 #include <cuda_runtime_api.h>
-#include <cutlass/arch/barrier.h>
 
 #include <cute/arch/copy_sm90_desc.hpp>
 #include <cute/arch/copy_sm90_tma.hpp>
 
+#include "common/barriers.h"
 #include "problem.h"
 
 namespace jax_fa3 {
@@ -53,16 +53,24 @@ cudaError_t make_tensor_map(CUtensorMap* map, Operand const& operand, int head_d
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
-// Loads one box of rows, from `row` on, into a tile of kRows rows; `smem` points at the first of
-// them in the first slab, `full` counts the bytes.
+// The first row of a box in a [b, s, h, d] operand.
+struct RowCoord {
+  int row;
+  int head;
+  int batch;
+};
+
+// Loads one box of rows into a tile of kRows rows; `smem` points at the first of them in the first
+// slab, `full` counts the bytes.
 template <int kRows, int kColumns, int kSlab, class Element>
-CUTLASS_DEVICE void tma_load_rows(CUtensorMap const& map, uint64_t* full,
-                                  cute::TMA::CacheHintSm90 hint, Element* smem, int row, int head,
-                                  int batch) {
+CUTLASS_DEVICE void tma_load_rows(CUtensorMap const& map, FullBarrier& full,
+                                  cute::TMA::CacheHintSm90 hint, Element* smem,
+                                  RowCoord const& from) {
   CUTLASS_PRAGMA_UNROLL
   for (int column = 0; column < kColumns; column += kSlab) {
-    cute::SM90_TMA_LOAD_4D::copy(&map, full, static_cast<uint64_t>(hint), smem + column * kRows,
-                                 column, row, head, batch);
+    cute::SM90_TMA_LOAD_4D::copy(&map, reinterpret_cast<uint64_t*>(&full),
+                                 static_cast<uint64_t>(hint), smem + column * kRows, column,
+                                 from.row, from.head, from.batch);
   }
 }
 
@@ -81,17 +89,18 @@ CUTLASS_DEVICE void zero_rows_from(uint16_t* smem, int first) {
   __syncwarp();
 }
 
-// Stores one box of rows, likewise.
+// Stores one box of rows of such a tile.
 template <int kRows, int kColumns, int kSlab>
-CUTLASS_DEVICE void tma_store_rows(CUtensorMap const& map, uint16_t const* smem, int row, int head,
-                                   int batch) {
+CUTLASS_DEVICE void tma_store_rows(CUtensorMap const& map, uint16_t const* smem,
+                                   RowCoord const& to) {
   CUTLASS_PRAGMA_UNROLL
   for (int column = 0; column < kColumns; column += kSlab) {
-    cute::SM90_TMA_STORE_4D::copy(&map, smem + column * kRows, column, row, head, batch);
+    cute::SM90_TMA_STORE_4D::copy(&map, smem + column * kRows, column, to.row, to.head, to.batch);
   }
 }
 
-// Adds `bytes` of fp32 in shared memory to those in global memory, as one bulk group's member.
+// Issues the addition of `bytes` of fp32 in shared memory to those in global memory. It belongs to
+// the thread's current bulk group, which tma_store_arrive() closes.
 CUTLASS_DEVICE void bulk_add_fp32(float* global, float const* smem, int bytes) {
   asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;"
                :
@@ -99,7 +108,8 @@ CUTLASS_DEVICE void bulk_add_fp32(float* global, float const* smem, int bytes) {
                : "memory");
 }
 
-// Waits until all bulk groups of this thread are done with global memory, too.
+// Waits until all bulk groups of this thread have written global memory (tma_store_wait() waits
+// just until they have read shared memory).
 CUTLASS_DEVICE void bulk_wait_written() {
   asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
 }

@@ -61,7 +61,7 @@ cudaError_t launch(Problem const& problem, cudaStream_t stream) {
   Transpose& transpose = params.transpose;
   int const readers = p.seqlen_q / Traits<kHeadDim>::kBlockM * params.group;  // whole tiles alone
   if (Traits<kHeadDim>::kTransposesBeside &&
-      transposes_beside(p.mask, readers, params.order.num_tiles(), num_sms)) {
+      transposes_in_forward(p.mask, readers, params.order.num_tiles(), num_sms)) {
     // The KV heads whose tiles run at the same time: one after the other, or as many of a section.
     int const heads = std::max(ceil_div(num_sms, readers),
                                ceil_div(std::min(params.order.section, num_sms), params.group));
@@ -76,7 +76,7 @@ cudaError_t launch(Problem const& problem, cudaStream_t stream) {
   // keys there is none to start beside.
   JAX_FA3_RETURN_IF_ERROR(fwd::reset_counter(params, stream));
   JAX_FA3_RETURN_IF_ERROR(launch(transpose, stream));
-  Start const start = p.seqlen_k > 0 ? Start::kBeside : Start::kAfter;
+  Start const start = p.seqlen_k > 0 ? Start::kEarly : Start::kInOrder;
   return fwd::launch_persistent<Traits<kHeadDim>>(params, stream, start);
 }
 

@@ -2,6 +2,7 @@
 // and clean.
 #pragma once
 
+#include "common/key_source.h"
 #include "common/tma.h"
 #include "fp8/traits.h"
 
@@ -50,7 +51,7 @@ class ScaleLoader {
 
 // The warps that have nothing else to do.
 template <int kHeadDim>
-CUTLASS_DEVICE void assist(Traits<kHeadDim>, Params const& params) {
+CUTLASS_DEVICE void use_spare_warp(Traits<kHeadDim>, Params const& params) {
   if constexpr (Traits<kHeadDim>::kTransposesBeside) {
     if (params.transpose.taken != nullptr) transpose_beside<kHeadDim>(params.transpose);
   }
@@ -67,15 +68,15 @@ CUTLASS_DEVICE void load(Traits<kHeadDim>, Params const& params,
   if (threadIdx.x % 32 != 0) return;
   PipelineState<Traits::kWorkStages> work_state;
   PipelineState<Traits::kStages> state;
-  auto const raw = [](FullBarrier& barrier) { return reinterpret_cast<uint64_t*>(&barrier); };
 
   for (;; work_state.advance()) {
     storage.work_pipeline.full[work_state.stage].wait(work_state.phase);
-    fwd::Work const work = storage.work[work_state.stage];
+    WorkTile const work = storage.work[work_state.stage];
     storage.work_pipeline.empty[work_state.stage].arrive();
     if (work.last) break;
     int const batch = work.tile.batch;
     int const head_k = work.tile.head / params.group;
+    KeySource const keys{batch, head_k};
     BlockRange const blocks = work.blocks;
     uint32_t const query_phase = Traits::query_phase(work_state.stage);
     if (blocks.begin >= blocks.end) {
@@ -105,14 +106,14 @@ CUTLASS_DEVICE void load(Traits<kHeadDim>, Params const& params,
       if (has_key) storage.scale[state.stage] = scale;
       full.arrive_and_expect_tx((has_key + has_value) * Traits::kSizeK);
       if (has_key) {
-        tma_load_rows<kBlockN, kHeadDim, Traits::kSlab>(params.key, raw(full), kKeep,
+        tma_load_rows<kBlockN, kHeadDim, Traits::kSlab>(params.key, full, kKeep,
                                                         storage.key + state.stage * Traits::kSizeK,
-                                                        key_block * kBlockN, head_k, batch);
+                                                        keys.block<kBlockN>(key_block));
       }
       if (has_value) {
-        SM90_TMA_LOAD_4D::copy(&params.value, raw(full), static_cast<uint64_t>(kKeep),
-                               storage.value + state.stage * Traits::kSizeK, value_block * kBlockN,
-                               0, head_k, batch);
+        SM90_TMA_LOAD_4D::copy(
+            &params.value, reinterpret_cast<uint64_t*>(&full), static_cast<uint64_t>(kKeep),
+            storage.value + state.stage * Traits::kSizeK, value_block * kBlockN, 0, head_k, batch);
       }
       state.advance();
     };
@@ -123,8 +124,8 @@ CUTLASS_DEVICE void load(Traits<kHeadDim>, Params const& params,
       FullBarrier& full = storage.query_full[warpgroup];
       full.arrive_and_expect_tx(64 * kHeadDim);
       tma_load_rows<kBlockM, kHeadDim, Traits::kSlab>(
-          params.query, raw(full), kReadOnce, storage.query + warpgroup * 64 * Traits::kSlab,
-          work.tile.m_block * kBlockM + warpgroup * 64, work.tile.head, batch);
+          params.query, full, kReadOnce, storage.query + warpgroup * 64 * Traits::kSlab,
+          {work.tile.block * kBlockM + warpgroup * 64, work.tile.head, batch});
     }
     cudaGridDependencySynchronize();  // if V is what the kernel before this one makes
     for (int n_block = blocks.end - 2; n_block >= blocks.begin - 1; --n_block) {

@@ -85,12 +85,12 @@ CUTLASS_DEVICE void consume(Traits<kHeadDim>, Params const& params,
   // What there is no tile or block for is computed of whatever stands there, and not used.
   auto const issue_first_scores = [&] {
     storage.work_pipeline.full[work_stage(num_tiles)].wait(num_tiles / Traits::kWorkStages % 2);
-    fwd::Work const& work = storage.work[work_stage(num_tiles)];
-    BlockRange const& own = storage.own_blocks[work_stage(num_tiles)][warpgroup];
+    WorkTile const& work = storage.work[work_stage(num_tiles)];
+    BlockRange const& own = storage.warpgroup_blocks[work_stage(num_tiles)][warpgroup];
     last_tile = work.last;
     sees = !last_tile && own.begin < own.end;
     if (!last_tile) {
-      int const query_block = min((work.tile.m_block * Traits::kBlockM + warpgroup * 64) / kBlock,
+      int const query_block = min((work.tile.block * Traits::kBlockM + warpgroup * 64) / kBlock,
                                   params.num_query_blocks - 1);
       query_scale = __ldg(params.query_scale +
                           (int64_t{work.tile.batch} * params.num_query_blocks + query_block) *
@@ -114,8 +114,8 @@ CUTLASS_DEVICE void consume(Traits<kHeadDim>, Params const& params,
       int const tile_row = warpgroup * 64 + thread() % 128 / 32 * 16 + thread() % 32 / 4;
       CUTLASS_PRAGMA_UNROLL
       for (int row = 0; row < kRowsPerThread; ++row) {
-        rows[row] = params.mask.row_interval(tile.batch,
-                                             tile.m_block * Traits::kBlockM + tile_row + row * 8);
+        rows[row] =
+            params.mask.row_interval(tile.batch, tile.block * Traits::kBlockM + tile_row + row * 8);
       }
     }
     warpgroup_wait<0>();
@@ -131,27 +131,19 @@ CUTLASS_DEVICE void consume(Traits<kHeadDim>, Params const& params,
 
   // Scores of a masked (or capped) block in their true size.
   auto const mask_block = [&](int n_block, float scale) {
-    if (params.cap_scale != 0.f) {
-      CUTLASS_PRAGMA_UNROLL
-      for (int i = 0; i < size(tSrS); ++i) {
-        tSrS(i) = tanh_approx(tSrS(i) * (scale * params.cap_scale));
-      }
-    } else {
-      CUTLASS_PRAGMA_UNROLL
-      for (int i = 0; i < size(tSrS); ++i) tSrS(i) *= scale;
-    }
+    params.score.apply(tSrS, scale);
     mask_scores(tSrS, rows, n_block * kBlockN + thread() % 4 * 2);
   };
   // Takes a block's scores, masked if need be, into the maximum, and the unit of its V into what O
   // is multiplied by. Returns what the exponentials are to multiply the scores by.
   auto const take_block = [&](int n_block, bool masked) {
     float const score_scale = block_scale.key * query_scale;
-    float const exponent_scale = params.exponents.scale_log2 * (masked ? 1.f : score_scale);
+    float const exponent_scale = params.exponents.softmax_scale_log2 * (masked ? 1.f : score_scale);
     if (masked) mask_block(n_block, score_scale);
     softmax.update_max(tSrS, exponent_scale, block_scale.exponent);
     CUTLASS_PRAGMA_UNROLL
     for (int row = 0; row < kRowsPerThread; ++row) softmax.rescale[row] *= block_scale.ratio;
-    softmax.out_unit = block_scale.unit;
+    softmax.out_scale = block_scale.unit;
     return exponent_scale;
   };
   auto const convert = [&] {
@@ -188,7 +180,7 @@ CUTLASS_DEVICE void consume(Traits<kHeadDim>, Params const& params,
   // kSumInMemory: a thread's part of the sum, as O lies in its registers, and the exponents of base
   // 2 that it is relative to.
   bool summed;
-  auto const exponent = [&](int row) { return softmax.row_max[row] + log2f(softmax.out_unit); };
+  auto const exponent = [&](int row) { return softmax.row_max[row] + log2f(softmax.out_scale); };
   auto const add_sums = [&] {
     float4 const* const sums = storage.sums(warpgroup) + thread() % 128;
     float2 const then = storage.sums_exponent[thread() - 128];
@@ -208,7 +200,8 @@ CUTLASS_DEVICE void consume(Traits<kHeadDim>, Params const& params,
       add_sums();
     } else {  // the previous tile's output may still be on its way from there
       if (threadIdx.x % 128 == 0) tma_store_wait<0>();
-      cutlass::arch::NamedBarrier::sync(128, barrier_id(NamedBarrier::kOutOfWarpgroup0, warpgroup));
+      cutlass::arch::NamedBarrier::sync(128,
+                                        barrier_id(fwd::NamedBarrier::kOutOfWarpgroup0, warpgroup));
     }
     float4* const sums = storage.sums(warpgroup) + thread() % 128;
     CUTLASS_PRAGMA_UNROLL
@@ -250,7 +243,7 @@ CUTLASS_DEVICE void consume(Traits<kHeadDim>, Params const& params,
 
   // All of a tile but its first S and its epilogue.
   auto const run_tile = [&] {
-    BlockRange const blocks = storage.own_blocks[work_stage(num_tiles)][warpgroup];
+    BlockRange const blocks = storage.warpgroup_blocks[work_stage(num_tiles)][warpgroup];
     summed = false;
     if (!is_scale(query_scale)) query_scale = NAN;
     int n_block = blocks.end - 1;

@@ -46,7 +46,7 @@ struct Softmax {
   float row_sum[kRowsPerThread] = {0.f, 0.f};  // of weights, of this thread's columns only
   float rescale[kRowsPerThread] = {1.f, 1.f};  // of what was accumulated before the last update
   float block_sum[kRowsPerThread];             // of P, of the block at hand, as above
-  float out_unit;                              // what O counts in
+  float out_scale;                             // what O counts in
 
   // As that of the 16-bit softmax.
   CUTLASS_DEVICE float log_sum(int row) const { return logf(row_sum[row]); }

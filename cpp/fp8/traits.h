@@ -42,7 +42,7 @@ struct Traits {
   static constexpr int kBlockM = 64 * kConsumerWarpgroups;
   static constexpr int kBlockN = kBlock;  // a step has one scale, and so has a warpgroup's Q
   static constexpr bool kOutOverValue = false;
-  static constexpr bool kMerges = false;  // a ring's steps are in 16 bits
+  static constexpr bool kAccumulates = false;  // a ring's steps are in 16 bits
   static constexpr bool kHasLseLow = false;
   static constexpr int kStages = kHeadDim <= 64 ? 4 : kHeadDim <= 128 ? 3 : 2;  // of K and V
   static constexpr int kWorkStages = 2;  // of a tile, until its output is stored, and of the next
@@ -57,7 +57,8 @@ struct Traits {
   static constexpr bool kSumInMemory = kHeadDim == 128;
   static constexpr int kStepsOfSum = 32;
   static_assert(!kSumInRegisters || !kBesideOut, "update_max() overwrites what O is rescaled by");
-  static constexpr bool kOwnBlocks = true;  // a warpgroup leaves out what its rows do not see
+  static constexpr bool kBlocksByWarpgroup =
+      true;  // a warpgroup leaves out what its rows do not see
 
   static constexpr int kConsumerThreads = kConsumerWarpgroups * 128;
   static constexpr int kThreads = 128 + kConsumerThreads;
@@ -101,18 +102,15 @@ struct Traits {
     EmptyBarrier query_empty[kConsumerWarpgroups];
     Pipeline<kStages> step_pipeline;  // K of a block, and V of the one after it
     Pipeline<kWorkStages> work_pipeline;
-    fwd::Work work[kWorkStages];
+    WorkTile work[kWorkStages];
     // Those of the tile's blocks that a warpgroup's 64 rows see.
-    BlockRange own_blocks[kWorkStages][kConsumerWarpgroups];
+    BlockRange warpgroup_blocks[kWorkStages][kConsumerWarpgroups];
     BlockScale scale[kStages];  // of the block whose K is in the stage
     float2 sums_exponent[kSumInMemory ? kConsumerThreads : 1];
 
     CUTLASS_DEVICE void init_barriers() {
       constexpr int kConsumerWarps = kConsumerWarpgroups * 4;
-      for (int warpgroup = 0; warpgroup < kConsumerWarpgroups; ++warpgroup) {
-        query_full[warpgroup].init(1);
-        query_empty[warpgroup].init(4);
-      }
+      init_query_barriers(query_full, query_empty);
       step_pipeline.init(kConsumerWarps);
       work_pipeline.init(kConsumerWarps + 1);  // and the loading warp
       cutlass::arch::fence_barrier_init();

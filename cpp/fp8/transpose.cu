@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int i = 0; i < kLoads; ++i) {
     int const key = key_of(i);
     data[i] = uint4{0, 0, 0, 0};
-    if (block.m_block * kBlock + key < length && column + vector * 16 < params.head_dim) {
+    if (block.block * kBlock + key < length && column + vector * 16 < params.head_dim) {
       data[i] = __ldcs(reinterpret_cast<uint4 const*>(source + key * params.value.seqlen_stride) +
                        vector);
     }

@@ -23,13 +23,13 @@ namespace jax_fa3::fp8 {
 
 struct Transpose {
   Operand value;       // [b, s, k, v] of bytes
-  uint8_t* out;        // [b, k, v, order.num_m_blocks * kBlock]
+  uint8_t* out;        // [b, k, v, order.num_blocks * kBlock]
   Mask mask;           // for the lengths of the keys
-  float const* scale;  // [b, order.num_m_blocks, k]; a block without a scale becomes 0
+  float const* scale;  // [b, order.num_blocks, k]; a block without a scale becomes 0
   int head_dim;
   TileOrder order;  // of blocks of keys
   // Of the forward that transposes beside its work: the units that are taken, and of each block
-  // [b, k, order.num_m_blocks] those that are done; 0 at the start. Or null.
+  // [b, k, order.num_blocks] those that are done; 0 at the start. Or null.
   int* taken;
   int* done;
 };
@@ -59,25 +59,24 @@ __device__ __forceinline__ void transpose_4x4(uint32_t const (&rows)[4], uint32_
 
 // Where things of a block are.
 __device__ __forceinline__ float const* scale_of(Transpose const& p, TileCoord const& block) {
-  return p.scale +
-         (int64_t{block.batch} * p.order.num_m_blocks + block.m_block) * p.order.num_heads +
+  return p.scale + (int64_t{block.batch} * p.order.num_blocks + block.block) * p.order.num_heads +
          block.head;
 }
 __device__ __forceinline__ uint8_t const* block_of_value(Transpose const& p,
                                                          TileCoord const& block) {
   return static_cast<uint8_t const*>(p.value.data) + block.batch * p.value.batch_stride +
-         block.head * p.value.head_stride + int64_t{block.m_block} * kBlock * p.value.seqlen_stride;
+         block.head * p.value.head_stride + int64_t{block.block} * kBlock * p.value.seqlen_stride;
 }
 __device__ __forceinline__ int64_t row_bytes_of(Transpose const& p) {
-  return int64_t{p.order.num_m_blocks} * kBlock;
+  return int64_t{p.order.num_blocks} * kBlock;
 }
 __device__ __forceinline__ uint8_t* block_of_out(Transpose const& p, TileCoord const& block) {
   int64_t const head = int64_t{block.batch} * p.order.num_heads + block.head;
-  return p.out + head * p.head_dim * row_bytes_of(p) + block.m_block * kBlock;
+  return p.out + head * p.head_dim * row_bytes_of(p) + block.block * kBlock;
 }
 __device__ __forceinline__ int* done_of(Transpose const& p, TileCoord const& block) {
   int64_t const head = int64_t{block.batch} * p.order.num_heads + block.head;
-  return p.done + head * p.order.num_m_blocks + block.m_block;
+  return p.done + head * p.order.num_blocks + block.block;
 }
 
 // One unit of a block; the whole warp calls it. A thread takes 8 columns of the 8 keys that become
@@ -91,7 +90,7 @@ __device__ __forceinline__ void transpose_unit(Transpose const& params, TileCoor
   int const column = unit / (kBlock / kUnitKeys) * kUnitColumns + lane % 4 * 8;
   if (column >= params.head_dim) return;
   bool const valid = is_scale(__ldg(scale_of(params, block)));
-  int const keys = valid ? params.mask.length_k(block.batch) - block.m_block * kBlock - key : 0;
+  int const keys = valid ? params.mask.length_k(block.batch) - block.block * kBlock - key : 0;
   int64_t const stride = params.value.seqlen_stride;
   auto const* const source = block_of_value(params, block) + key * stride + column;
   uint2 rows[8];
@@ -133,7 +132,7 @@ __device__ __forceinline__ bool transpose_taken(Transpose const& params, int tak
 #pragma unroll 1
   for (int i = 0; i < kUnitsAtOnce; ++i) {
     // So that ptxas keeps no more than this for the next unit: registers are few.
-    asm volatile("" : "+r"(block.m_block), "+r"(block.head), "+r"(block.batch));
+    asm volatile("" : "+r"(block.block), "+r"(block.head), "+r"(block.batch));
     transpose_unit(params, block, first % kUnits + i);
   }
   asm volatile("fence.proxy.async.global;" ::: "memory");  // TMA will read it

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "common/fragment.h"
-#include "common/launch.h"  // kLog2E
+#include "common/score.h"
 #include "common/softmax.h"
 #include "common/tma.h"
 #include "fwd/params.h"
@@ -10,8 +10,8 @@
 
 namespace jax_fa3::fwd {
 
-// Rows that see no key get 0 and -inf, broken rows (mask.h) NaN, whatever was accumulated: a row
-// without keys may have run through blocks that are full for its neighbours.
+// Divides by the row sums. Rows that see no key get 0 (and -inf, below), broken rows (mask.h) NaN,
+// whatever the accumulators hold: blocks are not masked if all rows that see a key see all of them.
 template <class Element, class Softmax, class Out>
 CUTLASS_DEVICE void normalize(Interval const (&rows)[kRowsPerThread], Softmax& softmax, Out& tOrO) {
   float inverse_sum[kRowsPerThread];
@@ -23,12 +23,12 @@ CUTLASS_DEVICE void normalize(Interval const (&rows)[kRowsPerThread], Softmax& s
   CUTLASS_PRAGMA_UNROLL
   for (int i = 0; i < size(tOrO); ++i) {
     int const row = fragment_row(i);
-    tOrO(i) = tOrO(i) * inverse_sum[row] * softmax.out_unit;  // their product may be too small
+    tOrO(i) = tOrO(i) * inverse_sum[row] * softmax.out_scale;  // their product may be too small
     if (rows[row].empty()) tOrO(i) = rows[row].broken() ? NAN : 0.f;
   }
 }
 
-// The log-sum-exp, of normalized rows.
+// The log-sum-exp, once normalize() has summed the rows of all threads.
 template <class Softmax>
 CUTLASS_DEVICE void find_lse(Interval const (&rows)[kRowsPerThread], float softmax_scale,
                              Softmax const& softmax, float (&lse)[kRowsPerThread]) {
@@ -39,31 +39,33 @@ CUTLASS_DEVICE void find_lse(Interval const (&rows)[kRowsPerThread], float softm
   }
 }
 
-// Takes in the result for other keys: before[first_row] is the thread's first row of its out,
-// lse_before[row] its log-sum-exp. In place, rows that see no key of this call stay as they are:
-// they are not read, and `stored` becomes false for them.
+// Accumulates the result for the keys of other calls, which is in out_accum and lse_accum: `tOrO`
+// and `lse` become the result for all of these keys. Both pointers are at the thread's first row.
+// `in_place`: what is stored goes to out_accum itself. Then rows that see no key of this call stay
+// as they are: they are not read, and `stored` becomes false for them.
 template <class Out>
-CUTLASS_DEVICE void merge(Interval const (&rows)[kRowsPerThread], float const* before,
-                          int64_t row_stride, int columns, float const* lse_before, bool in_place,
-                          bool (&stored)[kRowsPerThread], Out& tOrO, float (&lse)[kRowsPerThread]) {
+CUTLASS_DEVICE void accumulate(Interval const (&rows)[kRowsPerThread], float const* out_accum,
+                               int64_t row_stride, int columns, float const* lse_accum,
+                               bool in_place, bool (&stored)[kRowsPerThread], Out& tOrO,
+                               float (&lse)[kRowsPerThread]) {
   float weight[kRowsPerThread];
-  float weight_before[kRowsPerThread];
+  float weight_accum[kRowsPerThread];
   CUTLASS_PRAGMA_UNROLL
   for (int row = 0; row < kRowsPerThread; ++row) {
-    float const other = stored[row] ? lse_before[row * 8] : -INFINITY;
+    float const lse_so_far = stored[row] ? lse_accum[row * 8] : -INFINITY;
     if (rows[row].empty() && !rows[row].broken()) {
       stored[row] = stored[row] && !in_place;
       weight[row] = 0.f;
-      weight_before[row] = 1.f;
-      lse[row] = other;
+      weight_accum[row] = 1.f;
+      lse[row] = lse_so_far;
       continue;
     }
-    float const top = fmaxf(lse[row], other);  // a NaN comes back by either difference
+    float const top = fmaxf(lse[row], lse_so_far);  // a NaN comes back by either difference
     float const share = exp2f((lse[row] - top) * kLog2E);
-    float const share_before = exp2f((other - top) * kLog2E);
-    float const sum = share + share_before;
+    float const share_accum = exp2f((lse_so_far - top) * kLog2E);
+    float const sum = share + share_accum;
     weight[row] = share / sum;
-    weight_before[row] = share_before / sum;
+    weight_accum[row] = share_accum / sum;
     lse[row] = top + logf(sum);
   }
   CUTLASS_PRAGMA_UNROLL
@@ -71,9 +73,9 @@ CUTLASS_DEVICE void merge(Interval const (&rows)[kRowsPerThread], float const* b
     int const row = fragment_row(i);
     int const column = fragment_column(i) + threadIdx.x % 4 * 2;
     if (stored[row] && column < columns) {
-      auto const pair = *reinterpret_cast<float2 const*>(before + row * 8 * row_stride + column);
-      tOrO(i) = weight[row] * tOrO(i) + weight_before[row] * pair.x;
-      tOrO(i + 1) = weight[row] * tOrO(i + 1) + weight_before[row] * pair.y;
+      auto const pair = *reinterpret_cast<float2 const*>(out_accum + row * 8 * row_stride + column);
+      tOrO(i) = weight[row] * tOrO(i) + weight_accum[row] * pair.x;
+      tOrO(i + 1) = weight[row] * tOrO(i + 1) + weight_accum[row] * pair.y;
     }
   }
   __syncwarp();  // all have read the log-sum-exp that one of four lanes overwrites
@@ -85,7 +87,7 @@ CUTLASS_DEVICE void store(typename Traits::Params const& params,
                           Interval const (&rows)[kRowsPerThread], typename Traits::Softmax& softmax,
                           Out& tOrO) {
   int const thread = threadIdx.x % 128;
-  int const first_row = tile.m_block * Traits::kBlockM + warpgroup * 64 + thread / 32 * 16 +
+  int const first_row = tile.block * Traits::kBlockM + warpgroup * 64 + thread / 32 * 16 +
                         thread % 32 / 4;  // of this thread
   int const seqlen_q = params.mask.seqlen_q;
   bool stored[kRowsPerThread] = {first_row < seqlen_q, first_row + 8 < seqlen_q};
@@ -94,16 +96,16 @@ CUTLASS_DEVICE void store(typename Traits::Params const& params,
   float* const lse_out = params.lse + index;
   normalize<typename Traits::Element>(rows, softmax, tOrO);
   float lse[kRowsPerThread];
-  bool merged = false;
+  bool accumulated = false;
   int64_t const offset =
       tile.batch * params.out_batch_stride + tile.head * params.out_head_stride;  // of out in fp32
-  if constexpr (Traits::kMerges) {
-    if (params.out_before != nullptr) {
-      merged = true;
+  if constexpr (Traits::kAccumulates) {
+    if (params.out_accum != nullptr) {
+      accumulated = true;
       find_lse(rows, params.softmax_scale, softmax, lse);
-      merge(rows, params.out_before + offset + first_row * params.out_seqlen_stride,
-            params.out_seqlen_stride, params.head_dim_v, lse_out, params.out_fp32 != nullptr,
-            stored, tOrO, lse);
+      accumulate(rows, params.out_accum + offset + first_row * params.out_seqlen_stride,
+                 params.out_seqlen_stride, params.head_dim_v, lse_out, params.out_fp32 != nullptr,
+                 stored, tOrO, lse);
     }
   }
   if (params.out_fp32 != nullptr) {
@@ -118,13 +120,13 @@ CUTLASS_DEVICE void store(typename Traits::Params const& params,
     uint16_t* const smem = storage.out(warpgroup);
     if constexpr (Traits::kOutOverValue) {
       cutlass::arch::NamedBarrier::sync(Traits::kConsumerThreads,
-                                        barrier_id(NamedBarrier::kValueRead));
+                                        barrier_id(NamedBarrier::kValuesRead));
     } else {
       // The previous tile's store has read the buffer.
       if (thread == 0) tma_store_wait<0>();
       cutlass::arch::NamedBarrier::sync(128, barrier);
     }
-    // `smem` is the warpgroup's part, of 64 rows; from slab to slab it is kOutRows.
+    // `smem` is where the warpgroup's 64 rows begin; a slab has kOutRows rows.
     Traits::visit_out_element(params, [&](auto element) {
       auto const pair = [&](int i) {  // packed where it is stored: registers are few
         return pack<decltype(element)>(tOrO(2 * i), tOrO(2 * i + 1));
@@ -136,7 +138,7 @@ CUTLASS_DEVICE void store(typename Traits::Params const& params,
     cutlass::arch::NamedBarrier::sync(128, barrier);
     if (thread == 0) {
       tma_store_rows<Traits::kOutRows, Traits::kHeadDimV, Traits::kSlabV>(
-          params.out, smem, tile.m_block * Traits::kBlockM + warpgroup * 64, tile.head, tile.batch);
+          params.out, smem, {tile.block * Traits::kBlockM + warpgroup * 64, tile.head, tile.batch});
       tma_store_arrive();
     }
     if constexpr (Traits::kOutOverValue) {
@@ -145,8 +147,8 @@ CUTLASS_DEVICE void store(typename Traits::Params const& params,
     }
   }
 
-  // The output is on its way: nobody waits for these.
-  if (!merged) find_lse(rows, params.softmax_scale, softmax, lse);
+  // After the output, so that its store is under way meanwhile.
+  if (!accumulated) find_lse(rows, params.softmax_scale, softmax, lse);
   if (thread % 4 != 0) return;
   CUTLASS_PRAGMA_UNROLL
   for (int row = 0; row < kRowsPerThread; ++row) {

@@ -24,7 +24,7 @@ CUTLASS_DEVICE void consume(
   turns.start();
   for (;; state.work.advance()) {
     storage.work_pipeline.full[state.work.stage].wait(state.work.phase);
-    Work const work = storage.work[state.work.stage];
+    WorkTile const work = storage.work[state.work.stage];
     __syncwarp();
     if (threadIdx.x % 32 == 0) storage.work_pipeline.empty[state.work.stage].arrive();
     if (work.last) break;
@@ -33,13 +33,13 @@ CUTLASS_DEVICE void consume(
       CUTLASS_PRAGMA_UNROLL
       for (int row = 0; row < kRowsPerThread; ++row) {
         rows[row] = params.mask.row_interval(
-            work.tile.batch, work.tile.m_block * Traits::kBlockM + tile_row + row * 8);
+            work.tile.batch, work.tile.block * Traits::kBlockM + tile_row + row * 8);
       }
     };
     Interval rows[kRowsPerThread];
     Softmax softmax{params.exponents};
     if (work.blocks.begin < work.blocks.end) {
-      mma(Traits{}, params, storage, state, turns, work, find_rows, rows, softmax, tOrO);
+      mma<Traits>(params, storage, state, turns, work, find_rows, rows, softmax, tOrO);
     } else {
       find_rows(rows);
     }
@@ -48,7 +48,8 @@ CUTLASS_DEVICE void consume(
   tma_store_wait<0>();
 }
 
-// load(), assist() and consume() are those beside the traits: of this folder, or of fp8/.
+// load(), use_spare_warp() and consume() are found by the type of their first argument: those of
+// this folder, or for the FP8 traits those of fp8/.
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, 1)
     fwd_kernel(__grid_constant__ typename Traits::Params const params) {
@@ -71,7 +72,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     } else if (warp == 1) {
       schedule<Traits>(params, storage);
     } else {
-      assist(Traits{}, params);
+      use_spare_warp(Traits{}, params);
     }
   } else {
     cutlass::arch::warpgroup_reg_alloc<Traits::kConsumerRegisters>();

@@ -19,7 +19,7 @@ inline void set_common(Problem const& p, int block_m, Params* params) {
   params->out_head_stride = p.out.head_stride;
   params->lse = p.lse;
   params->lse_low = p.lse_low;
-  params->out_before = p.out_before;
+  params->out_accum = p.out_accum;
   params->mask = p.mask;
   params->num_heads_q = p.num_heads_q;
   params->group = p.num_heads_q / p.num_heads_k;
@@ -33,9 +33,9 @@ inline void set_common(Problem const& p, int block_m, Params* params) {
   params->order = {ceil_div(p.seqlen_q, block_m), p.num_heads_q, p.batch,
                    static_cast<int>(std::min(section, int64_t{p.num_heads_q} * p.batch))};
   ScoreScale const scale = score_scale(p);
-  params->softmax_scale = scale.scale;
-  params->exponents = exponents_of(scale.scale * kLog2E);
-  params->cap_scale = scale.cap_scale;
+  params->softmax_scale = scale.softmax_scale;
+  params->exponents = exponents_of(scale.softmax_scale * kLog2E);
+  params->score = scale.score;
 }
 
 template <class Traits>
@@ -66,7 +66,7 @@ inline cudaError_t reset_counter(Params const& params, cudaStream_t stream) {
 
 template <class Traits>
 cudaError_t launch_persistent(typename Traits::Params& params, cudaStream_t stream,
-                              Start start = Start::kAfter, int most_ctas = INT_MAX) {
+                              Start start = Start::kInOrder, int most_ctas = INT_MAX) {
   int num_ctas = 0;
   JAX_FA3_RETURN_IF_ERROR(count_sms(&num_ctas));
   num_ctas = std::min(num_ctas, most_ctas);
@@ -85,7 +85,7 @@ cudaError_t launch_tile(Problem const& problem, cudaStream_t stream) {
     params.long_sums = problem.long_sums;
     most_ctas = problem.long_sums_size / long_sums_of_cta(Traits::kBlockM, Traits::kHeadDimV);
   }
-  return launch_persistent<Traits>(params, stream, Start::kAfter, static_cast<int>(most_ctas));
+  return launch_persistent<Traits>(params, stream, Start::kInOrder, static_cast<int>(most_ctas));
 }
 
 template <DType kDType, int kHeadDim, int kHeadDimV>

@@ -1,14 +1,15 @@
 // The producer warpgroup: one warp chooses tiles, one warp brings Q, K and V by TMA.
 #pragma once
 
+#include "common/key_source.h"
 #include "common/tma.h"
 #include "fwd/params.h"
 #include "fwd/traits.h"
 
 namespace jax_fa3::fwd {
 
-// Picks the CTA's next tile and works out which key blocks it visits, while the others are still
-// busy with the last one.
+// One warp: picks the CTA's next tile and works out which key blocks it visits, while the other
+// warps work on the tile before.
 template <class Traits>
 CUTLASS_DEVICE void schedule(Params const& params, typename Traits::SharedStorage& storage) {
   int const lane = threadIdx.x % 32;
@@ -17,30 +18,30 @@ CUTLASS_DEVICE void schedule(Params const& params, typename Traits::SharedStorag
   for (int round = 0;; ++round, state.advance()) {
     storage.work_pipeline.empty[state.stage].wait(state.phase ^ 1);
     int const index = next_tile(round, blockIdx.x, gridDim.x, params.tile_counter);
-    Work work{};
+    WorkTile work{};
     work.last = index >= num_tiles;
     if (!work.last) {
       work.tile = params.order(index);
       auto const add_row = [&](IntervalHull& hull, int row) {
         hull.add(params.mask.row_interval(work.tile.batch,
-                                          work.tile.m_block * Traits::kBlockM + row + lane));
+                                          work.tile.block * Traits::kBlockM + row + lane));
       };
       auto const blocks_of = [&](IntervalHull const& hull) {
         BlockRange blocks = hull.blocks(Traits::kBlockN);
         // The soft cap is applied where the mask is: every block takes that way.
-        if (params.cap_scale != 0.f) blocks.full_end = blocks.full_begin;
+        if (params.score.cap_scale != 0.f) blocks.full_end = blocks.full_begin;
         return blocks;
       };
       IntervalHull hull;
-      if constexpr (Traits::kOwnBlocks) {  // of each warpgroup
+      if constexpr (Traits::kBlocksByWarpgroup) {
         CUTLASS_PRAGMA_UNROLL
         for (int warpgroup = 0; warpgroup < Traits::kConsumerWarpgroups; ++warpgroup) {
-          IntervalHull own;
-          add_row(own, warpgroup * 64);
-          add_row(own, warpgroup * 64 + 32);
-          own.reduce_warp();
-          if (lane == 0) storage.own_blocks[state.stage][warpgroup] = blocks_of(own);
-          hull.merge(own);
+          IntervalHull own_rows;
+          add_row(own_rows, warpgroup * 64);
+          add_row(own_rows, warpgroup * 64 + 32);
+          own_rows.reduce_warp();
+          if (lane == 0) storage.warpgroup_blocks[state.stage][warpgroup] = blocks_of(own_rows);
+          hull.merge(own_rows);
         }
       } else {
         CUTLASS_PRAGMA_UNROLL
@@ -58,9 +59,10 @@ CUTLASS_DEVICE void schedule(Params const& params, typename Traits::SharedStorag
   }
 }
 
-// The producer's other warps: they have nothing to do here.
+// The two warps of the producer warpgroup that neither load nor schedule. Here they do nothing; the
+// FP8 forward has work for them.
 template <class Element, int kHeadDim, int kHeadDimV, Keys kKeys>
-CUTLASS_DEVICE void assist(Traits<Element, kHeadDim, kHeadDimV, kKeys>, Params const&) {}
+CUTLASS_DEVICE void use_spare_warp(Traits<Element, kHeadDim, kHeadDimV, kKeys>, Params const&) {}
 
 template <class Element, int kHeadDim, int kHeadDimV, Keys kKeys>
 CUTLASS_DEVICE void load(
@@ -82,11 +84,11 @@ CUTLASS_DEVICE void load(
 
   for (;; work_state.advance()) {
     storage.work_pipeline.full[work_state.stage].wait(work_state.phase);
-    Work const work = storage.work[work_state.stage];
+    WorkTile const work = storage.work[work_state.stage];
     __syncwarp();
     if (work.last) return;
     int const batch = work.tile.batch;
-    int const head_k = work.tile.head / params.group;
+    KeySource const keys{batch, work.tile.head / params.group};
     // Lets the scheduler take the CTA's next tile: not before this one's loads are nearly done, for
     // a tile that is taken too early waits here while other CTAs have nothing to do.
     auto const take_next_tile = [&] {
@@ -99,8 +101,8 @@ CUTLASS_DEVICE void load(
         pipeline.empty[key_state.stage].wait(key_state.phase ^ 1);
         pipeline.full[key_state.stage].arrive_and_expect_tx(Traits::kSizeK * 2);
         tma_load_rows<kBlockN, Traits::kHeadDim, Traits::kSlab>(
-            params.key, reinterpret_cast<uint64_t*>(&pipeline.full[key_state.stage]), kKeep,
-            storage.key + key_state.stage * Traits::kSizeK, n_block * kBlockN, head_k, batch);
+            params.key, pipeline.full[key_state.stage], kKeep,
+            storage.key + key_state.stage * Traits::kSizeK, keys.block<kBlockN>(n_block));
       }
       key_state.advance();
     };
@@ -116,9 +118,8 @@ CUTLASS_DEVICE void load(
       if (lane == 0) {
         pipeline.empty[value_state.stage].wait(value_state.phase ^ 1);
         full.arrive_and_expect_tx(Traits::kSizeV * 2);
-        tma_load_rows<kBlockN, Traits::kHeadDimV, Traits::kSlabV>(
-            params.value, reinterpret_cast<uint64_t*>(&full), kKeep, smem, n_block * kBlockN,
-            head_k, batch);
+        tma_load_rows<kBlockN, Traits::kHeadDimV, Traits::kSlabV>(params.value, full, kKeep, smem,
+                                                                  keys.block<kBlockN>(n_block));
       }
       if (boundary) {
         __syncwarp();
@@ -140,9 +141,8 @@ CUTLASS_DEVICE void load(
         FullBarrier& full = storage.query_full[warpgroup];
         full.arrive_and_expect_tx(64 * Traits::kHeadDim * 2);
         tma_load_rows<kBlockM, Traits::kHeadDim, Traits::kSlab>(
-            params.query, reinterpret_cast<uint64_t*>(&full), kReadOnce,
-            storage.query + warpgroup * 64 * Traits::kSlab,
-            work.tile.m_block * kBlockM + warpgroup * 64, work.tile.head, batch);
+            params.query, full, kReadOnce, storage.query + warpgroup * 64 * Traits::kSlab,
+            {work.tile.block * kBlockM + warpgroup * 64, work.tile.head, batch});
       }
       query_phase ^= 1;
     }

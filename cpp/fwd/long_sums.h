@@ -1,8 +1,9 @@
 // Sums of O over very many keys.
 //
-// wgmma cuts off what does not fit as it adds, always towards 0: a sum of one sign over 1,048,576
-// keys comes out 0.6 % low. So O is a sum over about kMostKeysOfSum keys at most; those of a longer
-// tile are added up in fp32 in global memory, in a place that every CTA has for itself.
+// As wgmma adds, it cuts off what does not fit into its accumulator, always towards 0: a sum of one
+// sign over 1,048,576 keys comes out 0.6 % low. So the accumulators hold partial results over about
+// kMostKeysOfSum keys at most. Those of a longer tile are accumulated in fp32 in global memory,
+// where every CTA has room of its own.
 #pragma once
 
 #include "common/softmax.h"
@@ -12,19 +13,19 @@
 
 namespace jax_fa3::fwd {
 
-// What the mainloop asks for; for keys that are not many it is nothing.
+// What the mainloop calls. With fewer keys than that (kMany is false) there is nothing to do.
 template <class Traits, bool kMany = Traits::kKeys == Keys::kMany>
 struct LongSums {
   Params const& params;
   int warpgroup;
   int end;
 
-  CUTLASS_DEVICE static int first_of_part(int first) { return first; }
-  CUTLASS_DEVICE static bool is_complete(int) { return false; }
+  CUTLASS_DEVICE static int first_block(int first) { return first; }
+  CUTLASS_DEVICE static bool is_full(int) { return false; }
   template <class Out>
-  CUTLASS_DEVICE static void put_away(Softmax const&, Out&) {}
+  CUTLASS_DEVICE static void accumulate(Softmax const&, Out&) {}
   template <class Out>
-  CUTLASS_DEVICE static void bring_back(Softmax const&, Out&) {}
+  CUTLASS_DEVICE static void finish(Softmax const&, Out&) {}
 };
 
 template <class Traits>
@@ -33,16 +34,17 @@ struct LongSums<Traits, true> {
   Params const& params;
   int warpgroup;
   int end;                    // of the tile's key blocks
-  int begin = end - kBlocks;  // of the part at hand
+  int begin = end - kBlocks;  // of those that the accumulators sum over
 
-  CUTLASS_DEVICE int first_of_part(int first) const { return max(first, begin); }
-  CUTLASS_DEVICE bool is_complete(int n_block) const { return n_block < begin; }
+  CUTLASS_DEVICE int first_block(int first) const { return max(first, begin); }
+  CUTLASS_DEVICE bool is_full(int n_block) const { return n_block < begin; }
 
-  // Adds O to the sum and starts anew. Its first softmax is done, so O has a maximum.
+  // Adds O to the sum in memory, which then counts from the maxima of now, and clears O. At least
+  // one block has been through the softmax, so there are maxima.
   template <class Out>
-  CUTLASS_DEVICE void put_away(Softmax const& softmax, Out& tOrO) {
+  CUTLASS_DEVICE void accumulate(Softmax const& softmax, Out& tOrO) {
     add(softmax, tOrO);
-    float4* const sums = place<Out>();
+    float4* const sums = room<Out>();
     CUTLASS_PRAGMA_UNROLL
     for (int i = 0; i < kVectors<Out>; ++i) {
       asm volatile("" ::: "memory");
@@ -54,7 +56,7 @@ struct LongSums<Traits, true> {
   }
 
   template <class Out>
-  CUTLASS_DEVICE void bring_back(Softmax const& softmax, Out& tOrO) const {
+  CUTLASS_DEVICE void finish(Softmax const& softmax, Out& tOrO) const {
     add(softmax, tOrO);
   }
 
@@ -62,24 +64,28 @@ struct LongSums<Traits, true> {
   template <class Out>
   static constexpr int kVectors = decltype(size(Out{}))::value / 4;
 
+  // The thread's elements of the CTA's room: all threads' first 16 bytes, then their next; last the
+  // offsets of its two rows.
   template <class Out>
-  CUTLASS_DEVICE float4* place() const {
+  CUTLASS_DEVICE float4* room() const {
     constexpr int64_t kOfCta = long_sums_of_cta(Traits::kTile.block_m, Traits::kHeadDimV);
     return reinterpret_cast<float4*>(params.long_sums + blockIdx.x * kOfCta) +
            warpgroup * (kVectors<Out> + 1) * 128 + threadIdx.x % 128;
   }
 
-  // What was put away, to O.
+  // Adds the sum in memory to O.
   template <class Out>
   CUTLASS_DEVICE void add(Softmax const& softmax, Out& tOrO) const {
     if (begin == end - kBlocks) return;
-    float4 const* const sums = place<Out>();
+    float4 const* const sums = room<Out>();
     float4 const offsets = sums[kVectors<Out> * 128];
     float const weight[] = {exp2f(offsets.x - softmax.offset[0]),
                             exp2f(offsets.y - softmax.offset[1])};
     CUTLASS_PRAGMA_UNROLL
     for (int i = 0; i < kVectors<Out>; ++i) {
-      asm volatile("" ::: "memory");  // one after the other: there are no registers for more
+      asm volatile(
+          "" ::
+              : "memory");  // keeps the loads in order: there are no registers for more at a time
       float4 const sum = sums[i * 128];
       tOrO(4 * i) += weight[0] * sum.x;
       tOrO(4 * i + 1) += weight[0] * sum.y;

@@ -14,37 +14,39 @@
 namespace jax_fa3::fwd {
 
 // Computes O (not yet divided by the row sums) and the softmax statistics of one tile, from the
-// last key block to the first. `find_rows` tells the thread's rows their intervals; it is called
-// while the tensor cores are already at work.
-template <class Element, int kHeadDim, int kHeadDimV, Keys kKeys, class Storage, class State,
-          class Turns, class FindRows, class Out>
-CUTLASS_DEVICE void mma(Traits<Element, kHeadDim, kHeadDimV, kKeys>, Params const& params,
-                        Storage& storage, State& state, Turns turns, Work const& work,
+// last key block to the first. `find_rows` finds the intervals of the thread's rows; it is called
+// while the tensor cores compute the first S.
+template <class Traits, class Turns, class FindRows, class Out>
+CUTLASS_DEVICE void mma(Params const& params, typename Traits::SharedStorage& storage,
+                        typename Traits::ConsumerState& state, Turns turns, WorkTile const& work,
                         FindRows const& find_rows, Interval (&rows)[kRowsPerThread],
                         Softmax& softmax, Out& tOrO) {
-  using Traits = Traits<Element, kHeadDim, kHeadDimV, kKeys>;
+  using Element = typename Traits::Element;
   BlockRange const& blocks = work.blocks;
   constexpr int kBlockN = Traits::kBlockN;
-  // A wide O is rescaled while S is being computed; a narrow one between two GEMMs of its own,
-  // while the other warpgroups compute.
-  constexpr bool kRescaleBeside = Traits::kHeadDimV > 128;
+  // A wide O is rescaled while the tensor cores compute this warpgroup's S; a narrow one at the end
+  // of the step, while they work for the other warpgroups.
+  constexpr bool kRescaleDuringS = Traits::kHeadDimV > 128;
 
   typename Traits::MmaQK mma_qk;
   typename Traits::MmaPV mma_pv;
+  int const warpgroup = turns.warpgroup;
   auto const memory = [](uint16_t* p) { return make_smem_ptr(reinterpret_cast<Element*>(p)); };
   Tensor sQ = make_tensor(memory(storage.query), typename Traits::LayoutQ{});
   Tensor sK = make_tensor(memory(storage.key), typename Traits::LayoutK{});
   Tensor sVt = make_tensor(memory(storage.value), typename Traits::LayoutVt{});
-  // The warpgroup's first thread stands for all: descriptors are the same across a warpgroup.
-  auto const group_qk = mma_qk.get_slice(turns.warpgroup * 128);
-  auto const group_pv = mma_pv.get_slice(turns.warpgroup * 128);
+  // The warpgroup's first thread stands for all: descriptors are the same across a warpgroup. (Made
+  // by operand_a() and operand_b() they are the same, but the machine code of a kernel is not.)
+  auto const group_qk = mma_qk.get_slice(warpgroup * 128);
+  auto const group_pv = mma_pv.get_slice(warpgroup * 128);
   Tensor tSrQ = group_qk.partition_fragment_A(sQ)(_, _, _, 0);
   Tensor tSrK = group_qk.partition_fragment_B(sK);
   Tensor tOrV = group_pv.partition_fragment_B(sVt);
   Tensor tSrS = partition_fragment_C(mma_qk, Shape<Int<Traits::kBlockM>, Int<kBlockN>>{});
   // P as the A operand of P V: the same elements in the same order as S in the accumulator.
   Tensor tOrP = make_fragment_like<Element>(
-      group_pv.partition_A(make_tensor<Element>(Shape<Int<Traits::kBlockM>, Int<kBlockN>>{})));
+      mma_pv.get_slice(warpgroup * 128)
+          .partition_A(make_tensor<Element>(Shape<Int<Traits::kBlockM>, Int<kBlockN>>{})));
   static_assert(size(tOrP) == size(tSrS));
 
   int const lane_column = threadIdx.x % 4 * 2;
@@ -62,13 +64,10 @@ CUTLASS_DEVICE void mma(Traits<Element, kHeadDim, kHeadDimV, kKeys>, Params cons
   };
   // After the tile's last S, Q may be overwritten.
   auto const release_query = [&](int n_block) {
-    if (elected && n_block == blocks.begin) storage.query_empty[turns.warpgroup].arrive();
+    if (elected && n_block == blocks.begin) storage.query_empty[warpgroup].arrive();
   };
   auto const mask_block = [&](int n_block) {
-    if (params.cap_scale != 0.f) {
-      CUTLASS_PRAGMA_UNROLL
-      for (int i = 0; i < size(tSrS); ++i) tSrS(i) = tanh_approx(tSrS(i) * params.cap_scale);
-    }
+    params.score.apply(tSrS);
     mask_scores(tSrS, rows, n_block * kBlockN + lane_column);
   };
   auto const convert = [&] {
@@ -81,7 +80,7 @@ CUTLASS_DEVICE void mma(Traits<Element, kHeadDim, kHeadDimV, kKeys>, Params cons
 
   // The last block: nothing to overlap with.
   int n_block = blocks.end - 1;
-  storage.query_full[turns.warpgroup].wait(state.query_phase);
+  storage.query_full[warpgroup].wait(state.query_phase);
   state.query_phase ^= 1;
   keys.full[state.key.stage].wait(state.key.phase);
   turns.wait();
@@ -99,12 +98,12 @@ CUTLASS_DEVICE void mma(Traits<Element, kHeadDim, kHeadDimV, kKeys>, Params cons
   convert();
   --n_block;
 
-  // S of block n beside P V of block n + 1.
+  // S of block n, while the tensor cores also compute P V of block n + 1.
   auto const step = [&](auto masked) {
     keys.full[state.key.stage].wait(state.key.phase);
     turns.wait();
     issue_scores();
-    if constexpr (kRescaleBeside) softmax.rescale_out(tOrO);
+    if constexpr (kRescaleDuringS) softmax.rescale_out(tOrO);
     values.full[state.value.stage].wait(state.value.phase);
     issue_out();
     turns.pass();
@@ -123,30 +122,30 @@ CUTLASS_DEVICE void mma(Traits<Element, kHeadDim, kHeadDimV, kKeys>, Params cons
     release(values, state.value);
     softmax.template exponentiate<1, 2>(tSrS);
     convert();
-    if constexpr (!kRescaleBeside) softmax.rescale_out(tOrO);
+    if constexpr (!kRescaleDuringS) softmax.rescale_out(tOrO);
   };
-  LongSums<Traits> long_sums{params, turns.warpgroup, blocks.end};
+  LongSums<Traits> long_sums{params, warpgroup, blocks.end};
   while (n_block >= blocks.begin) {
     if (n_block < blocks.full_end) {
-      int const first = long_sums.first_of_part(blocks.full_begin);
+      int const first = long_sums.first_block(blocks.full_begin);
       for (; n_block >= first; --n_block) step(false_type{});
     }
-    if (long_sums.is_complete(n_block)) {
-      if constexpr (kRescaleBeside) softmax.rescale_out(tOrO);
-      long_sums.put_away(softmax, tOrO);
+    if (long_sums.is_full(n_block)) {
+      if constexpr (kRescaleDuringS) softmax.rescale_out(tOrO);
+      long_sums.accumulate(softmax, tOrO);
     } else if (n_block >= blocks.begin) {
       step(true_type{});
       --n_block;
     }
   }
 
-  if constexpr (kRescaleBeside) softmax.rescale_out(tOrO);
+  if constexpr (kRescaleDuringS) softmax.rescale_out(tOrO);
   values.full[state.value.stage].wait(state.value.phase);
   issue_out();
   warpgroup_wait<0>();
   warpgroup_fence_operand(tOrO);
   release(values, state.value);
-  long_sums.bring_back(softmax, tOrO);
+  long_sums.finish(softmax, tOrO);
 }
 
 }  // namespace jax_fa3::fwd

@@ -4,6 +4,7 @@
 #include <cuda.h>
 
 #include "common/mask.h"
+#include "common/score.h"
 #include "common/softmax.h"
 #include "common/tile_scheduler.h"
 
@@ -17,10 +18,12 @@ struct Params {
   float* out_fp32;    // [b, t, n, v] or null
   float* lse;         // [b, n, t]
   float* lse_low;     // [b, n, t] or null: what lse lost to rounding, in base 2
-  // Of each CTA, sums of O over a part of a tile's keys (long_sums.h), or null.
+  // Room of each CTA for sums of O over more keys than the accumulators take (long_sums.h), or
+  // null.
   float* long_sums;
-  // [b, t, n, v] or null: the result for other keys, to be merged with; its log-sum-exp is in lse.
-  float const* out_before;
+  // [b, t, n, v] or null: the result for the keys of other calls, to be accumulated with this
+  // call's; its log-sum-exp is in lse.
+  float const* out_accum;
   Mask mask;
   TileOrder order;
   int* tile_counter;  // 0 at the start, or null: tiles are dealt in fixed rounds
@@ -28,11 +31,9 @@ struct Params {
   int group;  // query heads of one key/value head
   int head_dim_v;
   int64_t out_batch_stride, out_seqlen_stride, out_head_stride;  // of the fp32 ones, in elements
-  // Scores x = q.k become exponents: softmax_scale * x, or with a soft cap
-  // softmax_scale * tanh(cap_scale * x), where softmax_scale is then the cap.
-  float softmax_scale;
-  Exponents exponents;
-  float cap_scale;  // 0: no soft cap
+  float softmax_scale;  // of what `score` gives, in base e: with a soft cap it is the cap
+  Exponents exponents;  // the same in base 2
+  Score score;
 };
 
 }  // namespace jax_fa3::fwd

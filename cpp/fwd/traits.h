@@ -9,6 +9,7 @@
 #include "common/softmax.h"
 #include "common/tile_scheduler.h"
 #include "common/wgmma_64x80.h"
+#include "fwd/barriers.h"
 #include "fwd/params.h"
 #include "plan.h"
 
@@ -16,16 +17,9 @@ namespace jax_fa3::fwd {
 
 using namespace cute;
 
-// What the scheduler warp tells the others about the next tile.
-struct Work {
-  TileCoord tile;
-  BlockRange blocks;
-  bool last;  // no tile: the CTA is done
-};
-
-// How many keys there are for a tile: few take lower tiles, of many O is a sum of sums
-// (long_sums.h). Its code, though never run, costs a causal forward of 2,048 keys 2 %, so calls
-// without need of it have a kernel without it.
+// How many keys there are for a tile. With few of them tiles have fewer query rows; with many, O is
+// summed in memory, too (long_sums.h). That code is in a kernel of its own: though never run, it
+// costs a causal forward of 2,048 keys 2 %.
 enum class Keys { kFew, kUsual, kMany };
 
 template <class Element_, int kHeadDim_, int kHeadDimV_, Keys kKeys_>
@@ -40,17 +34,17 @@ struct Traits {
   static constexpr int kBlockM = kTile.block_m;
   static constexpr int kBlockN = kTile.block_n;
   static constexpr bool kOutOverValue = kTile.out_over_value;
-  static constexpr bool kMerges = true;  // with the result for other keys, of a ring's step before
+  static constexpr bool kAccumulates = true;  // onto the result for the keys of other calls
   static constexpr bool kHasLseLow = true;
   static constexpr int kStages = 2;  // of K and of V
-  // Tiles taken ahead of the one at hand: just the one whose loads begin early. More would leave
-  // the last tiles to CTAs that are not done yet.
+  // Tiles taken ahead: just the one whose loads begin while this one is finished. A CTA that took
+  // more would keep the last tiles from CTAs that have nothing left.
   static constexpr int kWorkStages = 1;
 
   // One producer warpgroup (a warp loads, a warp schedules), then the consumers, 64 rows each.
   static constexpr int kConsumerWarpgroups = kBlockM / 64;
   static constexpr bool kPingPong = true;
-  static constexpr bool kOwnBlocks = false;  // every warpgroup visits all blocks of the tile
+  static constexpr bool kBlocksByWarpgroup = false;  // each visits all blocks of the tile
   static constexpr int kConsumerThreads = kConsumerWarpgroups * 128;
   static constexpr int kThreads = 128 + kConsumerThreads;
   static constexpr int kProducerRegisters = kConsumerWarpgroups == 2 ? 40 : 32;
@@ -105,7 +99,7 @@ struct Traits {
     alignas(1024) uint16_t query[kSizeQ];
     alignas(1024) uint16_t key[kStages * kSizeK];
     alignas(1024) uint16_t value[kStages * kSizeV];
-    alignas(1024) uint16_t own_out[kOutOverValue ? 1 : kSizeOut];
+    alignas(1024) uint16_t out_tile[kOutOverValue ? 1 : kSizeOut];
     FullBarrier query_full[kConsumerWarpgroups];  // each warpgroup's 64 rows by themselves
     EmptyBarrier query_empty[kConsumerWarpgroups];
     EmptyBarrier out_stored;   // kOutOverValue, once per tile: O has left V's memory
@@ -113,14 +107,11 @@ struct Traits {
     Pipeline<kStages> key_pipeline;
     Pipeline<kStages> value_pipeline;
     Pipeline<kWorkStages> work_pipeline;
-    Work work[kWorkStages];
+    WorkTile work[kWorkStages];
 
     CUTLASS_DEVICE void init_barriers() {
       constexpr int kConsumerWarps = kConsumerWarpgroups * 4;
-      for (int warpgroup = 0; warpgroup < kConsumerWarpgroups; ++warpgroup) {
-        query_full[warpgroup].init(1);
-        query_empty[warpgroup].init(4);
-      }
+      init_query_barriers(query_full, query_empty);
       out_stored.init(kConsumerWarps);
       value_staged.init(1);
       key_pipeline.init(kConsumerWarps);
@@ -130,7 +121,7 @@ struct Traits {
     }
 
     CUTLASS_DEVICE uint16_t* out(int warpgroup) {
-      uint16_t* const tile = kOutOverValue ? value : own_out;
+      uint16_t* const tile = kOutOverValue ? value : out_tile;
       return tile + warpgroup * 64 * kSlabV;
     }
   };

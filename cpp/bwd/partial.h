@@ -1,7 +1,7 @@
-// dK and dV as sums of parts: where several CTAs share the query rows that see a block of keys, or
-// where those are too many for one accumulator (plan.h's kMostRowsOfSum). Every CTA has fp32 arrays
-// of its own in global memory, to which it adds its parts one after the other; another kernel adds
-// up those arrays. So the order of all sums is fixed.
+// dK and dV from partial results: where several CTAs share the query rows that see a block of keys,
+// or where those rows are too many for one sum in the accumulators (plan.h's kMostRowsOfSum). Every
+// CTA accumulates its own in fp32 arrays of its own in global memory, and a kernel after it adds up
+// the arrays of all CTAs. So every sum has one order, without atomics.
 #pragma once
 
 #include "bwd/epilogue.h"
@@ -10,17 +10,18 @@
 namespace jax_fa3::bwd {
 
 // The arrays of a split: dK and dV side by side, [b, s, k, h + v].
-CUTLASS_DEVICE Operand dkv_parts(Params const& params, int split, bool of_value) {
+CUTLASS_DEVICE Operand dkv_partial(Params const& params, int split, bool of_value) {
   int64_t const columns = params.head_dim + params.head_dim_v;
   int64_t const row = columns * params.num_heads_k;
   int64_t const entry = row * params.mask.seqlen_k;
-  float* const data = params.dkv_parts + split * entry * params.batch;
+  float* const data = params.dkv_partial + split * entry * params.batch;
   return {data + (of_value ? params.head_dim : 0), entry, row, columns};
 }
 
+// Adds what the accumulators hold to the split's array, or writes it there if it is the first.
 template <class Fragment>
-CUTLASS_DEVICE void store_part(Fragment& grad, Operand const& out, GradRows const& rows,
-                               int columns, bool first) {
+CUTLASS_DEVICE void accumulate_partial(Fragment& grad, Operand const& out, GradRows const& rows,
+                                       int columns, bool first) {
   if (!first) {
     float const* const head = static_cast<float const*>(out.data) +
                               rows.tile.batch * out.batch_stride + rows.tile.head * out.head_stride;
@@ -28,7 +29,7 @@ CUTLASS_DEVICE void store_part(Fragment& grad, Operand const& out, GradRows cons
     for (int i = 0; i < size(grad); i += 2) {
       int const row = rows.of_thread() + fragment_row(i) * 8;
       int const column = fragment_column(i) + threadIdx.x % 4 * 2;
-      if (row >= rows.rows || column >= columns) continue;
+      if (row >= rows.seqlen || column >= columns) continue;
       auto const sum = *reinterpret_cast<float2 const*>(head + row * out.seqlen_stride + column);
       grad(i) += sum.x;
       grad(i + 1) += sum.y;
@@ -37,21 +38,21 @@ CUTLASS_DEVICE void store_part(Fragment& grad, Operand const& out, GradRows cons
   store_grad_fp32(grad, out, rows, columns);
 }
 
-inline constexpr int kPartsThreads = 256;
+inline constexpr int kPartialThreads = 256;
 
 // A thread for 8 columns of a row of dK or dV.
 template <class Element>
-__global__ void __launch_bounds__(kPartsThreads)
-    sum_parts_kernel(__grid_constant__ Params const params) {
+__global__ void __launch_bounds__(kPartialThreads)
+    sum_partial_kernel(__grid_constant__ Params const params) {
   int const vectors = (params.head_dim + params.head_dim_v) / 8;
   int64_t const rows = int64_t{params.batch} * params.mask.seqlen_k * params.num_heads_k;
-  int64_t const index = int64_t{blockIdx.x} * kPartsThreads + threadIdx.x;
+  int64_t const index = int64_t{blockIdx.x} * kPartialThreads + threadIdx.x;
   if (index >= rows * vectors) return;
   int64_t const size = rows * vectors * 8;  // of a split
   float sum[8] = {};
   for (int split = 0; split < params.num_splits; ++split) {
     auto const* const part =
-        reinterpret_cast<float4 const*>(params.dkv_parts + split * size + index * 8);
+        reinterpret_cast<float4 const*>(params.dkv_partial + split * size + index * 8);
     float4 const low = part[0];
     float4 const high = part[1];
     float const values[] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};

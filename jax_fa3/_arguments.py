@@ -7,10 +7,8 @@ take is refused here with a ValueError; what only the kernels cannot take, _disp
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal, TypedDict, Unpack
+from typing import Any, TypedDict, Unpack
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
@@ -36,10 +34,8 @@ from ._checks import (
 )
 from ._integers import clamped, offset_and_window
 from ._integers import segment_ids as known_to_fit
-from ._operands import Operands
-from ._problem import Config, Masks, SegmentIds, Sizes, Window, fold_window
-
-Implementation = Literal["fa3", "xla"]
+from ._operands import Call, Operands
+from ._problem import Config, Implementation, Masks, SegmentIds, Sizes, Window, fold_window
 
 
 class MaskArrays(TypedDict, total=False):
@@ -70,28 +66,6 @@ class Options(MaskArguments, total=False):
     deterministic_backward: bool
     implementation: Implementation | None
     sharding: NamedSharding | PartitionSpec | None
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Call:
-    """One call's checked arguments. A pytree of its arrays."""
-
-    operands: Operands
-    masks: Masks
-    segment_ids: SegmentIds | None
-    config: Config = dataclasses.field(metadata={"static": True})
-    implementation: Implementation | None = dataclasses.field(metadata={"static": True})
-    sharding: NamedSharding | PartitionSpec | None = dataclasses.field(metadata={"static": True})
-    # Whether the arguments have a batch axis; the operands always do.
-    batched: bool = dataclasses.field(metadata={"static": True})
-    return_residual: bool = dataclasses.field(metadata={"static": True})
-
-    def finish(self, out: Array, lse: Array) -> Any:
-        """What the user asked for, of out [B, T, N, V] and lse [B, N, T]. To be called inside jit:
-        jax_debug_infs looks at every result, and so must not see an lse that nobody asked for."""
-        found = (out, jnp.swapaxes(lse, 1, 2)) if self.return_residual else out
-        return found if self.batched else jax.tree.map(lambda x: x[0], found)
 
 
 def separate_operands(query: ArrayLike, key: ArrayLike, value: ArrayLike) -> tuple[Operands, bool]:

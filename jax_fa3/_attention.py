@@ -10,9 +10,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
 from . import _arguments, _dispatch
-from ._arguments import Implementation, Options
+from ._arguments import Options
 from ._autodiff import attend
 from ._checks import Integers
+from ._problem import Implementation
 
 
 # fmt: off

@@ -14,10 +14,9 @@ from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
 from . import _dispatch, _ffi, _guards, _mask, _sharding, _xla
-from ._arguments import Call, Implementation
 from ._jitted import finite_in_debug_mode, jitted
-from ._operands import Operands, Rows, batch_letters
-from ._problem import Config, Masks, wide
+from ._operands import Call, Operands, Rows, batch_letters
+from ._problem import Config, Implementation, Masks, wide
 from ._varying import vary_together
 
 # What the forward leaves for the backward besides its arguments. With the jax.checkpoint policy

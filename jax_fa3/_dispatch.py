@@ -16,8 +16,9 @@ import numpy as np
 from jax import Array, lax
 
 from . import _devices, _ffi, _guards, _sharding
-from ._arguments import Call, Implementation
 from ._jitted import jitted
+from ._operands import Call
+from ._problem import Implementation
 
 ELSEWHERE = "use implementation='xla'"
 _NO_KERNELS = (

@@ -15,11 +15,11 @@ import numpy as np
 from jax import Array
 
 from . import _dispatch, _ffi
-from ._arguments import Implementation, MaskArguments, check_implementation, parse_masks
+from ._arguments import MaskArguments, check_implementation, parse_masks
 from ._broken import is_broken, marked
 from ._checks import natural
 from ._integers import INT32_MAX, count_while, narrow_ids, saturating_add
-from ._problem import Masks, SegmentIds, Sizes, Window
+from ._problem import Implementation, Masks, SegmentIds, Sizes, Window
 from ._varying import vary_together
 
 

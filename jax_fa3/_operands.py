@@ -1,4 +1,5 @@
-"""The operands of a call: query, key and value, in any of the three ways in which arrays hold them."""
+"""The one object that carries a call, and its operands: query, key and value, in any of the three ways
+in which arrays hold them."""
 
 from __future__ import annotations
 
@@ -8,8 +9,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import NamedSharding, PartitionSpec
 
-from ._problem import Sizes
+from ._problem import Config, Implementation, Masks, SegmentIds, Sizes
 
 
 @jax.tree_util.register_dataclass
@@ -117,6 +119,28 @@ class Operands:
             return self.query
         batch, length, three, num_heads, head_dim = self.query.shape
         return self.query.reshape(batch, length, three * num_heads, head_dim)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """One call's checked arguments. A pytree of its arrays."""
+
+    operands: Operands
+    masks: Masks
+    segment_ids: SegmentIds | None
+    config: Config = dataclasses.field(metadata={"static": True})
+    implementation: Implementation | None = dataclasses.field(metadata={"static": True})
+    sharding: NamedSharding | PartitionSpec | None = dataclasses.field(metadata={"static": True})
+    # Whether the arguments have a batch axis; the operands always do.
+    batched: bool = dataclasses.field(metadata={"static": True})
+    return_residual: bool = dataclasses.field(metadata={"static": True})
+
+    def finish(self, out: Array, lse: Array) -> Any:
+        """What the user asked for, of out [B, T, N, V] and lse [B, N, T]. To be called inside jit:
+        jax_debug_infs looks at every result, and so must not see an lse that nobody asked for."""
+        found = (out, jnp.swapaxes(lse, 1, 2)) if self.return_residual else out
+        return found if self.batched else jax.tree.map(lambda x: x[0], found)
 
 
 class Located(NamedTuple):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+Implementation = Literal["fa3", "xla"]
 Window = tuple[int | None, int | None]
 
 

@@ -12,11 +12,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
 from .. import _arguments, _dispatch, _sharding
-from .._arguments import Call, Options
+from .._arguments import Options
 from .._autodiff import Method, without_heads
 from .._checks import static_bool, wrong
 from .._jitted import jitted
-from .._operands import Operands
+from .._operands import Call, Operands
 from .._problem import Masks, SegmentIds
 from .._varying import vary_together
 from ._all_gather import AllGather

@@ -9,9 +9,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from .. import _dispatch, _ffi, _xla
-from .._arguments import Implementation
 from .._operands import Operands, Rows, batch_letters
-from .._problem import Config, Masks
+from .._problem import Config, Implementation, Masks
 from .._varying import vary_together
 from ._merge import merge
 from ._words import from_words

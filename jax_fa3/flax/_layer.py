@@ -10,8 +10,9 @@ from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.core import Tracer
 
-from .._arguments import Implementation, MaskArrays
+from .._arguments import MaskArrays
 from .._checks import Integers, array, static_float, wrong
+from .._problem import Implementation
 
 # What the projections leave for the attention's backward. jax.checkpoint with the policy
 # save_only_these_names(*PROJECTION_NAMES, *jax_fa3.RESIDUAL_NAMES) computes neither again.

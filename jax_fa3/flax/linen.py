@@ -12,9 +12,9 @@ from flax.linen.linear import default_kernel_init
 from flax.typing import Dtype, Initializer, PrecisionLike
 from jax import Array
 
-from .._arguments import Implementation
 from .._attention import dot_product_attention
 from .._checks import Integers, wrong
+from .._problem import Implementation
 from . import _layer
 from ._layer import Cache, KernelAxes, MaskArrays
 

@@ -8,9 +8,10 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from .. import _arguments, _dispatch
-from .._arguments import Call, Options
+from .._arguments import Options
 from .._autodiff import on_each_device
 from .._jitted import jitted
+from .._operands import Call
 from ._autodiff import Attention, Preparation, by_operand
 from ._checks import check_not_quantized, refusal
 from ._hadamard import check_head_dim, random_signs
@@ -34,14 +35,9 @@ def dot_product_attention(
 
 
 def dot_product_attention(
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
-    *,
-    incoherent_key: ArrayLike | None = 0,
-    quantization: Quantization = "block",
-    **options: Any,
-) -> Array | tuple[Array, Array]:
+    query: ArrayLike, key: ArrayLike, value: ArrayLike, *,
+    incoherent_key: ArrayLike | None = 0, quantization: Quantization = "block", **options: Any,
+) -> Array | tuple[Array, Array]:  # fmt: skip
     """jax_fa3.dot_product_attention, its forward computed in FP8 (e4m3).
 
     FlashAttention-3, block quantization and incoherent processing (arXiv 2407.08608, section 3.3):

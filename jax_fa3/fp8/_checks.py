@@ -9,8 +9,8 @@ import numpy as np
 from jax import Array
 
 from .. import _dispatch
-from .._arguments import Call
 from .._checks import array, wrong
+from .._operands import Call
 from ._ffi import blocks
 
 E4M3 = np.dtype(jnp.float8_e4m3fn)

@@ -10,10 +10,11 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from .. import _dispatch, _guards
-from .._arguments import Implementation, check_implementation
+from .._arguments import check_implementation
 from .._checks import Integers, array, integers, wrong
 from .._integers import clamped
 from .._jitted import jitted
+from .._problem import Implementation
 from . import _ffi
 from ._checks import check_not_quantized, refusal_of_head_dim
 from ._ffi import BLOCK, blocks

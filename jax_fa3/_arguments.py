@@ -7,10 +7,8 @@ take is refused here with a ValueError; what only the kernels cannot take, _disp
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal, TypedDict
+from typing import Any, TypedDict, Unpack
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
@@ -20,11 +18,13 @@ from ._checks import (
     Integers,
     array,
     check_floating,
+    check_names,
     checked_segment_ids,
     dense,
     integers,
     natural,
     offset_of,
+    refuse_dense,
     score_scale,
     soft_cap,
     static_bool,
@@ -34,59 +34,42 @@ from ._checks import (
 )
 from ._integers import clamped, offset_and_window
 from ._integers import segment_ids as known_to_fit
-from ._problem import Masks, SegmentIds, Sizes, Window, fold_window
+from ._operands import Call, Operands
+from ._problem import Config, Implementation, Masks, SegmentIds, Sizes, Window, fold_window
 
-Implementation = Literal["fa3", "xla"]
+
+class MaskArrays(TypedDict, total=False):
+    """The arguments that say who sees whom, those that differ from call to call."""
+
+    query_offset: Integers
+    query_seq_lengths: Integers | None
+    key_value_seq_lengths: Integers | None
+    query_segment_ids: Integers | None
+    key_value_segment_ids: Integers | None
+    key_begin: Integers | None
+    key_end: Integers | None
 
 
-class Options(TypedDict, total=False):
+class MaskArguments(MaskArrays, total=False):
+    """All of them."""
+
+    is_causal: bool
+    local_window_size: int | tuple[int, int] | None
+    padding_segment_id: int | None
+
+
+class Options(MaskArguments, total=False):
     """The keyword arguments that all public functions share, spelled out for type checkers."""
 
     scale: ArrayLike | None
-    is_causal: bool
-    query_seq_lengths: Integers | None
-    key_value_seq_lengths: Integers | None
-    local_window_size: int | tuple[int, int] | None
-    query_offset: Integers
-    query_segment_ids: Integers | None
-    key_value_segment_ids: Integers | None
-    padding_segment_id: int | None
-    key_begin: Integers | None
-    key_end: Integers | None
     logits_soft_cap: float | None
     deterministic_backward: bool
     implementation: Implementation | None
     sharding: NamedSharding | PartitionSpec | None
 
 
-@dataclasses.dataclass(frozen=True)
-class Call:
-    """One call's checked arguments, all but query, key and value."""
-
-    sizes: Sizes
-    batched: bool  # whether the arguments have a batch axis
-    scale: float | Array
-    window: Window
-    logits_soft_cap: float | None
-    deterministic_backward: bool
-    masks: Masks
-    segment_ids: SegmentIds | None
-    bias: Array | None  # [B or 1, N or 1, T or 1, S or 1], and so is mask
-    mask: Array | None
-    implementation: Implementation | None
-    sharding: NamedSharding | PartitionSpec | None
-    return_residual: bool
-
-    def results(self, out: Array, lse: Array | None = None) -> Any:
-        """What the user asked for, of out [B, T, N, V] and, with return_residual, lse [B, N, T]."""
-        found = out if lse is None else (out, jnp.swapaxes(lse, 1, 2))
-        return found if self.batched else jax.tree.map(lambda x: x[0], found)
-
-
-def operands(
-    query: ArrayLike, key: ArrayLike, value: ArrayLike
-) -> tuple[tuple[Array, Array, Array], Sizes, bool]:
-    """(query, key, value) with a batch axis, their sizes, and whether they had that axis."""
+def separate_operands(query: ArrayLike, key: ArrayLike, value: ArrayLike) -> tuple[Operands, bool]:
+    """Query, key and value with a batch axis, and whether they had that axis."""
     q, k, v = array("query", query), array("key", key), array("value", value)
     if q.ndim not in (3, 4):
         raise wrong("query", f"shape {q.shape}", "(B, T, N, H), or (T, N, H)")
@@ -106,15 +89,13 @@ def operands(
     batched = q.ndim == 4
     if not batched:
         q, k, v = q[None], k[None], v[None]
-    batch, query_length, num_heads, _ = q.shape
-    _, key_length, num_kv_heads, head_dim_v = v.shape
-    sizes = Sizes(batch, query_length, key_length, num_heads, num_kv_heads, head_dim, head_dim_v)
-    _check_heads("query", sizes)
-    return (q, k, v), sizes, batched
+    found = Operands(q, k, v)
+    _check_heads("query", found.sizes)
+    return found, batched
 
 
-def packed_operand(qkv: ArrayLike, num_kv_heads: int | None) -> tuple[Array, Sizes, bool]:
-    """qkv as [B, T, 3, N, H] or [B, T, N + 2K, H], its sizes, and whether it had a batch axis."""
+def packed_operands(qkv: ArrayLike, num_kv_heads: int | None) -> tuple[Operands, bool]:
+    """qkv as [B, T, 3, N, H] or [B, T, N + 2K, H], and whether it had a batch axis."""
     x = array("qkv", qkv)
     check_floating("qkv", x)
     if num_kv_heads is None:
@@ -132,93 +113,105 @@ def packed_operand(qkv: ArrayLike, num_kv_heads: int | None) -> tuple[Array, Siz
         num_heads = heads - 2 * num_kv_heads
         if num_heads < 0:
             raise wrong("qkv", f"{heads} heads", f"at least 2 * num_kv_heads = {2 * num_kv_heads}")
-    x = x if batched else x[None]
-    batch, length, head_dim = *x.shape[:2], x.shape[-1]
-    sizes = Sizes(batch, length, length, num_heads, num_kv_heads, head_dim, head_dim)
-    _check_heads("qkv", sizes)
-    return x, sizes, batched
+    found = Operands(x if batched else x[None], packed=(num_heads, num_kv_heads))
+    _check_heads("qkv", found.sizes)
+    return found, batched
 
 
 def parse(
-    sizes: Sizes,
+    operands: Operands,
     batched: bool,
     bias: ArrayLike | None = None,
     mask: ArrayLike | None = None,
     *,
-    scale: ArrayLike | None = None,
-    logits_soft_cap: float | None = None,
-    deterministic_backward: bool = False,
     implementation: Implementation | None = None,
     sharding: NamedSharding | PartitionSpec | None = None,
     return_residual: bool = False,
-    **mask_arguments: Any,
+    **options: Any,
 ) -> Call:
-    """Everything but the operands, checked; mask_arguments are those of parse_masks."""
-    if implementation not in (None, "fa3", "xla"):
-        raise wrong("implementation", repr(implementation), "None, 'fa3' or 'xla'")
-    masks, window, segment_ids = parse_masks(sizes, batched, **mask_arguments)
+    """The call, checked; options are the others of Options."""
+    check_names(options, Options.__annotations__)
+    check_implementation(implementation)
+    sizes, names = operands.sizes, options.keys() & MaskArguments.__annotations__
+    arguments: Any = {name: options.pop(name) for name in names}
+    masks, window, segment_ids = parse_masks(sizes, batched, **arguments)
+    config, scale = _config(window, sizes.head_dim, **options)
     full = sizes.batch, sizes.num_heads, sizes.query_length, sizes.key_length
-    return Call(
-        sizes,
-        batched,
-        score_scale(scale, sizes.head_dim),
-        window,
-        soft_cap(logits_soft_cap),
-        static_bool("deterministic_backward", deterministic_backward),
-        masks,
-        segment_ids,
-        dense("bias", bias, full),
-        dense("mask", mask, full),
-        implementation,
-        static_sharding("sharding", sharding, batched),
-        static_bool("return_residual", return_residual),
+    operands = dataclasses.replace(
+        operands, bias=dense("bias", bias, full), mask=dense("mask", mask, full), scale=scale
     )
+    where = static_sharding("sharding", sharding, batched)
+    with_lse = static_bool("return_residual", return_residual)
+    return Call(operands, masks, segment_ids, config, implementation, where, batched, with_lse)
+
+
+def parse_without_dense(
+    who: str, *tensors: ArrayLike, instead_of_scale: str = "query", **options: Any
+) -> Call:
+    """The call of query, key and value, for functions that with "xla" take no more than the kernels:
+    no dense bias or mask, and no traced scale."""
+    refuse_dense(options, who)
+    call = parse(*separate_operands(*tensors), **options)
+    if call.operands.scale is not None:
+        wanted = f"wanted a static float: multiply {instead_of_scale} by it and pass scale=1.0"
+        raise NotImplementedError(f"scale: got an array, {wanted}")
+    return call
 
 
 def parse_masks(
-    sizes: Sizes,
-    batched: bool,
-    *,
-    is_causal: bool = False,
-    query_seq_lengths: Integers | None = None,
-    key_value_seq_lengths: Integers | None = None,
-    local_window_size: int | tuple[int, int] | None = None,
-    query_offset: Integers = 0,
-    query_segment_ids: Integers | None = None,
-    key_value_segment_ids: Integers | None = None,
-    padding_segment_id: int | None = None,
-    key_begin: Integers | None = None,
-    key_end: Integers | None = None,
+    sizes: Sizes, batched: bool, **arguments: Unpack[MaskArguments]
 ) -> tuple[Masks, Window, SegmentIds | None]:
     """(masks, window, segment ids): who sees whom. Of sizes only B, T and S count; the caller turns
     the segment ids, if there are any, into intervals."""
+    check_names(arguments, MaskArguments.__annotations__)
     batch, query_length, key_length = sizes[:3]
 
-    def given(name: str, x: Integers | None, *shape: int) -> Array | np.ndarray | None:
+    def given(name: str, *shape: int) -> Array | np.ndarray | None:
+        x: Any = arguments.get(name)
         return None if x is None else integers(name, x, shape, batched)
 
-    def bound(name: str, x: Integers | None, *shape: int) -> Array | None:
-        found = given(name, x, *shape)
+    def bound(name: str, *shape: int) -> Array | None:
+        found = given(name, *shape)
         return None if found is None else clamped(found)
 
-    static_offset, offset = offset_of(query_offset, batch, batched)
-    causal = static_bool("is_causal", is_causal)
-    window = fold_window(window_size(local_window_size), causal, static_offset)
+    static_offset, offset = offset_of(arguments.get("query_offset", 0), batch, batched)
+    causal = static_bool("is_causal", arguments.get("is_causal", False))
+    window = fold_window(window_size(arguments.get("local_window_size")), causal, static_offset)
     if offset is None or window == (None, None):  # then nothing depends on the offset
         narrow_offset = None
     else:
         narrow_offset, window = offset_and_window(offset, window)
-    query_ids = given("query_segment_ids", query_segment_ids, batch, query_length)
-    key_ids = given("key_value_segment_ids", key_value_segment_ids, batch, key_length)
-    ids = checked_segment_ids(query_ids, key_ids, padding_segment_id)
+    query_ids = given("query_segment_ids", batch, query_length)
+    key_ids = given("key_value_segment_ids", batch, key_length)
+    ids = checked_segment_ids(query_ids, key_ids, arguments.get("padding_segment_id"))
     masks = Masks(
         narrow_offset,
-        bound("query_seq_lengths", query_seq_lengths, batch),
-        bound("key_value_seq_lengths", key_value_seq_lengths, batch),
-        bound("key_begin", key_begin, batch, query_length),
-        bound("key_end", key_end, batch, query_length),
+        bound("query_seq_lengths", batch),
+        bound("key_value_seq_lengths", batch),
+        bound("key_begin", batch, query_length),
+        bound("key_end", batch, query_length),
     )
     return masks, window, None if ids is None else known_to_fit(*ids)
+
+
+def check_implementation(implementation: Any) -> None:
+    if implementation not in (None, "fa3", "xla"):
+        raise wrong("implementation", repr(implementation), "None, 'fa3' or 'xla'")
+
+
+def _config(
+    window: Window,
+    head_dim: int,
+    *,
+    scale: ArrayLike | None = None,
+    logits_soft_cap: float | None = None,
+    deterministic_backward: bool = False,
+) -> tuple[Config, Array | None]:
+    """The static part of a call, and the scale if it is not static."""
+    factor = score_scale(scale, head_dim)
+    static, traced = (1.0, factor) if isinstance(factor, Array) else (factor, None)
+    deterministic = static_bool("deterministic_backward", deterministic_backward)
+    return Config(static, window, soft_cap(logits_soft_cap), deterministic), traced
 
 
 def _check_heads(name: str, sizes: Sizes) -> None:

@@ -10,35 +10,26 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
 from . import _arguments, _dispatch
-from ._arguments import Implementation, Options
+from ._arguments import Options
 from ._autodiff import attend
 from ._checks import Integers
+from ._problem import Implementation
 
 
+# fmt: off
 @overload
 def dot_product_attention(
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
-    bias: ArrayLike | None = None,
-    mask: ArrayLike | None = None,
-    *,
-    return_residual: Literal[False] = False,
-    **options: Unpack[Options],
+    query: ArrayLike, key: ArrayLike, value: ArrayLike,
+    bias: ArrayLike | None = None, mask: ArrayLike | None = None, *,
+    return_residual: Literal[False] = False, **options: Unpack[Options],
 ) -> Array: ...
-
-
 @overload
 def dot_product_attention(
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
-    bias: ArrayLike | None = None,
-    mask: ArrayLike | None = None,
-    *,
-    return_residual: Literal[True],
-    **options: Unpack[Options],
+    query: ArrayLike, key: ArrayLike, value: ArrayLike,
+    bias: ArrayLike | None = None, mask: ArrayLike | None = None, *,
+    return_residual: Literal[True], **options: Unpack[Options],
 ) -> tuple[Array, Array]: ...
+# fmt: on
 
 
 def dot_product_attention(
@@ -139,10 +130,8 @@ def dot_product_attention(
             Hopper GPU, at trace time; lowering for other platforms than CUDA, at lowering.
             `is_supported` asks beforehand.
     """
-    tensors, sizes, batched = _arguments.operands(query, key, value)
     call = _arguments.parse(
-        sizes,
-        batched,
+        *_arguments.separate_operands(query, key, value),
         bias,
         mask,
         scale=scale,
@@ -162,31 +151,23 @@ def dot_product_attention(
         sharding=sharding,
         return_residual=return_residual,
     )
-    return attend(call, tensors)
+    return attend(call)
 
 
+# fmt: off
 @overload
 def qkv_dot_product_attention(
-    qkv: ArrayLike,
-    num_kv_heads: int | None = None,
-    *,
-    bias: ArrayLike | None = None,
-    mask: ArrayLike | None = None,
-    return_residual: Literal[False] = False,
-    **options: Unpack[Options],
+    qkv: ArrayLike, num_kv_heads: int | None = None, *,
+    bias: ArrayLike | None = None, mask: ArrayLike | None = None,
+    return_residual: Literal[False] = False, **options: Unpack[Options],
 ) -> Array: ...
-
-
 @overload
 def qkv_dot_product_attention(
-    qkv: ArrayLike,
-    num_kv_heads: int | None = None,
-    *,
-    bias: ArrayLike | None = None,
-    mask: ArrayLike | None = None,
-    return_residual: Literal[True],
-    **options: Unpack[Options],
+    qkv: ArrayLike, num_kv_heads: int | None = None, *,
+    bias: ArrayLike | None = None, mask: ArrayLike | None = None,
+    return_residual: Literal[True], **options: Unpack[Options],
 ) -> tuple[Array, Array]: ...
+# fmt: on
 
 
 def qkv_dot_product_attention(
@@ -203,8 +184,7 @@ def qkv_dot_product_attention(
 
     Returns and raises as `dot_product_attention`; V = H.
     """
-    packed, sizes, batched = _arguments.packed_operand(qkv, num_kv_heads)
-    return attend(_arguments.parse(sizes, batched, **options), (packed,))
+    return attend(_arguments.parse(*_arguments.packed_operands(qkv, num_kv_heads), **options))
 
 
 def is_supported(
@@ -226,8 +206,8 @@ def is_supported(
     def check(tracers: dict[str, Array]) -> None:
         known: dict[str, Any] = arguments | tracers
         tensors = (known.pop(k) for k in ("query", "key", "value"))
-        (q, _, _), sizes, batched = _arguments.operands(*tensors)
-        reason = _dispatch.refusal(_arguments.parse(sizes, batched, **known), q.dtype)
+        operands = _arguments.separate_operands(*tensors)
+        reason = _dispatch.refusal(_arguments.parse(*operands, **known))
         if reason is not None:
             raise NotImplementedError(reason)
 

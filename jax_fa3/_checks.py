@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -29,6 +29,13 @@ def refuse_dense(options: Mapping[str, Any], who: str) -> None:
                 f"{name}: got a dense array, wanted None: {who} has masks that are an interval of "
                 "keys per row, such as is_causal, segment ids, key_begin and key_end"
             )
+
+
+def check_names(arguments: Iterable[str], known: Iterable[str]) -> None:
+    """Raises TypeError for a keyword argument that the public functions do not have."""
+    unknown = set(arguments).difference(known)
+    if unknown:
+        raise TypeError(f"jax_fa3: got an unexpected keyword argument {min(unknown)!r}")
 
 
 def static_bool(name: str, x: Any) -> bool:

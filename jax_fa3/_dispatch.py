@@ -16,8 +16,9 @@ import numpy as np
 from jax import Array, lax
 
 from . import _devices, _ffi, _guards, _sharding
-from ._arguments import Call, Implementation
 from ._jitted import jitted
+from ._operands import Call
+from ._problem import Implementation
 
 ELSEWHERE = "use implementation='xla'"
 _NO_KERNELS = (
@@ -26,38 +27,38 @@ _NO_KERNELS = (
 )
 
 
-def refusal(call: Call, dtype: np.dtype, *, packed: bool = False) -> str | None:
+def refusal(call: Call) -> str | None:
     """Why the kernels cannot take these arguments, and what to do about it; None if they can."""
     reason = refusal_of_options(call)
     if reason is not None:
         return reason
-    query, value = ("qkv", "qkv") if packed else ("query", "value")
+    sizes, dtype = call.operands.sizes, call.operands.query.dtype
+    query, value = ("query", "value") if call.operands.packed is None else ("qkv", "qkv")
     if dtype.name not in ("bfloat16", "float16"):
         return f"{query}: got dtype {dtype}, wanted bfloat16 or float16: cast it, or {ELSEWHERE}"
-    head_dim, head_dim_v = call.sizes.head_dim, call.sizes.head_dim_v
-    for name, dim in ((query, head_dim), (value, head_dim_v)):
+    for name, dim in ((query, sizes.head_dim), (value, sizes.head_dim_v)):
         if dim % 8 or dim > 256:
             wanted = "wanted a multiple of 8 up to 256: pad it with zeros"
             return f"{name}: got head dim {dim}, {wanted}, or {ELSEWHERE}"
-    return refusal_of_build(query, dtype, head_dim, head_dim_v)
+    return refusal_of_build(query, dtype, sizes.head_dim, sizes.head_dim_v)
 
 
 def refusal_of_options(call: Call) -> str | None:
     """`refusal`, as far as it does not depend on dtype and head dims."""
-    for name, dense in (("bias", call.bias), ("mask", call.mask)):
+    for name, dense in (("bias", call.operands.bias), ("mask", call.operands.mask)):
         if dense is not None:
             return (
                 f"{name}: got a dense array, wanted None: the kernels' masks are is_causal, "
                 "local_window_size, query_seq_lengths, key_value_seq_lengths, query_segment_ids "
                 f"with key_value_segment_ids, key_begin and key_end; or {ELSEWHERE}"
             )
-    if isinstance(call.scale, Array):
+    if call.operands.scale is not None:
         wanted = "wanted a static float: multiply query by it and pass scale=1.0"
         return f"scale: got a traced value, {wanted}, or {ELSEWHERE}"
-    if not _is_positive_float32(call.scale):
+    if not _is_positive_float32(call.config.scale):
         wanted = "wanted a positive float32: multiply query instead"
-        return f"scale: got {call.scale}, {wanted}, or {ELSEWHERE}"
-    cap = call.logits_soft_cap
+        return f"scale: got {call.config.scale}, {wanted}, or {ELSEWHERE}"
+    cap = call.config.logits_soft_cap
     if cap is not None and not _is_positive_float32(cap):
         return f"logits_soft_cap: got {cap}, wanted a positive float32, or {ELSEWHERE}"
     return None

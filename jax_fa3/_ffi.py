@@ -15,25 +15,9 @@ from jax import Array
 from . import _plan
 from ._custom_call import attributes_of, custom_call
 from ._kernel_sizes import BWD_ROWS, KERNELS, bwd_tile
+from ._operands import Located, Operands, Rows
 from ._problem import Config, Masks, Sizes
 from ._targets import BWD, BWD_PACKED, FWD, SEGMENT_INTERVALS
-
-
-class Heads(NamedTuple):
-    """Which heads of query, key and value are meant, where these are one packed array."""
-
-    count: tuple[int, int]  # N and K
-    first: tuple[int, int, int]  # of query, key and value
-
-
-class Rows(NamedTuple):
-    """What the backward takes of each query row: the results of fwd, and their cotangents."""
-
-    out: Array | None  # with None dlse is dlse - rowsum(dout * out)
-    lse: Array
-    dout: Array
-    dlse: Array
-    lse_low: Array | None = None  # without it gradients at scores of 1e4 and more are less exact
 
 
 class PartOfDq(NamedTuple):
@@ -108,12 +92,9 @@ def register() -> None:
 
 def fwd(
     config: Config,
-    query: Array,
-    key: Array,
-    value: Array | None,
+    operands: Operands,
     masks: Masks,
     *,
-    heads: Heads | None = None,
     before: tuple[Array, Array] | None = None,
     with_lse_low: bool = False,
 ) -> tuple[Array, ...]:
@@ -121,24 +102,18 @@ def fwd(
     fp32 [B, N, T]; with_lse_low also what lse lost to its rounding, for the backward.
 
     Args:
-        query, key, value: bf16 or fp16 [B, T, N, H], [B, S, K, H], [B, S, K, V]; or each the one
-            packed array, of which heads are meant. With value None key holds both, side by side:
-            [B, S, K, H + V].
+        operands: bf16 or fp16.
         before: fp32 results for other keys, to be joined with; they are overwritten.
     """
-    (batch, length, _, head_dim), columns_v = query.shape, 0
-    if value is None:
-        value, columns_v = key, head_dim
-    head_dim_v = value.shape[3] - columns_v
-    heads = heads or _all_heads(query, key)
-    num_heads, _ = heads.count
-    rows = jax.ShapeDtypeStruct((batch, num_heads, length), jnp.float32)
-    out_dtype = jnp.float32 if config.partial else query.dtype
+    sizes, located = operands.sizes, operands.located()
+    query, key, value = located.arrays
+    rows = jax.ShapeDtypeStruct((sizes.batch, sizes.num_heads, sizes.query_length), jnp.float32)
+    out_shape = sizes.batch, sizes.query_length, sizes.num_heads, sizes.head_dim_v
     results = {
-        "out": jax.ShapeDtypeStruct((batch, length, num_heads, head_dim_v), out_dtype),
+        "out": jax.ShapeDtypeStruct(out_shape, jnp.float32 if config.partial else query.dtype),
         "lse": rows,
         "lse_low": rows if with_lse_low else None,
-        **_plan.fwd_workspace(_C, key.shape[1], head_dim, head_dim_v),
+        **_plan.fwd_workspace(_C, sizes.key_length, sizes.head_dim, sizes.head_dim_v),
     }
     aliases = {} if before is None else {"lse_before": "lse"}
     if before is not None and config.partial:
@@ -147,7 +122,7 @@ def fwd(
     found = custom_call(
         FWD,
         results,
-        attributes_of(config, heads.count, heads.first, head_dim_v, columns_v),
+        _attributes(config, operands, located, sizes.head_dim_v),
         aliases=aliases,
         query=query,
         key=key,
@@ -162,38 +137,34 @@ def fwd(
 
 def bwd(
     config: Config,
-    query: Array,
-    key: Array,
-    value: Array | None,
+    operands: Operands,
     masks: Masks,
     rows: Rows,
-    *,
-    heads: Heads | None = None,
     part: PartOfDq = _ALL_OF_DQ,
 ) -> tuple[Array, ...]:
-    """The backward kernels: (dq, dk, dv), or with heads the gradient of the packed array alone;
-    in the operands' dtype, but dk and dv in fp32 if config.partial.
+    """The backward kernels: (dq, dk, dv), or the gradient of the packed array alone; in the operands'
+    dtype, but dk and dv in fp32 if config.partial.
 
     Args:
-        query, key, value, masks, heads: as for fwd. Key and value side by side may also be uint32
-            words of two numbers each, with more behind them: [B, S, K, *].
+        operands: as for fwd. Key and value side by side may also be uint32 words of two numbers
+            each, with more behind them: [B, S, K, *].
+        rows: without lse_low gradients at scores of 1e4 and more are less exact.
     """
-    batch, length, _, head_dim = query.shape
-    head_dim_v = rows.dout.shape[3]
-    columns_v = head_dim if value is None else 0
-    value = key if value is None else value
-    packed, heads = heads is not None, heads or _all_heads(query, key)
-    attributes = attributes_of(config, heads.count, heads.first, head_dim_v, columns_v)
-    sizes = Sizes(batch, length, key.shape[1], *heads.count, head_dim, head_dim_v)
+    located = operands.located()
+    query, key, value = located.arrays
+    (batch, length, *_, head_dim), head_dim_v = query.shape, rows.dout.shape[3]
+    sizes = Sizes(batch, length, key.shape[1], *operands.heads, head_dim, head_dim_v)
+    attributes = _attributes(config, operands, located, head_dim_v)
     dq_accum = dq_sum_of(query, sizes.num_heads, head_dim_v)
     *per_row, width = dq_accum.shape
     if not bwd_tile(width).fused and part.finish_dq and part.summed_dq is None:
         dq_accum = jax.ShapeDtypeStruct((*per_row, 0), jnp.float32)
     workspace = _plan.bwd_workspace(_C, config, masks, sizes, query.dtype, dq_accum)
     common: dict[str, Any] = masks._asdict() | rows._asdict()
-    if packed:
+    if operands.packed is not None:
         results = {"dqkv": jax.ShapeDtypeStruct(query.shape, query.dtype), **workspace}
-        return (custom_call(BWD_PACKED, results, attributes, qkv=query, **common)["dqkv"],)
+        found = custom_call(BWD_PACKED, results, attributes, qkv=query, **common)
+        return (found["dqkv"].reshape(operands.query.shape),)
     dkv_dtype = jnp.float32 if config.partial else query.dtype
     grads = {
         "dquery": jax.ShapeDtypeStruct(query.shape, query.dtype) if part.finish_dq else None,
@@ -241,5 +212,8 @@ def segment_intervals(
     return found["key_begin"], found["key_end"]
 
 
-def _all_heads(query: Array, key: Array) -> Heads:
-    return Heads((query.shape[2], key.shape[2]), (0, 0, 0))
+def _attributes(
+    config: Config, operands: Operands, located: Located, head_dim_v: int
+) -> dict[str, Any]:
+    place = located.first_heads, head_dim_v, located.first_column_v
+    return attributes_of(config, operands.heads, *place)

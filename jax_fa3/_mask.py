@@ -7,7 +7,7 @@ behave as exact integers would, though all arrays are int32 and jax_enable_x64 i
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +15,11 @@ import numpy as np
 from jax import Array
 
 from . import _dispatch, _ffi
-from ._arguments import Implementation, parse_masks
+from ._arguments import MaskArguments, check_implementation, parse_masks
 from ._broken import is_broken, marked
-from ._checks import Integers, natural, wrong
+from ._checks import natural
 from ._integers import INT32_MAX, count_while, narrow_ids, saturating_add
-from ._problem import Masks, SegmentIds, Sizes, Window
+from ._problem import Implementation, Masks, SegmentIds, Sizes, Window
 from ._varying import vary_together
 
 
@@ -140,17 +140,8 @@ def key_intervals(
     key_length: int,
     *,
     batch: int | None = None,
-    is_causal: bool = False,
-    query_seq_lengths: Integers | None = None,
-    key_value_seq_lengths: Integers | None = None,
-    local_window_size: int | tuple[int, int] | None = None,
-    query_offset: Integers = 0,
-    query_segment_ids: Integers | None = None,
-    key_value_segment_ids: Integers | None = None,
-    padding_segment_id: int | None = None,
-    key_begin: Integers | None = None,
-    key_end: Integers | None = None,
     implementation: Implementation | None = None,
+    **arguments: Unpack[MaskArguments],
 ) -> tuple[Array, Array]:
     """All masks of a call as two arrays, to be computed once per step and not in every layer.
 
@@ -162,7 +153,9 @@ def key_intervals(
         batch: B; None takes it from the arguments that have a batch axis.
         implementation: converts segment ids by the CUDA kernel ("fa3"), in plain JAX ("xla"), or by
             whichever `dot_product_attention` would choose (None).
-        The others: as in `dot_product_attention`.
+        arguments: is_causal, query_seq_lengths, key_value_seq_lengths, local_window_size,
+            query_offset, query_segment_ids, key_value_segment_ids, padding_segment_id, key_begin and
+            key_end, as in `dot_product_attention`.
 
     Returns:
         key_begin, key_end: int32 [B, T], or [T] if batch is None and no argument has a batch axis.
@@ -175,33 +168,20 @@ def key_intervals(
         ValueError: an argument has the wrong type, shape or value.
         NotImplementedError: implementation is "fa3" and this machine's GPU cannot run the kernel.
     """
-    if implementation not in (None, "fa3", "xla"):
-        raise wrong("implementation", repr(implementation), "None, 'fa3' or 'xla'")
+    check_implementation(implementation)
     query_length = _length("query_length", query_length)
     key_length = _length("key_length", key_length)
-    per_entry: Any = query_offset, query_seq_lengths, key_value_seq_lengths  # [B]
-    per_row: Any = query_segment_ids, key_value_segment_ids, key_begin, key_end  # [B, ...]
-    shapes = [_shape(x) for x in per_entry] + [_shape(x)[:-1] for x in per_row]
+    per_entry = "query_offset", "query_seq_lengths", "key_value_seq_lengths"  # [B]
+    per_row = "query_segment_ids", "key_value_segment_ids", "key_begin", "key_end"  # [B, ...]
+    shapes = [_shape(arguments.get(name)) for name in per_entry]
+    shapes += [_shape(arguments.get(name))[:-1] for name in per_row]
     batches = [
         _length("batch", x)
         for x in (batch, *(shape[0] for shape in shapes if shape))
         if x is not None
     ]
     sizes = Sizes(batches[0] if batches else 1, query_length, key_length, 0, 0, 0, 0)
-    masks, window, segment_ids = parse_masks(
-        sizes,
-        bool(batches),
-        is_causal=is_causal,
-        query_seq_lengths=query_seq_lengths,
-        key_value_seq_lengths=key_value_seq_lengths,
-        local_window_size=local_window_size,
-        query_offset=query_offset,
-        query_segment_ids=query_segment_ids,
-        key_value_segment_ids=key_value_segment_ids,
-        padding_segment_id=padding_segment_id,
-        key_begin=key_begin,
-        key_end=key_end,
-    )
+    masks, window, segment_ids = parse_masks(sizes, bool(batches), **arguments)
     if segment_ids is not None:
         masks = with_segments(masks, segment_ids, _dispatch.choose(implementation))
     begin, end, broken = row_intervals(masks, window, *sizes[:3])

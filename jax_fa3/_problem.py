@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+Implementation = Literal["fa3", "xla"]
 Window = tuple[int | None, int | None]
 
 
@@ -26,12 +27,12 @@ class Masks(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SegmentIds:
-    """Rows see keys of their own id; of any integer dtype. A pytree of the two arrays."""
+    """Rows see keys of their own id. A pytree of the two arrays, of any integer dtypes, unsigned too:
+    that is why an id which means padding is kept beside them, and not replaced by -1."""
 
     query: Array  # [B, T]
     key: Array  # [B, S]
-    # An id >= 0 that is padding, as negative ones are; not marked yet, for which unsigned dtypes
-    # have no other number.
+    # An id >= 0 whose rows and keys are padding, as those of negative ids are.
     padding: int | None = dataclasses.field(default=None, metadata={"static": True})
 
 

@@ -15,53 +15,57 @@ from jax.typing import DTypeLike
 from ._broken import BROKEN_BEGIN, BROKEN_END, nan_rows
 
 
+class Masks(NamedTuple):
+    """The public functions' arguments of these names."""
+
+    is_causal: bool = False
+    local_window_size: int | tuple[int, int] | None = None
+    query_offset: Any = 0
+    query_seq_lengths: Any = None
+    key_value_seq_lengths: Any = None
+    query_segment_ids: Any = None
+    key_value_segment_ids: Any = None
+    key_begin: Any = None
+    key_end: Any = None
+
+
 def visible_keys(
-    batch: int,
-    query_length: int,
-    key_length: int,
-    *,
-    is_causal: bool = False,
-    local_window_size: int | tuple[int, int] | None = None,
-    query_offset: Any = 0,
-    query_seq_lengths: Any = None,
-    key_value_seq_lengths: Any = None,
-    query_segment_ids: Any = None,
-    key_value_segment_ids: Any = None,
-    key_begin: Any = None,
-    key_end: Any = None,
+    batch: int, query_length: int, key_length: int, **mask_arguments: Any
 ) -> tuple[np.ndarray, np.ndarray]:
     """visible: bool [B, T, S], row i sees key j; broken: bool [B, T], the row's segment is broken."""
+    masks = Masks(**mask_arguments)
+    key_begin, key_end, window = masks.key_begin, masks.key_end, masks.local_window_size
     i, j = np.arange(query_length)[:, None], np.arange(key_length)  # [T, 1], [S]
     visible = np.ones((batch, query_length, key_length), bool)
     broken = np.zeros((batch, query_length), bool)
-    offset = np.reshape(np.asarray(query_offset, object), (-1, 1, 1))  # object: Python's integers
+    # object: Python's integers
+    offset = np.reshape(np.asarray(masks.query_offset, object), (-1, 1, 1))
     if all(abs(x) < 2**60 for x in offset.flat):
         offset = offset.astype(np.int64)  # as exact, and fast
     ahead = (j - i) - offset  # distance of a key from its row's diagonal, [1 or B, T, S]
-    if is_causal:
+    if masks.is_causal:
         visible &= (ahead <= 0).astype(bool)
-    if local_window_size is not None:
-        both = isinstance(local_window_size, int)
-        left, right = (local_window_size,) * 2 if both else local_window_size
+    if window is not None:
+        left, right = (window, window) if isinstance(window, int) else window
         visible &= (ahead >= -left).astype(bool) & (ahead <= right).astype(bool)
-    if key_value_seq_lengths is not None:
-        visible &= j < np.reshape(key_value_seq_lengths, (-1, 1, 1))
+    if masks.key_value_seq_lengths is not None:
+        visible &= j < np.reshape(masks.key_value_seq_lengths, (-1, 1, 1))
     if key_begin is not None:
         visible &= j >= np.asarray(key_begin)[..., None]
     if key_end is not None:
         visible &= j < np.asarray(key_end)[..., None]
     if key_begin is not None and key_end is not None:  # what key_intervals says of broken rows
         broken |= (np.asarray(key_begin) == BROKEN_BEGIN) & (np.asarray(key_end) == BROKEN_END)
-    if query_segment_ids is not None:
-        ids = np.broadcast_to(query_segment_ids, (batch, query_length))[..., None]
-        same = (ids == np.asarray(key_value_segment_ids)[..., None, :]) & (ids >= 0)
+    if masks.query_segment_ids is not None:
+        ids = np.broadcast_to(masks.query_segment_ids, (batch, query_length))[..., None]
+        same = (ids == np.asarray(masks.key_value_segment_ids)[..., None, :]) & (ids >= 0)
         # A segment is one run when its last key is as far from its first as it has keys.
         last = np.where(same, j, -1).max(-1, initial=-1)
         first = np.where(same, j, key_length).min(-1, initial=key_length)
         broken |= same.any(-1) & (last - first + 1 != same.sum(-1))
         visible &= same & ~broken[..., None]
-    if query_seq_lengths is not None:
-        inside = i < np.reshape(query_seq_lengths, (-1, 1, 1))  # [B, T, 1]
+    if masks.query_seq_lengths is not None:
+        inside = i < np.reshape(masks.query_seq_lengths, (-1, 1, 1))  # [B, T, 1]
         visible, broken = visible & inside, broken & inside[..., 0]
     return visible, broken
 
@@ -100,18 +104,18 @@ def attention(
     *,
     scale: Any = None,
     logits_soft_cap: float | None = None,
-    bias: Array | None = None,
-    mask: Array | None = None,
     round_to: DTypeLike | Rounding | None = None,
-    **mask_arguments: Any,
+    **masks: Any,
 ) -> tuple[Array, Array]:
     """out [B, T, N, V] and lse [B, T, N], in the inputs' dtype (fp32 or fp64 in the tests).
 
     round_to: round scores, probabilities and output to this dtype, or in this way.
+    masks: bias and mask, dense, and those of Masks.
     """
+    bias, mask = masks.pop("bias", None), masks.pop("mask", None)
     rounding = round_to if isinstance(round_to, Rounding) else _rounding_to(round_to)
     (b, t, n, h), s = query.shape, key.shape[1]
-    seen = map(jnp.asarray, visible_keys(b, t, s, **mask_arguments))
+    seen = map(jnp.asarray, visible_keys(b, t, s, **masks))
     # The barrier keeps XLA from folding constants of this size, for seconds.
     visible, broken = (lax.optimization_barrier(x)[:, None] for x in seen)
     if mask is not None:

@@ -23,6 +23,7 @@ from ._mask import row_intervals
 from ._problem import wide
 
 if TYPE_CHECKING:
+    from ._operands import Operands, Rows
     from ._problem import Config, Masks
 
 # Scores held at a time, over batch, heads, the rows of a block and keys: 64 MiB in fp32.
@@ -30,40 +31,27 @@ BLOCK_SCORES = 2**24
 MIN_ROWS, SYMBOLIC_ROWS = 16, 128
 
 
-def attention(
-    query: Array,
-    key: Array,
-    value: Array,
-    masks: Masks,
-    window: tuple[int | None, int | None],
-    *,
-    scale: float | Array,
-    logits_soft_cap: float | None = None,
-    partial: bool = False,
-    bias: Array | None = None,
-    mask: Array | None = None,
-) -> tuple[Array, Array]:
+def attention(config: Config, operands: Operands, masks: Masks) -> tuple[Array, Array]:
     """Attention with memory linear in T and S (beside a dense bias or mask that is passed in).
 
     Args:
-        query, key, value: [B, T, N, H], [B, S, K, H], [B, S, K, V], any float dtype.
-        masks, window: as for row_intervals.
-        scale: float or scalar array of any sign, traced or not.
-        logits_soft_cap: float > 0: c * tanh(score / c), after scale and before bias.
-        partial: out is to be summed elsewhere.
-        bias, mask: float and bool, broadcastable to [B, N, T, S]; -inf and False hide a key.
+        config: scale may have any sign; logits_soft_cap comes after scale and before bias.
+        operands: of any float dtype; scale takes the place of config's; a bias of -inf and a mask of
+            False hide a key.
 
     Returns:
-        out: [B, T, N, V] in query's dtype, or lse's if partial.
+        out: [B, T, N, V] in query's dtype, or lse's if config.partial.
         lse: [B, N, T], fp32, or fp64 for fp64 inputs.
     """
+    query, key, value = operands.split()
+    scale = config.scale if operands.scale is None else operands.scale
     batch, length, heads, _ = query.shape
-    intervals = row_intervals(masks, window, batch, length, key.shape[1])
+    intervals = row_intervals(masks, config.window, batch, length, key.shape[1])
     groups, narrow, einsum = _groups(query, key), query.dtype, _einsum_for(query.dtype)
     query, key, value = _widened(query, key, value, masks)
     dense = {
         name: x.reshape(x.shape[0], *((1, 1) if x.shape[1] == 1 else groups), *x.shape[2:])
-        for name, x in (("bias", bias), ("mask", mask))
+        for name, x in (("bias", operands.bias), ("mask", operands.mask))
         if x is not None
     }
 
@@ -71,7 +59,7 @@ def attention(
         query, begin, end, broken, dense_rows = rows
         tensors = dense | dense_rows
         query = jnp.where(((begin < end) | broken)[..., None], query, 0)
-        scores = _scores(einsum, query, key, scale, logits_soft_cap)
+        scores = _scores(einsum, query, key, scale, config.logits_soft_cap)
         visible = _visible(begin, end, key.shape[1])
         if "bias" in tensors:
             scores += tensors["bias"].astype(scores.dtype)
@@ -89,47 +77,39 @@ def attention(
         nothing, nan = nan_rows(broken[..., None], query, value.shape[-1])
         out = jnp.where(sees, out, nothing)
         lse = jnp.where(sees, lse, jnp.where(broken[..., None], nan, -jnp.inf))
-        return out if partial else out.astype(narrow), lse[..., 0]
+        return out if config.partial else out.astype(narrow), lse[..., 0]
 
     by_row = {name: x for name, x in dense.items() if x.shape[3] == length}
-    operands = (_heads_first(query, groups), *(x[:, None, None] for x in intervals), by_row)
-    rows = _split(operands, _rows_per_block(query, key))
+    each = (_heads_first(query, groups), *(x[:, None, None] for x in intervals), by_row)
+    rows = _split(each, _rows_per_block(query, key))
     out, lse = _join(lax.map(jax.checkpoint(block, prevent_cse=False), rows), length)
     return _heads_last(out), lse.reshape(batch, heads, length)
 
 
 def backward(
-    config: Config,
-    query: Array,
-    key: Array,
-    value: Array,
-    masks: Masks,
-    lse: Array,
-    dout: Array,
-    dlse: Array,
-    out: Array | None = None,
+    config: Config, operands: Operands, masks: Masks, rows: Rows
 ) -> tuple[Array, Array, Array]:
     """Gradients from the forward's log-sum-exp, as in FlashAttention-2 (Dao 2023), algorithm 2.
 
     Args:
-        config, query, key, value, masks: the forward's arguments.
-        lse: the forward's, fp32 [B, N, T].
-        dout, dlse: cotangents of out, [B, T, N, V], and of lse.
-        out: the forward's, used if config.partial; None where dlse is dlse - rowsum(dout * out).
+        config, operands, masks: the forward's arguments.
+        rows: out is used if config.partial.
 
     Returns:
         dq, dk, dv, in the shapes of query, key, value and their dtypes, or lse's if config.partial.
         The dq of a row whose segment is broken is NaN, or 0 if its cotangents are.
     """
+    query, key, value = operands.split()
     batch, length, _, _ = query.shape
     intervals = row_intervals(masks, config.window, batch, length, key.shape[1])
+    dlse = rows.dlse
     groups, cap, einsum = _groups(query, key), config.logits_soft_cap, _einsum_for(query.dtype)
     narrow = query.dtype, key.dtype, value.dtype
     query, key, value = _widened(query, key, value, masks)
     if config.partial:
         narrow = (query.dtype,) * 3
-    if config.partial and out is not None:
-        dlse -= row_sums(dout, out, query.dtype)
+    if config.partial and rows.out is not None:
+        dlse -= row_sums(rows.dout, rows.out, query.dtype)
 
     def block(sums: tuple[Array, Array], rows: tuple[Array, ...]) -> tuple[Any, Array]:
         query, dout, lse, dlse, begin, end, broken = rows
@@ -161,13 +141,13 @@ def backward(
         dq = jnp.where(broken[..., None], jnp.nan, dq).astype(narrow[0])
         return (sums[0] + dk, sums[1] + dv), dq
 
-    operands = (
-        *(_heads_first(x, groups) for x in (query, dout)),
-        *(x.reshape(batch, *groups, length) for x in (lse, dlse)),
+    each = (
+        *(_heads_first(x, groups) for x in (query, rows.dout)),
+        *(x.reshape(batch, *groups, length) for x in (rows.lse, dlse)),
         *(x[:, None, None] for x in intervals),
     )
     sums = jnp.zeros_like(key), jnp.zeros_like(value)
-    (dk, dv), dq = lax.scan(block, sums, _split(operands, _rows_per_block(query, key)))
+    (dk, dv), dq = lax.scan(block, sums, _split(each, _rows_per_block(query, key)))
     return _heads_last(_join(dq, length)), dk.astype(narrow[1]), dv.astype(narrow[2])
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_fa3 import _ffi, _plan
+from jax_fa3._operands import Operands, Rows
 from jax_fa3._problem import Config, Masks
 from jax_fa3.fp8 import _ffi as _fp8
 
@@ -18,21 +19,19 @@ from jax_fa3.fp8 import _ffi as _fp8
 # so that is exactly as large as it must be.
 B, T, S, N, K, H, V = 2, 128, 160, 4, 2, 128, 64
 Struct = jax.ShapeDtypeStruct
-FORWARD: Any = _ffi.fwd
 
 
-def BACKWARD(
-    config: Config,
-    query: Any,
-    key: Any,
-    value: Any,
-    masks: Masks,
-    *rows: Any,
-    heads: Any = None,
-    **part: Any,
-) -> Any:
-    options: Any = {"heads": heads, "part": _ffi.PartOfDq(**part)}
-    return _ffi.bwd(config, query, key, value, masks, _ffi.Rows(*rows), **options)
+def FORWARD(config: Config, *arrays: Any, packed: Any = None, **options: Any) -> Any:
+    """arrays: those of Operands, then masks."""
+    *operands, masks = arrays
+    return _ffi.fwd(config, Operands(*operands, packed=packed), masks, **options)
+
+
+def BACKWARD(config: Config, *arrays: Any, packed: Any = None, **part: Any) -> Any:
+    """arrays: those of Operands, then masks, then those of Rows."""
+    at = next(i for i, x in enumerate(arrays) if isinstance(x, Masks))
+    operands, rows = Operands(*arrays[:at], packed=packed), Rows(*arrays[at + 1 :])
+    return _ffi.bwd(config, operands, arrays[at], rows, _ffi.PartOfDq(**part))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +84,6 @@ def right_calls() -> dict[str, Call]:
     plain = Config(0.5, (None, None), None, False)
     partial = dataclasses.replace(plain, partial=True)
     qkv = Struct((B, T, N + 2 * K, H), q.dtype)
-    heads = _ffi.Heads((N, K), (0, N, N + K))
     together = Struct((B, S, K, H + V), q.dtype)
     words = Struct((B, S, K, (H + V) // 2), jnp.uint32)
     summed = _ffi.dq_sum_of(q, N, V)
@@ -97,10 +95,10 @@ def right_calls() -> dict[str, Call]:
     lengths, masks = Struct((B,), jnp.int32), masks_of()
 
     def packed_forward(config: Config) -> Any:
-        return lambda qkv, *masks: FORWARD(config, qkv, qkv, qkv, *masks, heads=heads)
+        return lambda qkv, *masks: FORWARD(config, qkv, *masks, packed=(N, K))
 
     def packed_backward(qkv: Any, masks: Masks, *rows: Any) -> Any:
-        return BACKWARD(every, qkv, qkv, qkv, masks, *rows, heads=heads)
+        return BACKWARD(every, qkv, masks, *rows, packed=(N, K))
 
     def backward(config: Config) -> Any:
         return lambda *x: BACKWARD(config, *x)
@@ -112,7 +110,7 @@ def right_calls() -> dict[str, Call]:
         return BACKWARD(partial, *x[:3], Masks(), *x[3:-1], summed_dq=x[-1], finish_dq=False)
 
     def of_words(q: Any, words: Any, *rows: Any) -> Any:
-        return BACKWARD(partial, q, words, None, Masks(), None, *rows, finish_dq=False)
+        return BACKWARD(partial, q, words, Masks(), None, *rows, finish_dq=False)
 
     return {
         "fwd": recorded(lambda *x: FORWARD(every, *x), *operands, masks),
@@ -124,7 +122,7 @@ def right_calls() -> dict[str, Call]:
             recorded(lambda *x: FORWARD(plain, *x, Masks()), *operands)
         ),
         "fwd packed": recorded(packed_forward(every), qkv, masks),
-        "fwd side by side": recorded(lambda q, x: FORWARD(plain, q, x, None, Masks()), q, together),
+        "fwd side by side": recorded(lambda q, x: FORWARD(plain, q, x, Masks()), q, together),
         "fwd joined": recorded(joined(partial), *operands, *before),
         "fwd joined last": recorded(joined(plain), *operands, *before),
         "bwd": recorded(backward(every), *operands, masks, *rows),
@@ -161,10 +159,9 @@ def without_heads() -> dict[str, Call]:
     """Right calls, too."""
     config = Config(0.5, (None, None), None, False)
     operands, rows = operands_of(heads=0), rows_of(heads=0)
-    packed = _ffi.Heads((0, K), (0, 0, K))
 
     def packed_backward(qkv: Any, *rows: Any) -> Any:
-        return BACKWARD(config, qkv, qkv, qkv, Masks(), *rows, heads=packed)
+        return BACKWARD(config, qkv, Masks(), *rows, packed=(0, K))
 
     qkv = Struct((B, T, 2 * K, H), jnp.bfloat16)
     return {

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from jax_fa3 import _mask, context_parallel
 from jax_fa3._broken import row_sums
+from jax_fa3._operands import Operands, Rows
 from jax_fa3._problem import Config, Masks
 from jax_fa3.context_parallel import _steps
 from jax_fa3.context_parallel._layout import Layout
@@ -144,16 +145,17 @@ def in_steps(
     before: Any = None
     for i, (part, keys) in enumerate(steps):
         config = dataclasses.replace(config, partial=i + 1 < parts)
-        before = _steps.forward(implementation, config, (query, part), keys, before)
+        before = _steps.forward(implementation, config, Operands(query, part), keys, before)
     out, lse = before
     dout, dlse = cotangents
     dlse = jnp.swapaxes(dlse, 1, 2) - row_sums(dout, out, jnp.float32)
+    rows = Rows(None, lse, dout, dlse)
     config = dataclasses.replace(config, partial=True)
     dq, dkv = None, []
     for i, (part, keys) in enumerate(steps):
-        static = implementation, config, i + 1 == parts
+        static = implementation, (config, i + 1 == parts)
         words = jnp.pad(to_words(part), [(0, 0)] * 3 + [(0, 4 * i)])  # in the ring, gradients
-        dq, *dpart = _steps.backward(*static, (query, words), keys, lse, dout, dlse, dq)
+        dq, *dpart = _steps.backward(*static, Operands(query, words), keys, rows, dq)
         dkv.insert(0, dpart)
     dk, dv = (jnp.concatenate(x, axis=1).astype(query.dtype) for x in zip(*dkv, strict=True))
     return Results(out, jnp.swapaxes(lse, 1, 2), dq, dk, dv)

@@ -12,6 +12,7 @@ from lowering import hide_gpus
 
 import jax_fa3
 from jax_fa3 import _arguments
+from jax_fa3._operands import Operands
 from jax_fa3._problem import Masks, Sizes
 
 B, T, S, N, K, H = 2, 16, 24, 4, 2, 64
@@ -26,6 +27,7 @@ GOOD: dict[str, Any] = {
     "key": zeros(B, S, K, H),
     "value": zeros(B, S, K, H),
 }
+OPERANDS = Operands(**GOOD)
 SINGLE = {name: x[0] for name, x in GOOD.items()}  # without B
 FA3: dict[str, Any] = {"implementation": "fa3"}
 
@@ -213,10 +215,10 @@ def test_window(arguments, window, offset):
 
 
 def test_dense_arguments_get_four_axes():
-    call = _arguments.parse(SIZES, True, zeros(S), zeros(N, T, 1, dtype=bool))
-    assert call.bias is not None and call.bias.shape == (1, 1, 1, S)
-    assert call.mask is not None and call.mask.shape == (1, N, T, 1)
+    found = _arguments.parse(OPERANDS, True, zeros(S), zeros(N, T, 1, dtype=bool)).operands
+    assert found.bias is not None and found.bias.shape == (1, 1, 1, S)
+    assert found.mask is not None and found.mask.shape == (1, N, T, 1)
 
 
 def test_default_scale():
-    assert _arguments.parse(SIZES, True).scale == 0.125
+    assert _arguments.parse(OPERANDS, True).config.scale == 0.125

@@ -13,6 +13,7 @@ from lowering import lower, targets
 
 import jax_fa3
 from jax_fa3 import _xla, fp8
+from jax_fa3._operands import Operands, Rows
 from jax_fa3._problem import Config, Masks
 
 QUANTIZE, FWD, BWD = "jax_fa3.quantize.v1", "jax_fa3.fwd_fp8.v1", "jax_fa3.bwd.v1"
@@ -42,8 +43,9 @@ def test_gradients_are_of_the_saved_arrays():
     (out, lse), pullback = jax.vjp(functools.partial(attention, **CASE.mask), *QKV)
     found = pullback(cotangents)
     config = Config(64**-0.5, (None, 60), None, False, partial=True)
-    dlse = cotangents[1].swapaxes(1, 2)
-    exact = _xla.backward(config, *QKV, Masks(), lse.swapaxes(1, 2), cotangents[0], dlse, out)
+    dout, dlse = cotangents[0], cotangents[1].swapaxes(1, 2)
+    rows = Rows(out, lse.swapaxes(1, 2), dout, dlse)
+    exact = _xla.backward(config, Operands(*QKV), Masks(), rows)
     assert_close(found, [x.astype(jnp.float16) for x in exact], 1e-3)
     plain = functools.partial(jax_fa3.dot_product_attention, return_residual=True, **CASE.mask)
     for x, y in zip(found, jax.vjp(plain, *QKV)[1](cotangents), strict=True):

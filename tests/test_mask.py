@@ -167,8 +167,9 @@ def test_key_intervals_shape(shape: tuple[int, ...], arguments: dict[str, Any]):
     ],
 )
 def test_key_intervals_refuses(arguments: dict[str, Any], message: str):
+    call: dict[str, Any] = {"query_length": 4, "key_length": 5, **arguments}
     with pytest.raises(ValueError, match=message):
-        jax_fa3.key_intervals(**{"query_length": 4, "key_length": 5, **arguments})
+        jax_fa3.key_intervals(**call)
 
 
 def test_key_intervals_vmap():

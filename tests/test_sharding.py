@@ -15,6 +15,7 @@ from lowering import hide_gpus, lower, operations, targets
 
 import jax_fa3
 from jax_fa3 import _sharding, _xla
+from jax_fa3._operands import Operands
 from jax_fa3._problem import Config, Masks
 
 B, T, S, N, K, H = 2, 8, 12, 4, 2, 16
@@ -55,7 +56,7 @@ def attend_with(batches: list[int]) -> Any:
 
 
 def expected(query: jax.Array, key: jax.Array, value: jax.Array, masks: Masks):
-    return _xla.attention(query, key, value, masks, CONFIG.window, scale=CONFIG.scale)
+    return _xla.attention(CONFIG, Operands(query, key, value), masks)
 
 
 def inputs(*lead: int, offsets: int = B) -> tuple[jax.Array, jax.Array, jax.Array, Masks]:

@@ -18,6 +18,7 @@ from meshes import AUTO, DTYPE, EXPLICIT, GATHERS_NESTED, make_mesh, put, run
 
 import jax_fa3
 from jax_fa3 import _sharding, _xla
+from jax_fa3._operands import Operands
 from jax_fa3._problem import Config, Masks
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
@@ -51,7 +52,7 @@ def seen(**axes: Any) -> list[tuple[int, ...]]:
 
     def call(query: Any, key: Any, masks: Masks) -> Any:
         shapes.extend([query.shape, key.shape])
-        return _xla.attention(query, key, key, masks, config.window, scale=config.scale)
+        return _xla.attention(config, Operands(query, key, key), masks)
 
     def function(query: Any, key: Any, lengths: Any) -> Any:
         masks, letters = Masks(key_value_seq_lengths=lengths), Masks(key_value_seq_lengths="b")  # pyright: ignore[reportArgumentType]

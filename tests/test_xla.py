@@ -15,6 +15,7 @@ from masks import ints
 
 import jax_fa3
 from jax_fa3 import _arguments, _mask, _reference, _xla
+from jax_fa3._operands import Operands, Rows
 from jax_fa3._problem import Config, Sizes
 
 CASES = {case.name: case for case in TABLE}
@@ -38,8 +39,7 @@ def from_residuals(case: Case, inputs: Any, cotangents: Any, results: Results) -
     config = Config(case.scale or case.H**-0.5, window, case.logits_soft_cap, False)
     lse = results.lse.swapaxes(1, 2)
     dout, dlse = cotangents[0], cotangents[1].swapaxes(1, 2)
-    query, key, value = inputs
-    grads = _xla.backward(config, query, key, value, masks, lse, dout, dlse)
+    grads = _xla.backward(config, Operands(*inputs), masks, Rows(None, lse, dout, dlse))
     return Results(results.out, results.lse, *grads)
 
 

@@ -14,6 +14,7 @@ from masks import documents, ints
 
 import jax_fa3
 from jax_fa3 import _xla
+from jax_fa3._operands import Operands, Rows
 from jax_fa3._problem import Config, Masks
 
 SMALL = Case("small", 20, 26, H=8)
@@ -36,7 +37,7 @@ def test_memory_is_linear(axis: str):
         grads = jax.grad(lambda *x: attend(*x)[0].sum(dtype=jnp.float32), (0, 1, 2))
 
         def backward(q: Any, k: Any, v: Any, out: Any, lse: Any) -> Any:
-            return _xla.backward(config, q, k, v, Masks(), lse, out, lse)
+            return _xla.backward(config, Operands(q, k, v), Masks(), Rows(None, lse, out, lse))
 
         programs = ((attend, (q, k, v)), (grads, (q, k, v)), (backward, (q, k, v, out, lse)))
         return [temporary_bytes(f, *x) for f, x in programs]
@@ -69,8 +70,9 @@ def test_shard_map():
 
     def backward(q: Array, k: Array, v: Array) -> Any:
         k, v = (jax.lax.pcast(x, "data", to="varying") for x in (k, v))
-        out, lse = _xla.attention(q, k, v, Masks(), config.window, scale=config.scale)
-        return _xla.backward(config, q, k, v, Masks(), lse, 2 * out, jnp.zeros_like(lse))
+        call = config, Operands(q, k, v), Masks()
+        out, lse = _xla.attention(*call)
+        return _xla.backward(*call, Rows(None, lse, 2 * out, jnp.zeros_like(lse)))
 
     def autodiff(q: Array, k: Array, v: Array) -> Any:
         return jax.grad(lambda *x: (attention(*x, is_causal=True)[0] ** 2).sum(), (0, 1, 2))(

@@ -82,7 +82,9 @@ def over_named_axes(
             mesh=plan.mesh,
             in_specs=specs,
             out_specs=out_specs,
-            # All of them go without saying: without those that vmap maps over, which only JAX knows.
+            # The empty set, JAX's default, stands for all axes of the mesh, but those that split a
+            # dimension which a vmap around this call maps over: JAX refuses their names, and there is
+            # no asking for them.
             axis_names=set() if plan.names == set(plan.mesh.axis_names) else plan.names,
         )
         found = mapped(*(reshard(x, plan.mesh, s) for x, s in zip(operands, specs, strict=True)))

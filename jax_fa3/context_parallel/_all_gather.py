@@ -4,41 +4,38 @@ only its own part is kept. The gradients of K and V are summed by a reduce-scatt
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from jax import Array
 
-from .. import _autodiff
-from .._arguments import Implementation
-from .._problem import Config, Masks
+from .._autodiff import Attention, Method
+from .._operands import Operands, Rows
+from .._problem import Masks
 from .._varying import vary_together
 from ._layout import Layout
 
 
-def forward(
-    implementation: Implementation | None,
-    config: Config,
-    layout: Layout,
-    operands: tuple[Array, ...],
-    masks: Masks,
-) -> tuple[Array, Array]:
-    """out [B, T, N, V] and lse [B, N, T]; everything of one device, masks from of_this_device."""
-    query, *part = operands
-    call = vary_together(((query, *map(layout.gather, part)), masks))
-    out, lse = _autodiff._primal(implementation, config, None, *call)
-    return out, lse
+@dataclasses.dataclass(frozen=True)
+class AllGather(Method):
+    """Of one device's operands; masks from of_this_device."""
 
+    layout: Layout
 
-def backward(
-    implementation: Implementation | None,
-    config: Config,
-    layout: Layout,
-    residuals: tuple[tuple[Array, ...], Masks, Array, Array],
-    cotangents: tuple[Array, Array],
-) -> tuple[Array, ...]:
-    """dq, dk, dv."""
-    config = dataclasses.replace(config, partial=True)  # dk and dv in fp32
-    (query, *part), masks, out, lse = residuals
-    call = vary_together(((query, *map(layout.gather, part)), masks, out, lse))
-    (dquery, *dpart), _ = _autodiff._backward(implementation, config, None, call, cotangents)
-    summed = (layout.scatter_sum(dx).astype(x.dtype) for dx, x in zip(dpart, part, strict=True))
-    return dquery, *summed
+    def forward(
+        self, operands: Operands, masks: Masks, more: Any, for_gradient: bool
+    ) -> tuple[Array, ...]:
+        call = vary_together((self._gathered(operands), masks))
+        return Attention(self.implementation, self.config).forward(*call, None, False)
+
+    def backward(self, operands: Operands, masks: Masks, rows: Rows) -> Operands:
+        config = dataclasses.replace(self.config, partial=True)  # dk and dv in fp32
+        call = vary_together((self._gathered(operands), masks, rows.out, rows.lse))
+        whole, masks, out, lse = call
+        rows = rows._replace(out=out, lse=lse)
+        dquery, *dpart = Attention(self.implementation, config).backward(whole, masks, rows).split()
+        parts = zip(dpart, operands.split()[1:], strict=True)
+        return Operands(dquery, *(self.layout.scatter_sum(dx).astype(x.dtype) for dx, x in parts))
+
+    def _gathered(self, operands: Operands) -> Operands:
+        query, *part = operands.split()
+        return Operands(query, *map(self.layout.gather, part))

@@ -3,46 +3,51 @@ sequence with all heads into the whole sequence with a part of the heads, and ba
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from .. import _autodiff, _mask
-from .._arguments import Implementation
+from .. import _mask
+from .._autodiff import Attention, Method, differentiable
 from .._checks import wrong
-from .._problem import Config, Masks, SegmentIds
+from .._operands import Operands
+from .._problem import Masks, SegmentIds
 from ._layout import Layout
 
 
-def attend(
-    implementation: Implementation | None,
-    config: Config,
-    layout: Layout,
-    operands: tuple[Array, ...],
-    masks: Masks,
-    segment_ids: SegmentIds | None,
-) -> tuple[Array, Array]:
-    """out [B, T, N, V] and lse [B, N, T] of one device, by the masks of the whole sequence, whose
-    arrays [B, T] are of this device's rows; differentiable."""
-    query, key, value = operands
-    copies = copies_of_kv_heads(layout, query.shape[2], key.shape[2])
-    whole = [
-        layout.natural(lax.all_to_all(x, layout.axis_name, 2, 1, tiled=True))
-        for x in (query, jnp.repeat(key, copies, axis=2), jnp.repeat(value, copies, axis=2))
-    ]
-    begin, end = (None if x is None else layout.gather(x) for x in (masks.key_begin, masks.key_end))
-    masks = masks._replace(key_begin=begin, key_end=end)
-    if segment_ids is not None:
-        ids = jax.tree.map(layout.gather, segment_ids)
-        masks = _mask.with_segments(masks, ids, implementation)
-    out, lse = _autodiff.differentiable(implementation, config, None, tuple(whole), masks)
-    out, lse = (
-        lax.all_to_all(layout.laid_out(x), layout.axis_name, 1, 2, tiled=True)
-        for x in (out, jnp.swapaxes(lse, 1, 2))
-    )
-    return out, jnp.swapaxes(lse, 1, 2)
+@dataclasses.dataclass(frozen=True)
+class AllToAll(Method):
+    """Of one device's operands, by the masks of the whole sequence, whose arrays [B, T] are of this
+    device's rows; `more` is the segment ids, or None. It has JAX's derivative."""
+
+    layout: Layout
+
+    def __call__(
+        self, operands: Operands, masks: Masks, more: SegmentIds | None = None
+    ) -> tuple[Array, ...]:
+        layout, (query, key, value) = self.layout, operands.split()
+        copies = copies_of_kv_heads(layout, query.shape[2], key.shape[2])
+        whole = [
+            layout.natural(lax.all_to_all(x, layout.axis_name, 2, 1, tiled=True))
+            for x in (query, jnp.repeat(key, copies, axis=2), jnp.repeat(value, copies, axis=2))
+        ]
+        begin, end = (
+            None if x is None else layout.gather(x) for x in (masks.key_begin, masks.key_end)
+        )
+        masks = masks._replace(key_begin=begin, key_end=end)
+        if more is not None:
+            ids = jax.tree.map(layout.gather, more)
+            masks = _mask.with_segments(masks, ids, self.implementation)
+        method = Attention(self.implementation, self.config)
+        out, lse = differentiable(method, Operands(*whole), masks)
+        out, lse = (
+            lax.all_to_all(layout.laid_out(x), layout.axis_name, 1, 2, tiled=True)
+            for x in (out, jnp.swapaxes(lse, 1, 2))
+        )
+        return out, jnp.swapaxes(lse, 1, 2)
 
 
 def copies_of_kv_heads(layout: Layout, num_heads: int, num_kv_heads: int) -> int:

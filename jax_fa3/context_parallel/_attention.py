@@ -3,57 +3,47 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, Literal, Unpack, overload
 
 import jax
 from jax import Array, lax
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
-from .. import _arguments, _dispatch, _guards, _sharding
-from .._arguments import Implementation, Options
-from .._autodiff import RESIDUAL_NAMES, without_heads
-from .._checks import refuse_dense, static_bool, wrong
-from .._jitted import finite_in_debug_mode, jitted
-from .._problem import Config, Masks, SegmentIds, Sizes
+from .. import _arguments, _dispatch, _sharding
+from .._arguments import Options
+from .._autodiff import Method, without_heads
+from .._checks import static_bool, wrong
+from .._jitted import jitted
+from .._operands import Call, Operands
+from .._problem import Masks, SegmentIds
 from .._varying import vary_together
-from . import _all_gather, _all_to_all, _ring
+from ._all_gather import AllGather
+from ._all_to_all import AllToAll
 from ._checks import axis_size, check_lengths, check_replication
 from ._layout import Layout
 from ._masks import of_this_device
+from ._ring import Ring
 from ._specs import Specs
 
 Strategy = Literal["ring", "all_gather", "all_to_all"]
-Operands = tuple[Array, ...]
 
 
+# fmt: off
 @overload
 def dot_product_attention(
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
-    *,
-    axis_name: str,
-    strategy: Strategy = "ring",
-    zigzag: bool = False,
-    return_residual: Literal[False] = False,
+    query: ArrayLike, key: ArrayLike, value: ArrayLike, *, axis_name: str,
+    strategy: Strategy = "ring", zigzag: bool = False, return_residual: Literal[False] = False,
     **options: Unpack[Options],
 ) -> Array: ...
-
-
 @overload
 def dot_product_attention(
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
-    *,
-    axis_name: str,
-    strategy: Strategy = "ring",
-    zigzag: bool = False,
-    return_residual: Literal[True],
+    query: ArrayLike, key: ArrayLike, value: ArrayLike, *, axis_name: str,
+    strategy: Strategy = "ring", zigzag: bool = False, return_residual: Literal[True],
     **options: Unpack[Options],
 ) -> tuple[Array, Array]: ...
+# fmt: on
 
 
 def dot_product_attention(
@@ -107,128 +97,50 @@ def dot_product_attention(
             devices along the axis, and query not.
         NotImplementedError: bias, mask, a traced scale; as jax_fa3.dot_product_attention with "fa3".
     """
-    refuse_dense(options, "context parallelism")
-    tensors, sizes, batched = _arguments.operands(query, key, value)
-    call = _arguments.parse(sizes, batched, **options)
-    if isinstance(call.scale, Array):
-        wanted = "a static float: multiply query by it and pass scale=1.0"
-        raise NotImplementedError(f"scale: got an array, wanted {wanted}")
-    if strategy not in _SAVING_PARTS and strategy != "all_to_all":
+    call = _arguments.parse_without_dense("context parallelism", query, key, value, **options)
+    if strategy not in _STRATEGIES:
         raise wrong("strategy", repr(strategy), "'ring', 'all_gather' or 'all_to_all'")
     size = axis_size(axis_name, sharding)
     layout = Layout(axis_name, size, static_bool("zigzag", zigzag))
-    refused = _dispatch.refusal(call, tensors[0].dtype)
-    implementation = _dispatch.choose(call.implementation, refused, stacklevel=2)
-    config = Config(call.scale, call.window, call.logits_soft_cap, call.deterministic_backward)
-    static = strategy, implementation, config, layout, call.return_residual
+    implementation = _dispatch.choose(call.implementation, _dispatch.refusal(call), stacklevel=2)
+    method = _STRATEGIES[strategy](implementation, call.config, layout)
     if sharding is None:
-        check_lengths(layout, sizes)
-        check_replication(layout, tensors)
-        found = _attend(*static, tensors, call.masks, call.segment_ids)
-    else:
-        assert isinstance(sharding, NamedSharding)  # else refused
-        specs = Specs.of(sharding, layout, sizes, batched)
-        found = _attend_over(sharding, specs, static, tensors, call.masks, call.segment_ids)
-    return call.results(*found)
+        check_lengths(layout, call.operands.sizes)
+        check_replication(layout, call.operands.split())
+        return _attend(method, None, call)
+    assert isinstance(sharding, NamedSharding)  # else refused
+    specs = Specs.of(sharding, layout, call.operands.sizes, call.batched)
+    return _attend(method, specs, call)
+
+
+_STRATEGIES: dict[str, Any] = {"ring": Ring, "all_gather": AllGather, "all_to_all": AllToAll}
 
 
 # Jitted as _dispatch.run is: called eagerly, its steps would otherwise be compiled one by one.
-@jitted(static=5)
-def _attend(
-    strategy: Strategy,
-    implementation: Implementation | None,
-    config: Config,
-    layout: Layout,
-    with_lse: bool,
-    operands: Operands,
-    masks: Masks,
-    segment_ids: SegmentIds | None,
+@jitted(static=2)
+def _attend(method: Method, specs: Specs | None, call: Call) -> Any:
+    """Of each device's own part; with specs the call has whole arrays, which they split."""
+    arrays = call.operands, call.masks, call.segment_ids
+    local = functools.partial(_of_one_device, method)
+    if specs is None:
+        return call.finish(*local(*arrays))
+    mesh, in_specs = specs.mesh, specs.arguments(*arrays)
+    arrays = jax.tree.map(lambda x, spec: _sharding.reshard(x, mesh, spec), arrays, in_specs)
+    split = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=specs.results)
+    return call.finish(*split(*arrays))
+
+
+def _of_one_device(
+    method: Any, operands: Operands, masks: Masks, segment_ids: SegmentIds | None
 ) -> tuple[Array, ...]:
-    """Of this device's rows: out [B, T, N, V], and lse [B, N, T] if that is wanted."""
-    device = lax.axis_index(layout.axis_name)
+    """out [B, T, N, V] and lse [B, N, T] of one device's part."""
+    device = lax.axis_index(method.layout.axis_name)
     operands, masks, segment_ids, _ = vary_together((operands, masks, segment_ids, device))
-    if not operands[0].shape[2]:
-        found = without_heads(operands[0], operands[2].shape[3])
-        return found if with_lse else found[:1]
-    if strategy == "all_to_all":
-        found = _all_to_all.attend(implementation, config, layout, operands, masks, segment_ids)
-        return found if with_lse else found[:1]
-    (batch, query_length, _, _), key_length = operands[0].shape, operands[1].shape[1]
-    lengths = Sizes(batch, query_length, key_length, 0, 0, 0, 0)
-    masks = of_this_device(implementation, layout, masks, config.window, segment_ids, lengths)
-    config = dataclasses.replace(config, window=(None, None))  # which now is in the masks
-    operands = tuple(map(_guards.reverse_mode_only, operands))
-    out, lse = _with_vjp(strategy, implementation, config, layout, operands, masks)
-    return (out, lse) if with_lse else (out,)
-
-
-@jitted(static=3)
-def _attend_over(
-    sharding: NamedSharding,
-    specs: Specs,
-    static: tuple[Strategy, Implementation | None, Config, Layout, bool],
-    operands: Operands,
-    masks: Masks,
-    segment_ids: SegmentIds | None,
-) -> tuple[Array, ...]:
-    """_attend of whole arrays."""
-
-    def local(
-        operands: Operands, masks: Masks, segment_ids: SegmentIds | None
-    ) -> tuple[Array, ...]:
-        return _attend(*static, operands, masks, segment_ids)
-
-    mesh, in_specs = sharding.mesh, specs.arguments(masks, segment_ids)
-    arguments = jax.tree.map(
-        lambda x, spec: _sharding.reshard(x, mesh, spec), (operands, masks, segment_ids), in_specs
-    )
-    out_specs = specs.results if static[-1] else specs.results[:1]
-    call = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out_specs)
-    return call(*arguments)
-
-
-# Their forward and backward are written out, so that what is saved is of one device.
-_SAVING_PARTS: Any = {"ring": _ring, "all_gather": _all_gather}
-
-
-def _primal(
-    strategy: Strategy,
-    implementation: Implementation | None,
-    config: Config,
-    layout: Layout,
-    operands: Operands,
-    masks: Masks,
-) -> tuple[Array, Array]:
-    module = _SAVING_PARTS[strategy]
-    return module.forward(implementation, config, layout, operands, masks)
-
-
-def _forward(
-    strategy: Strategy,
-    implementation: Implementation | None,
-    config: Config,
-    layout: Layout,
-    operands: Operands,
-    masks: Masks,
-) -> tuple[tuple[Array, Array], Any]:
-    constants = tuple(map(_guards.not_differentiable, operands))
-    results = _primal(strategy, implementation, config, layout, constants, masks)
-    out, lse = map(checkpoint_name, results, RESIDUAL_NAMES)
-    return (out, lse), (operands, masks, out, finite_in_debug_mode(lse))
-
-
-def _backward(
-    strategy: Strategy,
-    implementation: Implementation | None,
-    config: Config,
-    layout: Layout,
-    residuals: tuple[Operands, Masks, Array, Array],
-    cotangents: tuple[Array, Array],
-) -> tuple[Operands, None]:
-    module = _SAVING_PARTS[strategy]
-    grads = module.backward(implementation, config, layout, residuals, cotangents)
-    return grads, None  # masks have no gradient
-
-
-_with_vjp = jax.custom_vjp(_primal, nondiff_argnums=(0, 1, 2, 3))
-_with_vjp.defvjp(_forward, _backward)
+    if not operands.heads[0]:
+        return without_heads(operands)
+    if isinstance(method, AllToAll):
+        return method(operands, masks, segment_ids)
+    static = method.implementation, method.layout
+    masks = of_this_device(*static, masks, method.config.window, segment_ids, operands.sizes)
+    config = dataclasses.replace(method.config, window=(None, None))  # which now is in the masks
+    return dataclasses.replace(method, config=config)(operands, masks)

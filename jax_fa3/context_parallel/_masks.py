@@ -7,9 +7,8 @@ import dataclasses
 from jax import Array
 
 from .. import _mask
-from .._arguments import Implementation
 from .._broken import is_broken, marked
-from .._problem import Masks, SegmentIds, Sizes, Window
+from .._problem import Implementation, Masks, SegmentIds, Sizes, Window
 from ._layout import Layout
 
 

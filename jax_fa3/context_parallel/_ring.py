@@ -17,9 +17,10 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
-from .._arguments import Implementation
+from .._autodiff import Method
 from .._broken import row_sums
-from .._problem import Config, Masks
+from .._operands import Operands, Rows
+from .._problem import Masks
 from .._varying import vary_together
 from . import _steps
 from ._layout import Layout
@@ -27,70 +28,65 @@ from ._masks import of_one_part
 from ._words import from_words, to_words
 
 
-def forward(
-    implementation: Implementation | None,
-    config: Config,
-    layout: Layout,
-    operands: tuple[Array, ...],
-    masks: Masks,
-) -> tuple[Array, Array]:
-    """out [B, T, N, V] and lse [B, N, T]; everything of one device, masks from of_this_device."""
-    query, key, value = operands
-    part = jnp.concatenate([key, value], axis=-1)
-    total: Any = None
-    for step in range(layout.size):
-        is_last = step + 1 == layout.size
-        arriving = None if is_last else layout.send(part)
-        keys = of_one_part(layout, masks, layout.device(step), key.shape[1])
-        config = dataclasses.replace(config, partial=not is_last)
-        call = vary_together(((query, part), keys, total))
-        total = _steps.forward(implementation, config, *call)
-        if not is_last:
-            part, total = _when_done(arriving, total)
-    return total
+@dataclasses.dataclass(frozen=True)
+class Ring(Method):
+    """Of one device's operands; masks from of_this_device."""
 
+    layout: Layout
 
-def backward(
-    implementation: Implementation | None,
-    config: Config,
-    layout: Layout,
-    residuals: tuple[tuple[Array, ...], Masks, Array, Array],
-    cotangents: tuple[Array, Array],
-) -> tuple[Array, ...]:
-    """dq, dk, dv."""
-    config = dataclasses.replace(config, partial=True)
-    (query, key, value), masks, out, lse = residuals
-    dout, dlse = cotangents
-    dlse = dlse - row_sums(dout, out, lse.dtype)
-    part: Any = to_words(jnp.concatenate([key, value], axis=-1))
-    # Not under way before the forward is done, beside whose steps its own parts travel.
-    part, dlse = lax.optimization_barrier((part, dlse))
-    words = part.shape[-1]
-    dquery: Any = None
-    dpart: Any = None  # [B, S, K, H + V]
-    for step in range(layout.size):
-        is_last = step + 1 == layout.size
-        # The next part, and the gradients so far of the one that is here now.
-        outgoing = [] if is_last else [part[..., :words]]
-        outgoing += [] if dpart is None else [to_words(dpart)]
-        leaving: Any = jnp.concatenate(outgoing, axis=-1) if outgoing else None
-        arriving: Any = None if leaving is None else layout.send(leaving)
-        keys = of_one_part(layout, masks, layout.device(step), key.shape[1])
-        call = vary_together(((query, part), keys, lse, dout, dlse, dquery))
-        dquery, *dkv = _steps.backward(implementation, config, is_last, *call)
-        if not is_last:
-            arriving, (dquery, dkv) = _when_done(arriving, (dquery, dkv))
-        own = jnp.concatenate(dkv, axis=-1)
-        if dpart is None:
-            dpart = own
-        else:
-            sums = arriving if is_last else arriving[..., words:]
-            dpart = from_words(sums, own.dtype, own.shape[-1]) + own
-        part = arriving
-    dpart = dpart.astype(key.dtype)
-    if layout.size > 1:
-        dpart = layout.send(dpart)  # home
-    return dquery, *jnp.split(dpart, [key.shape[-1]], axis=-1)
+    def forward(
+        self, operands: Operands, masks: Masks, more: Any, for_gradient: bool
+    ) -> tuple[Array, ...]:
+        layout, (query, key, value) = self.layout, operands.split()
+        part = jnp.concatenate([key, value], axis=-1)
+        total: Any = None
+        for step in range(layout.size):
+            is_last = step + 1 == layout.size
+            arriving = None if is_last else layout.send(part)
+            keys = of_one_part(layout, masks, layout.device(step), key.shape[1])
+            config = dataclasses.replace(self.config, partial=not is_last)
+            call = vary_together((Operands(query, part), keys, total))
+            total = _steps.forward(self.implementation, config, *call)
+            if not is_last:
+                part, total = _when_done(arriving, total)
+        return total
+
+    def backward(self, operands: Operands, masks: Masks, rows: Rows) -> Operands:
+        config = dataclasses.replace(self.config, partial=True)
+        layout, (query, key, value) = self.layout, operands.split()
+        assert rows.out is not None
+        row_terms = rows.dlse - row_sums(rows.dout, rows.out, rows.lse.dtype)
+        part: Any = to_words(jnp.concatenate([key, value], axis=-1))
+        # XLA may start to send as soon as there is something to send, and K and V are there from the
+        # start: while the forward's own parts travel. So both wait for what the forward gave.
+        part, row_terms = lax.optimization_barrier((part, row_terms))
+        rows = rows._replace(out=None, dlse=row_terms)
+        words = part.shape[-1]
+        dquery: Any = None
+        dpart: Any = None  # [B, S, K, H + V]
+        for step in range(layout.size):
+            is_last = step + 1 == layout.size
+            # The next part, and the gradients so far of the one that is here now.
+            outgoing = [] if is_last else [part[..., :words]]
+            outgoing += [] if dpart is None else [to_words(dpart)]
+            leaving: Any = jnp.concatenate(outgoing, axis=-1) if outgoing else None
+            arriving: Any = None if leaving is None else layout.send(leaving)
+            keys = of_one_part(layout, masks, layout.device(step), key.shape[1])
+            call = vary_together((Operands(query, part), keys, rows, dquery))
+            dquery, *dkv = _steps.backward(self.implementation, (config, is_last), *call)
+            if not is_last:
+                arriving, (dquery, dkv) = _when_done(arriving, (dquery, dkv))
+            own = jnp.concatenate(dkv, axis=-1)
+            if dpart is None:
+                dpart = own
+            else:
+                sums = arriving if is_last else arriving[..., words:]
+                dpart = from_words(sums, own.dtype, own.shape[-1]) + own
+            part = arriving
+        dpart = dpart.astype(key.dtype)
+        if layout.size > 1:
+            dpart = layout.send(dpart)  # home
+        return Operands(dquery, *jnp.split(dpart, [key.shape[-1]], axis=-1))
 
 
 def _when_done(arriving: Any, results: Any) -> Any:

@@ -10,14 +10,16 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from .._checks import wrong
+from .._operands import Operands
 from .._problem import Masks, SegmentIds, Sizes
 from ._checks import check_lengths
 from ._layout import Layout
 
 
 class Specs(NamedTuple):
-    """The mesh axes, or None, that split batch, sequence and heads."""
+    """The mesh, and its axes, or None, that split batch, sequence and heads."""
 
+    mesh: Any
     batch: Any
     sequence: str
     heads: Any
@@ -44,11 +46,11 @@ class Specs(NamedTuple):
             if count % devices:
                 wanted = f"a multiple of {devices}, the devices of mesh axes {axes}, by sharding"
                 raise wrong(name, count, wanted)
-        return cls(batch, axis_name, heads)
+        return cls(mesh, batch, axis_name, heads)
 
-    def arguments(self, masks: Masks, segment_ids: SegmentIds | None) -> Any:
-        """Specs of (query, key, value), masks and segment ids."""
-        batch, sequence, heads = self
+    def arguments(self, operands: Operands, masks: Masks, segment_ids: SegmentIds | None) -> Any:
+        """Specs of each."""
+        _, batch, sequence, heads = self
         rows = P(batch, sequence)
         offset = masks.query_offset
         one_offset = offset is not None and offset.shape[0] == 1
@@ -56,7 +58,7 @@ class Specs(NamedTuple):
         present: list[Any] = [
             None if x is None else spec for x, spec in zip(masks, each, strict=True)
         ]
-        tensors = (P(batch, sequence, heads),) * 3
+        tensors = jax.tree.map(lambda _: P(batch, sequence, heads), operands)
         return tensors, Masks(*present), jax.tree.map(lambda _: rows, segment_ids)
 
     @property

@@ -3,33 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, TypedDict
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.core import Tracer
 
-from .._arguments import Implementation
+from .._arguments import MaskArrays
 from .._checks import Integers, array, static_float, wrong
+from .._problem import Implementation
 
 # What the projections leave for the attention's backward. jax.checkpoint with the policy
 # save_only_these_names(*PROJECTION_NAMES, *jax_fa3.RESIDUAL_NAMES) computes neither again.
 PROJECTION_NAMES = ("jax_fa3_query", "jax_fa3_key", "jax_fa3_value")
 
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 KernelAxes = tuple[str | None, str | None] | None
-
-
-class MaskArguments(TypedDict, total=False):
-    """What a layer's call passes on to `jax_fa3.dot_product_attention`."""
-
-    query_offset: Integers
-    query_seq_lengths: Integers | None
-    key_value_seq_lengths: Integers | None
-    query_segment_ids: Integers | None
-    key_value_segment_ids: Integers | None
-    key_begin: Integers | None
-    key_end: Integers | None
 
 
 class Layer(Protocol):
@@ -90,13 +80,41 @@ def checked_inputs(inputs_q: Any, inputs_k: Any, inputs_v: Any) -> tuple[Array, 
     return inputs_q, inputs_k, inputs_v
 
 
+def documented(call: _Function) -> _Function:
+    """A layer's __call__, with the docstring that both layers have."""
+    call.__doc__ = _CALL
+    return call
+
+
+_CALL = """Attention of inputs_q to inputs_k and inputs_v; either defaults to the one before it.
+
+Args:
+    inputs_q, inputs_k, inputs_v: [B, T, features], [B, S, ...], [B, S, ...], or without B.
+    positions: integers [B, T] or [T] for rotary_base; default 0, 1, 2 ..., and in decoding
+        on from what the cache holds.
+    decode: of nnx alone; None is what the layer was made with.
+    masks: query_seq_lengths, key_value_seq_lengths, query_segment_ids,
+        key_value_segment_ids, query_offset, key_begin and key_end, as in
+        `jax_fa3.dot_product_attention`. Decoding takes the last two only, as positions in
+        the cache: key_begin hides padding at the left.
+
+Returns:
+    [B, T, out_features]. Rows that see no key give the output projection of 0. Decoding
+    past the cache's end raises, but under jit, where cache_index is not known, it gives NaN.
+
+Raises:
+    ValueError: sizes that do not fit; decoding without a cache or past its end.
+    NotImplementedError: as `jax_fa3.dot_product_attention`.
+"""
+
+
 def attend(
     layer: Layer,
     query: Array,
     key: Array,
     value: Array,
     positions: Integers | None,
-    masks: MaskArguments,
+    masks: MaskArrays,
     cache: Cache | None = None,
 ) -> tuple[Array, Cache | None]:
     """The layer from projection to projection: [..., T, N, H], and the cache with these T keys.
@@ -105,9 +123,9 @@ def attend(
     holds and themselves. If it has no room for them: ValueError, or under jit, where cache_index is
     not known, NaN in all of this and every later call's rows.
     """
-    unknown = masks.keys() - MaskArguments.__annotations__.keys()
+    unknown = masks.keys() - MaskArrays.__annotations__.keys()
     if unknown:
-        wanted = f"one of {', '.join(MaskArguments.__annotations__)}"
+        wanted = f"one of {', '.join(MaskArrays.__annotations__)}"
         if "mask" in unknown:
             wanted = "key_begin and key_end: jax_fa3.flax.mask_to_intervals(mask) gives both"
         raise TypeError(f"{min(unknown)}: not an argument of this layer, wanted {wanted}")
@@ -183,7 +201,7 @@ def _positions(positions: Integers | None, query: Array, key: Array, start: int 
 
 
 def _check_step(
-    layer: Layer, query: Array, key: Array, value: Array, masks: MaskArguments, cache: Cache
+    layer: Layer, query: Array, key: Array, value: Array, masks: MaskArrays, cache: Cache
 ) -> None:
     if not layer.is_causal:
         raise wrong("is_causal", False, "True for a layer that decodes")

@@ -12,11 +12,11 @@ from flax.linen.linear import default_kernel_init
 from flax.typing import Dtype, Initializer, PrecisionLike
 from jax import Array
 
-from .._arguments import Implementation
 from .._attention import dot_product_attention
 from .._checks import Integers, wrong
+from .._problem import Implementation
 from . import _layer
-from ._layer import Cache, KernelAxes, MaskArguments
+from ._layer import Cache, KernelAxes, MaskArrays
 
 
 class MultiHeadAttention(nn.Module):
@@ -37,7 +37,6 @@ class MultiHeadAttention(nn.Module):
         kernel_init, bias_init, out_kernel_init, out_bias_init: as in Flax's layer.
         is_causal, local_window_size, logits_soft_cap, scale: as in `jax_fa3.dot_product_attention`.
         deterministic_backward, implementation: as in `jax_fa3.dot_product_attention`.
-        padding_segment_id: as in `jax_fa3.dot_product_attention`, for calls that pass segment ids.
         rotary_base: rotates query and key by their positions, with this base (10000 in the paper);
             None does not.
         kernel_axes: logical names of the axes (features, heads) of all kernels and biases, for
@@ -47,6 +46,7 @@ class MultiHeadAttention(nn.Module):
             positions, one or a whole prompt.
         attention_fn: another function to be called as `jax_fa3.dot_product_attention`, with the
             arguments that are not at their defaults: jax.nn's with implementation="cudnn", say.
+        padding_segment_id: as in `jax_fa3.dot_product_attention`, for calls that pass segment ids.
     """
 
     num_heads: int
@@ -75,34 +75,11 @@ class MultiHeadAttention(nn.Module):
     padding_segment_id: int | None = None
 
     @nn.compact
+    @_layer.documented
     def __call__(
-        self,
-        inputs_q: Array,
-        inputs_k: Array | None = None,
-        inputs_v: Array | None = None,
-        *,
-        positions: Integers | None = None,
-        **masks: Unpack[MaskArguments],
-    ) -> Array:
-        """Attention of inputs_q to inputs_k and inputs_v; either defaults to the one before it.
-
-        Args:
-            inputs_q, inputs_k, inputs_v: [B, T, features], [B, S, ...], [B, S, ...], or without B.
-            positions: integers [B, T] or [T] for rotary_base; default 0, 1, 2 ..., and in decoding
-                on from what the cache holds.
-            masks: query_seq_lengths, key_value_seq_lengths, query_segment_ids,
-                key_value_segment_ids, query_offset, key_begin and key_end, as in
-                `jax_fa3.dot_product_attention`. Decoding takes the last two only, as positions in
-                the cache: key_begin hides padding at the left.
-
-        Returns:
-            [B, T, out_features]. Rows that see no key give the output projection of 0. Decoding
-            past the cache's end raises, but under jit, where cache_index is not known, it gives NaN.
-
-        Raises:
-            ValueError: sizes that do not fit; decoding without a cache or past its end.
-            NotImplementedError: as `jax_fa3.dot_product_attention`.
-        """
+        self, inputs_q: Array, inputs_k: Array | None = None, inputs_v: Array | None = None, *,
+        positions: Integers | None = None, **masks: Unpack[MaskArrays],
+    ) -> Array:  # fmt: skip
         inputs_q, inputs_k, inputs_v = _layer.checked_inputs(inputs_q, inputs_k, inputs_v)
         features = inputs_q.shape[-1]
         qkv_features = features if self.qkv_features is None else self.qkv_features

@@ -12,11 +12,11 @@ from flax.nnx.nn.linear import default_kernel_init
 from flax.typing import Dtype, Initializer, PrecisionLike
 from jax import Array
 
-from .._arguments import Implementation
 from .._attention import dot_product_attention
 from .._checks import Integers, wrong
+from .._problem import Implementation
 from . import _layer
-from ._layer import Cache, KernelAxes, MaskArguments
+from ._layer import Cache, KernelAxes, MaskArrays
 
 
 class MultiHeadAttention(nnx.Module):
@@ -137,36 +137,11 @@ class MultiHeadAttention(nnx.Module):
         self.cached_value = nnx.Cache(jnp.zeros(shape, dtype))
         self.cache_index = nnx.Cache(jnp.zeros((), jnp.int32))
 
+    @_layer.documented
     def __call__(
-        self,
-        inputs_q: Array,
-        inputs_k: Array | None = None,
-        inputs_v: Array | None = None,
-        *,
-        positions: Integers | None = None,
-        decode: bool | None = None,
-        **masks: Unpack[MaskArguments],
-    ) -> Array:
-        """Attention of inputs_q to inputs_k and inputs_v; either defaults to the one before it.
-
-        Args:
-            inputs_q, inputs_k, inputs_v: [B, T, features], [B, S, ...], [B, S, ...], or without B.
-            positions: integers [B, T] or [T] for rotary_base; default 0, 1, 2 ..., and in decoding
-                on from what the cache holds.
-            decode: None is the layer's.
-            masks: query_seq_lengths, key_value_seq_lengths, query_segment_ids,
-                key_value_segment_ids, query_offset, key_begin and key_end, as in
-                `jax_fa3.dot_product_attention`. Decoding takes the last two only, as positions in
-                the cache: key_begin hides padding at the left.
-
-        Returns:
-            [B, T, out_features]. Rows that see no key give the output projection of 0. Decoding
-            past the cache's end raises, but under jit, where cache_index is not known, it gives NaN.
-
-        Raises:
-            ValueError: sizes that do not fit; decoding without a cache or past its end.
-            NotImplementedError: as `jax_fa3.dot_product_attention`.
-        """
+        self, inputs_q: Array, inputs_k: Array | None = None, inputs_v: Array | None = None, *,
+        positions: Integers | None = None, decode: bool | None = None, **masks: Unpack[MaskArrays],
+    ) -> Array:  # fmt: skip
         inputs_q, inputs_k, inputs_v = _layer.checked_inputs(inputs_q, inputs_k, inputs_v)
         for name, x, features in (
             ("inputs_q", inputs_q, self.in_features),

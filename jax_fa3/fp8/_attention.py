@@ -7,54 +7,37 @@ from typing import Any, Literal, Unpack, overload
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from .. import _arguments, _dispatch, _mask, _sharding
-from .._arguments import Implementation, Options
-from .._autodiff import without_heads
-from .._checks import refuse_dense
+from .. import _arguments, _dispatch
+from .._arguments import Options
+from .._autodiff import on_each_device
 from .._jitted import jitted
-from .._problem import Config, Masks, SegmentIds
-from . import _autodiff
-from ._autodiff import Operands, Preparation
-from ._checks import check_not_quantized, config_of, refusal
+from .._operands import Call
+from ._autodiff import Attention, Preparation, by_operand
+from ._checks import check_not_quantized, refusal
 from ._hadamard import check_head_dim, random_signs
 from ._quantize import Quantization, check_quantization, whole_top
 
 
+# fmt: off
 @overload
 def dot_product_attention(
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
-    *,
-    incoherent_key: ArrayLike | None = 0,
-    quantization: Quantization = "block",
-    return_residual: Literal[False] = False,
+    query: ArrayLike, key: ArrayLike, value: ArrayLike, *, incoherent_key: ArrayLike | None = 0,
+    quantization: Quantization = "block", return_residual: Literal[False] = False,
     **options: Unpack[Options],
 ) -> Array: ...
-
-
 @overload
 def dot_product_attention(
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
-    *,
-    incoherent_key: ArrayLike | None = 0,
-    quantization: Quantization = "block",
-    return_residual: Literal[True],
+    query: ArrayLike, key: ArrayLike, value: ArrayLike, *, incoherent_key: ArrayLike | None = 0,
+    quantization: Quantization = "block", return_residual: Literal[True],
     **options: Unpack[Options],
 ) -> tuple[Array, Array]: ...
+# fmt: on
 
 
 def dot_product_attention(
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
-    *,
-    incoherent_key: ArrayLike | None = 0,
-    quantization: Quantization = "block",
-    **options: Any,
-) -> Array | tuple[Array, Array]:
+    query: ArrayLike, key: ArrayLike, value: ArrayLike, *,
+    incoherent_key: ArrayLike | None = 0, quantization: Quantization = "block", **options: Any,
+) -> Array | tuple[Array, Array]:  # fmt: skip
     """jax_fa3.dot_product_attention, its forward computed in FP8 (e4m3).
 
     FlashAttention-3, block quantization and incoherent processing (arXiv 2407.08608, section 3.3):
@@ -85,53 +68,24 @@ def dot_product_attention(
         NotImplementedError: bias, mask, a traced scale; with "fa3", what the kernels do not support,
             and other devices.
     """
-    refuse_dense(options, "jax_fa3.fp8")
-    tensors, sizes, batched = _arguments.operands(query, key, value)
-    call = _arguments.parse(sizes, batched, **options)
-    check_not_quantized("query", tensors[0])
+    call = _arguments.parse_without_dense("jax_fa3.fp8", query, key, value, **options)
+    check_not_quantized("query", call.operands.query)
     check_quantization(quantization)
     signs = None
     if incoherent_key is not None:
-        check_head_dim("query", sizes.head_dim, ", or incoherent_key=None")
-        signs = random_signs(incoherent_key, sizes.head_dim)
-    config = config_of(call, "query")
-    refused = _dispatch.refusal(call, tensors[0].dtype) or refusal(call)
+        head_dim = call.operands.sizes.head_dim
+        check_head_dim("query", head_dim, ", or incoherent_key=None")
+        signs = random_signs(incoherent_key, head_dim)
+    refused = _dispatch.refusal(call) or refusal(call)
     implementation = _dispatch.choose(call.implementation, refused, stacklevel=2)
-    static = implementation, quantization, config, call.sharding, call.return_residual
-    return call.results(*_attend(*static, tensors, signs, call.masks, call.segment_ids))
+    return _attend(Attention(implementation, call.config, quantization), call, signs)
 
 
-@jitted(static=5)
-def _attend(
-    implementation: Implementation | None,
-    quantization: Quantization,
-    config: Config,
-    sharding: Any,
-    with_lse: bool,
-    operands: Operands,
-    signs: Array | None,
-    masks: Masks,
-    segment_ids: SegmentIds | None,
-) -> tuple[Array, ...]:
-    signs = None if signs is None else signs[None]
-    preparation = Preparation(signs)
-    if quantization == "tensor":  # of whole arrays: inside there are only parts of them
-        each = _autodiff.by_operand(lax.stop_gradient(operands), preparation, masks)
-        query, key, value = (whole_top(x, flips, lengths) for x, flips, lengths, _ in each)
-        preparation = Preparation(signs, (query, key, value))
-
-    def local(
-        operands: Operands, preparation: Preparation, masks: Masks, segment_ids: Any
-    ) -> tuple[Array, Array]:
-        if not operands[0].shape[2]:
-            return without_heads(operands[0], operands[2].shape[3])
-        if segment_ids is not None:
-            masks = _mask.with_segments(masks, segment_ids, implementation)
-        static = implementation, quantization, config
-        return _autodiff.differentiable(*static, operands, preparation, masks)
-
-    per_id = None if segment_ids is None else ("b.", "b.")
-    letters, results = _autodiff.letters(operands, preparation, masks)
-    call = _sharding.over_named_axes(local, (*letters, per_id), results, sharding)
-    out, lse = call(operands, preparation, masks, segment_ids)
-    return (out, lse) if with_lse else (out,)
+@jitted(static=1)
+def _attend(method: Attention, call: Call, signs: Array | None) -> Any:
+    preparation = Preparation(None if signs is None else signs[None])
+    if method.quantization == "tensor":  # of whole arrays: each device has only a part of them
+        whole = by_operand(lax.stop_gradient(call.operands), preparation, call.masks)
+        query, key, value = map(whole_top, whole)
+        preparation = preparation._replace(tops=(query, key, value))
+    return on_each_device(method, call, preparation)

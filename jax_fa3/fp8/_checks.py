@@ -9,25 +9,16 @@ import numpy as np
 from jax import Array
 
 from .. import _dispatch
-from .._arguments import Call
 from .._checks import array, wrong
-from .._problem import Config, Sizes
+from .._operands import Call
 from ._ffi import blocks
 
 E4M3 = np.dtype(jnp.float8_e4m3fn)
 
 
-def config_of(call: Call, instead_of_scale: str) -> Config:
-    """Its static part. Raises NotImplementedError for a scale that is not static."""
-    if isinstance(call.scale, Array):
-        wanted = f"wanted a static float: multiply {instead_of_scale} by it and pass scale=1.0"
-        raise NotImplementedError(f"scale: got an array, {wanted}")
-    return Config(call.scale, call.window, call.logits_soft_cap, call.deterministic_backward)
-
-
 def refusal(call: Call) -> str | None:
     """Why the FP8 kernel cannot take these arguments, beside their dtypes; None if it can."""
-    sizes: Sizes = call.sizes
+    sizes = call.operands.sizes
     if sizes.head_dim_v != sizes.head_dim:
         found = f"head dim {sizes.head_dim_v} beside {sizes.head_dim} of query"
         return f"value: got {found}, wanted the same in FP8, or {_dispatch.ELSEWHERE}"

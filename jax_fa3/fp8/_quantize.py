@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,16 +10,28 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from .. import _dispatch, _guards
-from .._arguments import Implementation
+from .._arguments import check_implementation
 from .._checks import Integers, array, integers, wrong
 from .._integers import clamped
 from .._jitted import jitted
+from .._problem import Implementation
 from . import _ffi
 from ._checks import check_not_quantized, refusal_of_head_dim
 from ._ffi import BLOCK, blocks
 from ._hadamard import check_head_dim, checked_signs, transform
 
 Quantization = Literal["block", "head", "tensor"]
+
+
+class Unquantized(NamedTuple):
+    """What is to be quantized, and how. A pytree."""
+
+    x: Array  # [B, T, N, H]
+    signs: Array | None  # fp32 [1 or B, H], for a Hadamard transform before
+    lengths: Array | None  # int32 [B]
+    top: Array | None = None  # for "tensor" alone: the greatest magnitude of all, [1 or B, 1, 1]
+
+
 E4M3_MAX = 448.0
 
 
@@ -64,8 +76,7 @@ def quantize(
         raise wrong("x", f"shape {whole.shape}", "(B, T, N, H), or (T, N, H)")
     check_not_quantized("x", whole)
     check_quantization(quantization)
-    if implementation not in (None, "fa3", "xla"):
-        raise wrong("implementation", repr(implementation), "None, 'fa3' or 'xla'")
+    check_implementation(implementation)
     flips = checked_signs(signs, whole.shape[-1])
     if flips is not None:
         check_head_dim("x", whole.shape[-1], ", or signs=None")
@@ -94,48 +105,31 @@ def _quantize(
 ) -> tuple[Array, Array]:
     x = _guards.quantized(x)
     signs = None if signs is None else _guards.quantized(signs)[None]
-    top = whole_top(x, signs, lengths) if quantization == "tensor" else None
-    operands = x, signs, lengths, top
-    all_letters = zip(operands, ("b.n.", "..", "b", "..."), strict=True)
-    letters = tuple(None if operand is None else dims for operand, dims in all_letters)
-    static = implementation, kernel, plain, (quantization,), letters, ("b.n.", "b.n")
-    quantized, scales = _dispatch.run(*static, *operands)
+    given = Unquantized(x, signs, lengths)
+    if quantization == "tensor":
+        given = given._replace(top=whole_top(given))
+    all_letters = zip(given, ("b.n.", "..", "b", "..."), strict=True)
+    letters = tuple(None if x is None else dims for x, dims in all_letters)
+    static = implementation, kernel, plain, (quantization,), (letters,), ("b.n.", "b.n")
+    quantized, scales = _dispatch.run(*static, given)
     return quantized, scales
 
 
-def kernel(
-    quantization: Quantization,
-    x: Array,
-    signs: Array | None,
-    lengths: Array | None,
-    top: Array | None,
-) -> tuple[Array, Array]:
+def kernel(quantization: Quantization, given: Unquantized) -> tuple[Array, Array]:
     """`plain` by the kernel, where that does it."""
     if quantization != "block":
-        return plain(quantization, x, signs, lengths, top)
+        return plain(quantization, given)
+    x, signs, lengths, _ = given
     if signs is not None and signs.shape[0] > 1:  # under vmap; the kernel takes the same for all
         x, signs = x * signs[:, None, None].astype(x.dtype), jnp.ones_like(signs)
     return _ffi.quantize(x, None if signs is None else signs[0], lengths)
 
 
-def plain(
-    quantization: Quantization,
-    x: Array,
-    signs: Array | None,
-    lengths: Array | None,
-    top: Array | None,
-) -> tuple[Array, Array]:
-    """e4m3 [B, T, N, H] and its scales, fp32 [B, blocks of T, N].
-
-    Args:
-        x: [B, T, N, H].
-        signs: fp32 [1 or B, H], for a Hadamard transform before.
-        lengths: int32 [B].
-        top: for "tensor" alone, the greatest magnitude of the whole array, [1 or B, 1, 1].
-    """
-    batch, length, heads, head_dim = x.shape
-    count = blocks(length)
-    x = _prepared(x, signs, lengths)
+def plain(quantization: Quantization, given: Unquantized) -> tuple[Array, Array]:
+    """e4m3 [B, T, N, H] and its scales, fp32 [B, blocks of T, N]."""
+    batch, length, heads, head_dim = given.x.shape
+    count, top = blocks(length), given.top
+    x = _prepared(given)
     x = jnp.pad(x, ((0, 0), (0, count * BLOCK - length), (0, 0), (0, 0)))
     x = x.reshape(batch, count, BLOCK, heads, head_dim)
     if quantization == "block":
@@ -151,10 +145,10 @@ def plain(
     return lax.optimization_barrier(x.astype(jnp.float8_e4m3fn)), scales
 
 
-def whole_top(x: Array, signs: Array | None, lengths: Array | None) -> Array:
+def whole_top(given: Unquantized) -> Array:
     """The greatest magnitude of all of x, [1, 1, 1]. To be called on whole arrays, not on a device's
     part of them."""
-    return _top(_prepared(x, signs, lengths), (0, 1, 2, 3)).reshape(1, 1, 1)
+    return _top(_prepared(given), (0, 1, 2, 3)).reshape(1, 1, 1)
 
 
 def check_quantization(x: Any) -> None:
@@ -162,9 +156,9 @@ def check_quantization(x: Any) -> None:
         raise wrong("quantization", repr(x), "'block', 'head' or 'tensor'")
 
 
-def _prepared(x: Array, signs: Array | None, lengths: Array | None) -> Array:
+def _prepared(given: Unquantized) -> Array:
     """x in fp32, transformed, and 0 from the lengths on."""
-    x = x.astype(jnp.float32)
+    x, signs, lengths = given.x.astype(jnp.float32), given.signs, given.lengths
     if lengths is not None:
         inside = jnp.arange(x.shape[1], dtype=jnp.int32)[None] < lengths[:, None]
         x = jnp.where(inside[..., None, None], x, 0)

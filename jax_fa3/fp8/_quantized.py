@@ -2,54 +2,42 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, Literal, Unpack, overload
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from .. import _arguments, _autodiff, _dispatch, _guards, _mask, _sharding
-from .._arguments import Implementation, Options
-from .._autodiff import without_heads
-from .._checks import array, refuse_dense, wrong
-from .._jitted import jitted
-from .._problem import Config, Masks, SegmentIds
+from .. import _arguments, _dispatch, _guards
+from .._arguments import Options
+from .._autodiff import Method, compute
+from .._checks import array, wrong
+from .._operands import Operands, batch_letters
+from .._problem import Masks
 from . import _ffi, _xla
-from ._checks import check_e4m3, checked_result_dtype, checked_scale, config_of, refusal
-
-Three = tuple[Array, Array, Array]
+from ._checks import check_e4m3, checked_result_dtype, checked_scale, refusal
 
 
+class _Options(Options, total=False):
+    dtype: DTypeLike
+
+
+# fmt: off
 @overload
 def quantized_dot_product_attention(
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
-    query_scale: ArrayLike,
-    key_scale: ArrayLike,
-    value_scale: ArrayLike,
-    *,
-    dtype: DTypeLike = jnp.bfloat16,
-    return_residual: Literal[False] = False,
-    **options: Unpack[Options],
+    query: ArrayLike, key: ArrayLike, value: ArrayLike,
+    query_scale: ArrayLike, key_scale: ArrayLike, value_scale: ArrayLike, *,
+    return_residual: Literal[False] = False, **options: Unpack[_Options],
 ) -> Array: ...
-
-
 @overload
 def quantized_dot_product_attention(
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
-    query_scale: ArrayLike,
-    key_scale: ArrayLike,
-    value_scale: ArrayLike,
-    *,
-    dtype: DTypeLike = jnp.bfloat16,
-    return_residual: Literal[True],
-    **options: Unpack[Options],
+    query: ArrayLike, key: ArrayLike, value: ArrayLike,
+    query_scale: ArrayLike, key_scale: ArrayLike, value_scale: ArrayLike, *,
+    return_residual: Literal[True], **options: Unpack[_Options],
 ) -> tuple[Array, Array]: ...
+# fmt: on
 
 
 def quantized_dot_product_attention(
@@ -94,54 +82,37 @@ def quantized_dot_product_attention(
         NotImplementedError: bias, mask, a traced scale, differentiation; with "fa3", what the kernel
             does not support, and other devices.
     """
-    refuse_dense(options, "jax_fa3.fp8")
     names = "query", "key", "value"
-    arrays = [*map(array, names, (query, key, value))]
-    for name, x in zip(names, arrays, strict=True):
+    tensors = [*map(array, names, (query, key, value))]
+    for name, x in zip(names, tensors, strict=True):
         check_e4m3(name, x)
-    tensors, sizes, batched = _arguments.operands(*arrays)
-    call = _arguments.parse(sizes, batched, **options)
-    if call.deterministic_backward:
-        raise wrong("deterministic_backward", True, "False, for there are no gradients")
-    scales = (
-        checked_scale("query_scale", query_scale, tensors[0].shape, batched),
-        checked_scale("key_scale", key_scale, tensors[1].shape, batched),
-        checked_scale("value_scale", value_scale, tensors[2].shape, batched),
+    call = _arguments.parse_without_dense(
+        "jax_fa3.fp8", *tensors, instead_of_scale="query_scale", **options
     )
-    config, result = config_of(call, "query_scale"), checked_result_dtype(dtype)
+    if call.config.deterministic_backward:
+        raise wrong("deterministic_backward", True, "False, for there are no gradients")
+    q, k, v = call.operands.split()
+    scales = (
+        checked_scale("query_scale", query_scale, q.shape, call.batched),
+        checked_scale("key_scale", key_scale, k.shape, call.batched),
+        checked_scale("value_scale", value_scale, v.shape, call.batched),
+    )
+    result = checked_result_dtype(dtype)
+    operands, scales = jax.tree.map(_guards.quantized, (call.operands, scales))
     implementation = _dispatch.choose(call.implementation, refusal(call), stacklevel=2)
-    static = implementation, config, result, call.sharding, call.return_residual
-    return call.results(*_attend(*static, tensors, scales, call.masks, call.segment_ids))
+    method = Quantized(implementation, call.config, dtype=result)
+    return compute(method, dataclasses.replace(call, operands=operands), scales)
 
 
-@jitted(static=5)
-def _attend(
-    implementation: Implementation | None,
-    config: Config,
-    dtype: np.dtype,
-    sharding: Any,
-    with_lse: bool,
-    tensors: Three,
-    scales: Three,
-    masks: Masks,
-    segment_ids: SegmentIds | None,
-) -> tuple[Array, ...]:
-    tensors, scales = jax.tree.map(_guards.quantized, (tensors, scales))
-    per_tensor, per_mask, results = _autodiff._letters(tensors, masks)
-    per_scale = "b.n", "b.k", "b.k"
+class Quantized(Method):
+    """Of e4m3 arrays; `more` is the scales of query, key and value."""
 
-    def local(tensors: Three, scales: Three, masks: Masks, segment_ids: Any) -> tuple[Array, ...]:
-        if not tensors[0].shape[2]:
-            return without_heads(tensors[0], tensors[2].shape[3], dtype)
-        if segment_ids is not None:
-            masks = _mask.with_segments(masks, segment_ids, implementation)
-        per_mask = _autodiff._letters(tensors, masks)[1]
-        letters = per_tensor, per_scale, per_mask
-        static = implementation, _ffi.fwd, _xla.attention, (config, dtype), letters, results
-        return _dispatch.run(*static, tensors, scales, masks)
+    def __call__(self, operands: Operands, masks: Masks, more: Any = None) -> tuple[Array, ...]:
+        per_mask = batch_letters(masks, operands.sizes.batch)
+        letters = operands.letters.split(), self.letters(more), per_mask
+        static, results = (self.config, self.dtype), operands.result_letters
+        call = self.implementation, _ffi.fwd, _xla.attention, static, letters, results
+        return _dispatch.run(*call, operands.split(), more, masks)
 
-    per_id = None if segment_ids is None else ("b.", "b.")
-    letters = per_tensor, per_scale, per_mask, per_id
-    call = _sharding.over_named_axes(local, letters, results, sharding)
-    out, lse = call(tensors, scales, masks, segment_ids)
-    return (out, lse) if with_lse else (out,)
+    def letters(self, more: Any) -> Any:
+        return "b.n", "b.k", "b.k"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -10,16 +10,13 @@ import numpy as np
 from jax import Array
 
 from .. import _xla
+from .._operands import Operands
 from .._problem import Config, Masks
 from ._ffi import BLOCK
 
 
 def attention(
-    config: Config,
-    dtype: np.dtype,
-    tensors: tuple[Array, Array, Array],
-    scales: tuple[Array, Array, Array],
-    masks: Masks,
+    config: Config, dtype: np.dtype, tensors: Sequence[Array], scales: Sequence[Array], masks: Masks
 ) -> tuple[Array, Array]:
     """What _ffi.fwd computes, in fp32 from the dequantized arrays; memory linear in T and S."""
     query, key, value = map(dequantized, tensors, scales)
@@ -27,9 +24,8 @@ def attention(
     # that a row does not see are no part of any product.
     bad = _rows(jnp.isnan(_checked(scales[2])), value.shape[1])[..., None]
     key, value = jnp.where(bad, jnp.nan, key), jnp.where(bad, 0, value)
-    options: Any = {"scale": config.scale, "logits_soft_cap": config.logits_soft_cap}
     with jax.default_matmul_precision("highest"):
-        out, lse = _xla.attention(query, key, value, masks, config.window, **options)
+        out, lse = _xla.attention(config, Operands(query, key, value), masks)
     return out.astype(dtype), lse
 
 

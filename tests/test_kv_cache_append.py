@@ -13,6 +13,8 @@ from modes import strict
 from jax_fa3 import kv_cache
 from jax_fa3.kv_cache import _rotary
 
+append: Any = kv_cache.append  # whose arguments are given in tuples here
+append_and_attend: Any = kv_cache.append_and_attend
 MIXED: Any = {"counts": (1, 17, 0, 1, 2), "lengths": (9, 17, 30, 0, 50), "ragged": True}
 WINDOW: Any = {"options": {"local_window_size": 3}}
 TABLE = [
@@ -54,14 +56,10 @@ def written(inputs: Inputs, key: np.ndarray, value: np.ndarray) -> Any:
                 for old, new, scale in zip(
                     (inputs.key, inputs.value), (key, value), inputs.scale, strict=True
                 ):
-                    x = np.float32(new[row]) / np.float32(scale[at])[:, None]
+                    x = new[row].astype(np.float32) / scale[at].astype(np.float32)[:, None]
                     old[at] = np.clip(x, -limit, limit)
             row += 1
     return inputs.caches()
-
-
-def bits(x: Any) -> Any:
-    return None if x is None else np.asarray(x).view(f"u{x.dtype.itemsize}")
 
 
 def call_of(inputs: Inputs, key: np.ndarray, value: np.ndarray, **more: Any) -> Any:
@@ -71,7 +69,7 @@ def call_of(inputs: Inputs, key: np.ndarray, value: np.ndarray, **more: Any) -> 
         del arguments[name]
     caches = [arguments.pop(name) for name in ("key_cache", "value_cache")]
     with strict():
-        return kv_cache.append(*caches, *new, **arguments, **more)
+        return append(*caches, *new, **arguments, **more)
 
 
 @pytest.mark.parametrize("case", [*TABLE, *SCALED], ids=str)
@@ -83,7 +81,7 @@ def test_writes(case: Case):
     for x, y in zip(found, written(inputs, key, value), strict=True):
         if x is not None:
             assert x.dtype == y.dtype
-            np.testing.assert_array_equal(*(np.asarray(z, np.float32) for z in (x, y)))
+            np.testing.assert_array_equal(np.asarray(x, np.float32), np.asarray(y, np.float32))
 
 
 @pytest.mark.parametrize(
@@ -101,7 +99,7 @@ def test_mistakes_write_nothing(argument: str, place: Any, value: Any):
     arguments[argument] = np.array(arguments[argument])
     arguments[argument][place] = value
     rows = (jnp.asarray(inputs.shaped(x), jnp.float32) for x in new)
-    found = kv_cache.append(*inputs.caches(), *rows, **arguments)
+    found = append(*inputs.caches(), *rows, **arguments)
     written(inputs, *new)
     inputs.key[inputs.pages[1]] = before[inputs.pages[1]]
     np.testing.assert_array_equal(found[0], inputs.key.astype(np.float32))
@@ -111,7 +109,7 @@ def test_scale_of_0():
     """Heads of zeros, whose largest number is their scale, are zeros."""
     cache = jnp.zeros((1, 8, 1, 4), E4M3)
     new = jnp.zeros((1, 1, 1, 4), jnp.bfloat16)
-    caches = kv_cache.append(cache, cache, new, new, [1], key_scale=0.0, value_scale=0.0)
+    caches = append(cache, cache, new, new, [1], key_scale=0.0, value_scale=0.0)
     out = kv_cache.dot_product_attention(new, *caches, [1], key_scale=0.0, value_scale=0.0)
     np.testing.assert_array_equal(np.asarray(out, np.float32), 0)
 
@@ -122,12 +120,12 @@ def test_scales_are_a_cache_too():
     inputs = Inputs(case, jnp.bfloat16)
     pools = [jnp.asarray(x[..., None], jnp.float32) for x in inputs.scale]
     new = [jnp.asarray(inputs.rng.uniform(1, 2, (2, 2, 2, 1)), jnp.float32) for _ in range(2)]
-    pools = kv_cache.append(*pools, *new, **inputs.where())
+    pools = append(*pools, *new, **inputs.where())
     at = inputs.pages[0, 1], 20 % 16 - 1
     np.testing.assert_array_equal(pools[0][at], new[0][0, 1])
     rows = [jnp.full((2, 2, 2, 16), 3.0, jnp.bfloat16)] * 2
     scales = {"key_scale": pools[0], "value_scale": pools[1]}
-    caches = kv_cache.append(*inputs.caches(), *rows, **inputs.where(), **scales)
+    caches = append(*inputs.caches(), *rows, **inputs.where(), **scales)
     stands_for = np.asarray(caches[1][at], np.float32) * pools[1][at]
     np.testing.assert_allclose(stands_for, 3, rtol=2**-4)
 
@@ -205,7 +203,7 @@ def test_append_and_attend(case: Case):
     caches = [arguments.pop(name) for name in ("key_cache", "value_cache")]
     new = (jnp.asarray(inputs.shaped(x), jnp.float32) for x in (key, value))
     with strict():
-        out, *found, lse = kv_cache.append_and_attend(
+        out, *found, lse = append_and_attend(
             arguments.pop("query"), *new, *caches, **arguments, return_residual=True
         )
     for x, y in zip(found, written(inputs, key, value), strict=True):
@@ -221,9 +219,9 @@ def test_append_and_attend_rotates_both():
     angles = np.arange(40)[:, None] * 10.0 ** -np.arange(4)
     tables = {"rotary_cos": np.cos(angles), "rotary_sin": np.sin(angles)}
     cache = jnp.zeros((1, 8, 2, 8))
-    out, *_ = kv_cache.append_and_attend(*x, cache, cache, [6], **tables)
+    out, *_ = append_and_attend(*x, cache, cache, [6], **tables)
     later = np.arange(6)[None] + 30
-    moved, *_ = kv_cache.append_and_attend(*x, cache, cache, [6], **tables, positions=later)
+    moved, *_ = append_and_attend(*x, cache, cache, [6], **tables, positions=later)
     np.testing.assert_allclose(out, moved, rtol=1e-4, atol=1e-5)
 
 
@@ -231,7 +229,7 @@ def test_has_no_derivative():
     cache = jnp.zeros((1, 8, 2, 8))
     with pytest.raises(NotImplementedError, match="jax_fa3.kv_cache has no derivatives"):
         new = jnp.ones((1, 1, 2, 8))
-        jax.grad(lambda x: kv_cache.append(cache, cache, x, x, [1])[0].sum())(new)
+        jax.grad(lambda x: append(cache, cache, x, x, [1])[0].sum())(new)
 
 
 def test_saturates_as_ml_dtypes_rounds():
@@ -239,7 +237,7 @@ def test_saturates_as_ml_dtypes_rounds():
     x = np.arange(2**16, dtype=np.uint16).view(ml_dtypes.bfloat16)
     cache = jnp.zeros((1, 2**16, 1, 1), E4M3)
     new = jnp.asarray(x.reshape(1, -1, 1, 1))
-    found = np.asarray(kv_cache.append(cache, cache, new, new, [2**16])[0]).ravel()
+    found = np.asarray(append(cache, cache, new, new, [2**16])[0]).ravel()
     with np.errstate(invalid="ignore"):  # of NaN
         wanted = np.clip(x.astype(np.float32), -448, 448).astype(ml_dtypes.float8_e4m3fn)
     np.testing.assert_array_equal(found.astype(np.float32), wanted.astype(np.float32))

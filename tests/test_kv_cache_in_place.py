@@ -154,9 +154,8 @@ def test_no_copy_of_contiguous_caches():
     def function(caches: Any) -> Any:
         def body(caches: Any, layer: Any) -> Any:
             rows = jnp.arange(B, dtype=jnp.int32) + layer * B
-            out, *caches = kv_cache.append_and_attend(
-                QUERY, NEW, NEW, *caches, LENGTHS, cache_rows=rows
-            )
+            new = QUERY, NEW, NEW
+            out, *caches = kv_cache.append_and_attend(*new, *caches, LENGTHS, cache_rows=rows)  # pyright: ignore
             return tuple(caches), out
 
         caches, out = lax.scan(body, caches, jnp.arange(LAYERS, dtype=jnp.int32))

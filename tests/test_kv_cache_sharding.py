@@ -15,6 +15,8 @@ from meshes import AUTO, EXPLICIT, collectives, make_mesh
 
 from jax_fa3 import kv_cache
 
+append_and_attend: Any = kv_cache.append_and_attend  # whose arguments are given in tuples here
+dot_product_attention: Any = kv_cache.dot_product_attention
 B, T, N, K, H, PAGE, PAGES, WIDTH = 4, 2, 8, 4, 16, 8, 32, 4
 RNG = np.random.default_rng(0)
 QUERY, KEY, VALUE = (
@@ -29,12 +31,15 @@ SCALES = {"key_scale": RNG.uniform(1, 2, (B, K)), "value_scale": RNG.uniform(1, 
 SPEC = P("data", None, "model")
 
 
-def call(
+def attend(
     query: Any, key: Any, value: Any, pool: Any, lengths: Any, table: Any, **options: Any
 ) -> Any:
-    return kv_cache.append_and_attend(
+    return append_and_attend(
         query, key, value, *pool, lengths, page_table=table, return_residual=True, **options
     )
+
+
+call: Any = attend
 
 
 def operands(mesh: Any, spec: Any = SPEC) -> Any:
@@ -90,7 +95,7 @@ def test_layouts(layout: str):
     caches = as_layout(*map(np.asarray, POOL), layout, jnp.float32)
     new = QUERY, KEY, VALUE
     options: Any = {"page_table": LOCAL, "kv_layout": layout, "sharding": sharding}
-    out, *_ = kv_cache.append_and_attend(*new, *caches, LENGTHS, **options)
+    out, *_ = append_and_attend(*new, *caches, LENGTHS, **options)
     assert_equal([out], wanted()[:1])
 
 
@@ -98,9 +103,9 @@ def test_contiguous():
     """Row b is sequence b's, on its device."""
     mesh = make_mesh(AUTO, data=4, model=2)
     arguments = QUERY, *(x.reshape(8, 32, K, H)[:B] for x in POOL), LENGTHS
-    exact = kv_cache.dot_product_attention(*arguments)
+    exact = dot_product_attention(*arguments)
     sharding = NamedSharding(mesh, SPEC)
-    function = jax.jit(functools.partial(kv_cache.dot_product_attention, sharding=sharding))
+    function = jax.jit(functools.partial(dot_product_attention, sharding=sharding))
     arguments = *(jax.device_put(x, sharding) for x in arguments[:3]), jnp.asarray(LENGTHS)
     compiled = function.lower(*arguments).compile()
     # Only the lengths, which nobody split, travel.
@@ -159,7 +164,7 @@ def test_sequence_parallel(window: int | None):
         first = lax.axis_index("x").astype(jnp.int32) * key.shape[1]
         position = lengths[:, None] - T + jnp.arange(T, dtype=jnp.int32)
         begin = None if window is None else position - window - first
-        part = kv_cache.dot_product_attention(
+        part = dot_product_attention(
             query,
             key,
             value,
@@ -175,7 +180,7 @@ def test_sequence_parallel(window: int | None):
     function = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False)
     found = jax.jit(function)(QUERY, *caches)
     options: Any = {"local_window_size": window and (window, 0), "return_residual": True}
-    assert_equal(found, kv_cache.dot_product_attention(QUERY, *caches, lengths, **options))
+    assert_equal(found, dot_product_attention(QUERY, *caches, lengths, **options))
 
 
 def test_refuses_heads_that_do_not_divide():

@@ -27,6 +27,7 @@ from ._attention import dot_product_attention
 from ._guard import not_differentiable
 from ._layout import KvLayout, Layout
 from ._rotary import Tables
+from ._scales import E4M3
 from ._sharding import Letters, checked_sharding
 from ._write import Config, Operands
 
@@ -60,7 +61,8 @@ def append(
 
     Args:
         key, value: [B, T, K, H] and [B, T, K, V], or ragged [rows, K, H] and [rows, K, V]. Of the
-            caches' dtype; of any floating dtype of 16 bits or more where that is float8_e4m3fn.
+            caches' dtype; of any floating dtype of 16 bits or more where that is float8_e4m3fn. What
+            is float8_e4m3fn already is written as it is, whatever the scales.
         key_value_seq_lengths: int32 [B], with the new rows: row i of a sequence with q new ones goes
             to position length - q + i. Rows at negative positions are not written.
         query: to be rotated as key is: [B, T, N, H] or [rows, N, H].
@@ -85,7 +87,7 @@ def append(
     Raises as `dot_product_attention`.
     """
     checked_implementation(implementation)
-    x = checked_rows("key", key, "K, H")
+    x = checked_rows("key", key, "K, H", e4m3=True)
     where = page_table, cache_rows, query_starts, num_sequences
     call = checked_call("key", x, key_cache, value_cache, kv_layout, key_value_seq_lengths, *where)
     layout = call.layout
@@ -105,6 +107,9 @@ def append(
         checked_heads(q, call)
     at = per_row("positions", positions, call, or_sequence=False)
     tables = _tables(rotary_cos, rotary_sin, x.shape[-1])
+    if tables is not None and x.dtype == E4M3:
+        wanted = "16 bits or more, to be rotated, or no rotary_cos and rotary_sin"
+        raise wrong("key", f"dtype {x.dtype}", wanted)
     if tables is None:
         for name, given in (("positions", positions), ("query", query)):
             if given is not None:

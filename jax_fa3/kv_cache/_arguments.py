@@ -45,13 +45,13 @@ def checked_implementation(implementation: Any) -> None:
         raise NotImplementedError(NO_KERNEL)
 
 
-def checked_rows(name: str, x: Any, last: str) -> Array:
-    """An array of rows; last: what its last two axes are called."""
+def checked_rows(name: str, x: Any, last: str, *, e4m3: bool = False) -> Array:
+    """An array of rows; last: what its last two axes are called. e4m3: that dtype will do too."""
     found = array(name, x)
     if found.ndim not in (3, 4):
         raise wrong(name, f"shape {found.shape}", f"(B, T, {last}), or ragged (rows, {last})")
     check_floating(name, found)
-    if found.dtype.itemsize < 2:
+    if found.dtype.itemsize < 2 and not (e4m3 and found.dtype == E4M3):
         raise wrong(name, f"dtype {found.dtype}", "a floating dtype of 16 bits or more")
     return found
 

@@ -25,12 +25,15 @@ class Letters:
         split = sharding is not None or any(_split(x, 0) for x in call.caches)
         self.pages = self.batch if own or split else "."
         self.caches = tuple(self._cache(x.ndim) for x in call.caches)
-        b, table = self.batch, None if own else self.batch + "."
         where = call.where
-        starts, count = (
-            None if x is None else y for x, y in ((where.starts, "."), (where.num_sequences, ""))
+        self.where = where._make(
+            [
+                self.batch,
+                None if own else self.batch + ".",
+                None if where.starts is None else ".",
+                None if where.num_sequences is None else "",
+            ]
         )
-        self.where = type(where)(b, table, starts, count)
 
     def _cache(self, rank: int) -> str:
         return self.pages + (

@@ -15,7 +15,7 @@ from .._problem import wide
 from .._varying import vary_together
 from ._layout import KEY, VALUE, Caches, Layout
 from ._rotary import Tables, rotate
-from ._scales import quantized, scale_of
+from ._scales import E4M3, quantized, scale_of
 from ._sequences import Where, address, lacks_pages, rows_of, sequences
 
 
@@ -79,7 +79,7 @@ def write(config: Config, key: Array, operands: Operands) -> tuple[Array, ...]:
         (VALUE, values, operands.value_scale),
     ):
         dtype = caches[which % len(caches)].dtype
-        if scale is not None or x.dtype != dtype:
+        if x.dtype != dtype or (scale is not None and dtype != E4M3):
             safe = jnp.where(written, at_page, 0)
             of_rows = scale_of(scale, layout, each.sequence, safe, slots, wide(x.dtype))
             x = quantized(x, of_rows, dtype)

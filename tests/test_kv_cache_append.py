@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from kv_cases import E4M3, Case, Inputs
+from kv_cases import E4M3, Case, Inputs, assert_right
 from modes import strict
 
 from jax_fa3 import kv_cache
@@ -194,8 +194,6 @@ def test_rotates_in_fp32_and_rounds_once():
 @pytest.mark.parametrize("case", [Case("", **MIXED, **WINDOW, layout="lanes"), Case("", (2,) * 3, (3, 17, 0), pages=2, contiguous=True)])  # fmt: skip
 def test_append_and_attend(case: Case):
     """The new rows are seen; the window's skipped rows are written too."""
-    from test_kv_cache import assert_right
-
     inputs = Inputs(case, jnp.float32)
     key, value = (np.nan_to_num(x, neginf=0) for x in new_rows(inputs))
     key[0, 0, 0] = 1

@@ -92,7 +92,8 @@ def test_layouts(layout: str):
 
     mesh = make_mesh(AUTO, data=2, model=2)
     sharding = NamedSharding(mesh, SPEC)
-    caches = as_layout(*map(np.asarray, POOL), layout, jnp.float32)
+    key, value = map(np.asarray, POOL)
+    caches = as_layout(key, value, layout, jnp.float32)
     new = QUERY, KEY, VALUE
     options: Any = {"page_table": LOCAL, "kv_layout": layout, "sharding": sharding}
     out, *_ = append_and_attend(*new, *caches, LENGTHS, **options)

@@ -82,14 +82,10 @@ def checked_call(
     if len(shape) == 1 and query_starts is None:
         raise wrong("query_starts", None, f"int32 [B + 1], as {name} is ragged: {rows.shape}")
     starts = None if query_starts is None else _int32("query_starts", query_starts, batch + 1)
-    count = num_sequences
-    if count is not None:
-        count = (
-            _int32("num_sequences", count, *_shape(count)[:1])
-            if _shape(count) == (1,)
-            else (_int32("num_sequences", count))
-        )
-        count = count.reshape(())
+    count = None
+    if num_sequences is not None:
+        shape_of_one = (1,) if _shape(num_sequences) == (1,) else ()
+        count = _int32("num_sequences", num_sequences, *shape_of_one).reshape(())
     table = _checked_table(caches, batch, page_table, cache_rows)
     capacity = page_size * (1 if table is None else table.shape[1])
     if len(shape) == 2 and shape[1] > capacity:

@@ -1,6 +1,8 @@
 """jax_fa3.kv_cache.dot_product_attention with integers of every kind, mistakes, and JAX's modes."""
 
 import functools
+import re
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 from helpers import temporary_bytes
 from kv_cases import Case, Inputs, assert_right, run
+from modes import compiled_in_third_call
 
 from jax_fa3 import kv_cache
 
@@ -93,6 +96,34 @@ def test_cache_rows_that_do_not_exist():
         found = run(arguments)
         np.testing.assert_array_equal(found[0][0], good[0][0])
         assert np.isnan(found[0][1]).all() and np.isnan(found[1][1]).all()
+
+
+def test_sequences_that_do_not_count():
+    """In a rectangular call: 0, whatever is said of them; those that do are as without them."""
+    case = Case("", (2, 2), (20, 40), pages=5)
+    arguments = Inputs(case, jnp.float32).arguments()
+    wanted = run(arguments)
+    arguments["page_table"][1], arguments["key_value_seq_lengths"][1] = -1, 10**6
+    for count, first in ((1, wanted[0][0]), (0, 0), (-3, 0)):
+        out, lse = run({**arguments, "num_sequences": count})
+        np.testing.assert_array_equal(out[0], first)
+        np.testing.assert_array_equal(out[1], 0)
+        np.testing.assert_array_equal(lse[1], -np.inf)
+    assert np.isnan(run({**arguments, "num_sequences": 7})[0][1]).all()
+
+
+def test_eager_calls_compile_once():
+    arguments = Inputs(Case("", **RAGGED, spare=2), jnp.float32).arguments()
+    assert compiled_in_third_call(lambda: run(arguments)) == 0
+
+
+def test_guide():
+    """The Python in docs/kv_cache.md, as a reader would type it."""
+    guide = Path(__file__).resolve().parent.parent / "docs" / "kv_cache.md"
+    blocks = re.findall(r"^```python\n(.*?)^```", guide.read_text("utf-8"), re.M | re.S)
+    names: dict[str, Any] = {}
+    exec("\n".join(blocks), names)
+    assert names["out"].shape == names["query"].shape and len(blocks) == 4
 
 
 def test_nothing():

@@ -11,6 +11,7 @@ import pytest
 from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from kv_cases import as_layout
 from meshes import AUTO, EXPLICIT, collectives, make_mesh
 
 from jax_fa3 import kv_cache
@@ -88,8 +89,6 @@ def test_scales():
 
 @pytest.mark.parametrize("layout", ["HND", "interleaved", "lanes"])
 def test_layouts(layout: str):
-    from kv_cases import as_layout
-
     mesh = make_mesh(AUTO, data=2, model=2)
     sharding = NamedSharding(mesh, SPEC)
     key, value = map(np.asarray, POOL)

@@ -63,7 +63,7 @@ def step(config: Config, sizes: Sizes, params: Any, pools: Any, tokens: Any, whe
     }
     embed = nn.Embed(config.vocabulary, config.width, dtype=dtype)
 
-    def norm(scale: Any, x: jax.Array) -> Any:
+    def norm(scale: Any, x: Any) -> Any:
         return nn.RMSNorm(dtype=dtype).apply({"params": scale}, x)
 
     def layer(carry: Any, of_layer: Any) -> Any:
@@ -86,7 +86,7 @@ def step(config: Config, sizes: Sizes, params: Any, pools: Any, tokens: Any, whe
     (x, pools), _ = jax.lax.scan(layer, carry, layers)
     last = jnp.maximum(where["query_starts"][1:] - 1, 0)
     x = norm(params["RMSNorm_0"], x[last])
-    logits = embed.apply(embedding, x, method="attend")
+    logits: Any = embed.apply(embedding, x, method="attend")
     return jnp.argmax(logits, -1), logits, pools
 
 

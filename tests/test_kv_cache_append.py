@@ -109,7 +109,7 @@ def test_scale_of_0():
     """Heads of zeros, whose largest number is their scale, are zeros."""
     cache = jnp.zeros((1, 8, 1, 4), E4M3)
     new = jnp.zeros((1, 1, 1, 4), jnp.bfloat16)
-    scales = {"key_scale": 0.0, "value_scale": 0.0}
+    scales: Any = {"key_scale": 0.0, "value_scale": 0.0}
     key, value = append(cache, cache, new, new, [1], **scales)
     out = kv_cache.dot_product_attention(new, key, value, [1], **scales)
     np.testing.assert_array_equal(np.asarray(out, np.float32), 0)

@@ -164,8 +164,10 @@ def test_no_copy_of_contiguous_caches():
     in_place(function, tuple(jnp.zeros((LAYERS * B, 256, K, H)) for _ in range(2)))
 
 
-def test_no_copy_of_16_bits():
-    in_place(functools.partial(scan, layout="NHD"), caches_of("NHD", jnp.bfloat16))
+# On CPUs jax 0.10 widens a whole array of bfloat16 to scatter into it, as all versions do of e4m3.
+@pytest.mark.parametrize("dtype", ["float16"] + ["bfloat16"] * (jax.__version_info__ >= (0, 11)))
+def test_no_copy_of_16_bits(dtype: str):
+    in_place(functools.partial(scan, layout="NHD"), caches_of("NHD", dtype))
 
 
 def test_what_is_looked_for():

@@ -18,7 +18,7 @@ def python(code: str) -> str:
 def test_public_names():
     assert all(hasattr(jax_fa3, name) for name in jax_fa3.__all__)
     public = {name for name in vars(jax_fa3) if not name.startswith("_")}
-    assert public <= {*jax_fa3.__all__, "flax", "fp8"}
+    assert public <= {*jax_fa3.__all__, "flax", "fp8", "kv_cache"}
 
 
 def test_version():

@@ -1,0 +1,235 @@
+"""New keys and values into a cache, by themselves or with attention behind."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from jax import Array
+from jax.sharding import NamedSharding, PartitionSpec
+from jax.typing import ArrayLike
+
+from .. import _sharding as _devices
+from .._arguments import Implementation
+from .._checks import Integers, array, check_floating, static_bool, wrong
+from .._jitted import jitted
+from . import _write
+from ._arguments import (
+    Call,
+    checked_call,
+    checked_heads,
+    checked_implementation,
+    checked_rows,
+    checked_scale,
+    per_row,
+)
+from ._attention import dot_product_attention
+from ._guard import not_differentiable
+from ._layout import KvLayout, Layout
+from ._rotary import Tables
+from ._scales import E4M3
+from ._sharding import Letters, checked_sharding
+from ._write import Config, Operands
+
+
+def append(
+    key_cache: ArrayLike,
+    value_cache: ArrayLike | None,
+    key: ArrayLike,
+    value: ArrayLike,
+    key_value_seq_lengths: Integers,
+    *,
+    query: ArrayLike | None = None,
+    positions: Integers | None = None,
+    rotary_cos: ArrayLike | None = None,
+    rotary_sin: ArrayLike | None = None,
+    rotary_interleaved: bool = False,
+    page_table: Integers | None = None,
+    cache_rows: Integers | None = None,
+    query_starts: Integers | None = None,
+    num_sequences: Integers | None = None,
+    key_scale: ArrayLike | None = None,
+    value_scale: ArrayLike | None = None,
+    kv_layout: KvLayout | Layout = "NHD",
+    implementation: Implementation | None = None,
+    sharding: NamedSharding | PartitionSpec | None = None,
+) -> tuple[Any, ...]:
+    """The caches with the rows of key and value as the last ones of their sequences.
+
+    It writes in place where the caller gives the caches away: jax.jit's donate_argnums, and the carry
+    of a loop. What makes XLA copy them all the same is in docs/kv_cache.md.
+
+    Args:
+        key, value: [B, T, K, H] and [B, T, K, V], or ragged [rows, K, H] and [rows, K, V]. Of the
+            caches' dtype; of any floating dtype of 16 bits or more where that is float8_e4m3fn. What
+            is float8_e4m3fn already is written as it is, whatever the scales.
+        key_value_seq_lengths: int32 [B], with the new rows: row i of a sequence with q new ones goes
+            to position length - q + i. Rows at negative positions are not written.
+        query: to be rotated as key is: [B, T, N, H] or [rows, N, H].
+        positions: int32 [B, T] or [rows], of the rotation; default the rows' positions in the cache.
+            For what is below 0 the tables' first row stands.
+        rotary_cos, rotary_sin: floating [L, r / 2]: for each position the cosines and sines of the
+            angles by which the first r dims of query and key are turned (Su et al., arXiv
+            2104.09864), in fp32, rounded once.
+        rotary_interleaved: static: a pair is dims 2i and 2i + 1. False: i and i + r / 2.
+        key_scale, value_scale: what is written is divided by them, and saturates at e4m3's +-448.
+            Those per token and head must be there already; `append` writes them as it does keys, for
+            they are a cache with H = V = 1.
+        The others: as in `dot_product_attention`.
+
+    Returns:
+        key_cache and value_cache (None where one buffer holds both), and with query a third one:
+        query rotated, NaN in sequences of a mistake.
+
+    Whatever the masks of the attention, all rows are written. Padding is not, and neither is any row
+    of a sequence with a mistake: those of `dot_product_attention`, and positions beyond rotary_cos.
+
+    Raises as `dot_product_attention`.
+    """
+    checked_implementation(implementation)
+    x = checked_rows("key", key, "K, H", e4m3=True)
+    where = page_table, cache_rows, query_starts, num_sequences
+    call = checked_call("key", x, key_cache, value_cache, kv_layout, key_value_seq_lengths, *where)
+    layout = call.layout
+    if x.shape[-2] != layout.num_kv_heads:
+        raise wrong("key", f"{x.shape[-2]} heads", f"the {layout.num_kv_heads} that the cache has")
+    v = array("value", value)
+    if v.shape != (*x.shape[:-1], layout.head_dim_v):
+        wanted = f"{(*x.shape[:-1], layout.head_dim_v)}, to go with key and the cache"
+        raise wrong("value", f"shape {v.shape}", wanted)
+    if v.dtype != x.dtype:
+        raise wrong("value", f"dtype {v.dtype}", f"{x.dtype}, as key has")
+    q = None if query is None else checked_rows("query", query, "N, H")
+    if q is not None:
+        if q.shape[:-2] != x.shape[:-2] or q.shape[-1] != x.shape[-1]:
+            wanted = f"the rows and the head dim of key, {x.shape}"
+            raise wrong("query", f"shape {q.shape}", wanted)
+        checked_heads(q, call)
+    at = per_row("positions", positions, call, or_sequence=False)
+    tables = _tables(rotary_cos, rotary_sin, x.shape[-1])
+    if tables is not None and x.dtype == E4M3:
+        wanted = "16 bits or more, to be rotated, or no rotary_cos and rotary_sin"
+        raise wrong("key", f"dtype {x.dtype}", wanted)
+    if tables is None:
+        for name, given in (("positions", positions), ("query", query)):
+            if given is not None:
+                raise wrong(name, "an array", "None, as there are no rotary_cos and rotary_sin")
+    scales = (
+        checked_scale("key_scale", key_scale, call),
+        checked_scale("value_scale", value_scale, call),
+    )
+    letters = Letters(call, checked_sharding(sharding, x, call))
+    of_operands = Operands._make(
+        [
+            letters.rows("k"),
+            letters.caches,
+            letters.where,
+            None if q is None else letters.rows("n"),
+            letters.per_row(at),
+            None if tables is None else Tables._make(["..", ".."]),
+            *map(letters.scale, scales),
+        ]
+    )
+    config = Config(layout, static_bool("rotary_interleaved", rotary_interleaved))
+    operands = Operands(v, call.caches, call.where, q, at, tables, *scales)
+    caches = _append(config, (letters.rows("k"), of_operands), sharding, x, operands)
+    return _as_two(call, caches)
+
+
+def append_and_attend(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    key_cache: ArrayLike,
+    value_cache: ArrayLike | None,
+    key_value_seq_lengths: Integers,
+    *,
+    positions: Integers | None = None,
+    rotary_cos: ArrayLike | None = None,
+    rotary_sin: ArrayLike | None = None,
+    rotary_interleaved: bool = False,
+    page_table: Integers | None = None,
+    cache_rows: Integers | None = None,
+    query_starts: Integers | None = None,
+    num_sequences: Integers | None = None,
+    key_scale: ArrayLike | None = None,
+    value_scale: ArrayLike | None = None,
+    kv_layout: KvLayout | Layout = "NHD",
+    implementation: Implementation | None = None,
+    sharding: NamedSharding | PartitionSpec | None = None,
+    return_residual: bool = False,
+    **attention: Any,
+) -> tuple[Any, ...]:
+    """`append`, and `dot_product_attention` of the caches that it returns.
+
+    Args: theirs; `attention` are the others of `dot_product_attention`. sharding is query's.
+
+    Returns:
+        out, key_cache, value_cache (None where one buffer holds both), and with return_residual the
+        log-sum-exp. Each of the two looks at the pages that it needs: where an old one is missing,
+        the new rows are written and the results are NaN.
+
+    Raises as `dot_product_attention`; TypeError for arguments that neither has.
+    """
+    shared: dict[str, Any] = {
+        "page_table": page_table,
+        "cache_rows": cache_rows,
+        "query_starts": query_starts,
+        "num_sequences": num_sequences,
+        "key_scale": key_scale,
+        "value_scale": value_scale,
+        "kv_layout": kv_layout,
+        "implementation": implementation,
+        "sharding": sharding,
+    }
+    rotary: dict[str, Any] = {
+        "positions": positions,
+        "rotary_cos": rotary_cos,
+        "rotary_sin": rotary_sin,
+        "rotary_interleaved": rotary_interleaved,
+    }
+    turned = {} if rotary_cos is None and rotary_sin is None else {"query": query}
+    new, lengths = (key_cache, value_cache, key, value), key_value_seq_lengths
+    key_cache, value_cache, *rotated = append(*new, lengths, **turned, **rotary, **shared)
+    operands = rotated[0] if rotated else query, key_cache, value_cache, lengths
+    with_lse = static_bool("return_residual", return_residual)
+    found = dot_product_attention(*operands, **attention, **shared, return_residual=with_lse)
+    out, *lse = found if with_lse else (found,)
+    return out, key_cache, value_cache, *lse
+
+
+def _tables(cos: Any, sin: Any, head_dim: int) -> Tables | None:
+    if cos is None and sin is None:
+        return None
+    for name, x in (("rotary_cos", cos), ("rotary_sin", sin)):
+        if x is None:
+            raise wrong(name, None, "both rotary_cos and rotary_sin, or neither")
+    cos, sin = array("rotary_cos", cos), array("rotary_sin", sin)
+    check_floating("rotary_cos", cos)
+    check_floating("rotary_sin", sin)
+    if cos.ndim != 2 or not cos.shape[0] or 2 * cos.shape[1] > head_dim:
+        wanted = f"(positions, at most {head_dim // 2}): half of the dims that are rotated"
+        raise wrong("rotary_cos", f"shape {cos.shape}", wanted)
+    if sin.shape != cos.shape:
+        raise wrong("rotary_sin", f"shape {sin.shape}", f"{cos.shape}, as rotary_cos has")
+    return Tables(cos, sin)
+
+
+def _as_two(call: Call, found: tuple[Array, ...]) -> tuple[Any, ...]:
+    """key_cache, value_cache, and what else there is."""
+    return found if call.layout.buffers == 2 else (found[0], None, *found[1:])
+
+
+@jitted(static=3)
+def _append(
+    config: Config, letters: Any, sharding: Any, key: Array, operands: Operands
+) -> tuple[Array, ...]:
+    key, operands = not_differentiable((key, operands))
+
+    def local(key: Array, operands: Operands) -> tuple[Array, ...]:
+        own = config.layout.with_heads(key.shape[-2])
+        return _write.write(dataclasses.replace(config, layout=own), key, operands)
+
+    of_operands = letters[1]
+    results = *of_operands.caches, *(() if of_operands.query is None else (of_operands.query,))
+    return _devices.over_named_axes(local, letters, results, sharding)(key, operands)

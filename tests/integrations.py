@@ -1,0 +1,61 @@
+"""What the tests of the adapters share: the two bars by which they are compared with a project's own
+attention."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from lowering import lower, targets
+
+from jax_fa3 import _ffi
+
+
+def inputs(shapes: Sequence[tuple[int, ...]], dtype: Any, seed: int = 0) -> tuple[Array, ...]:
+    keys = jax.random.split(jax.random.key(seed), len(shapes))
+    return tuple(jax.random.normal(*x).astype(dtype) for x in zip(keys, shapes, strict=True))
+
+
+def with_gradients(function: Callable[..., Array], arrays: Sequence[Any]) -> list[np.ndarray]:
+    """The result, and the gradients of its product with fixed random numbers; any pytrees."""
+
+    @jax.jit
+    def run(arrays: Any) -> Any:
+        out, pullback = jax.vjp(function, *arrays)
+        cotangent = jax.random.normal(jax.random.key(7), out.shape).astype(out.dtype)
+        return out, pullback(cotangent)
+
+    return [np.asarray(x, np.float32) for x in jax.tree.leaves(run(tuple(arrays)))]
+
+
+def assert_same_as_theirs(ours: Any, theirs: Any, arrays: Sequence[Any]) -> None:
+    """In fp32: outputs and gradients within 1e-5 of the largest number of each array."""
+    with jax.default_matmul_precision("highest"):
+        found, wanted = with_gradients(ours, arrays), with_gradients(theirs, arrays)
+    for x, y in zip(found, wanted, strict=True):
+        assert x.shape == y.shape
+        np.testing.assert_allclose(x, y, rtol=0, atol=1e-5 * max(1, np.abs(y).max(initial=0)))
+
+
+def assert_no_further(ours: Any, theirs: Any, arrays: Sequence[Any]) -> None:
+    """In bf16: outputs and gradients no further from theirs in fp32 than theirs in bf16 are."""
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), tuple(arrays))
+    with jax.default_matmul_precision("highest"):
+        exact = with_gradients(theirs, wide)
+    found, wanted = with_gradients(ours, arrays), with_gradients(theirs, arrays)
+    for x, y, z in zip(found, wanted, exact, strict=True):
+        assert np.abs(x - z).mean() <= np.abs(y - z).mean()
+
+
+def assert_runs_kernels(function: Any, arrays: Sequence[Any], calls: int = 1) -> None:
+    """Lowered for a Hopper GPU, forward and gradient are one kernel each for each call of attention.
+    To be asked where `on_cpu` hides the GPUs."""
+
+    def run(arrays: Any) -> Any:
+        out, pullback = jax.vjp(function, *arrays)
+        return out, pullback(out)
+
+    found = targets(lower(run, tuple(arrays)))
+    assert sorted(found) == [_ffi.BWD] * calls + [_ffi.FWD] * calls

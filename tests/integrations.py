@@ -50,12 +50,13 @@ def assert_no_further(ours: Any, theirs: Any, arrays: Sequence[Any]) -> None:
 
 
 def assert_runs_kernels(function: Any, arrays: Sequence[Any], calls: int = 1) -> None:
-    """Lowered for a Hopper GPU, forward and gradient are one kernel each for each call of attention.
-    To be asked where `on_cpu` hides the GPUs."""
+    """Lowered for a Hopper GPU, forward and gradient are one kernel each for each call of attention,
+    beside the one that turns segment ids into intervals. To be asked where `on_cpu` hides the GPUs."""
 
     def run(arrays: Any) -> Any:
         out, pullback = jax.vjp(function, *arrays)
         return out, pullback(out)
 
     found = targets(lower(run, tuple(arrays)))
-    assert sorted(found) == [_ffi.BWD] * calls + [_ffi.FWD] * calls
+    found = sorted(x for x in found if x != _ffi.SEGMENT_INTERVALS)
+    assert found == [_ffi.BWD] * calls + [_ffi.FWD] * calls

@@ -91,10 +91,8 @@ class Attention:
             wanted = "one interval of keys per row, the same for all heads"
             raise refuse("mask", "a dense array, or arrays by head or by query and key", wanted)
 
-        def one_batch_axis(x: Array | None) -> Array | None:
+        def one_batch_axis(x: Array) -> Array:
             """[*#B, N or 1, T or 1, S or 1] to [B or 1, ...]."""
-            if x is None:
-                return None
             x = jax.lax.broadcast_to_rank(x, len(batch) + 3)
             if math.prod(x.shape[: len(batch)]) != 1:
                 x = jnp.broadcast_to(x, (*batch, *x.shape[-3:]))
@@ -103,8 +101,8 @@ class Attention:
         with _matmul_precision(precision, q.dtype):
             out = dot_product_attention(
                 *(x.reshape(math.prod(batch), *x.shape[-3:]) for x in (q, k, v)),
-                bias=one_batch_axis(bias),
-                mask=one_batch_axis(dense),
+                bias=None if bias is None else one_batch_axis(bias),
+                mask=None if dense is None else one_batch_axis(dense),
                 scale=logits_scale if _given(logits_scale) else None,
                 logits_soft_cap=logits_soft_cap,
                 sharding=q_sharding,

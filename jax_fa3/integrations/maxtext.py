@@ -135,7 +135,8 @@ def _attend(
     if bidirectional_mask is not None:
         refuse_given(previous_chunk=previous_chunk)
         begin, end = key_intervals(rows, keys, **masks)
-        masks = dict(zip(("key_begin", "key_end"), _with_blocks(begin, end, bidirectional_mask)))
+        begin, end = _with_blocks(begin, end, bidirectional_mask)
+        masks = {"key_begin": begin, "key_end": end}
     return dot_product_attention(query, key, value, **masks, **options)
 
 
@@ -150,13 +151,10 @@ def _with_blocks(begin: Array, end: Array, image: Array) -> tuple[Array, Array]:
     index = jnp.arange(image.shape[1], dtype=jnp.int32)
     first = lax.cummax(jnp.where(image & ~before, index, 0), axis=1)
     last = lax.cummin(jnp.where(image & ~after, index + 1, image.shape[1]), axis=1, reverse=True)
-    none = begin == end  # padding; a greater begin marks a segment that is torn apart
-    begin = jnp.where(
-        image & none, first, jnp.where(image & (begin < end), jnp.minimum(begin, first), begin)
-    )
-    end = jnp.where(
-        image & none, last, jnp.where(image & (begin < end), jnp.maximum(end, last), end)
-    )
+    alone = image & (begin == end)  # padding; a greater begin marks a segment that is torn apart
+    joined = image & (begin < end)
+    begin = jnp.where(joined, jnp.minimum(begin, first), jnp.where(alone, first, begin))
+    end = jnp.where(joined, jnp.maximum(end, last), jnp.where(alone, last, end))
     return begin, end
 
 

@@ -1,16 +1,28 @@
 """What the tests of the adapters share: the two bars by which they are compared with a project's own
 attention."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax import Array
 from lowering import lower, targets
 
 from jax_fa3 import _ffi
+
+
+def project(distribution: str, *modules: str) -> Any:
+    """The modules of a project; where it is not installed the tests of the file are skipped. Its
+    warnings while it is imported are its own affair."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        reason = f"needs {distribution}: pip install {distribution}"
+        found = [pytest.importorskip(name, reason=reason) for name in modules]
+    return found if len(found) > 1 else found[0]
 
 
 def inputs(shapes: Sequence[tuple[int, ...]], dtype: Any, seed: int = 0) -> tuple[Array, ...]:
@@ -39,13 +51,17 @@ def assert_same_as_theirs(ours: Any, theirs: Any, arrays: Sequence[Any]) -> None
         np.testing.assert_allclose(x, y, rtol=0, atol=1e-5 * max(1, np.abs(y).max(initial=0)))
 
 
-def assert_no_further(ours: Any, theirs: Any, arrays: Sequence[Any]) -> None:
-    """In bf16: outputs and gradients no further from theirs in fp32 than theirs in bf16 are."""
+def assert_no_further(ours: Any, theirs: Any, arrays: Sequence[Any], *, exact: Any = None) -> None:
+    """In bf16: outputs and gradients no further from theirs in fp32 than theirs in bf16 are, on
+    average over each array.
+
+    exact: theirs in fp32, where it is another function.
+    """
     wide = jax.tree.map(lambda x: x.astype(jnp.float32), tuple(arrays))
     with jax.default_matmul_precision("highest"):
-        exact = with_gradients(theirs, wide)
-    found, wanted = with_gradients(ours, arrays), with_gradients(theirs, arrays)
-    for x, y, z in zip(found, wanted, exact, strict=True):
+        wanted = with_gradients(exact or theirs, wide)
+    found, limits = with_gradients(ours, arrays), with_gradients(theirs, arrays)
+    for x, y, z in zip(found, limits, wanted, strict=True):
         assert np.abs(x - z).mean() <= np.abs(y - z).mean()
 
 

@@ -1,5 +1,6 @@
 """jax_fa3.integrations.equinox.multihead_attention, against the layer itself."""
 
+import importlib
 from functools import partial
 from typing import Any
 
@@ -12,10 +13,11 @@ from integrations import (
     assert_runs_kernels,
     assert_same_as_theirs,
     inputs,
+    project,
 )
 
-eqx: Any = pytest.importorskip("equinox", reason="needs Equinox: pip install equinox")
-adapter: Any = pytest.importorskip("jax_fa3.integrations.equinox")
+eqx = project("equinox", "equinox")
+adapter: Any = importlib.import_module("jax_fa3.integrations.equinox")
 T, S = 24, 20
 SHAPES = (T, 32), (S, 16), (S, 16)
 CAUSAL = jnp.tri(T, S, dtype=bool)

@@ -11,12 +11,10 @@ from integrations import (
     assert_runs_kernels,
     assert_same_as_theirs,
     inputs,
+    project,
 )
 
-lv: Any = pytest.importorskip(
-    "levanter.layers.attention", reason="needs Levanter: pip install marin-levanter"
-)
-hax: Any = pytest.importorskip("haliax")
+lv, hax = project("marin-levanter", "levanter.layers.attention", "haliax")
 pytestmark = pytest.mark.filterwarnings("default")  # Levanter's own, and its dependencies'
 
 Batch, QPos, KPos, KVHeads, Group, D = hax.make_axes(b=2, q=24, k=20, kv=2, g=3, d=16)

@@ -16,9 +16,10 @@ from integrations import (
     assert_runs_kernels,
     assert_same_as_theirs,
     inputs,
+    project,
 )
 
-maxtext: Any = pytest.importorskip("maxtext", reason="needs MaxText: pip install maxtext")
+maxtext, attention_op = project("maxtext", "maxtext", "maxtext.layers.attention_op")
 pytestmark = pytest.mark.filterwarnings("default")  # MaxText's own, and its dependencies'
 
 B, T, N, K, H = 2, 32, 4, 2, 16
@@ -28,11 +29,10 @@ SHAPES = (B, T, N, H), (B, T, K, H), (B, T, K, H)
 @pytest.fixture(autouse=True, scope="module")
 def installed():
     """And as it was afterwards."""
-    module = importlib.import_module("maxtext.layers.attention_op")
-    original = module.AttentionOp.apply_attention
+    original = attention_op.AttentionOp.apply_attention
     importlib.import_module("jax_fa3.integrations.maxtext").install()
     yield
-    module.AttentionOp.apply_attention = original
+    attention_op.AttentionOp.apply_attention = original
 
 
 @cache
@@ -47,18 +47,17 @@ def config(*arguments: str) -> Any:
 def attention(kernel: str, kind: str = "global", arguments: Any = (), **options: Any) -> Any:
     """AttentionOp with the configuration's `attention`, as a function of query, key and value."""
     utils = importlib.import_module("maxtext.utils.maxtext_utils")
-    module = importlib.import_module("maxtext.layers.attention_op")
     settings = config(f"attention={kernel}", *arguments)
     mesh = jax.sharding.Mesh(utils.create_device_mesh(settings), settings.mesh_axes)
     static = "attn_logits_soft_cap", "sliding_window_size", "chunk_attn_window_size", "dropout_rate"
-    op = module.AttentionOp(
+    op = attention_op.AttentionOp(
         settings,
         mesh,
         attention_kernel=settings.attention,
         max_target_length=T,
         num_query_heads=N,
         num_kv_heads=options.pop("num_kv_heads", K),
-        attention_type=module.AttentionType(kind),
+        attention_type=attention_op.AttentionType(kind),
         **{name: options.pop(name) for name in static if name in options},
     )
     segment_ids, positions = options.pop("segment_ids", None), options.pop("positions", None)
@@ -186,8 +185,7 @@ def test_a_striped_order_is_refused():
 
 
 def test_other_kernels_are_left_alone(monkeypatch):
-    module = importlib.import_module("maxtext.layers.attention_op")
-    found, wrapper = inputs(SHAPES, jnp.float32), module.AttentionOp.apply_attention
+    found, wrapper = inputs(SHAPES, jnp.float32), attention_op.AttentionOp.apply_attention
     wrapped = attention("dot_product")(*found)
-    monkeypatch.setattr(module.AttentionOp, "apply_attention", wrapper.__wrapped__)
+    monkeypatch.setattr(attention_op.AttentionOp, "apply_attention", wrapper.__wrapped__)
     np.testing.assert_array_equal(wrapped, attention("dot_product")(*found))

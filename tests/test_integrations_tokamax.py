@@ -12,12 +12,12 @@ from integrations import (
     assert_runs_kernels,
     assert_same_as_theirs,
     inputs,
+    project,
 )
 
 from jax_fa3.integrations.tokamax import Attention
 
-tokamax: Any = pytest.importorskip("tokamax", reason="needs tokamax: pip install tokamax")
-base: Any = pytest.importorskip("tokamax._src.ops.attention.base")  # Mask has no public name
+tokamax, base = project("tokamax", "tokamax", "tokamax._src.ops.attention.base")  # it has Mask
 SHAPES = (2, 48, 4, 16), (2, 40, 2, 16), (2, 40, 2, 24)
 
 

@@ -27,7 +27,7 @@ B, T = 4, 24
 @pytest.fixture(autouse=True, scope="module")
 def installed():
     """And as it was afterwards."""
-    modules = [importlib.import_module(name) for name in adapter.MODELS]
+    modules: list[Any] = list(map(importlib.import_module, adapter.MODELS))
     originals = [module.splash for module in modules]
     adapter.install()
     yield

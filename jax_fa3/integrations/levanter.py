@@ -33,7 +33,7 @@ def install(
     Key. (Sinks it refuses before.)
     """
     check_version("marin-levanter", "0.2.227", "0.2.227")
-    module = importlib.import_module("levanter.layers.attention")
+    module: Any = importlib.import_module("levanter.layers.attention")
     options = {
         "implementation": implementation,
         "deterministic_backward": deterministic_backward,

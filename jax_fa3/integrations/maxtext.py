@@ -47,7 +47,7 @@ def install(
     chunked prefill and the reordering "striped", which "auto" means for packed rings on a GPU.
     """
     check_version("maxtext", "0.2.5", "0.2.5")
-    module = importlib.import_module("maxtext.layers.attention_op")
+    module: Any = importlib.import_module("maxtext.layers.attention_op")
     original = inspect.unwrap(module.AttentionOp.apply_attention)
     signature = inspect.signature(original)
     options = {
@@ -110,7 +110,7 @@ def _attend(
     self.check_attention_inputs(query, key, value)
 
     parts, zigzag = self._context_parallel_size(), self._load_balanced_context_parallel()
-    (_, rows, *_), keys = query.shape, key.shape[1]
+    rows, keys = query.shape[1], key.shape[1]
     offset = 0 if previous_chunk is None else previous_chunk.shape[1]
     masks: dict[str, Any] = {"is_causal": kind != "full", "query_offset": offset}
     if kind == "local_sliding":

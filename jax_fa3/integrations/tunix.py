@@ -34,8 +34,9 @@ def install(
     """
     check_version("google-tunix", "0.1.7", "0.1.7")
     splash = _Splash(implementation, deterministic_backward)
-    for name in MODELS:
-        importlib.import_module(name).splash = splash
+    modules: list[Any] = list(map(importlib.import_module, MODELS))
+    for module in modules:
+        module.splash = splash
 
 
 class SegmentIds(NamedTuple):

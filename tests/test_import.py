@@ -18,7 +18,7 @@ def python(code: str) -> str:
 def test_public_names():
     assert all(hasattr(jax_fa3, name) for name in jax_fa3.__all__)
     public = {name for name in vars(jax_fa3) if not name.startswith("_")}
-    assert public <= {*jax_fa3.__all__, "flax", "fp8", "kv_cache"}
+    assert public <= {*jax_fa3.__all__, "flax", "fp8", "integrations", "kv_cache"}
 
 
 def test_version():
@@ -48,3 +48,16 @@ print(time.process_time() - start)
 assert not xla_bridge.backends_are_initialized()
 """
     assert min(float(python(code)) for _ in range(3)) < 0.1
+
+
+def test_imports_no_other_project():
+    """Neither does the package of the adapters: each of its modules imports its own project."""
+    code = """
+import sys, jax
+before = set(sys.modules)
+import jax_fa3, jax_fa3.integrations
+print(*sorted({name.partition(".")[0] for name in sys.modules.keys() - before}))
+assert not [name for name in sys.modules if name.startswith("jax_fa3.integrations.")]
+"""
+    found = set(python(code).split()) - set(sys.stdlib_module_names)
+    assert found <= {"jax_fa3", "jax", "jaxlib", "numpy"}

@@ -1,0 +1,108 @@
+"""Levanter's backend "nvte" after jax_fa3.integrations.levanter.install, against its "vanilla"."""
+
+import importlib
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from integrations import (
+    assert_no_further,
+    assert_runs_kernels,
+    assert_same_as_theirs,
+    inputs,
+    project,
+)
+
+lv, hax = project("marin-levanter", "levanter.layers.attention", "haliax")
+pytestmark = pytest.mark.filterwarnings("default")  # Levanter's own, and its dependencies'
+
+Batch, QPos, KPos, KVHeads, Group, D = hax.make_axes(b=2, q=24, k=20, kv=2, g=3, d=16)
+AXES = (Batch, KVHeads, Group, QPos, D), (Batch, KPos, KVHeads, D), (Batch, KPos, KVHeads, D)
+SHAPES = [tuple(axis.size for axis in axes) for axes in AXES]
+Mask = lv.AttentionMask
+
+
+@pytest.fixture(autouse=True, scope="module")
+def installed():
+    """And as it was afterwards."""
+    original = lv._te_flash_attention
+    importlib.import_module("jax_fa3.integrations.levanter").install()
+    yield
+    lv._te_flash_attention = original
+
+
+def attention(backend: str, **options: Any) -> Any:
+    def call(*arrays: Any) -> Any:
+        named = [hax.named(x, axes) for x, axes in zip(arrays, AXES, strict=True)]
+        out = lv.dot_product_attention(
+            QPos, KPos, D, *named, attn_backend=lv.AttentionBackend(backend), **options
+        )
+        return out.rearrange(("b", "kv", "g", "q", "d")).array
+
+    return call
+
+
+def segments(ids: Any, axis: Any) -> Any:
+    return hax.named(jnp.asarray(ids), axis)
+
+
+ids = np.repeat([[0, 1, 2], [4, 4, 7]], 8, axis=1)
+pair = segments(ids, (Batch, QPos)), segments(ids[:, :20], (Batch, KPos))
+one = segments(ids[0], QPos), segments(ids[0, :20], KPos)
+CASES = {
+    "full": {},
+    "causal": {"mask": Mask.causal()},
+    "offset": {"mask": Mask.causal(offset=3)},
+    "offset by entry": {"mask": Mask.causal(offset=hax.named(jnp.array([2, 5]), Batch))},
+    "window": {"mask": Mask.causal(sliding_window=9)},
+    "window, offset": {"mask": Mask.causal(sliding_window=9, offset=2)},
+    "both sides": {"mask": Mask.bidirectional_sliding_window(6)},
+    "segments": {"mask": Mask.causal(segment_ids=pair)},
+    "segments of all": {"mask": Mask(segment_ids=one)},
+    "soft cap, scale": {"mask": Mask.causal(), "logits_soft_cap": 2.0, "scaling_factor": 0.5},
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_same_as_vanilla(name):
+    """Rows 20 on, which some of these masks let see nothing, are left out."""
+    ours, theirs = (attention(x, **CASES[name]) for x in ("nvte", "vanilla"))
+    found = inputs(SHAPES, jnp.float32)
+    rows = (jnp.arange(24) < 20)[:, None]
+    assert_same_as_theirs(
+        lambda *x: jnp.where(rows, ours(*x), 0), lambda *x: jnp.where(rows, theirs(*x), 0), found
+    )
+
+
+@pytest.mark.parametrize("options", [{}, {"attention_dtype": jnp.float32}])
+def test_bf16(options):
+    options |= {"mask": Mask.causal()}
+    ours, theirs = (attention(x, **options) for x in ("nvte", "vanilla"))
+    assert_no_further(ours, theirs, inputs(SHAPES, jnp.bfloat16))
+    assert ours(*inputs(SHAPES, jnp.bfloat16)).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_reaches_the_kernels(name, on_cpu):
+    assert_runs_kernels(attention("nvte", **CASES[name]), inputs(SHAPES, jnp.bfloat16))
+
+
+def test_a_float32_model_reaches_the_kernels_by_attention_dtype(on_cpu):
+    call = attention("nvte", mask=Mask.causal(), attention_dtype=jnp.bfloat16)
+    assert_runs_kernels(call, inputs(SHAPES, jnp.float32))
+    assert call(*inputs(SHAPES, jnp.float32)).dtype == jnp.float32
+
+
+REFUSED = {
+    "explicit_mask: got NamedArray": {"mask": Mask.explicit(hax.ones((QPos, KPos), dtype=bool))},
+    "mask: got NamedArray, wanted an AttentionMask": {"mask": hax.ones((QPos, KPos), dtype=bool)},
+    "bias: got NamedArray": {"bias": hax.ones((QPos, KPos))},
+    "dropout: got 0.1": {"dropout": 0.1, "inference": False},
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_refused_by_name(message):
+    with pytest.raises(NotImplementedError, match=message):
+        attention("nvte", **REFUSED[message])(*inputs(SHAPES, jnp.float32))

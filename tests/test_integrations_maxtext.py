@@ -1,0 +1,191 @@
+"""attention=jax_fa3 in MaxText's AttentionOp, against its "dot_product"."""
+
+import importlib
+import os
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from integrations import (
+    assert_no_further,
+    assert_runs_kernels,
+    assert_same_as_theirs,
+    inputs,
+    project,
+)
+
+maxtext, attention_op = project("maxtext", "maxtext", "maxtext.layers.attention_op")
+pytestmark = pytest.mark.filterwarnings("default")  # MaxText's own, and its dependencies'
+
+B, T, N, K, H = 2, 32, 4, 2, 16
+SHAPES = (B, T, N, H), (B, T, K, H), (B, T, K, H)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def installed():
+    """And as it was afterwards."""
+    original = attention_op.AttentionOp.apply_attention
+    importlib.import_module("jax_fa3.integrations.maxtext").install()
+    yield
+    attention_op.AttentionOp.apply_attention = original
+
+
+@cache
+def config(*arguments: str) -> Any:
+    pyconfig = importlib.import_module("maxtext.configs.pyconfig")
+    base = os.fspath(Path(maxtext.__file__).parent / "configs" / "base.yml")
+    fixed = "run_name=test", "enable_checkpointing=False", "skip_jax_distributed_system=True"
+    sizes = f"max_target_length={T}", "per_device_batch_size=1", "hardware=cpu"
+    return pyconfig.initialize(["", base, *fixed, *sizes, *arguments])
+
+
+def attention(kernel: str, kind: str = "global", arguments: Any = (), **options: Any) -> Any:
+    """AttentionOp with the configuration's `attention`, as a function of query, key and value."""
+    utils = importlib.import_module("maxtext.utils.maxtext_utils")
+    settings = config(f"attention={kernel}", *arguments)
+    mesh = jax.sharding.Mesh(utils.create_device_mesh(settings), settings.mesh_axes)
+    static = "attn_logits_soft_cap", "sliding_window_size", "chunk_attn_window_size", "dropout_rate"
+    op = attention_op.AttentionOp(
+        settings,
+        mesh,
+        attention_kernel=settings.attention,
+        max_target_length=T,
+        num_query_heads=N,
+        num_kv_heads=options.pop("num_kv_heads", K),
+        attention_type=attention_op.AttentionType(kind),
+        **{name: options.pop(name) for name in static if name in options},
+    )
+    segment_ids, positions = options.pop("segment_ids", None), options.pop("positions", None)
+
+    def call(query: Any, key: Any, value: Any) -> Any:
+        linen = importlib.import_module("flax.linen")
+        with linen.logical_axis_rules(settings.logical_axis_rules):
+            return op(query, key, value, segment_ids, positions, "train", **options)
+
+    return call
+
+
+ids = np.ones((B, T), np.int32)
+ids[0, 10:] = 2
+ids[1, 25:] = 0  # padding
+real = jnp.asarray(ids > 0)[..., None, None]
+image = np.zeros((B, T), bool)
+image[0, 4:9] = image[0, 12:13] = image[1, 20:25] = True
+
+CASES = {
+    "global": {},
+    "full": {"kind": "full"},
+    "window": {"kind": "local_sliding", "sliding_window_size": 7},
+    "chunk": {"kind": "chunk", "chunk_attn_window_size": 8},
+    "segments": {"segment_ids": ids},
+    "soft cap, window, segments": {
+        "kind": "local_sliding",
+        "sliding_window_size": 7,
+        "attn_logits_soft_cap": 2.0,
+        "segment_ids": ids,
+    },
+    "chunk, segments": {"kind": "chunk", "chunk_attn_window_size": 8, "segment_ids": ids},
+    "images": {"bidirectional_mask": image},
+    "images, window": {
+        "kind": "local_sliding",
+        "sliding_window_size": 3,
+        "bidirectional_mask": image,
+        "segment_ids": ids,
+    },
+}
+
+
+def on_real_rows(function: Any) -> Any:
+    """Rows of padding, which see each other in MaxText and nothing here, left out."""
+    return lambda *arrays: jnp.where(real, function(*arrays), 0)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_same_as_dot_product(name):
+    ours, theirs = attention("jax_fa3", **CASES[name]), attention("dot_product", **CASES[name])
+    assert_same_as_theirs(on_real_rows(ours), on_real_rows(theirs), inputs(SHAPES, jnp.float32))
+
+
+def test_mla():
+    """Head dims of DeepSeek: 192 for query and key, 128 for value."""
+    shapes = (B, T, N, 192), (B, T, N, 192), (B, T, N, 128)
+    found = [0.1 * x for x in inputs(shapes, jnp.float32)]
+    ours, theirs = (attention(x, "mla", num_kv_heads=N) for x in ("jax_fa3", "dot_product"))
+    assert_same_as_theirs(ours, theirs, found)
+
+
+@pytest.mark.parametrize("name", ["global", "soft cap, window, segments"])
+def test_bf16(name):
+    ours, theirs = attention("jax_fa3", **CASES[name]), attention("dot_product", **CASES[name])
+    assert_no_further(on_real_rows(ours), on_real_rows(theirs), inputs(SHAPES, jnp.bfloat16))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_reaches_the_kernels(name, on_cpu):
+    assert_runs_kernels(attention("jax_fa3", **CASES[name]), inputs(SHAPES, jnp.bfloat16))
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+@pytest.mark.parametrize("name", ["global", "soft cap, window, segments", "chunk, segments"])
+def test_context_parallelism(name, balanced):
+    """Two ways, with two more for the batch; load-balanced is MaxText's own order of the sequence."""
+    utils = importlib.import_module("maxtext.utils.max_utils")
+    options = dict(CASES[name])
+    split = (
+        "ici_context_parallelism=2",
+        "ici_data_parallelism=2",
+        "ici_tensor_parallelism=2",
+        f"context_parallel_load_balance={balanced}",
+    )
+
+    def reordered(x: Any, back: bool = False) -> Any:
+        return utils.reorder_sequence(jnp.asarray(x), 2, 1, back) if balanced else jnp.asarray(x)
+
+    positions = jnp.broadcast_to(jnp.arange(T), (B, T))
+    within = {"positions": reordered(positions)}
+    if "segment_ids" in options:
+        within["segment_ids"] = reordered(options["segment_ids"])
+    parts = attention("jax_fa3", arguments=split, **options | within)
+    whole = attention("dot_product", **options)
+
+    def ours(*arrays: Any) -> Any:
+        return reordered(parts(*map(reordered, arrays)), back=True)
+
+    assert_same_as_theirs(on_real_rows(ours), on_real_rows(whole), inputs(SHAPES, jnp.float32))
+
+
+REFUSED = {
+    "sinks: got ": {"sinks": jnp.ones(N)},
+    "record_max_logits: got True": {"record_max_logits": True},
+    "dropout_rate: got 0.1": {"dropout_rate": 0.1},
+    "indexer_mask: got ": {"indexer_mask": jnp.zeros((B, T, T))},
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_refused_by_name(message):
+    with pytest.raises(NotImplementedError, match=message):
+        attention("jax_fa3", **REFUSED[message])(*inputs(SHAPES, jnp.float32))
+
+
+def test_a_striped_order_is_refused():
+    """Which "auto" means on a GPU, where documents are packed into a ring."""
+    adapter: Any = importlib.import_module("jax_fa3.integrations.maxtext")
+    names = "context_parallel_reorder_strategy", "packing", "context_parallel_strategy", "hardware"
+    for values in (("striped", False, "all_gather", "cpu"), ("auto", True, "ring", "gpu")):
+        settings = SimpleNamespace(**dict(zip(names, values, strict=True)))
+        settings.context_parallel_reorder_strategy = SimpleNamespace(value=values[0])
+        with pytest.raises(NotImplementedError, match="got striped, wanted dual_chunk_swap"):
+            adapter._check_context_parallel(SimpleNamespace(config=settings), True, None, None)
+
+
+def test_other_kernels_are_left_alone(monkeypatch):
+    found, wrapper = inputs(SHAPES, jnp.float32), attention_op.AttentionOp.apply_attention
+    wrapped = attention("dot_product")(*found)
+    monkeypatch.setattr(attention_op.AttentionOp, "apply_attention", wrapper.__wrapped__)
+    np.testing.assert_array_equal(wrapped, attention("dot_product")(*found))

@@ -1,0 +1,38 @@
+"""What the adapters share. The projects themselves need not be installed."""
+
+import importlib.metadata
+import warnings
+
+import pytest
+
+from jax_fa3.integrations import _project
+
+
+@pytest.fixture(autouse=True)
+def _forget():
+    _project.check_version.cache_clear()
+    yield
+    _project.check_version.cache_clear()
+
+
+@pytest.mark.parametrize("version", ["0.2", "0.2.5.dev3", "0.3.9", "0.10.0rc1"])
+def test_versions_that_were_tried(version, monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
+    _project.check_version("some-project", "0.2", "0.10.0")
+
+
+@pytest.mark.parametrize("version", ["0.1.9", "0.10.1", "1.0"])
+def test_others_warn_once_by_name(version, monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
+    message = f"got some-project {version}, was tried with 0.2 to 0.10.0"
+    with pytest.warns(UserWarning, match=message):
+        _project.check_version("some-project", "0.2", "0.10.0")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _project.check_version("some-project", "0.2", "0.10.0")
+
+
+def test_refusals_are_of_what_was_given():
+    _project.refuse_given(bias=None, dropout=0.0, sinks=False)
+    with pytest.raises(NotImplementedError, match="dropout: got 0.1, wanted its default"):
+        _project.refuse_given(bias=None, dropout=0.1)

@@ -1,0 +1,134 @@
+"""use_flash_attention of Tunix's Qwen 3 after jax_fa3.integrations.tunix.install, against its einsum."""
+
+import importlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from integrations import (
+    assert_no_further,
+    assert_runs_kernels,
+    assert_same_as_theirs,
+    inputs,
+    project,
+)
+
+pytestmark = pytest.mark.filterwarnings("default")  # Tunix's own, and its dependencies'
+qwen3, gemma4, nnx = project(
+    "google-tunix", "tunix.models.qwen3.model", "tunix.models.gemma4.model", "flax.nnx"
+)
+mask_lib: Any = qwen3.mask_lib
+adapter: Any = importlib.import_module("jax_fa3.integrations.tunix")
+B, T = 4, 24
+
+
+@pytest.fixture(autouse=True, scope="module")
+def installed():
+    """And as it was afterwards."""
+    modules: list[Any] = list(map(importlib.import_module, adapter.MODELS))
+    originals = [module.splash for module in modules]
+    adapter.install()
+    yield
+    for module, original in zip(modules, originals, strict=True):
+        module.splash = original
+
+
+def attention(flash: bool, dtype: Any = jnp.float32, segment_ids: Any = None) -> tuple[Any, Any]:
+    """The layer's weights, and the layer as a function of them and of x, on a mesh of 2 by 2."""
+    config = qwen3.ModelConfig(
+        num_layers=1,
+        vocab_size=32,
+        embed_dim=32,
+        hidden_dim=32,
+        num_heads=4,
+        head_dim=16,
+        num_kv_heads=2,
+        rope_theta=10000,
+        norm_eps=1e-6,
+        use_flash_attention=flash,
+        dtype=dtype,
+        param_dtype=dtype,
+    )
+    mesh = jax.make_mesh((2, 2), ("fsdp", "tp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    graph, weights = nnx.split(qwen3.Attention(config, rngs=nnx.Rngs(0)))
+    causal = jnp.broadcast_to(jnp.tri(T, dtype=bool), (B, T, T))
+    positions = jnp.broadcast_to(jnp.arange(T), (B, T))
+
+    def call(weights: Any, x: Any) -> Any:
+        with mesh:
+            layer = nnx.merge(graph, weights)
+            return layer(x, positions, None, causal, segment_ids=segment_ids)[1]
+
+    return weights, call
+
+
+ids = np.ones((B, T), np.int32)
+ids[1, :5] = ids[1, 20:] = 0  # a rollout: padding on both sides
+real = jnp.asarray(ids > 0)[..., None]
+
+
+def test_same_as_einsum():
+    (weights, ours), (_, theirs) = attention(True), attention(False)
+    assert_same_as_theirs(ours, theirs, (weights, *inputs([(B, T, 32)], jnp.float32)))
+
+
+def test_bf16():
+    (weights, ours), (_, theirs) = attention(True, jnp.bfloat16), attention(False, jnp.bfloat16)
+    arrays = weights, *inputs([(B, T, 32)], jnp.bfloat16)
+    assert_no_further(ours, theirs, arrays, exact=attention(False)[1])
+    assert ours(*arrays).dtype == jnp.bfloat16
+
+
+SPLASH_MASKS = {
+    "causal": (lambda: mask_lib.CausalMask((T, T)), {"is_causal": True}),
+    "sliding": (lambda: mask_lib.LocalMask((T, T), window_size=(6, 0), offset=0), {}),
+    "both sides": (lambda: mask_lib.LocalMask((T, T), window_size=(6, 3), offset=0), {}),
+    "open to the left": (lambda: mask_lib.LocalMask((T, T), window_size=(None, 2), offset=0), {}),
+}
+
+
+@pytest.mark.parametrize("name", SPLASH_MASKS)
+def test_same_as_its_own_mask(name):
+    """What the kernel that the models make shows, against the mask's own array."""
+    mask = SPLASH_MASKS[name][0]()
+    kernel = gemma4.splash.make_splash_mha(
+        mask_lib.MultiHeadMask([mask] * 4), block_sizes=None, head_shards=1, q_seq_shards=1
+    )
+    segments = gemma4.splash.SegmentIds(jnp.asarray(ids), jnp.asarray(ids))
+    visible = jnp.asarray(mask[:, :]) & (ids[:, None, :] == ids[:, :, None])
+
+    def ours(q: Any, k: Any, v: Any) -> Any:
+        out = jax.vmap(kernel)(q, k, v, segment_ids=segments)
+        return jnp.where(real[:, None], out, 0)
+
+    def theirs(q: Any, k: Any, v: Any) -> Any:
+        scores = jnp.einsum("bnth,bnsh->bnts", q, jnp.repeat(k, 2, 1))
+        weights = jax.nn.softmax(jnp.where(visible[:, None], scores, qwen3.K_MASK))
+        return jnp.where(
+            real[:, None], jnp.einsum("bnts,bnsh->bnth", weights, jnp.repeat(v, 2, 1)), 0
+        )
+
+    shapes = (B, 4, T, 16), (B, 2, T, 16), (B, 2, T, 16)
+    assert_same_as_theirs(ours, theirs, inputs(shapes, jnp.float32))
+
+
+def test_reaches_the_kernels(on_cpu):
+    weights, ours = attention(True, jnp.bfloat16, jnp.asarray(ids))
+    assert_runs_kernels(ours, (weights, *inputs([(B, T, 32)], jnp.bfloat16)))
+
+
+def test_refused_by_name():
+    def make(masks: Any, parts: int = 1) -> Any:
+        return qwen3.splash.make_splash_mha(
+            mask_lib.MultiHeadMask(masks), block_sizes=None, head_shards=1, q_seq_shards=parts
+        )
+
+    causal = mask_lib.CausalMask((T, T))
+    with pytest.raises(NotImplementedError, match="shd_config: got a sequence over 2 devices"):
+        make([causal], parts=2)
+    with pytest.raises(NotImplementedError, match="mask: got masks that differ between heads"):
+        make([causal, mask_lib.LocalMask((T, T), window_size=(3, 0), offset=0)])
+    with pytest.raises(NotImplementedError, match="mask: got FullMask, wanted a CausalMask"):
+        make([mask_lib.FullMask((T, T))])

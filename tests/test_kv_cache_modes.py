@@ -76,6 +76,16 @@ def test_mistakes(name: str, ragged: bool):
         np.testing.assert_array_equal(x[~bad], y[~bad])
 
 
+def test_starts_that_go_back():
+    """Whose rows are whose is not clear then: all are NaN, but for what is behind the last."""
+    case = Case("", (2, 2, 2), (20, 40, 9), pages=5, ragged=True, spare=3)
+    arguments = Inputs(case, jnp.float32).arguments()
+    arguments["query_starts"][:4] = 0, 4, 2, 6
+    out, _ = run(arguments)
+    assert np.isnan(out[:6]).all()
+    np.testing.assert_array_equal(out[6:], 0)
+
+
 def test_mistakes_nobody_looks_at():
     """Pages before the window, behind the length, of idle slots."""
     case = Case("", (2, 2, 2), (20, 40, 0), 8, pages=6, options={"local_window_size": (9, 0)})

@@ -112,8 +112,8 @@ def dot_product_attention(
     that the window has if not. Of the page table nothing is used but the pages of positions that some
     row sees; other entries may be anything, and so may the cache's other numbers, NaN too. Mistakes
     give NaN in all rows of their sequence and nowhere else: a length beyond the cache's (or 2**30),
-    a page or a cache row that does not exist where it is needed, query_starts that go back or beyond
-    the rows.
+    a page or a cache row that does not exist where it is needed, query_starts beyond the rows; those
+    that go back make all sequences NaN.
 
     It has no derivative, and says so: jax_fa3.dot_product_attention has.
 

@@ -55,7 +55,8 @@ def sequences(where: Where, rows: int, page_size: int) -> Sequences:
     if where.num_sequences is not None:
         ours = each < where.num_sequences
     first, stop = starts[:-1], starts[1:]
-    mistaken = ours & ((first < 0) | (stop < first) | (stop > rows))
+    # Where starts go back it is not clear whose rows are whose.
+    mistaken = (ours & ((first < 0) | (stop > rows))) | (ours & (stop < first)).any()
     first = jnp.clip(first, 0, rows)
     counts = jnp.where(ours, jnp.maximum(jnp.clip(stop, 0, rows) - first, 0), 0)
     capacity = min(table.shape[1] * page_size, LONGEST)

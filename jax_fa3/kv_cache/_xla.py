@@ -120,9 +120,8 @@ def _intervals(
     begin, end = jnp.zeros_like(length), length
     if left is not None:
         begin = jnp.maximum(begin, each.position - min(left, LONGEST))
-    if (
-        right is not None
-    ):  # the last row's position is length - 1, so more right makes no difference
+    if right is not None:
+        # The last row's position is length - 1: more than the rows right of one is past the end.
         end = jnp.minimum(end, each.position + (1 + min(right, each.position.shape[0])))
     if operands.key_begin is not None:
         of_row = operands.key_begin.reshape(-1)

@@ -76,7 +76,7 @@ def assert_no_further(
 
 def assert_runs_kernels(function: Any, arrays: Sequence[Any], calls: int = 1) -> None:
     """Lowered for a Hopper GPU, forward and gradient are one kernel each for each call of attention,
-    beside the one that turns segment ids into intervals. To be asked where `on_cpu` hides the GPUs."""
+    beside the one that turns segment ids into intervals. (The fixture `on_cpu` hides the GPUs.)"""
 
     def run(arrays: Any) -> Any:
         out, pullback = jax.vjp(function, *arrays)

@@ -18,6 +18,7 @@ from integrations import (
 
 eqx = project("equinox", "equinox")
 adapter: Any = importlib.import_module("jax_fa3.integrations.equinox")
+pytestmark = pytest.mark.usefixtures("on_cpu")
 T, S = 24, 20
 SHAPES = (T, 32), (S, 16), (S, 16)
 CAUSAL = jnp.tri(T, S, dtype=bool)
@@ -75,7 +76,7 @@ def test_bf16():
     assert_no_further(function, with_weights(theirs, mask=CAUSAL)[1], arrays)
 
 
-def test_a_batch_of_a_float32_layer_is_one_kernel(on_cpu):
+def test_a_batch_of_a_float32_layer_is_one_kernel():
     call = partial(adapter.multihead_attention, layer(), is_causal=True, compute_dtype=jnp.bfloat16)
     batch = inputs([(3, *shape) for shape in SHAPES], jnp.float32)
     assert_runs_kernels(jax.vmap(call), batch)

@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax.numpy as jnp
+import pytest
 from integrations import (
     assert_no_further,
     assert_runs_kernels,
@@ -13,6 +14,7 @@ from integrations import (
 
 nnx, linen = project("flax", "flax.nnx", "flax.linen")
 ours = project("flax", "jax_fa3.flax.nnx")
+pytestmark = pytest.mark.usefixtures("on_cpu")
 B, T, WIDTH = 2, 24, 32
 
 
@@ -56,6 +58,6 @@ def test_bf16():
     assert_no_further(found, theirs, arrays, exact=swapped()[2], pooled=True)
 
 
-def test_reaches_the_kernels(on_cpu):
+def test_reaches_the_kernels():
     weights, found, _ = swapped(jnp.bfloat16)
     assert_runs_kernels(found, (weights, *inputs([(B, T, WIDTH)], jnp.bfloat16)))

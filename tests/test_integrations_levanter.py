@@ -15,7 +15,10 @@ from integrations import (
 )
 
 lv, hax = project("marin-levanter", "levanter.layers.attention", "haliax")
-pytestmark = pytest.mark.filterwarnings("default")  # Levanter's own, and its dependencies'
+pytestmark = [
+    pytest.mark.usefixtures("on_cpu"),
+    pytest.mark.filterwarnings("default"),  # Levanter's own, and its dependencies'
+]
 
 Batch, QPos, KPos, KVHeads, Group, D = hax.make_axes(b=2, q=24, k=20, kv=2, g=3, d=16)
 AXES = (Batch, KVHeads, Group, QPos, D), (Batch, KPos, KVHeads, D), (Batch, KPos, KVHeads, D)
@@ -84,11 +87,11 @@ def test_bf16(options):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_reaches_the_kernels(name, on_cpu):
+def test_reaches_the_kernels(name):
     assert_runs_kernels(attention("nvte", **CASES[name]), inputs(SHAPES, jnp.bfloat16))
 
 
-def test_a_float32_model_reaches_the_kernels_by_attention_dtype(on_cpu):
+def test_a_float32_model_reaches_the_kernels_by_attention_dtype():
     call = attention("nvte", mask=Mask.causal(), attention_dtype=jnp.bfloat16)
     assert_runs_kernels(call, inputs(SHAPES, jnp.float32))
     assert call(*inputs(SHAPES, jnp.float32)).dtype == jnp.float32

@@ -20,7 +20,10 @@ from integrations import (
 )
 
 maxtext, attention_op = project("maxtext", "maxtext", "maxtext.layers.attention_op")
-pytestmark = pytest.mark.filterwarnings("default")  # MaxText's own, and its dependencies'
+pytestmark = [
+    pytest.mark.usefixtures("on_cpu"),
+    pytest.mark.filterwarnings("default"),  # MaxText's own, and its dependencies'
+]
 
 B, T, N, K, H = 2, 32, 4, 2, 16
 SHAPES = (B, T, N, H), (B, T, K, H), (B, T, K, H)
@@ -40,15 +43,18 @@ def config(*arguments: str) -> Any:
     pyconfig = importlib.import_module("maxtext.configs.pyconfig")
     base = os.fspath(Path(maxtext.__file__).parent / "configs" / "base.yml")
     fixed = "run_name=test", "enable_checkpointing=False", "skip_jax_distributed_system=True"
-    sizes = f"max_target_length={T}", "per_device_batch_size=1", "hardware=cpu"
-    return pyconfig.initialize(["", base, *fixed, *sizes, *arguments])
+    sizes = f"max_target_length={T}", "per_device_batch_size=1"
+    hardware = () if any(x.startswith("hardware=") for x in arguments) else ("hardware=cpu",)
+    return pyconfig.initialize(["", base, *fixed, *sizes, *hardware, *arguments])
 
 
 def attention(kernel: str, kind: str = "global", arguments: Any = (), **options: Any) -> Any:
     """AttentionOp with the configuration's `attention`, as a function of query, key and value."""
     utils = importlib.import_module("maxtext.utils.maxtext_utils")
     settings = config(f"attention={kernel}", *arguments)
-    mesh = jax.sharding.Mesh(utils.create_device_mesh(settings), settings.mesh_axes)
+    mesh = jax.sharding.Mesh(
+        utils.create_device_mesh(settings, jax.devices("cpu")), settings.mesh_axes
+    )
     static = "attn_logits_soft_cap", "sliding_window_size", "chunk_attn_window_size", "dropout_rate"
     op = attention_op.AttentionOp(
         settings,
@@ -126,14 +132,22 @@ def test_bf16(name):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_reaches_the_kernels(name, on_cpu):
+def test_reaches_the_kernels(name):
     assert_runs_kernels(attention("jax_fa3", **CASES[name]), inputs(SHAPES, jnp.bfloat16))
 
 
 @pytest.mark.parametrize("balanced", [False, True])
-@pytest.mark.parametrize("name", ["global", "soft cap, window, segments", "chunk, segments"])
-def test_context_parallelism(name, balanced):
-    """Two ways, with two more for the batch; load-balanced is MaxText's own order of the sequence."""
+@pytest.mark.parametrize(
+    "name, strategy",
+    [
+        ("global", "ring"),
+        ("soft cap, window, segments", "ring"),
+        ("soft cap, window, segments", "all_gather"),
+        ("chunk, segments", "all_gather"),
+    ],
+)
+def test_context_parallelism(name, strategy, balanced):
+    """Two ways, with four more for batch and heads; load-balanced is MaxText's own order."""
     utils = importlib.import_module("maxtext.utils.max_utils")
     options = dict(CASES[name])
     split = (
@@ -141,6 +155,9 @@ def test_context_parallelism(name, balanced):
         "ici_data_parallelism=2",
         "ici_tensor_parallelism=2",
         f"context_parallel_load_balance={balanced}",
+        f"context_parallel_strategy={strategy}",
+        "context_parallel_reorder_strategy=dual_chunk_swap",
+        "hardware=gpu",  # elsewhere MaxText's configuration has no ring
     )
 
     def reordered(x: Any, back: bool = False) -> Any:

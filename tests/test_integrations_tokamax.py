@@ -18,6 +18,7 @@ from integrations import (
 from jax_fa3.integrations.tokamax import Attention
 
 tokamax, base = project("tokamax", "tokamax", "tokamax._src.ops.attention.base")  # it has Mask
+pytestmark = pytest.mark.usefixtures("on_cpu")
 SHAPES = (2, 48, 4, 16), (2, 40, 2, 16), (2, 40, 2, 24)
 
 
@@ -101,13 +102,13 @@ def test_masks(name):
 
 
 @pytest.mark.parametrize("name", ["full", "causal window", "soft cap", "lengths"])
-def test_these_reach_the_kernels(name, on_cpu):
+def test_these_reach_the_kernels(name):
     call = partial(tokamax.dot_product_attention, implementation=[Attention()], **CASES[name])
     assert_runs_kernels(call, inputs(SHAPES, jnp.bfloat16))
 
 
 @pytest.mark.parametrize("name", ["traced offset", "k_start", "k_end", "q_start", "q_indices"])
-def test_these_masks_reach_the_kernels(name, on_cpu):
+def test_these_masks_reach_the_kernels(name):
     make, value, options = MASKS[name]
     call = partial(Attention("fa3"), mask=make(jnp.asarray(value)), **options)
     assert_runs_kernels(call, inputs(SHAPES, jnp.bfloat16))
@@ -143,7 +144,7 @@ def test_quantized_arrays_are_refused():
 def test_sharded():
     """q_sharding is this library's sharding."""
     found = inputs(SHAPES, jnp.float32)
-    mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    mesh = jax.sharding.Mesh(np.reshape(jax.devices("cpu")[:4], (2, 2)), ("x", "y"))
     spec = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x", None, "y"))
     options = {"is_causal": True, "q_sharding": spec}
     assert_same_as_theirs(ours(**options), theirs(is_causal=True), jax.device_put(found, spec))

@@ -15,7 +15,10 @@ from integrations import (
     project,
 )
 
-pytestmark = pytest.mark.filterwarnings("default")  # Tunix's own, and its dependencies'
+pytestmark = [
+    pytest.mark.usefixtures("on_cpu"),
+    pytest.mark.filterwarnings("default"),  # Tunix's own, and its dependencies'
+]
 qwen3, gemma4, nnx = project(
     "google-tunix", "tunix.models.qwen3.model", "tunix.models.gemma4.model", "flax.nnx"
 )
@@ -51,7 +54,7 @@ def attention(flash: bool, dtype: Any = jnp.float32, segment_ids: Any = None) ->
         dtype=dtype,
         param_dtype=dtype,
     )
-    mesh = jax.make_mesh((2, 2), ("fsdp", "tp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    mesh = jax.sharding.Mesh(np.reshape(jax.devices("cpu")[:4], (2, 2)), ("fsdp", "tp"))
     graph, weights = nnx.split(qwen3.Attention(config, rngs=nnx.Rngs(0)))
     causal = jnp.broadcast_to(jnp.tri(T, dtype=bool), (B, T, T))
     positions = jnp.broadcast_to(jnp.arange(T), (B, T))
@@ -114,7 +117,7 @@ def test_same_as_its_own_mask(name):
     assert_same_as_theirs(ours, theirs, inputs(shapes, jnp.float32))
 
 
-def test_reaches_the_kernels(on_cpu):
+def test_reaches_the_kernels():
     weights, ours = attention(True, jnp.bfloat16, jnp.asarray(ids))
     assert_runs_kernels(ours, (weights, *inputs([(B, T, 32)], jnp.bfloat16)))
 

@@ -128,18 +128,6 @@ def test_eager_calls_compile_once():
     assert compiled_in_third_call(lambda: run(arguments)) == 0
 
 
-def test_guide(tmp_path: Path):
-    """The Python in docs/kv_cache.md, as a reader would type it."""
-    guide = Path(__file__).resolve().parent.parent / "docs" / "kv_cache.md"
-    text = guide.read_text(encoding="utf-8")
-    blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 4
-    script = tmp_path / "guide.py"
-    script.write_text("\n".join(blocks), encoding="utf-8")
-    names = runpy.run_path(str(script))
-    assert names["out"].shape == names["query"].shape
-
-
 def test_nothing():
     """No sequences, no rows, no heads."""
     case = Case("", (2, 2), (20, 40), pages=5)

@@ -86,7 +86,7 @@ inline bool launch_bwd(BackwardProblem const& problem, cudaStream_t stream, cuda
 
 inline bool launch_fp8(fp8::Problem const& problem, cudaStream_t stream, cudaError_t* error) {
   return detail::select<DType::kFloat8E4M3>(problem.forward, [&](auto, auto index) {
-    *error = fp8::launch<kKernelSizes[decltype(index)::value].head_dim>(problem, stream);
+    *error = fp8::launch_fwd<kKernelSizes[decltype(index)::value].head_dim>(problem, stream);
   });
 }
 

@@ -69,7 +69,7 @@ ffi::Error quantize_impl(Stream stream, ffi::RemainingArgs operands, ffi::Remain
   problem.lengths = x.lengths.ints();
   problem.out = static_cast<uint8_t*>(x.quantized.data);
   problem.scales = x.scales.floats();
-  return cuda_status(fp8::launch(problem, *stream));
+  return cuda_status(fp8::launch_quantize(problem, *stream));
 }
 
 }  // namespace

@@ -1,9 +1,6 @@
 """jax_fa3.kv_cache.dot_product_attention with integers of every kind, mistakes, and JAX's modes."""
 
 import functools
-import re
-import runpy
-from pathlib import Path
 from typing import Any
 
 import jax

@@ -19,7 +19,7 @@ from jax import Array, lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from .. import context_parallel
-from .._arguments import Implementation
+from .._problem import Implementation
 from .._attention import dot_product_attention
 from .._mask import key_intervals
 from ._project import check_version, refuse, refuse_given

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from .._arguments import Implementation
+from .._problem import Implementation
 from .._attention import dot_product_attention
 from ._project import check_version, refuse, refuse_given
 

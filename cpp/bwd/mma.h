@@ -91,15 +91,21 @@ CUTLASS_DEVICE bool mma(Params const& params, typename Traits::SharedStorage& st
   typename Traits::template MmaGrad<Traits::kHeadDim> mma_dk;
   typename Traits::template MmaGrad<Traits::kHeadDimV> mma_dv;
   typename Traits::MmadQ mma_dq;
-  Tensor tSrK = operand_a(mma_s, warpgroup, storage.key, typename Traits::LayoutK{})(_, _, _, 0);
-  Tensor tSrQ = operand_b(mma_s, warpgroup, storage.query, typename Traits::LayoutQ{});
+  auto const a = [&](auto const& mma, uint16_t* smem, auto layout) {
+    return operand_a(mma, warpgroup, smem, layout);
+  };
+  auto const b = [&](auto const& mma, uint16_t* smem, auto layout) {
+    return operand_b(mma, warpgroup, smem, layout);
+  };
+  Tensor tSrK = a(mma_s, storage.key, typename Traits::LayoutK{})(_, _, _, 0);
+  Tensor tSrQ = b(mma_s, storage.query, typename Traits::LayoutQ{});
   Tensor tdPrV =
       operand_a(mma_dp, warpgroup, storage.value, typename Traits::LayoutV{})(_, _, _, 0);
-  Tensor tdPrdO = operand_b(mma_dp, warpgroup, storage.dout, typename Traits::LayoutdO{});
-  Tensor tdVrdO = operand_b(mma_dv, warpgroup, storage.dout, typename Traits::LayoutdOt{});
-  Tensor tdKrQ = operand_b(mma_dk, warpgroup, storage.query, typename Traits::LayoutQt{});
-  Tensor tdQrdS = operand_a(mma_dq, warpgroup, storage.exchange, typename Traits::LayoutdS{});
-  Tensor tdQrK = operand_b(mma_dq, warpgroup, storage.key, typename Traits::LayoutKt{})(_, _, _, 0);
+  Tensor tdPrdO = b(mma_dp, storage.dout, typename Traits::LayoutdO{});
+  Tensor tdVrdO = b(mma_dv, storage.dout, typename Traits::LayoutdOt{});
+  Tensor tdKrQ = b(mma_dk, storage.query, typename Traits::LayoutQt{});
+  Tensor tdQrdS = a(mma_dq, storage.exchange, typename Traits::LayoutdS{});
+  Tensor tdQrK = b(mma_dq, storage.key, typename Traits::LayoutKt{})(_, _, _, 0);
 
   constexpr Shape<Int<kBlockN>, Int<kBlockM>> kShapeS{};
   Tensor tS = partition_fragment_C(mma_s, kShapeS);

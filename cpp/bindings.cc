@@ -16,33 +16,53 @@
 #include "common/tile_scheduler.h"
 #include "dispatch.h"
 #include "ffi.h"
+#include "ffi_targets.h"
 #include "plan.h"
 
 namespace nb = nanobind;
 
 namespace {
 
+// Calls f with each target's table and its handler.
+template <class F>
+void for_each_target(F const& f) {
+  f(jax_fa3::kFwd, jax_fa3_fwd);
+  f(jax_fa3::kBwd, jax_fa3_bwd);
+  f(jax_fa3::kBwdPacked, jax_fa3_bwd_packed);
+  f(jax_fa3::kFwdFp8, jax_fa3_fwd_fp8);
+  f(jax_fa3::kQuantize, jax_fa3_quantize);
+  f(jax_fa3::kSegmentIntervals, jax_fa3_segment_intervals);
+}
+
 nb::dict ffi_targets() {
-  auto const capsule = [](auto* handler) { return nb::capsule(reinterpret_cast<void*>(handler)); };
   nb::dict targets;
-  targets["jax_fa3.fwd.v1"] = capsule(jax_fa3_fwd);
-  targets["jax_fa3.bwd.v1"] = capsule(jax_fa3_bwd);
-  targets["jax_fa3.bwd_packed.v1"] = capsule(jax_fa3_bwd_packed);
-  targets["jax_fa3.fwd_fp8.v1"] = capsule(jax_fa3_fwd_fp8);
-  targets["jax_fa3.quantize.v1"] = capsule(jax_fa3_quantize);
-  targets["jax_fa3.segment_intervals.v1"] = capsule(jax_fa3_segment_intervals);
+  for_each_target([&](auto const& target, auto* handler) {
+    targets[target.name] = nb::capsule(reinterpret_cast<void*>(handler));
+  });
   return targets;
+}
+
+nb::dict ffi_arrays() {
+  nb::dict tables;
+  auto const rows = [](auto const& slots) {
+    std::vector<std::tuple<std::string, std::vector<std::string>, bool>> found;
+    for (auto const& slot : slots) {
+      found.emplace_back(slot.spec.name, names_of(slot.spec.dtypes), slot.spec.is_optional());
+    }
+    return found;
+  };
+  for_each_target([&](auto const& target, auto*) {
+    tables[target.name] = std::pair{rows(target.operands), rows(target.results)};
+  });
+  return tables;
 }
 
 std::vector<std::tuple<std::string, int, int>> kernels() {
   std::vector<std::tuple<std::string, int, int>> built;
-  for (auto const& [dtype, name] : {std::pair{jax_fa3::DType::kBFloat16, "bfloat16"},
-                                    std::pair{jax_fa3::DType::kFloat16, "float16"},
-                                    std::pair{jax_fa3::DType::kFloat8E4M3, "float8_e4m3fn"}}) {
-    if (!jax_fa3::is_built(dtype)) continue;
+  for (auto const& [name, dtype] : jax_fa3::kDTypeNames) {
     for (auto const& size : jax_fa3::kKernelSizes) {
-      if (dtype == jax_fa3::DType::kFloat8E4M3 && !jax_fa3::has_fp8(size)) continue;
-      built.emplace_back(name, size.head_dim, size.head_dim_v);
+      if (jax_fa3::has_kernel(dtype, size))
+        built.emplace_back(name, size.head_dim, size.head_dim_v);
     }
   }
   return built;
@@ -67,6 +87,8 @@ jax_fa3::Mask closed_form_mask(int seqlen_q, int seqlen_k, int64_t window_left,
 
 NB_MODULE(_C, module) {
   module.def("ffi_targets", &ffi_targets, "Name -> capsule of every XLA FFI handler.");
+  module.def("ffi_arrays", &ffi_arrays,
+             "Target -> its operands and its results, each (name, dtypes, whether optional).");
   module.def("ffi_api_version", [] { return std::pair{XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR}; });
   module.def("driver_version", &driver_version, "The newest CUDA that the driver runs, or 0.");
   module.def("runtime_version", [] { return CUDART_VERSION; });
@@ -75,6 +97,11 @@ NB_MODULE(_C, module) {
     auto const tile = jax_fa3::fwd_tile(head_dim, head_dim_v, few_keys);
     return std::pair{tile.block_m, tile.block_n};
   });
+  module.def("bwd_tile", [](int head_dim) {
+    auto const tile = jax_fa3::bwd_tile(head_dim);
+    return std::tuple{tile.head_dim, tile.block_m, tile.block_n, tile.fused};
+  });
+  module.attr("bwd_query_rows") = jax_fa3::kBwdQueryRows;
   module.def("bwd_workspace", [](int batch, int seqlen_q, int num_heads_q, int num_heads_k,
                                  int head_dim, bool sums_dq) {
     auto const w =

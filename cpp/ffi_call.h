@@ -9,14 +9,12 @@
 #include <optional>
 #include <string>
 
-#include "ffi_checks.h"
+#include "ffi_arrays.h"
+#include "ffi_targets.h"
 #include "problem.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace jax_fa3 {
-
-using Int32Buffer = ffi::Buffer<ffi::DataType::S32>;
-using FloatBuffer = ffi::Buffer<ffi::DataType::F32>;
 
 ffi::Error cuda_status(cudaError_t error);
 
@@ -30,24 +28,11 @@ struct StreamOfDevice {};
 ffi::Error check_device(Stream const& stream);
 ffi::Error not_built(Problem const& problem);
 
-std::optional<DType> to_dtype(ffi::DataType type);
-
-// Numbers of an operand in one of its array's elements: two of 16 bits make a word of 32.
-template <class Buffer>
-int64_t per_element(Buffer const& buffer) {
-  return buffer.element_type() == ffi::DataType::U32 ? 2 : 1;
-}
+ffi::Error to_dtype(Array const& x, DType* dtype);
 
 // A [b, t, n, h] operand in row-major order, from head `first_head` and of each head from column
-// `first_column` on. Sizes are of the operand's numbers.
-template <class Buffer>
-Operand to_operand(Buffer& buffer, int64_t first_head, int64_t size, int64_t first_column = 0) {
-  auto const dims = buffer.dimensions();
-  int64_t const heads = dims[2];
-  int64_t const columns = dims[3] * per_element(buffer);
-  return {static_cast<char*>(buffer.untyped_data()) + (first_head * columns + first_column) * size,
-          dims[1] * heads * columns, heads * columns, columns};
-}
+// `first_column` on.
+Operand to_operand(Array const& x, int64_t first_head = 0, int64_t first_column = 0);
 
 struct Attributes {
   float scale;
@@ -60,22 +45,12 @@ struct Attributes {
   int64_t head_dim_v, first_column_v;
 };
 
-struct Inputs {
-  ffi::AnyBuffer query, key, value;
-  Int32Buffer query_offset, query_seq_lengths, key_value_seq_lengths, key_begin, key_end;
-};
+// Sizes are counted in 32 bits from here on. They are the dimensions n, k and v.
+ffi::Error check_attributes(Attributes const& attributes, Dims* dims);
 
-// Sizes are counted in 32 bits from here on.
-ffi::Error check_attributes(Attributes const& attributes);
-
-// All of a Problem but out, lse and workspace, checked. Operands are of 16 bits, key and value also
-// in words of 32; or e4m3 where that is wanted.
-ffi::Error to_problem(Inputs& inputs, Attributes const& attributes, Problem* problem,
-                      bool float8 = false);
-
-// check_apart, where the inputs are read, too.
-ffi::Error check_apart(Inputs& inputs, std::initializer_list<View> written,
-                       std::initializer_list<View> read);
+// All of a Problem but out, lse and workspace, checked.
+ffi::Error to_problem(Inputs const& inputs, Attributes const& attributes, Dims const& dims,
+                      Problem* problem);
 
 }  // namespace jax_fa3
 
@@ -105,11 +80,11 @@ XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
     xla::ffi::StructMember<int64_t>("first_head_v"), xla::ffi::StructMember<int64_t>("head_dim_v"),
     xla::ffi::StructMember<int64_t>("first_column_v"));
 
-// The mask's arrays: query_offset, query_seq_lengths, key_value_seq_lengths, key_begin, key_end.
-#define JAX_FA3_MASKS              \
-  .Arg<jax_fa3::Int32Buffer>()     \
-      .Arg<jax_fa3::Int32Buffer>() \
-      .Arg<jax_fa3::Int32Buffer>() \
-      .Arg<jax_fa3::Int32Buffer>() \
-      .Arg<jax_fa3::Int32Buffer>()
-#define JAX_FA3_BIND xla::ffi::Ffi::Bind().Ctx<jax_fa3::StreamOfDevice>()
+// A handler of (Stream, operands, results, ...), which launches and returns: CUDA graphs can hold
+// it.
+#define JAX_FA3_HANDLER(symbol, function, ...)                                             \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(                                                           \
+      symbol, function,                                                                    \
+      xla::ffi::Ffi::Bind().Ctx<jax_fa3::StreamOfDevice>().RemainingArgs().RemainingRets() \
+          __VA_ARGS__,                                                                     \
+      {xla::ffi::Traits::kCmdBufferCompatible})

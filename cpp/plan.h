@@ -5,6 +5,7 @@
 
 #include "common/mask.h"
 #include "common/tile_scheduler.h"
+#include "kernel_sizes.h"
 
 namespace jax_fa3 {
 
@@ -13,17 +14,12 @@ constexpr int ceil_div(int64_t a, int64_t b) { return static_cast<int>((a + b - 
 struct FwdTile {
   int block_m;
   int block_n;
-  bool out_over_value;  // the output tile borrows V's shared memory: no room for one of its own
+  bool out_over_value;  // the output tile borrows V's shared memory
 };
 
-// The measured reasons stand in cpp/README.md. `few_keys`: the mask leaves the rows of a tile few
-// keys, so that a tall tile would mostly compute what is masked.
 constexpr FwdTile fwd_tile(int head_dim, int head_dim_v, bool few_keys) {
-  if (head_dim <= 64) return {few_keys ? 128 : 192, 128, false};
-  if (head_dim <= 128) return {128, 128, false};
-  if (head_dim <= 192 && head_dim_v <= 128) return {128, 128, true};
-  if (head_dim <= 192) return {128, 96, true};
-  return {128, 80, true};
+  KernelSize const size = size_for(head_dim, head_dim_v);
+  return {few_keys ? size.block_m_few_keys : size.block_m, size.block_n, size.out_over_value};
 }
 
 // Keys of which the forward sums O in one accumulator (fwd/long_sums.h).
@@ -37,27 +33,8 @@ constexpr int64_t long_sums_of_cta(int block_m, int head_dim_v) {
 // CTAs that there is workspace for: an H100 or H200 has 132 SMs, of which each takes one.
 constexpr int kMostCtas = 132;
 
-struct BwdTile {
-  int block_m;
-  int block_n;
-  bool fused;  // one kernel computes all three gradients and sums dQ in fp32 in global memory;
-               // else dQ has a kernel of its own
-};
-
 // The head dim that the backward kernel for `head_dim` computes with.
-constexpr int bwd_width(int head_dim) {
-  if (head_dim <= 64) return 64;
-  if (head_dim <= 128) return 128;
-  return head_dim <= 192 ? 192 : 256;
-}
-
-constexpr BwdTile bwd_tile(int head_dim) {
-  if (head_dim <= 64) return {128, 128, true};
-  if (head_dim <= 128) return {64, 128, true};
-  return {64, 64, false};
-}
-
-constexpr int kBwdQueryRows = 128;  // of a tile of dQ's own kernel
+constexpr int bwd_width(int head_dim) { return bwd_tile(head_dim).head_dim; }
 
 constexpr int row_stats_of_block(int block_m) { return 3 * block_m + 4; }  // of bwd/params.h
 constexpr int kQueryBlockInts = 8;
@@ -85,7 +62,7 @@ constexpr BwdWorkspace bwd_workspace(int64_t batch, int64_t seqlen_q, int64_t nu
   return {heads * blocks * row_stats_of_block(tile.block_m),
           batch * rows * 2,
           batch * blocks * kQueryBlockInts,
-          heads * summed_rows * bwd_width(head_dim),
+          heads * summed_rows * tile.head_dim,
           tile.fused ? heads * blocks : 0,
           batch * num_heads_k * 3};
 }

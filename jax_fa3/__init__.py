@@ -2,7 +2,7 @@
 
 from jax.export import DisabledSafetyCheck as _DisabledSafetyCheck
 
-from . import _ffi, context_parallel
+from . import _ffi, _targets, context_parallel
 from ._attention import dot_product_attention, is_supported, qkv_dot_product_attention
 from ._autodiff import RESIDUAL_NAMES
 from ._mask import key_intervals
@@ -22,6 +22,6 @@ __version__ = "0.1.0"
 
 # For jax.export.export(..., disabled_checks=jax_fa3.DISABLE_JAX_EXPORT_CHECKS), which otherwise
 # refuses custom calls that are not JAX's own.
-DISABLE_JAX_EXPORT_CHECKS = tuple(map(_DisabledSafetyCheck.custom_call, _ffi.TARGETS))
+DISABLE_JAX_EXPORT_CHECKS = tuple(map(_DisabledSafetyCheck.custom_call, _targets.TARGETS))
 
 _ffi.register()

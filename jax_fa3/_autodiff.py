@@ -4,6 +4,7 @@ stand under the one custom_vjp, plain JAX as it is."""
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -143,7 +144,7 @@ class Attention(Method):
         self, operands: Operands, masks: Masks, more: Any, for_gradient: bool
     ) -> tuple[Array, ...]:
         letters = operands.letters, batch_letters(masks, operands.sizes.batch)
-        functions, results = (_kernel, _xla.attention), operands.result_letters
+        functions, results = (_ffi.fwd, _xla.attention), operands.result_letters
         if for_gradient:
             functions = _kernel_for_gradient, _plain_for_gradient
             results = *results, results[1]
@@ -161,33 +162,17 @@ def backward(
     per_mask = batch_letters(masks, operands.sizes.batch)
     letters = operands.letters, per_mask, rows.letters(operands)
     results = tuple(jax.tree.leaves(operands.letters))
-    static = method.implementation, _kernel_backward, plain, (method.config,), letters, results
+    static = method.implementation, _ffi.bwd, plain, (method.config,), letters, results
     grads = _dispatch.run(*static, operands, masks, rows)
     return jax.tree.unflatten(jax.tree.structure(operands), grads)
 
 
-def _kernel(config: Config, operands: Operands, masks: Masks) -> tuple[Array, ...]:
-    tensors, heads = _for_ffi(operands)
-    return _ffi.fwd(config, *tensors, masks, **heads)
-
-
-def _kernel_for_gradient(config: Config, operands: Operands, masks: Masks) -> tuple[Array, ...]:
-    tensors, heads = _for_ffi(operands)
-    return _ffi.fwd(config, *tensors, masks, with_lse_low=True, **heads)
+_kernel_for_gradient = functools.partial(_ffi.fwd, with_lse_low=True)
 
 
 def _plain_for_gradient(config: Config, operands: Operands, masks: Masks) -> tuple[Array, ...]:
     out, lse = _xla.attention(config, operands, masks)
     return out, lse, jnp.zeros_like(lse)
-
-
-def _kernel_backward(
-    config: Config, operands: Operands, masks: Masks, rows: Rows
-) -> tuple[Array, ...]:
-    tensors, heads = _for_ffi(operands)
-    results = rows.out, rows.lse, rows.dout, rows.dlse
-    grads = _ffi.bwd(config, *tensors, masks, *results, lse_low=rows.lse_low, **heads)
-    return grads if operands.packed is None else (grads[0].reshape(operands.query.shape),)
 
 
 def plain_backward(
@@ -196,10 +181,3 @@ def plain_backward(
     dq, *dkv = _xla.backward(config, operands, masks, rows)
     grads = operands.joined(dq.astype(operands.query.dtype), *dkv)
     return vary_together((grads, operands))[0]  # without elements they are constants
-
-
-def _for_ffi(operands: Operands) -> tuple[tuple[Array, Array, Array], dict[str, Any]]:
-    arrays, first_head, _ = operands.located()
-    if operands.packed is None:
-        return arrays, {}
-    return arrays, {"num_heads": operands.heads, "first_head": first_head}

@@ -1,38 +1,73 @@
-"""What every custom call takes: operands, attributes (cpp/ffi_call.h), operands that become results."""
+"""What every custom call takes: arrays by their names (_targets.py), and attributes (cpp/ffi_call.h)."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from ._problem import Config, Masks
+from ._problem import Config
+from ._targets import TARGETS, Row
 from ._varying import vary_as, vary_together
 
 _UNBOUNDED = 2**62
 _FARTHEST = 2**61  # far beyond every int32 position, and sums with one still fit int64
+_T = TypeVar("_T")
 
 
 def custom_call(
     target: str,
-    results: Any,
-    attributes: dict[str, Any],
-    *operands: Array,
-    aliases: dict[int, int] | None = None,
-) -> list[Array]:
-    """aliases: operands, by their place, that become results where they are."""
-    varying = vary_together(operands)
-    call = jax.ffi.ffi_call(target, results, input_output_aliases=aliases)
+    results: Mapping[str, jax.ShapeDtypeStruct | None],
+    attributes: Mapping[str, Any],
+    *,
+    aliases: Mapping[str, str] | None = None,
+    **operands: Array | None,
+) -> dict[str, Array]:
+    """The results by their names; None or nothing, here and of operands, is absent.
+
+    Args:
+        aliases: operands that become results, where they are.
+    """
+    table = TARGETS[target]
+    # Of an absent array that may have several dtypes, that of the call is the right one.
+    usual = next(x.dtype for x in operands.values() if x is not None)
+
+    def dtype(row: Row) -> np.dtype:
+        return usual if usual.name in row.dtypes else jnp.dtype(row.dtypes[0])
+
+    def no_elements(row: Row) -> Array:
+        return jnp.zeros(0, dtype(row))
+
+    def no_result(row: Row) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((0,), dtype(row))
+
+    given = _in_order(f"{target}: operands", table.operands, operands, no_elements)
+    wanted = _in_order(f"{target}: results", table.results, results, no_result)
+    given_names, wanted_names = ([row.name for row in rows] for rows in table)
+    places = {
+        given_names.index(operand): wanted_names.index(result)
+        for operand, result in (aliases or {}).items()
+    }
+    varying = vary_together(given)
+    call = jax.ffi.ffi_call(target, wanted, input_output_aliases=places or None)
     found = call(*varying, **attributes)
-    return [vary_as(x, varying[0]) for x in found]
+    return {name: vary_as(x, varying[0]) for name, x in zip(wanted_names, found, strict=True)}
 
 
-def mask_operands(masks: Masks) -> list[Array]:
-    absent = jnp.zeros(0, jnp.int32)
-    return [absent if mask is None else mask for mask in masks]
+def _in_order(
+    what: str, rows: Sequence[Row], arrays: Mapping[str, _T | None], absent: Callable[[Row], _T]
+) -> tuple[_T, ...]:
+    names = {row.name for row in rows}
+    present = {name for name, x in arrays.items() if x is not None}
+    required = {row.name for row in rows if not row.optional}
+    if not required <= present or not set(arrays) <= names:
+        wanted = f"wanted {sorted(required)} and any of {sorted(names - required)}"
+        raise TypeError(f"{what}: got {sorted(arrays)}, {wanted}")
+    return tuple(absent(row) if (x := arrays.get(row.name)) is None else x for row in rows)
 
 
 def attributes_of(

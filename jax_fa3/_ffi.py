@@ -1,7 +1,4 @@
-"""The custom calls: registration, and one function per target that makes the call.
-
-Targets are versioned; the operands of one name never change, or exported programs would break.
-"""
+"""The custom calls: registration, and one function for each kind of call."""
 
 from __future__ import annotations
 
@@ -9,32 +6,18 @@ import importlib
 import pathlib
 import re
 from types import ModuleType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from . import _plan
-from ._custom_call import attributes_of, custom_call, mask_operands
+from ._custom_call import attributes_of, custom_call
+from ._kernel_sizes import BWD_ROWS, KERNELS, bwd_tile
+from ._operands import Operands, Rows
 from ._problem import Config, Masks
-
-FWD = "jax_fa3.fwd.v1"
-BWD = "jax_fa3.bwd.v1"
-BWD_PACKED = "jax_fa3.bwd_packed.v1"
-SEGMENT_INTERVALS = "jax_fa3.segment_intervals.v1"
-FWD_FP8 = "jax_fa3.fwd_fp8.v1"  # these two are called by fp8/_ffi.py
-QUANTIZE = "jax_fa3.quantize.v1"
-TARGETS = (FWD, BWD, BWD_PACKED, SEGMENT_INTERVALS, FWD_FP8, QUANTIZE)
-
-# Of the backward (cpp/plan.h): query rows of a tile, at least, and a common multiple; the head dims
-# that it computes with, and the widest of which dq is always summed in global memory.
-_FEWEST_ROWS, _ROWS = 64, 128
-_WIDTHS, _WIDEST_FUSED = (64, 128, 192, 256), 128
-
-# What an install without kernels lowers for: the default build, (dtype, head_dim, head_dim_v).
-_HEAD_DIMS = ((64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
-_DEFAULT_KERNELS = [(dtype, *dims) for dtype in ("bfloat16", "float16") for dims in _HEAD_DIMS]
-_DEFAULT_KERNELS += [("float8_e4m3fn", dim, dim) for dim in (64, 128, 256)]
+from ._targets import BWD, BWD_PACKED, FWD, SEGMENT_INTERVALS
 
 
 def _load() -> ModuleType | None:
@@ -56,8 +39,9 @@ def is_built() -> bool:
 
 
 def kernels() -> list[tuple[str, int, int]]:
-    """The kernels as (dtype, greatest head_dim, greatest head_dim_v), in the order of choice."""
-    return _DEFAULT_KERNELS if _C is None else _C.kernels()
+    """The kernels as (dtype, greatest head_dim, greatest head_dim_v), in the order of choice; an
+    install without kernels lowers for those of the default build."""
+    return KERNELS if _C is None else _C.kernels()
 
 
 def cuda_versions() -> tuple[int, int]:
@@ -98,123 +82,100 @@ def register() -> None:
 
 def fwd(
     config: Config,
-    query: Array,
-    key: Array,
-    value: Array | None,
+    operands: Operands,
     masks: Masks,
-    *,
-    num_heads: tuple[int, int] | None = None,
-    first_head: tuple[int, int, int] = (0, 0, 0),
     before: tuple[Array, Array] | None = None,
+    *,
     with_lse_low: bool = False,
 ) -> tuple[Array, ...]:
     """The forward kernel: out [B, T, N, V] in query's dtype, or fp32 if config.partial, and lse,
     fp32 [B, N, T]; with_lse_low also what lse lost to its rounding, for the backward.
 
     Args:
-        query, key, value: bf16 or fp16 [B, T, *, H], [B, S, *, H], [B, S, *, V], each with the
-            heads that are meant from first_head on; the same packed array may stand for all three.
-            With value None key holds both, side by side: [B, S, K, H + V].
-        num_heads: (N, K); as many as query and key have if None.
+        operands: bf16 or fp16.
         before: fp32 results for other keys, to be joined with; they are overwritten.
     """
-    heads = num_heads or (query.shape[2], key.shape[2])
-    (batch, query_length, _, head_dim), columns_v = query.shape, 0
-    if value is None:
-        value, columns_v = key, head_dim
-    head_dim_v = value.shape[3] - columns_v
-    shape, dtype = (batch, query_length, heads[0], head_dim_v), query.dtype
-    results = (
-        jax.ShapeDtypeStruct(shape, jnp.float32 if config.partial else dtype),
-        jax.ShapeDtypeStruct((batch, heads[0], query_length), jnp.float32),
-        jax.ShapeDtypeStruct(
-            (batch, heads[0], query_length) if with_lse_low else (0,), jnp.float32
-        ),
-        jax.ShapeDtypeStruct((1,), jnp.int32),  # workspace: the counter of tiles
-        jax.ShapeDtypeStruct(
-            (_plan.long_sums(_C, key.shape[1], head_dim, head_dim_v),), jnp.float32
-        ),
+    batch, length, key_length, num_heads, _, head_dim, head_dim_v = operands.sizes
+    (query, key, value), first_heads, first_column = operands.located()
+    rows = jax.ShapeDtypeStruct((batch, num_heads, length), jnp.float32)
+    out_dtype = jnp.float32 if config.partial else query.dtype
+    results = {
+        "out": jax.ShapeDtypeStruct((batch, length, num_heads, head_dim_v), out_dtype),
+        "lse": rows,
+        "lse_low": rows if with_lse_low else None,
+        **_plan.fwd_workspace(_C, key_length, head_dim, head_dim_v),
+    }
+    aliases = {} if before is None else {"lse_before": "lse"}
+    if before is not None and config.partial:
+        aliases["out_before"] = "out"
+    out_before, lse_before = before or (None, None)
+    found = custom_call(
+        FWD,
+        results,
+        attributes_of(config, operands.heads, first_heads, head_dim_v, first_column),
+        aliases=aliases,
+        query=query,
+        key=key,
+        value=value,
+        **masks._asdict(),
+        out_before=out_before,
+        lse_before=lse_before,
     )
-    absent = jnp.zeros(0, jnp.float32)
-    call = query, key, value, *mask_operands(masks), *(before or (absent, absent))
-    aliases = {len(call) - 1: 1} | ({len(call) - 2: 0} if config.partial else {})
-    attributes = attributes_of(config, heads, first_head, head_dim_v, columns_v)
-    found = custom_call(FWD, results, attributes, *call, aliases=aliases if before else {})
-    return tuple(found[: 2 + with_lse_low])
+    names = ("out", "lse", "lse_low") if with_lse_low else ("out", "lse")
+    return tuple(found[name] for name in names)
 
 
 def bwd(
     config: Config,
-    query: Array,
-    key: Array,
-    value: Array | None,
+    operands: Operands,
     masks: Masks,
-    out: Array | None,
-    lse: Array,
-    dout: Array,
-    dlse: Array,
-    *,
-    lse_low: Array | None = None,
-    num_heads: tuple[int, int] | None = None,
-    first_head: tuple[int, int, int] = (0, 0, 0),
+    rows: Rows,
     summed_dq: Array | None = None,
+    *,
     finish_dq: bool = True,
 ) -> tuple[Array, ...]:
-    """The backward kernels: (dq, dk, dv), or with num_heads the gradient of the packed array alone;
-    in the operands' dtype, but dk and dv in fp32 if config.partial.
+    """The backward kernels: (dq, dk, dv), or the gradient of the packed array alone; in the operands'
+    dtype, but dk and dv in fp32 if config.partial.
 
     Args:
-        query, key, value, masks, num_heads, first_head: as for fwd. Key and value side by side may
-            also be uint32 words of two numbers each, with more behind them: [B, S, K, *].
-        out, lse, lse_low: what fwd gave, or what was made of it, in query's dtype and fp32.
-            Without lse_low gradients at scores of 1e4 and more are less exact.
-        dout, dlse: their cotangents, in their dtypes. With out None dlse is dlse - rowsum(dout * out).
+        operands: as for fwd. Key and value side by side may also be uint32 words of two numbers
+            each, with more behind them: [B, S, K, *].
+        rows: without lse_low gradients at scores of 1e4 and more are less exact.
         summed_dq: what calls with other keys gave for dq without finish_dq; it is overwritten.
         finish_dq: False for a sum of dq, as dq_sum_of says, which only such calls can read.
     """
-    heads = num_heads or (query.shape[2], key.shape[2])
-    head_dim, head_dim_v = query.shape[3], dout.shape[3]
-    dims = (head_dim,) if num_heads else (head_dim, head_dim, head_dim_v)
-    operands = (query,) if num_heads else (query, key, key if value is None else value)
-    dtypes = query.dtype, *[jnp.float32 if config.partial else query.dtype] * 2
-    grads = [
-        jax.ShapeDtypeStruct((*x.shape[:3], dim), dtype)
-        for x, dim, dtype in zip(operands, dims, dtypes, strict=False)
-    ]
-    if not finish_dq:
-        grads[0] = jax.ShapeDtypeStruct((0,), query.dtype)
-    dq_sum = dq_sum_of(query, heads[0], head_dim_v)
-    batch, _, rows, width = dq_sum.shape
-    if width > _WIDEST_FUSED and finish_dq and summed_dq is None:
-        dq_sum = jax.ShapeDtypeStruct((batch, heads[0], rows, 0), jnp.float32)
-    blocks = rows // _FEWEST_ROWS
-    turns = batch * heads[0] * blocks if config.deterministic_backward else 0
-    ranges = (batch, heads[1], 3) if query.dtype == jnp.float16 else (0,)
-    sizes = batch, query.shape[1], key.shape[1], *heads, head_dim, head_dim_v
-    splits = _plan.splits(_C, config, masks, sizes)
-    parts = (splits, batch, key.shape[1], heads[1], head_dim + head_dim_v) if splits else (0,)
-    workspace = (  # cpp/problem.h
-        jax.ShapeDtypeStruct((batch, heads[0], blocks, 3 * _FEWEST_ROWS + 4), jnp.float32),
-        jax.ShapeDtypeStruct((batch, rows, 2), jnp.int32),  # key intervals
-        jax.ShapeDtypeStruct((batch, blocks, 8), jnp.int32),  # what is known of a block of rows
-        dq_sum,
-        jax.ShapeDtypeStruct((turns,), jnp.int32),
-        jax.ShapeDtypeStruct(ranges, jnp.int32),
-        jax.ShapeDtypeStruct(parts, jnp.float32),
+    (query, key, value), first_heads, first_column = operands.located()
+    sizes = operands.sizes._replace(head_dim_v=rows.dout.shape[3])
+    head_dim, head_dim_v = sizes.head_dim, sizes.head_dim_v
+    attributes = attributes_of(config, operands.heads, first_heads, head_dim_v, first_column)
+    dq_accum = dq_sum_of(query, sizes.num_heads, head_dim_v)
+    *per_row, width = dq_accum.shape
+    if not bwd_tile(width).fused and finish_dq and summed_dq is None:
+        dq_accum = jax.ShapeDtypeStruct((*per_row, 0), jnp.float32)
+    workspace = _plan.bwd_workspace(_C, config, masks, sizes, query.dtype, dq_accum)
+    common: dict[str, Any] = masks._asdict() | rows._asdict()
+    if operands.packed is not None:
+        results = {"dqkv": jax.ShapeDtypeStruct(query.shape, query.dtype), **workspace}
+        dqkv = custom_call(BWD_PACKED, results, attributes, qkv=query, **common)["dqkv"]
+        return (dqkv.reshape(operands.query.shape),)
+    dkv_dtype = jnp.float32 if config.partial else query.dtype
+    grads = {
+        "dquery": jax.ShapeDtypeStruct(query.shape, query.dtype) if finish_dq else None,
+        "dkey": jax.ShapeDtypeStruct((*key.shape[:3], head_dim), dkv_dtype),
+        "dvalue": jax.ShapeDtypeStruct((*value.shape[:3], head_dim_v), dkv_dtype),
+    }
+    found = custom_call(
+        BWD,
+        {**grads, **workspace},
+        attributes,
+        aliases={} if summed_dq is None else {"summed_dq": "dq_accum"},
+        query=query,
+        key=key,
+        value=value,
+        **common,
+        summed_dq=summed_dq,
     )
-    results, columns_v = (*grads, *workspace), head_dim if value is None else 0
-    attributes = attributes_of(config, heads, first_head, head_dim_v, columns_v)
-    out = jnp.zeros(0, query.dtype) if out is None else out
-    absent = jnp.zeros(0, jnp.float32)
-    low = absent if lse_low is None else lse_low
-    call = *operands, *mask_operands(masks), out, lse, dout, dlse, low
-    if num_heads:
-        return tuple(custom_call(BWD_PACKED, results, attributes, *call)[:1])
-    place = len(grads) + workspace.index(dq_sum)
-    aliases = {} if summed_dq is None else {len(call): place}
-    call += (absent if summed_dq is None else summed_dq,)
-    dq, dk, dv, *found = custom_call(BWD, results, attributes, *call, aliases=aliases)
-    return dq if finish_dq else found[place - 3], dk, dv
+    return found["dquery" if finish_dq else "dq_accum"], found["dkey"], found["dvalue"]
 
 
 def dq_sum_of(query: Array, num_heads: int, head_dim_v: int) -> jax.ShapeDtypeStruct:
@@ -224,8 +185,8 @@ def dq_sum_of(query: Array, num_heads: int, head_dim_v: int) -> jax.ShapeDtypeSt
     built = [x[1:] for x in kernels() if x[0] == query.dtype.name]
     fits = (h for h, v in built if h >= head_dim and v >= head_dim_v)
     kernel = next(fits, max(head_dim, head_dim_v))  # an install without kernels can lower, too
-    width = next((width for width in _WIDTHS if width >= kernel), kernel)
-    rows = (length + _ROWS - 1) // _ROWS * _ROWS
+    rows = (length + BWD_ROWS - 1) // BWD_ROWS * BWD_ROWS
+    width = max(bwd_tile(kernel).head_dim, kernel)
     return jax.ShapeDtypeStruct((batch, num_heads, rows, width), jnp.float32)
 
 
@@ -234,6 +195,11 @@ def segment_intervals(
 ) -> tuple[Array, Array]:
     """The kernel for _mask.segment_intervals: key_begin and key_end, int32 [B, T]."""
     result = jax.ShapeDtypeStruct(query_segment_ids.shape, jnp.int32)
-    operands = query_segment_ids, key_value_segment_ids
-    key_begin, key_end = custom_call(SEGMENT_INTERVALS, (result, result), {}, *operands)
-    return key_begin, key_end
+    found = custom_call(
+        SEGMENT_INTERVALS,
+        {"key_begin": result, "key_end": result},
+        {},
+        query_segment_ids=query_segment_ids,
+        key_value_segment_ids=key_value_segment_ids,
+    )
+    return found["key_begin"], found["key_end"]

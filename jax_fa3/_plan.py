@@ -1,33 +1,71 @@
-"""What the compiled library decides when a call is traced: the sizes of workspace that depend on it
-(cpp/plan.h, cpp/bwd_splits.h). Without the library, and where lengths are symbolic, there is none:
-sums over very many keys and rows are less exact then, and few heads do not fill the GPU."""
+"""The workspace of a call, by its names (_targets.py), as cpp/plan.h and cpp/problem.h have it.
+
+Some sizes the compiled library decides when a call is traced. Without it, and where lengths are
+symbolic, there is none of that: sums over very many keys and rows are less exact then, and few heads
+do not fill the GPU."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from ._custom_call import window_attribute
-from ._problem import Config, Masks
+from ._kernel_sizes import BWD_FEWEST_ROWS
+from ._problem import Config, Masks, Sizes
+
+Workspace = dict[str, jax.ShapeDtypeStruct]
 
 
-def long_sums(library: ModuleType | None, key_length: Any, head_dim: int, head_dim_v: int) -> int:
-    """fp32 numbers of the forward's workspace for sums over many keys."""
-    if library is None or not _fit((key_length, head_dim, head_dim_v)):
-        return 0
-    return library.fwd_long_sums(key_length, head_dim, head_dim_v)
+def fwd_workspace(
+    library: ModuleType | None, key_length: Any, head_dim: int, head_dim_v: int
+) -> Workspace:
+    long_sums = 0
+    if library is not None and _fit((key_length, head_dim, head_dim_v)):
+        long_sums = library.fwd_long_sums(key_length, head_dim, head_dim_v)
+    return {
+        "tile_counter": jax.ShapeDtypeStruct((1,), jnp.int32),
+        "long_sums": jax.ShapeDtypeStruct((long_sums,), jnp.float32),
+    }
 
 
-def splits(library: ModuleType | None, config: Config, masks: Masks, sizes: tuple[Any, ...]) -> int:
+def bwd_workspace(
+    library: ModuleType | None,
+    config: Config,
+    masks: Masks,
+    sizes: Sizes,
+    dtype: np.dtype,
+    dq_accum: jax.ShapeDtypeStruct,
+) -> Workspace:
+    """For tiles of whichever height; `dq_accum` has their rows."""
+    batch, _, key_length, num_heads, num_kv_heads, head_dim, head_dim_v = sizes
+    rows = dq_accum.shape[2]
+    blocks = rows // BWD_FEWEST_ROWS
+    per_block = batch, num_heads, blocks
+    workspace = {
+        "row_stats": jax.ShapeDtypeStruct((*per_block, 3 * BWD_FEWEST_ROWS + 4), jnp.float32),
+        "row_intervals": jax.ShapeDtypeStruct((batch, rows, 2), jnp.int32),
+        "query_blocks": jax.ShapeDtypeStruct((batch, blocks, 8), jnp.int32),
+        "dq_accum": dq_accum,
+    }
+    if config.deterministic_backward:
+        workspace["turns"] = jax.ShapeDtypeStruct((math.prod(per_block),), jnp.int32)
+    if dtype == jnp.float16:
+        workspace["ranges"] = jax.ShapeDtypeStruct((batch, num_kv_heads, 3), jnp.int32)
+    if parts := splits(library, config, masks, sizes):
+        shape = parts, batch, key_length, num_kv_heads, head_dim + head_dim_v
+        workspace["dkv_parts"] = jax.ShapeDtypeStruct(shape, jnp.float32)
+    return workspace
+
+
+def splits(library: ModuleType | None, config: Config, masks: Masks, sizes: Sizes) -> int:
     """How many CTAs share the query rows of a block of keys in the backward; 0 if it is one, which
-    sums over them in one go.
-
-    Args:
-        sizes: B, T, S, N, K, H and V.
-    """
+    sums over them in one go."""
     if library is None or not _fit(sizes):
         return 0
     masked = config.window != (None, None) or any(mask is not None for mask in masks)

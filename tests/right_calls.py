@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_fa3 import _ffi, _plan
+from jax_fa3._operands import Operands, Rows
 from jax_fa3._problem import Config, Masks
 from jax_fa3.fp8 import _ffi as _fp8
 
@@ -18,8 +19,21 @@ from jax_fa3.fp8 import _ffi as _fp8
 # so that is exactly as large as it must be.
 B, T, S, N, K, H, V = 2, 128, 160, 4, 2, 128, 64
 Struct = jax.ShapeDtypeStruct
-FORWARD: Any = _ffi.fwd
-BACKWARD: Any = _ffi.bwd
+
+
+def FORWARD(config: Config, *arrays: Any, packed: Any = None, **options: Any) -> Any:
+    """_ffi.fwd of the arrays of operands, and masks."""
+    *tensors, masks = arrays
+    return _ffi.fwd(config, Operands(*tensors, packed=packed), masks, **options)
+
+
+def BACKWARD(config: Config, operands: Any, masks: Masks, *rows: Any, **options: Any) -> Any:
+    return _ffi.bwd(config, operands, masks, Rows(*rows), **options)
+
+
+def backward_of_three(config: Config, *arrays: Any, **options: Any) -> Any:
+    """Of query, key, value, masks, and rows."""
+    return BACKWARD(config, Operands(*arrays[:3]), *arrays[3:], **options)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +86,6 @@ def right_calls() -> dict[str, Call]:
     plain = Config(0.5, (None, None), None, False)
     partial = dataclasses.replace(plain, partial=True)
     qkv = Struct((B, T, N + 2 * K, H), q.dtype)
-    heads: dict[str, Any] = {"num_heads": (N, K), "first_head": (0, N, N + K)}
     together = Struct((B, S, K, H + V), q.dtype)
     words = Struct((B, S, K, (H + V) // 2), jnp.uint32)
     summed = _ffi.dq_sum_of(q, N, V)
@@ -84,22 +97,23 @@ def right_calls() -> dict[str, Call]:
     lengths, masks = Struct((B,), jnp.int32), masks_of()
 
     def packed_forward(config: Config) -> Any:
-        return lambda qkv, *masks: FORWARD(config, qkv, qkv, qkv, *masks, **heads)
+        return lambda qkv, masks: FORWARD(config, qkv, masks, packed=(N, K))
 
     def packed_backward(qkv: Any, masks: Masks, *rows: Any) -> Any:
-        return BACKWARD(every, qkv, qkv, qkv, masks, *rows[:-1], lse_low=rows[-1], **heads)
+        return BACKWARD(every, Operands(qkv, packed=(N, K)), masks, *rows)
 
-    def with_low(config: Config) -> Any:
-        return lambda *x: BACKWARD(config, *x[:-1], lse_low=x[-1])
+    def backward(config: Config) -> Any:
+        return lambda *x: backward_of_three(config, *x)
 
     def joined(config: Config) -> Any:
         return lambda *x: FORWARD(config, *x[:3], Masks(), before=x[3:])
 
     def continued(*x: Any) -> Any:
-        return BACKWARD(partial, *x[:3], Masks(), *x[3:-1], summed_dq=x[-1], finish_dq=False)
+        options: Any = {"summed_dq": x[-1], "finish_dq": False}
+        return backward_of_three(partial, *x[:3], Masks(), *x[3:-1], **options)
 
     def of_words(q: Any, words: Any, *rows: Any) -> Any:
-        return BACKWARD(partial, q, words, None, Masks(), None, *rows, finish_dq=False)
+        return BACKWARD(partial, Operands(q, words), Masks(), None, *rows, finish_dq=False)
 
     return {
         "fwd": recorded(lambda *x: FORWARD(every, *x), *operands, masks),
@@ -111,13 +125,13 @@ def right_calls() -> dict[str, Call]:
             recorded(lambda *x: FORWARD(plain, *x, Masks()), *operands)
         ),
         "fwd packed": recorded(packed_forward(every), qkv, masks),
-        "fwd side by side": recorded(lambda q, x: FORWARD(plain, q, x, None, Masks()), q, together),
+        "fwd side by side": recorded(lambda q, x: FORWARD(plain, q, x, Masks()), q, together),
         "fwd joined": recorded(joined(partial), *operands, *before),
         "fwd joined last": recorded(joined(plain), *operands, *before),
-        "bwd": recorded(lambda *x: BACKWARD(every, *x), *operands, masks, *rows),
-        "bwd without masks": recorded(lambda *x: BACKWARD(plain, *x), *operands, Masks(), *rows),
-        "bwd in parts": in_parts(with_low(plain), *operands, Masks(), *rows, low),
-        "bwd of float16": recorded(with_low(every), *half, masks, *half_rows, low),
+        "bwd": recorded(backward(every), *operands, masks, *rows),
+        "bwd without masks": recorded(backward(plain), *operands, Masks(), *rows),
+        "bwd in parts": in_parts(backward(plain), *operands, Masks(), *rows, low),
+        "bwd of float16": recorded(backward(every), *half, masks, *half_rows, low),
         "bwd continued": recorded(continued, *operands, *rows, summed),
         "bwd of words": recorded(of_words, q, words, *rows[1:]),
         "bwd packed": recorded(packed_backward, qkv, masks, *packed_rows, low),
@@ -148,15 +162,14 @@ def without_heads() -> dict[str, Call]:
     """Right calls, too."""
     config = Config(0.5, (None, None), None, False)
     operands, rows = operands_of(heads=0), rows_of(heads=0)
-    packed: dict[str, Any] = {"num_heads": (0, K), "first_head": (0, 0, K)}
 
     def packed_backward(qkv: Any, *rows: Any) -> Any:
-        return BACKWARD(config, qkv, qkv, qkv, Masks(), *rows, **packed)
+        return BACKWARD(config, Operands(qkv, packed=(0, K)), Masks(), *rows)
 
     qkv = Struct((B, T, 2 * K, H), jnp.bfloat16)
     return {
         "fwd": recorded(lambda *x: FORWARD(config, *x, Masks()), *operands),
-        "bwd": recorded(lambda *x: BACKWARD(config, *x), *operands, Masks(), *rows),
+        "bwd": recorded(lambda *x: backward_of_three(config, *x), *operands, Masks(), *rows),
         "bwd packed": recorded(packed_backward, qkv, *rows_of(heads=0, columns=H)),
         "fp8": recorded(fp8_forward(config), *fp8_operands(T, S, H, 0), Masks()),
     }

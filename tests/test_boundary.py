@@ -16,7 +16,7 @@ from right_calls import all_recorded, right_calls, without_heads
 from wrong_calls import REFUSED, outcome, wrong_calls, wrong_throughout
 
 import jax_fa3
-from jax_fa3 import _ffi, context_parallel, fp8
+from jax_fa3 import _ffi, _targets, context_parallel, fp8
 
 pytestmark = pytest.mark.skipif(
     _ffi._C is None or not _ffi.kernels(), reason="no kernels in this install"
@@ -35,7 +35,7 @@ def cpu():
 
 
 def test_every_target_is_called():
-    assert {call.target for call in CALLS.values()} == set(_ffi.TARGETS)
+    assert {call.target for call in CALLS.values()} == set(_targets.TARGETS)
 
 
 @pytest.mark.parametrize("name", CALLS)

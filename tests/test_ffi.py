@@ -11,6 +11,7 @@ import pytest
 from lowering import lower, operations, targets
 
 from jax_fa3 import _ffi
+from jax_fa3._operands import Operands, Rows
 from jax_fa3._problem import Config, Masks
 
 B, T, S, N, K, H, V = 2, 16, 24, 4, 2, 192, 128
@@ -28,7 +29,7 @@ OPERANDS = struct(B, T, N, H), struct(B, S, K, H), struct(B, S, K, V)
 
 
 def attributes(config: Config) -> dict[str, str]:
-    text = lower(lambda q, k, v: _ffi.fwd(config, q, k, v, Masks()), *OPERANDS)
+    text = lower(lambda q, k, v: _ffi.fwd(config, Operands(q, k, v), Masks()), *OPERANDS)
     found = re.search(r"mhlo.backend_config = \{(.*?)\}", text)
     assert found is not None
     return dict(item.split(" = ") for item in found[1].split(", "))
@@ -36,7 +37,7 @@ def attributes(config: Config) -> dict[str, str]:
 
 def test_fwd_operands_and_results():
     masks = Masks(query_offset=struct(1, dtype=jnp.int32), key_end=struct(B, T, dtype=jnp.int32))
-    text = lower(lambda *operands: _ffi.fwd(CONFIG, *operands), *OPERANDS, masks)
+    text = lower(lambda *x: _ffi.fwd(CONFIG, Operands(*x[:3]), x[3]), *OPERANDS, masks)
     assert targets(text) == ["jax_fa3.fwd.v1"]
     assert operations(text) == {"custom_call", "broadcast_in_dim"}  # the latter: of no elements
     shapes = (
@@ -57,7 +58,7 @@ def test_fwd_for_the_gradient():
     """One more result, fp32 [B, N, T]."""
 
     def forward(q, k, v):
-        return _ffi.fwd(CONFIG, q, k, v, Masks(), with_lse_low=True)
+        return _ffi.fwd(CONFIG, Operands(q, k, v), Masks(), with_lse_low=True)
 
     text = lower(forward, *OPERANDS)
     assert "-> (tensor<2x16x4x128xbf16>, tensor<2x4x16xf32>, tensor<2x4x16xf32>, tensor<1x" in text
@@ -69,7 +70,7 @@ def test_fwd_of_many_keys():
     """More of them than are summed at a time; and where their number is not known."""
 
     def forward(q, k, v):
-        return _ffi.fwd(CONFIG, q, k, v, Masks())
+        return _ffi.fwd(CONFIG, Operands(q, k, v), Masks())
 
     assert _ffi._C is not None
     for length in (2**18, 2**18 + 1):
@@ -110,7 +111,7 @@ def test_fwd_of_parts_of_the_keys():
         before: Any = None
         for partial in (True, True, False):
             config = dataclasses.replace(CONFIG, partial=partial)
-            before = _ffi.fwd(config, q, k, v, Masks(), before=before)
+            before = _ffi.fwd(config, Operands(q, k, v), Masks(), before)
         return before
 
     text = lower(forward, *OPERANDS)
@@ -131,8 +132,9 @@ def test_key_and_value_side_by_side():
     rows = struct(B, N, T, dtype=jnp.float32), struct(B, T, N, V)
 
     def both(q, together, words, lse, dout):
-        forward = _ffi.fwd(CONFIG, q, together, None, Masks())
-        return forward, _ffi.bwd(CONFIG, q, words, None, Masks(), None, lse, dout, lse)
+        forward = _ffi.fwd(CONFIG, Operands(q, together), Masks())
+        rows = Rows(None, lse, dout, lse)
+        return forward, _ffi.bwd(CONFIG, Operands(q, words), Masks(), rows)
 
     text = lower(both, q, together, words, *rows)
     assert operations(text) == {"custom_call", "broadcast_in_dim"}
@@ -190,12 +192,3 @@ def test_load(monkeypatch):
         fail(error)
         with pytest.raises(ImportError):
             _ffi._load()
-
-
-def test_the_compiled_module_has_what_is_called():
-    if _ffi._C is None:
-        assert not _ffi.is_built() and len(_ffi.kernels()) == 15
-    else:
-        assert set(_ffi.TARGETS) <= set(_ffi._C.ffi_targets())
-        dtypes = {dtype for dtype, _, _ in _ffi.kernels()}
-        assert dtypes <= {"bfloat16", "float16", "float8_e4m3fn"}

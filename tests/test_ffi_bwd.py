@@ -11,6 +11,7 @@ from lowering import lower, operations, targets
 from test_ffi import CONFIG, OPERANDS, B, H, K, N, S, T, V, needs_kernels, struct
 
 from jax_fa3 import _ffi
+from jax_fa3._operands import Operands, Rows
 from jax_fa3._problem import Config, Masks
 
 
@@ -24,7 +25,7 @@ def test_bwd_operands_and_results(deterministic, dtype, name):
     results = struct(B, T, N, V, dtype=dtype), struct(B, N, T, dtype=jnp.float32)
 
     def backward(q, k, v, *results):
-        return _ffi.bwd(config, q, k, v, Masks(), *results[:-1], lse_low=results[-1])
+        return _ffi.bwd(config, Operands(q, k, v), Masks(), Rows(*results))
 
     text = lower(backward, *operands, *results, *results, results[1])
     assert targets(text) == ["jax_fa3.bwd.v1"]
@@ -49,7 +50,7 @@ def test_bwd_in_parts():
         lse = struct(1, 8, length, dtype=jnp.float32)
 
         def backward(q, k, v, *rows):
-            return _ffi.bwd(config, q, k, v, Masks(), *rows)
+            return _ffi.bwd(config, Operands(q, k, v), Masks(), Rows(*rows))
 
         text = lower(backward, q, kv, kv, q, lse, q, lse)
         (results,) = re.findall(r"custom_call @jax_fa3.bwd.v1\(.* -> \((.*)\)\n", text)
@@ -67,8 +68,8 @@ def test_bwd_of_parts_of_the_keys(dim, width):
     q, kv, lse = struct(B, T, N, dim), struct(B, S, K, dim), struct(B, N, T, dtype=jnp.float32)
 
     def backward(q, k, v, *rows):
-        call = functools.partial(_ffi.bwd, config, q, k, v, Masks(), None, *rows)
-        return call(summed_dq=call(finish_dq=False)[0])
+        call = functools.partial(_ffi.bwd, config, Operands(q, k, v), Masks(), Rows(None, *rows))
+        return call(call(finish_dq=False)[0])
 
     text = lower(backward, q, kv, kv, lse, q, lse)
     assert operations(text) == {"custom_call", "output_operand_alias", "broadcast_in_dim"}
@@ -86,10 +87,9 @@ def test_bwd_of_parts_of_the_keys(dim, width):
 def test_bwd_of_packed_is_one_gradient():
     qkv = struct(B, T, N + 2 * K, H)
     results = struct(B, T, N, H), struct(B, N, T, dtype=jnp.float32)
-    heads = {"num_heads": (N, K), "first_head": (0, N, N + K)}
 
     def backward(qkv, *results):
-        return _ffi.bwd(CONFIG, qkv, qkv, qkv, Masks(), *results, **heads)
+        return _ffi.bwd(CONFIG, Operands(qkv, packed=(N, K)), Masks(), Rows(*results))
 
     text = lower(backward, qkv, *results, *results)
     assert targets(text) == ["jax_fa3.bwd_packed.v1"]
@@ -108,7 +108,8 @@ def test_bwd_workspace_is_large_enough(head_dim, length, finish_dq):
     kv = half(B, S, K, head_dim)
 
     def backward(q, k, v, *results):
-        return _ffi.bwd(config, q, k, v, Masks(), *results, finish_dq=finish_dq)
+        operands = Operands(q, k, v)
+        return _ffi.bwd(config, operands, Masks(), Rows(*results), finish_dq=finish_dq)
 
     text = lower(backward, q, kv, kv, q, lse, q, lse)
     made = re.findall(r"tensor<([\dx]+)x(?:f32|i32)>", text[text.rindex("-> (") :])

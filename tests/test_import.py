@@ -33,7 +33,7 @@ def test_is_typed():
 
 
 def test_export_checks_name_the_targets():
-    checks = [jax.export.DisabledSafetyCheck.custom_call(x) for x in jax_fa3._ffi.TARGETS]
+    checks = [jax.export.DisabledSafetyCheck.custom_call(x) for x in jax_fa3._targets.TARGETS]
     assert list(jax_fa3.DISABLE_JAX_EXPORT_CHECKS) == checks and len(checks) == 6
 
 

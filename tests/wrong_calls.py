@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from right_calls import (
-    BACKWARD,
     FORWARD,
     B,
     Call,
@@ -19,6 +18,7 @@ from right_calls import (
     Struct,
     T,
     V,
+    backward_of_three,
     fp8_forward,
     fp8_operands,
     operands_of,
@@ -26,7 +26,7 @@ from right_calls import (
     rows_of,
 )
 
-from jax_fa3 import _ffi
+from jax_fa3 import _targets
 from jax_fa3._problem import Config, Masks
 from jax_fa3.fp8 import _ffi as _fp8
 
@@ -74,7 +74,9 @@ def wrong_throughout() -> Iterator[tuple[str, Call]]:
         q, k, x = operands_of(h, v)
         rows = rows_of(T, N, v)
         yield f"fwd {h} {v}", recorded(lambda *x: FORWARD(config, *x, Masks()), q, k, x)
-        backward = recorded(lambda *x: BACKWARD(config, *x[:3], Masks(), *x[3:]), q, k, x, *rows)
+        backward = recorded(
+            lambda *x: backward_of_three(config, *x[:3], Masks(), *x[3:]), q, k, x, *rows
+        )
         yield f"bwd {h} {v}", backward
     q, k, x = operands_of(heads=3)
     yield "fwd 3 heads", recorded(lambda *x: FORWARD(config, *x, Masks()), q, k, x)
@@ -115,21 +117,21 @@ def wrong_throughout() -> Iterator[tuple[str, Call]]:
 
 # Dtypes that an array, by its kind and place, may have as well.
 _MAY_BE = {
-    (_ffi.FWD, "results", 0): ("float32",),
-    (_ffi.FWD_FP8, "results", 0): ("float32", "float16", "bfloat16"),
-    (_ffi.QUANTIZE, "operands", 0): ("float16", "bfloat16"),
+    (_targets.FWD, "results", 0): ("float32",),
+    (_targets.FWD_FP8, "results", 0): ("float32", "float16", "bfloat16"),
+    (_targets.QUANTIZE, "operands", 0): ("float16", "bfloat16"),
 }
 
 # Dimensions of any size: S, which this operand says, and how many parts there are, or none.
 _FREE = {
-    (_ffi.SEGMENT_INTERVALS, "operands", 1, 1),
-    (_ffi.BWD, "results", 9, 0),
-    (_ffi.BWD_PACKED, "results", 7, 0),
+    (_targets.SEGMENT_INTERVALS, "operands", 1, 1),
+    (_targets.BWD, "results", 9, 0),
+    (_targets.BWD_PACKED, "results", 7, 0),
 }
-_MAY_BE_NONE = {(_ffi.BWD, "results", 8), (_ffi.BWD_PACKED, "results", 6)}  # ranges
+_MAY_BE_NONE = {(_targets.BWD, "results", 8), (_targets.BWD_PACKED, "results", 6)}  # ranges
 
 # Results before the workspace, which may be larger and of any rank.
-_RESULTS = {_ffi.FWD: 4, _ffi.BWD: 3, _ffi.BWD_PACKED: 1, _ffi.FWD_FP8: 2}
+_RESULTS = {_targets.FWD: 4, _targets.BWD: 3, _targets.BWD_PACKED: 1, _targets.FWD_FP8: 2}
 
 
 def _wrong_arrays(target: str, kind: str, place: int, x: Struct) -> Iterator[Struct]:

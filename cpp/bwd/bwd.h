@@ -1,5 +1,5 @@
 // The entry points of the backward kernels, one per (dtype, head dim, value head dim), each defined
-// in its file of instances/.
+// in a file that cmake/Selection.cmake writes.
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -1,8 +1,6 @@
 // Host side of the backward kernels: BackwardProblem -> descriptors and scalars -> launches.
 #pragma once
 
-#include <cutlass/numeric_types.h>
-
 #include <algorithm>
 
 #include "bwd/bwd.h"
@@ -11,6 +9,7 @@
 #include "bwd/postprocess.h"
 #include "bwd/preprocess.h"
 #include "bwd/range.h"
+#include "common/element.h"
 #include "common/launch.h"
 
 namespace jax_fa3::bwd {
@@ -98,8 +97,7 @@ cudaError_t launch_if_any(Kernel kernel, int64_t num_ctas, int num_threads, int 
 
 template <DType kDType, int kHeadDim, int kHeadDimV>
 cudaError_t launch(BackwardProblem const& problem, cudaStream_t stream) {
-  using Element =
-      std::conditional_t<kDType == DType::kBFloat16, cutlass::bfloat16_t, cutlass::half_t>;
+  using Element = ElementOf<kDType>;
   // Half of 96 columns of dQ is no whole number of slabs: such heads take the next kernel.
   constexpr int kWidth = bwd_width(kHeadDim);
   constexpr int kWidthV = kHeadDimV == kHeadDim ? kWidth : kHeadDimV;

@@ -1,5 +1,5 @@
-// The entry points of the FP8 forward kernels, one per head dim, each defined in its file of
-// instances/; and of the kernel that quantizes.
+// The entry points of the FP8 forward kernels, one per head dim, each defined in a file that
+// cmake/Selection.cmake writes.
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cute/arch/mma_sm80.hpp>
 
+#include "common/element.h"
 #include "common/fragment.h"
 #include "common/launch.h"
 #include "fp8/quantize.h"
@@ -279,8 +280,13 @@ cudaError_t launch_dtype(Quantize const& problem, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t launch(Quantize const& problem, cudaStream_t stream) {
-  return problem.dtype == DType::kBFloat16 ? launch_dtype<cutlass::bfloat16_t>(problem, stream)
-                                           : launch_dtype<cutlass::half_t>(problem, stream);
+  if (problem.dtype == DType::kBFloat16) {
+    return launch_dtype<ElementOf<DType::kBFloat16>>(problem, stream);
+  }
+  if (problem.dtype == DType::kFloat16) {
+    return launch_dtype<ElementOf<DType::kFloat16>>(problem, stream);
+  }
+  return cudaErrorInvalidValue;
 }
 
 }  // namespace jax_fa3::fp8

@@ -19,7 +19,7 @@ struct Quantize {
   float* scales;       // [b, ceil(t / kBlock), n]: x = scale * out, NaN where a row is not finite
 };
 
-#ifdef JAX_FA3_HAS_FLOAT8_E4M3FN
+#ifdef JAX_FA3_HAS_FP8
 cudaError_t launch(Quantize const& problem, cudaStream_t stream);
 #else  // a build without these kernels
 inline cudaError_t launch(Quantize const&, cudaStream_t) { return cudaErrorNotSupported; }

@@ -1,11 +1,10 @@
 // Host side of the forward kernel: Problem -> descriptors and scalars -> launch.
 #pragma once
 
-#include <cutlass/numeric_types.h>
-
 #include <algorithm>
 #include <climits>
 
+#include "common/element.h"
 #include "common/launch.h"
 #include "fwd/fwd.h"
 #include "fwd/kernel.h"
@@ -91,8 +90,7 @@ cudaError_t launch_tile(Problem const& problem, cudaStream_t stream) {
 
 template <DType kDType, int kHeadDim, int kHeadDimV>
 cudaError_t launch(Problem const& problem, cudaStream_t stream) {
-  using Element =
-      std::conditional_t<kDType == DType::kBFloat16, cutlass::bfloat16_t, cutlass::half_t>;
+  using Element = ElementOf<kDType>;
   constexpr bool kTwoTiles =
       fwd_tile(kHeadDim, kHeadDimV, true).block_m != fwd_tile(kHeadDim, kHeadDimV, false).block_m;
   if (problem.long_sums_size > 0 && !few_keys(problem.mask)) {

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from .._custom_call import attributes_of, custom_call, mask_operands
-from .._ffi import FWD_FP8, QUANTIZE
+from .._custom_call import attributes_of, custom_call
 from .._problem import Config, Masks
+from .._targets import FWD_FP8, QUANTIZE
 
 # Rows that have one scale, and keys that the kernel transposes V by.
 BLOCK = 128
@@ -29,21 +29,32 @@ def fwd(
         tensors: query, key and value, e4m3 [B, T, N, H], [B, S, K, H], [B, S, K, H].
         scales: theirs, fp32 [B, blocks of T, N], [B, blocks of S, K] twice.
     """
-    batch, length, heads, _ = tensors[0].shape
-    _, key_length, kv_heads, head_dim_v = tensors[2].shape
+    query, key, value = tensors
+    query_scale, key_scale, value_scale = scales
+    batch, length, heads, _ = query.shape
+    _, key_length, kv_heads, head_dim_v = value.shape
     columns = blocks(key_length) * BLOCK
-    results = (
-        jax.ShapeDtypeStruct((batch, length, heads, head_dim_v), dtype),
-        jax.ShapeDtypeStruct((batch, heads, length), jnp.float32),
-        # Workspace: counters (of tiles, of what is transposed, and of that in each block), and V
-        # with its keys innermost, as FP8 WGMMA wants it.
-        jax.ShapeDtypeStruct((2 + batch * kv_heads * blocks(key_length),), jnp.int32),
-        jax.ShapeDtypeStruct((batch, kv_heads, head_dim_v, columns), jnp.uint8),
+    results = {
+        "out": jax.ShapeDtypeStruct((batch, length, heads, head_dim_v), dtype),
+        "lse": jax.ShapeDtypeStruct((batch, heads, length), jnp.float32),
+        # Of tiles, of what is transposed, and of that in each block.
+        "counters": jax.ShapeDtypeStruct((2 + batch * kv_heads * blocks(key_length),), jnp.int32),
+        # V with its keys innermost, as FP8 WGMMA wants it.
+        "transposed_value": jax.ShapeDtypeStruct((batch, kv_heads, head_dim_v, columns), jnp.uint8),
+    }
+    found = custom_call(
+        FWD_FP8,
+        results,
+        attributes_of(config, (heads, kv_heads), (0, 0, 0), head_dim_v),
+        query=query,
+        key=key,
+        value=value,
+        query_scale=query_scale,
+        key_scale=key_scale,
+        value_scale=value_scale,
+        **masks._asdict(),
     )
-    attributes = attributes_of(config, (heads, kv_heads), (0, 0, 0), head_dim_v)
-    operands = *tensors, *scales, *mask_operands(masks)
-    out, lse, *_ = custom_call(FWD_FP8, results, attributes, *operands)
-    return out, lse
+    return found["out"], found["lse"]
 
 
 def quantize(x: Array, signs: Array | None, lengths: Array | None) -> tuple[Array, Array]:
@@ -56,14 +67,12 @@ def quantize(x: Array, signs: Array | None, lengths: Array | None) -> tuple[Arra
         lengths: int32 [B].
     """
     batch, length, heads, _ = x.shape
-    results = (
-        jax.ShapeDtypeStruct(x.shape, jnp.float8_e4m3fn),
-        jax.ShapeDtypeStruct((batch, blocks(length), heads), jnp.float32),
-    )
-    signs = jnp.zeros(0, jnp.float32) if signs is None else signs
-    lengths = jnp.zeros(0, jnp.int32) if lengths is None else lengths
-    quantized, scales = custom_call(QUANTIZE, results, {}, x, signs, lengths)
-    return quantized, scales
+    results = {
+        "quantized": jax.ShapeDtypeStruct(x.shape, jnp.float8_e4m3fn),
+        "scales": jax.ShapeDtypeStruct((batch, blocks(length), heads), jnp.float32),
+    }
+    found = custom_call(QUANTIZE, results, {}, x=x, signs=signs, lengths=lengths)
+    return found["quantized"], found["scales"]
 
 
 def blocks(length: int) -> int:

@@ -1,0 +1,170 @@
+// The custom calls: all operands and results of each, in XLA's order. Twin of jax_fa3/_targets.py,
+// with which a test compares it. Once released, a target's table stays as it is.
+#pragma once
+
+#include "ffi_arrays.h"
+
+namespace jax_fa3 {
+
+// Sizes: b t n h of query, b s k of key, v of value's columns; of a packed array p = n + 2 k heads.
+// Any column of key and value may be followed by others, and of heads some may be meant.
+struct Inputs {
+  Array query, key, value;
+  Array query_offset, query_seq_lengths, key_value_seq_lengths, key_begin, key_end;
+};
+
+struct Forward : Inputs {
+  Array out_before, lse_before;  // the result for other keys
+  Array out, lse, lse_low;
+  Array tile_counter, long_sums;
+};
+
+struct Backward : Inputs {
+  Array qkv;  // of a packed call, in place of query, key and value
+  Array out, lse, dout, dlse, lse_low;
+  Array summed_dq;  // dq_accum of the call before
+  Array dquery, dkey, dvalue, dqkv;
+  Array row_stats, row_intervals, query_blocks, dq_accum, turns, ranges, dkv_parts;
+};
+
+struct Fp8Forward : Inputs {
+  Array query_scale, key_scale, value_scale;
+  Array out, lse;
+  Array counters, transposed_value;
+};
+
+struct Quantization {
+  Array x, signs, lengths;
+  Array quantized, scales;
+};
+
+struct Segments {
+  Array query_segment_ids, key_value_segment_ids;
+  Array key_begin, key_end;
+};
+
+// clang-format off
+// A row of a table: where the array goes, and its spec, by the one name.
+#define JAX_FA3_ROW(Arrays, name, ...) {{#name, __VA_ARGS__}, &Arrays::name}
+#define JAX_FA3_MASKS(Arrays)                                  \
+    JAX_FA3_ROW(Arrays, query_offset, kInt32, "1|b|0"),        \
+    JAX_FA3_ROW(Arrays, query_seq_lengths, kInt32, "b|0"),     \
+    JAX_FA3_ROW(Arrays, key_value_seq_lengths, kInt32, "b|0"), \
+    JAX_FA3_ROW(Arrays, key_begin, kInt32, "bt|0"),            \
+    JAX_FA3_ROW(Arrays, key_end, kInt32, "bt|0")
+#define JAX_FA3_COTANGENTS(Arrays)                     \
+    JAX_FA3_ROW(Arrays, out, k16Bits, "btnv|0"),       \
+    JAX_FA3_ROW(Arrays, lse, kFloat32, "bnt"),         \
+    JAX_FA3_ROW(Arrays, dout, k16Bits, "btnv"),        \
+    JAX_FA3_ROW(Arrays, dlse, kFloat32, "bnt"),        \
+    JAX_FA3_ROW(Arrays, lse_low, kFloat32, "bnt|0")
+#define JAX_FA3_BWD_WORKSPACE(Arrays)                  \
+    JAX_FA3_ROW(Arrays, row_stats, kFloat32, "*"),     \
+    JAX_FA3_ROW(Arrays, row_intervals, kInt32, "*"),   \
+    JAX_FA3_ROW(Arrays, query_blocks, kInt32, "*"),    \
+    JAX_FA3_ROW(Arrays, dq_accum, kFloat32, "*"),      \
+    JAX_FA3_ROW(Arrays, turns, kInt32, "*|0"),         \
+    JAX_FA3_ROW(Arrays, ranges, kInt32, "*|0"),        \
+    JAX_FA3_ROW(Arrays, dkv_parts, kFloat32, "*|0")
+// clang-format on
+
+inline Target<Forward> const kFwd = {
+    "jax_fa3.fwd.v1",
+    {
+        JAX_FA3_ROW(Forward, query, k16Bits, "bt.h"),
+        JAX_FA3_ROW(Forward, key, k16BitsOrWords, "bs.."),
+        JAX_FA3_ROW(Forward, value, k16BitsOrWords, "bs.."),
+        JAX_FA3_MASKS(Forward),
+        JAX_FA3_ROW(Forward, out_before, kFloat32, "btnv|0", "out"),
+        JAX_FA3_ROW(Forward, lse_before, kFloat32, "bnt|0", "lse"),
+    },
+    {
+        JAX_FA3_ROW(Forward, out, k16BitsOrFloat32, "btnv"),
+        JAX_FA3_ROW(Forward, lse, kFloat32, "bnt"),
+        JAX_FA3_ROW(Forward, lse_low, kFloat32, "bnt|0"),
+        JAX_FA3_ROW(Forward, tile_counter, kInt32, "1"),
+        JAX_FA3_ROW(Forward, long_sums, kFloat32, "*|0"),
+    },
+};
+
+inline Target<Backward> const kBwd = {
+    "jax_fa3.bwd.v1",
+    {
+        JAX_FA3_ROW(Backward, query, k16Bits, "btnh"),
+        JAX_FA3_ROW(Backward, key, k16BitsOrWords, "bsk."),
+        JAX_FA3_ROW(Backward, value, k16BitsOrWords, "bsk."),
+        JAX_FA3_MASKS(Backward),
+        JAX_FA3_COTANGENTS(Backward),
+        JAX_FA3_ROW(Backward, summed_dq, kFloat32, "*|0", "dq_accum"),
+    },
+    {
+        JAX_FA3_ROW(Backward, dquery, k16Bits, "btnh|0"),
+        JAX_FA3_ROW(Backward, dkey, k16BitsOrFloat32, "bskh"),
+        JAX_FA3_ROW(Backward, dvalue, k16BitsOrFloat32, "bskv"),
+        JAX_FA3_BWD_WORKSPACE(Backward),
+    },
+};
+
+inline Target<Backward> const kBwdPacked = {
+    "jax_fa3.bwd_packed.v1",
+    {
+        JAX_FA3_ROW(Backward, qkv, k16Bits, "btph"),
+        JAX_FA3_MASKS(Backward),
+        JAX_FA3_COTANGENTS(Backward),
+    },
+    {
+        JAX_FA3_ROW(Backward, dqkv, k16Bits, "btph"),
+        JAX_FA3_BWD_WORKSPACE(Backward),
+    },
+};
+
+inline Target<Fp8Forward> const kFwdFp8 = {
+    "jax_fa3.fwd_fp8.v1",
+    {
+        JAX_FA3_ROW(Fp8Forward, query, kFloat8E4M3, "btnh"),
+        JAX_FA3_ROW(Fp8Forward, key, kFloat8E4M3, "bskh"),
+        JAX_FA3_ROW(Fp8Forward, value, kFloat8E4M3, "bskv"),
+        JAX_FA3_ROW(Fp8Forward, query_scale, kFloat32, "bTn"),
+        JAX_FA3_ROW(Fp8Forward, key_scale, kFloat32, "bSk"),
+        JAX_FA3_ROW(Fp8Forward, value_scale, kFloat32, "bSk"),
+        JAX_FA3_MASKS(Fp8Forward),
+    },
+    {
+        JAX_FA3_ROW(Fp8Forward, out, k16BitsOrFloat32, "btnv"),
+        JAX_FA3_ROW(Fp8Forward, lse, kFloat32, "bnt"),
+        JAX_FA3_ROW(Fp8Forward, counters, kInt32, "*"),
+        JAX_FA3_ROW(Fp8Forward, transposed_value, kUInt8, "*"),
+    },
+};
+
+inline Target<Quantization> const kQuantize = {
+    "jax_fa3.quantize.v1",
+    {
+        JAX_FA3_ROW(Quantization, x, k16Bits, "btnh"),
+        JAX_FA3_ROW(Quantization, signs, kFloat32, "h|0"),
+        JAX_FA3_ROW(Quantization, lengths, kInt32, "b|0"),
+    },
+    {
+        JAX_FA3_ROW(Quantization, quantized, kFloat8E4M3, "btnh"),
+        JAX_FA3_ROW(Quantization, scales, kFloat32, "bTn"),
+    },
+};
+
+inline Target<Segments> const kSegmentIntervals = {
+    "jax_fa3.segment_intervals.v1",
+    {
+        JAX_FA3_ROW(Segments, query_segment_ids, kInt32, "bt"),
+        JAX_FA3_ROW(Segments, key_value_segment_ids, kInt32, "bs"),
+    },
+    {
+        JAX_FA3_ROW(Segments, key_begin, kInt32, "bt"),
+        JAX_FA3_ROW(Segments, key_end, kInt32, "bt"),
+    },
+};
+
+#undef JAX_FA3_ROW
+#undef JAX_FA3_MASKS
+#undef JAX_FA3_COTANGENTS
+#undef JAX_FA3_BWD_WORKSPACE
+
+}  // namespace jax_fa3

@@ -1,7 +1,0 @@
-#include "fp8/launch.h"
-
-namespace jax_fa3::fp8 {
-
-template cudaError_t launch<256>(Problem const&, cudaStream_t);
-
-}  // namespace jax_fa3::fp8

@@ -1,0 +1,71 @@
+// The kernels that there are, and the tiles of each: jax_fa3/kernel_sizes.def as C++.
+#pragma once
+
+#include "problem.h"
+
+namespace jax_fa3 {
+
+struct KernelSize {
+  int head_dim;
+  int head_dim_v;
+  bool has_fp8;
+  int block_m;
+  int block_m_few_keys;
+  int block_n;
+  bool out_over_value;
+
+  constexpr bool holds(int other, int other_v) const {
+    return other <= head_dim && other_v <= head_dim_v;
+  }
+};
+
+struct BwdTile {
+  int head_dim;  // that the kernel computes with
+  int block_m;
+  int block_n;
+  bool fused;
+};
+
+struct DTypeName {
+  char const* name;
+  DType dtype;
+};
+
+inline constexpr DTypeName kDTypeNames[] = {
+#define DTYPE(name, dtype) {#name, DType::dtype},
+#include "../jax_fa3/kernel_sizes.def"
+};
+
+inline constexpr KernelSize kKernelSizes[] = {
+#define KERNEL_SIZE(...) {__VA_ARGS__},
+#include "../jax_fa3/kernel_sizes.def"
+};
+
+inline constexpr BwdTile kBwdTiles[] = {
+#define BWD_TILE(...) {__VA_ARGS__},
+#include "../jax_fa3/kernel_sizes.def"
+};
+
+#define BWD_QUERY_ROWS(rows) inline constexpr int kBwdQueryRows = rows;
+#include "../jax_fa3/kernel_sizes.def"
+
+// The first that holds these head dims, or else the last.
+constexpr KernelSize size_for(int head_dim, int head_dim_v) {
+  KernelSize found{};
+  for (KernelSize const& size : kKernelSizes) {
+    found = size;
+    if (size.holds(head_dim, head_dim_v)) break;
+  }
+  return found;
+}
+
+constexpr BwdTile bwd_tile(int head_dim) {
+  BwdTile found{};
+  for (BwdTile const& tile : kBwdTiles) {
+    found = tile;
+    if (head_dim <= tile.head_dim) break;
+  }
+  return found;
+}
+
+}  // namespace jax_fa3

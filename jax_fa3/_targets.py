@@ -1,0 +1,130 @@
+"""The custom calls: operands and results of each, in XLA's order. Twin of cpp/ffi_targets.h, which has
+their shapes, too, and with which a test compares it.
+
+Targets are versioned; once released, the table of a name never changes, or exported programs would
+break.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+FWD = "jax_fa3.fwd.v1"
+BWD = "jax_fa3.bwd.v1"
+BWD_PACKED = "jax_fa3.bwd_packed.v1"
+FWD_FP8 = "jax_fa3.fwd_fp8.v1"
+QUANTIZE = "jax_fa3.quantize.v1"
+SEGMENT_INTERVALS = "jax_fa3.segment_intervals.v1"
+
+
+class Row(NamedTuple):
+    """An operand or a result."""
+
+    name: str
+    dtypes: tuple[str, ...]
+    optional: bool = False  # absent it has shape [0]
+
+
+class Target(NamedTuple):
+    operands: tuple[Row, ...]
+    results: tuple[Row, ...]  # workspace last
+
+
+_FLOAT32, _INT32 = ("float32",), ("int32",)
+_FLOAT8 = ("float8_e4m3fn",)
+_16_BITS = ("bfloat16", "float16")
+_16_BITS_OR_WORDS = (*_16_BITS, "uint32")
+_16_BITS_OR_FLOAT32 = (*_16_BITS, "float32")
+
+_MASKS = (
+    Row("query_offset", _INT32, optional=True),
+    Row("query_seq_lengths", _INT32, optional=True),
+    Row("key_value_seq_lengths", _INT32, optional=True),
+    Row("key_begin", _INT32, optional=True),
+    Row("key_end", _INT32, optional=True),
+)
+_COTANGENTS = (
+    Row("out", _16_BITS, optional=True),
+    Row("lse", _FLOAT32),
+    Row("dout", _16_BITS),
+    Row("dlse", _FLOAT32),
+    Row("lse_low", _FLOAT32, optional=True),
+)
+_BWD_WORKSPACE = (
+    Row("row_stats", _FLOAT32),
+    Row("row_intervals", _INT32),
+    Row("query_blocks", _INT32),
+    Row("dq_accum", _FLOAT32),
+    Row("turns", _INT32, optional=True),
+    Row("ranges", _INT32, optional=True),
+    Row("dkv_parts", _FLOAT32, optional=True),
+)
+
+TARGETS = {
+    FWD: Target(
+        operands=(
+            Row("query", _16_BITS),
+            Row("key", _16_BITS_OR_WORDS),
+            Row("value", _16_BITS_OR_WORDS),
+            *_MASKS,
+            Row("out_before", _FLOAT32, optional=True),
+            Row("lse_before", _FLOAT32, optional=True),
+        ),
+        results=(
+            Row("out", _16_BITS_OR_FLOAT32),
+            Row("lse", _FLOAT32),
+            Row("lse_low", _FLOAT32, optional=True),
+            Row("tile_counter", _INT32),
+            Row("long_sums", _FLOAT32, optional=True),
+        ),
+    ),
+    BWD: Target(
+        operands=(
+            Row("query", _16_BITS),
+            Row("key", _16_BITS_OR_WORDS),
+            Row("value", _16_BITS_OR_WORDS),
+            *_MASKS,
+            *_COTANGENTS,
+            Row("summed_dq", _FLOAT32, optional=True),
+        ),
+        results=(
+            Row("dquery", _16_BITS, optional=True),
+            Row("dkey", _16_BITS_OR_FLOAT32),
+            Row("dvalue", _16_BITS_OR_FLOAT32),
+            *_BWD_WORKSPACE,
+        ),
+    ),
+    BWD_PACKED: Target(
+        operands=(Row("qkv", _16_BITS), *_MASKS, *_COTANGENTS),
+        results=(Row("dqkv", _16_BITS), *_BWD_WORKSPACE),
+    ),
+    FWD_FP8: Target(
+        operands=(
+            Row("query", _FLOAT8),
+            Row("key", _FLOAT8),
+            Row("value", _FLOAT8),
+            Row("query_scale", _FLOAT32),
+            Row("key_scale", _FLOAT32),
+            Row("value_scale", _FLOAT32),
+            *_MASKS,
+        ),
+        results=(
+            Row("out", _16_BITS_OR_FLOAT32),
+            Row("lse", _FLOAT32),
+            Row("counters", _INT32),
+            Row("transposed_value", ("uint8",)),
+        ),
+    ),
+    QUANTIZE: Target(
+        operands=(
+            Row("x", _16_BITS),
+            Row("signs", _FLOAT32, optional=True),
+            Row("lengths", _INT32, optional=True),
+        ),
+        results=(Row("quantized", _FLOAT8), Row("scales", _FLOAT32)),
+    ),
+    SEGMENT_INTERVALS: Target(
+        operands=(Row("query_segment_ids", _INT32), Row("key_value_segment_ids", _INT32)),
+        results=(Row("key_begin", _INT32), Row("key_end", _INT32)),
+    ),
+}

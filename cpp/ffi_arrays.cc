@@ -34,6 +34,8 @@ bool any_shape(Spec const& spec, F const& f) {
   }
 }
 
+bool is_lower(char c) { return c >= 'a' && c <= 'z'; }
+
 constexpr std::size_t kVectorBytes = 16;
 
 ffi::Error check_aligned(Array const& x) {
@@ -89,7 +91,6 @@ std::vector<std::string> names_of(DTypes dtypes) {
 
 int64_t Dims::operator()(char letter) const {
   if (letter == '0' || letter == '1') return letter - '0';
-  auto const is_lower = [](char c) { return c >= 'a' && c <= 'z'; };
   if (is_lower(letter)) return sizes_[letter - 'a'];
   char const lower = static_cast<char>(letter - 'A' + 'a');
   int64_t const size = is_lower(lower) ? sizes_[lower - 'a'] : -1;
@@ -98,30 +99,31 @@ int64_t Dims::operator()(char letter) const {
 
 ffi::Error Dims::check_shape(Spec const& spec, Array const& x) {
   if (spec.shape.front() == '*') return check_aligned(x);
-  auto const fits = [&](std::string_view shape) {
-    auto const is_right = [&](char letter, int64_t size) {
-      int64_t const known = (*this)(letter);
-      return known < 0 || known == size;
-    };
-    return std::equal(shape.begin(), shape.end(), x.dims.begin(), x.dims.end(), is_right);
+  auto const is_right = [&](char letter, int64_t size) {
+    int64_t const known = (*this)(letter);
+    return known < 0 || known == size;
   };
-  std::string wanted;
   bool const found = any_shape(spec, [&](std::string_view shape) {
-    wanted += wanted.empty() ? "[" : " or [";
-    for (char const letter : shape) {
-      int64_t const size = (*this)(letter);
-      wanted += size >= 0 ? std::to_string(size) : std::string(1, letter == '.' ? '*' : letter);
-      wanted += ", ";
-    }
-    wanted.replace(wanted.size() - 2, 2, "]");
-    if (!fits(shape)) return false;
+    auto const* const dims = x.dims.begin();
+    if (!std::equal(shape.begin(), shape.end(), dims, x.dims.end(), is_right)) return false;
     for (std::size_t i = 0; i < shape.size(); ++i) {
-      if (shape[i] >= 'a' && shape[i] <= 'z') set(shape[i], x.dims[i]);
+      if (is_lower(shape[i])) set(shape[i], dims[i]);
     }
     return true;
   });
-  if (!found) return wrong(x, "shape " + shape_of(x), wanted);
-  return x.dims.size() == 4 ? check_vectors(x) : ffi::Error::Success();
+  if (found) return x.dims.size() == 4 ? check_vectors(x) : ffi::Error::Success();
+  std::string wanted;
+  any_shape(spec, [&](std::string_view shape) {
+    std::string text;
+    for (char const letter : shape) {
+      int64_t const size = (*this)(letter);
+      text += text.empty() ? "[" : ", ";
+      text += size >= 0 ? std::to_string(size) : std::string(1, letter == '.' ? '*' : letter);
+    }
+    wanted += (wanted.empty() ? "" : " or ") + text + "]";
+    return false;
+  });
+  return wrong(x, "shape " + shape_of(x), wanted);
 }
 
 ffi::Error Dims::check_dtype(Spec const& spec, Array const& x) {

@@ -42,21 +42,21 @@ std::vector<std::string> names_of(DTypes dtypes);
 // What is known of an array beforehand.
 struct Spec {
   char const* name;
-  // Of a call's arrays, those of 16 bits are all of the same of the two dtypes.
-  DTypes dtypes;
-  // A character per dimension; shapes to choose from have | between them. A lower-case letter: a
-  // size that is the same wherever the letter stands in the call. Upper-case: the blocks of
-  // fp8::kBlock in it. 1: 1. A point: any size. Of no dimension but 0: absent. Of rank 4: its rows
-  // are whole vectors of 16 bytes. A star instead: a workspace of any shape, whose size the handler
-  // checks.
+  DTypes dtypes;  // arrays of 16 bits must all have the same dtype
+  // One character for each dimension:
+  //   a lower-case letter: a size, the same wherever the letter stands in the call's table
+  //   an upper-case letter: the blocks of fp8::kBlock that this size has
+  //   1: one    .: any size
+  // Several such shapes have | between them; 0, the last, is that of an array that is absent. Rows
+  // of arrays of rank 4 must be whole vectors of 16 bytes. With * alone it is workspace of any
+  // shape, whose size is for the handler to check.
   std::string_view shape;
-  // Of an operand: the result that may be in the same memory.
-  std::string_view becomes = {};
+  std::string_view becomes = {};  // of an operand: the result that may be in the same memory
 
   bool is_optional() const { return shape.size() > 2 && shape.substr(shape.size() - 2) == "|0"; }
 };
 
-// An array of the call, or of a part of what it holds.
+// An array of the call.
 struct Array {
   char const* name = "";
   void* data = nullptr;  // also null where an optional array is absent
@@ -73,7 +73,7 @@ struct Array {
 std::string shape_of(Array const& x);
 ffi::Error wrong(Array const& x, std::string const& found, std::string const& wanted);
 
-// What the arrays of one call have in common: sizes by their letters, and the dtype of 16 bits.
+// What the arrays of one call have in common: sizes by their letters, and which dtype has 16 bits.
 class Dims {
  public:
   Dims() { sizes_.fill(-1); }

@@ -73,6 +73,23 @@ def test_messages_name_what_is_wrong(cpu, name):
             assert re.search(rf"jax_fa3: (query|key|lengths)\w*: {shapes}", message)
 
 
+@pytest.mark.parametrize(
+    "name", ["fwd", "bwd", "bwd packed", "fp8", "quantize", "segment_intervals"]
+)
+def test_messages_name_the_array(cpu, name):
+    """Whichever operand or result is wrong."""
+    call = CALLS[name]
+    table = _targets.TARGETS[call.target]
+    for kind, rows in zip(("operands", "results"), table, strict=True):
+        arrays = getattr(call, kind)
+        for i, (row, x) in enumerate(zip(rows, arrays, strict=True)):
+            other = "int32" if "uint8" in row.dtypes else "uint8"
+            wrong = jax.ShapeDtypeStruct(x.shape, jnp.dtype(other))
+            changed = {kind: (*arrays[:i], wrong, *arrays[i + 1 :])}
+            message = outcome(dataclasses.replace(call, **changed), cpu)
+            assert f"jax_fa3: {row.name}: got {other}, wanted " in message
+
+
 @pytest.mark.parametrize("name", ["bwd in parts", "bwd packed in parts"])
 def test_parts(cpu, name):
     """Any number up to the greatest, in exactly their shape; or no parts."""

@@ -96,9 +96,9 @@ def fwd(
         before: fp32 results for other keys, to be joined with; they are overwritten.
     """
     batch, length, key_length, num_heads, _, head_dim, head_dim_v = operands.sizes
-    (query, key, value), first_heads, first_column = operands.located()
+    arrays, first_heads, first_column = operands.located()
     rows = jax.ShapeDtypeStruct((batch, num_heads, length), jnp.float32)
-    out_dtype = jnp.float32 if config.partial else query.dtype
+    out_dtype = jnp.float32 if config.partial else operands.query.dtype
     results = {
         "out": jax.ShapeDtypeStruct((batch, length, num_heads, head_dim_v), out_dtype),
         "lse": rows,
@@ -114,9 +114,7 @@ def fwd(
         results,
         attributes_of(config, operands.heads, first_heads, head_dim_v, first_column),
         aliases=aliases,
-        query=query,
-        key=key,
-        value=value,
+        **arrays,
         **masks._asdict(),
         out_before=out_before,
         lse_before=lse_before,
@@ -144,7 +142,8 @@ def bwd(
         summed_dq: what calls with other keys gave for dq without finish_dq; it is overwritten.
         finish_dq: False for a sum of dq, as dq_sum_of says, which only such calls can read.
     """
-    (query, key, value), first_heads, first_column = operands.located()
+    arrays, first_heads, first_column = operands.located()
+    query, key, value = (arrays[name] for name in ("query", "key", "value"))
     sizes = operands.sizes._replace(head_dim_v=rows.dout.shape[3])
     head_dim, head_dim_v = sizes.head_dim, sizes.head_dim_v
     attributes = attributes_of(config, operands.heads, first_heads, head_dim_v, first_column)

@@ -17,24 +17,24 @@ from ._problem import Config, Implementation, Masks, SegmentIds, Sizes
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Operands:
-    """A pytree. Its gradient is one too, and so are its letters (`_sharding`), with strings for arrays.
+    """A pytree. Its gradient is one like it, and so are its letters (`_sharding`), strings for arrays.
 
-    Query, key and value are three arrays; or packed, one array of whose heads N, K, K are these
-    three, in the field query; or query and an array of key and value side by side, in the field key.
+    Query, key and value lie in one of three ways:
+        three arrays   query [B, T, N, H], key [B, S, K, H], value [B, S, K, V]
+        packed         query holds all: [B, T, N + 2K, H], or [B, T, 3, N, H], whose N can be split
+        side by side   query [B, T, N, H], and key holds both: [B, S, K, H + V]
     """
 
-    query: Array  # [B, T, N, H]; packed: [B, T, N + 2K, H], or [B, T, 3, N, H] with N = K
-    key: Array | None = (
-        None  # [B, S, K, H]; side by side with value: [B, S, K, H + V]; packed: None
-    )
-    value: Array | None = None  # [B, S, K, V]; None where another array holds it
+    query: Array
+    key: Array | None = None
+    value: Array | None = None
     _: dataclasses.KW_ONLY
-    # The kernels have none of these:
+    # Plain JAX alone takes these, and the kernels None:
     bias: Array | None = None  # [B or 1, N or 1, T or 1, S or 1], and so is mask
     mask: Array | None = None
-    scale: Any = None  # [], of the scores, beside the static one in Config
+    scale: Any = None  # [], in place of Config's
+    # (N, K) of a packed array; of the whole array, while `heads` is of a device's part of it.
     packed: tuple[int, int] | None = dataclasses.field(default=None, metadata={"static": True})
-    # (N, K) of the whole array. Of one device's part the array tells: [B, T, 3, N, H] can be split.
 
     @property
     def heads(self) -> tuple[int, int]:
@@ -64,9 +64,9 @@ class Operands:
 
         three: Any = "btnh", "b.k.", None if self.value is None else "b.k."
         if self.packed is not None:
+            # [B, T, N + 2K, H] has three kinds of heads in one dimension: no device's part would
+            # hold some of each.
             three = "bt.nh" if self.query.ndim == 5 else "bt.h", None, None
-        # [B, T, N + 2K, H] has three kinds of heads in one dimension: no device's part would hold
-        # some of each.
         others: Any = {name: dense(getattr(self, name)) for name in ("bias", "mask", "scale")}
         return Operands(*three, **others, packed=self.packed)
 

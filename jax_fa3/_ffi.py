@@ -6,7 +6,7 @@ import importlib
 import pathlib
 import re
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,19 +15,9 @@ from jax import Array
 from . import _plan
 from ._custom_call import attributes_of, custom_call
 from ._kernel_sizes import BWD_ROWS, KERNELS, bwd_tile
-from ._operands import Located, Operands, Rows
-from ._problem import Config, Masks, Sizes
+from ._operands import Operands, Rows
+from ._problem import Config, Masks
 from ._targets import BWD, BWD_PACKED, FWD, SEGMENT_INTERVALS
-
-
-class PartOfDq(NamedTuple):
-    """Where a call stands in a sum of dq over several calls, each with other keys."""
-
-    summed_dq: Array | None = None  # what the calls before gave for dq; it is overwritten
-    finish_dq: bool = True  # False for a sum of dq, as dq_sum_of says, which only such calls read
-
-
-_ALL_OF_DQ = PartOfDq()
 
 
 def _load() -> ModuleType | None:
@@ -94,8 +84,8 @@ def fwd(
     config: Config,
     operands: Operands,
     masks: Masks,
-    *,
     before: tuple[Array, Array] | None = None,
+    *,
     with_lse_low: bool = False,
 ) -> tuple[Array, ...]:
     """The forward kernel: out [B, T, N, V] in query's dtype, or fp32 if config.partial, and lse,
@@ -105,15 +95,15 @@ def fwd(
         operands: bf16 or fp16.
         before: fp32 results for other keys, to be joined with; they are overwritten.
     """
-    sizes, located = operands.sizes, operands.located()
-    query, key, value = located.arrays
-    rows = jax.ShapeDtypeStruct((sizes.batch, sizes.num_heads, sizes.query_length), jnp.float32)
-    out_shape = sizes.batch, sizes.query_length, sizes.num_heads, sizes.head_dim_v
+    batch, length, key_length, num_heads, _, head_dim, head_dim_v = operands.sizes
+    arrays, first_heads, first_column = operands.located()
+    rows = jax.ShapeDtypeStruct((batch, num_heads, length), jnp.float32)
+    out_dtype = jnp.float32 if config.partial else operands.query.dtype
     results = {
-        "out": jax.ShapeDtypeStruct(out_shape, jnp.float32 if config.partial else query.dtype),
+        "out": jax.ShapeDtypeStruct((batch, length, num_heads, head_dim_v), out_dtype),
         "lse": rows,
         "lse_low": rows if with_lse_low else None,
-        **_plan.fwd_workspace(_C, sizes.key_length, sizes.head_dim, sizes.head_dim_v),
+        **_plan.fwd_workspace(_C, key_length, head_dim, head_dim_v),
     }
     aliases = {} if before is None else {"lse_before": "lse"}
     if before is not None and config.partial:
@@ -122,11 +112,9 @@ def fwd(
     found = custom_call(
         FWD,
         results,
-        _attributes(config, operands, located, sizes.head_dim_v),
+        attributes_of(config, operands.heads, first_heads, head_dim_v, first_column),
         aliases=aliases,
-        query=query,
-        key=key,
-        value=value,
+        **arrays,
         **masks._asdict(),
         out_before=out_before,
         lse_before=lse_before,
@@ -140,7 +128,9 @@ def bwd(
     operands: Operands,
     masks: Masks,
     rows: Rows,
-    part: PartOfDq = _ALL_OF_DQ,
+    summed_dq: Array | None = None,
+    *,
+    finish_dq: bool = True,
 ) -> tuple[Array, ...]:
     """The backward kernels: (dq, dk, dv), or the gradient of the packed array alone; in the operands'
     dtype, but dk and dv in fp32 if config.partial.
@@ -149,25 +139,27 @@ def bwd(
         operands: as for fwd. Key and value side by side may also be uint32 words of two numbers
             each, with more behind them: [B, S, K, *].
         rows: without lse_low gradients at scores of 1e4 and more are less exact.
+        summed_dq: what calls with other keys gave for dq without finish_dq; it is overwritten.
+        finish_dq: False for a sum of dq, as dq_sum_of says, which only such calls can read.
     """
-    located = operands.located()
-    query, key, value = located.arrays
-    (batch, length, *_, head_dim), head_dim_v = query.shape, rows.dout.shape[3]
-    sizes = Sizes(batch, length, key.shape[1], *operands.heads, head_dim, head_dim_v)
-    attributes = _attributes(config, operands, located, head_dim_v)
+    arrays, first_heads, first_column = operands.located()
+    query, key, value = (arrays[name] for name in ("query", "key", "value"))
+    sizes = operands.sizes._replace(head_dim_v=rows.dout.shape[3])
+    head_dim, head_dim_v = sizes.head_dim, sizes.head_dim_v
+    attributes = attributes_of(config, operands.heads, first_heads, head_dim_v, first_column)
     dq_accum = dq_sum_of(query, sizes.num_heads, head_dim_v)
     *per_row, width = dq_accum.shape
-    if not bwd_tile(width).fused and part.finish_dq and part.summed_dq is None:
+    if not bwd_tile(width).fused and finish_dq and summed_dq is None:
         dq_accum = jax.ShapeDtypeStruct((*per_row, 0), jnp.float32)
     workspace = _plan.bwd_workspace(_C, config, masks, sizes, query.dtype, dq_accum)
     common: dict[str, Any] = masks._asdict() | rows._asdict()
     if operands.packed is not None:
         results = {"dqkv": jax.ShapeDtypeStruct(query.shape, query.dtype), **workspace}
-        found = custom_call(BWD_PACKED, results, attributes, qkv=query, **common)
-        return (found["dqkv"].reshape(operands.query.shape),)
+        dqkv = custom_call(BWD_PACKED, results, attributes, qkv=query, **common)["dqkv"]
+        return (dqkv.reshape(operands.query.shape),)
     dkv_dtype = jnp.float32 if config.partial else query.dtype
     grads = {
-        "dquery": jax.ShapeDtypeStruct(query.shape, query.dtype) if part.finish_dq else None,
+        "dquery": jax.ShapeDtypeStruct(query.shape, query.dtype) if finish_dq else None,
         "dkey": jax.ShapeDtypeStruct((*key.shape[:3], head_dim), dkv_dtype),
         "dvalue": jax.ShapeDtypeStruct((*value.shape[:3], head_dim_v), dkv_dtype),
     }
@@ -175,14 +167,14 @@ def bwd(
         BWD,
         {**grads, **workspace},
         attributes,
-        aliases={} if part.summed_dq is None else {"summed_dq": "dq_accum"},
+        aliases={} if summed_dq is None else {"summed_dq": "dq_accum"},
         query=query,
         key=key,
         value=value,
         **common,
-        summed_dq=part.summed_dq,
+        summed_dq=summed_dq,
     )
-    return found["dquery" if part.finish_dq else "dq_accum"], found["dkey"], found["dvalue"]
+    return found["dquery" if finish_dq else "dq_accum"], found["dkey"], found["dvalue"]
 
 
 def dq_sum_of(query: Array, num_heads: int, head_dim_v: int) -> jax.ShapeDtypeStruct:
@@ -210,10 +202,3 @@ def segment_intervals(
         key_value_segment_ids=key_value_segment_ids,
     )
     return found["key_begin"], found["key_end"]
-
-
-def _attributes(
-    config: Config, operands: Operands, located: Located, head_dim_v: int
-) -> dict[str, Any]:
-    place = located.first_heads, head_dim_v, located.first_column_v
-    return attributes_of(config, operands.heads, *place)

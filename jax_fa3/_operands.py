@@ -98,14 +98,18 @@ class Operands:
 
     def located(self) -> Located:
         """Where the kernels find query, key and value, without a copy."""
-        num_heads, num_kv_heads = self.heads
+        key, value = self.key, self.value
+        first_heads, first_column_v = (0, 0, 0), 0
         if self.packed is not None:
+            num_heads, num_kv_heads = self.heads
+            query = key = value = self._one_dimension_of_heads
             first_heads = 0, num_heads, num_heads + num_kv_heads
-            qkv = self._one_dimension_of_heads
-            return Located((qkv, qkv, qkv), first_heads, 0)
-        if self.value is None:
-            return Located((self.query, self._key, self._key), (0, 0, 0), self.query.shape[3])
-        return Located((self.query, self._key, self.value), (0, 0, 0), 0)
+        else:
+            query = self.query
+        if value is None:
+            value, first_column_v = key, query.shape[3]
+        arrays = {"query": query, "key": key, "value": value}
+        return Located(arrays, first_heads, first_column_v)
 
     @property
     def _key(self) -> Array:
@@ -144,9 +148,10 @@ class Call:
 
 
 class Located(NamedTuple):
-    """Arrays that hold query, key and value, and where these begin in them."""
+    """The arrays of the forward kernel by their names (_targets.py), and where in them query, key and
+    value begin."""
 
-    arrays: tuple[Array, Array, Array]
+    arrays: dict[str, Any]
     first_heads: tuple[int, int, int]
     first_column_v: int
 

@@ -22,16 +22,18 @@ Struct = jax.ShapeDtypeStruct
 
 
 def FORWARD(config: Config, *arrays: Any, packed: Any = None, **options: Any) -> Any:
-    """arrays: those of Operands, then masks."""
-    *operands, masks = arrays
-    return _ffi.fwd(config, Operands(*operands, packed=packed), masks, **options)
+    """_ffi.fwd of the arrays of operands, and masks."""
+    *tensors, masks = arrays
+    return _ffi.fwd(config, Operands(*tensors, packed=packed), masks, **options)
 
 
-def BACKWARD(config: Config, *arrays: Any, packed: Any = None, **part: Any) -> Any:
-    """arrays: those of Operands, then masks, then those of Rows."""
-    at = next(i for i, x in enumerate(arrays) if isinstance(x, Masks))
-    operands, rows = Operands(*arrays[:at], packed=packed), Rows(*arrays[at + 1 :])
-    return _ffi.bwd(config, operands, arrays[at], rows, _ffi.PartOfDq(**part))
+def BACKWARD(config: Config, operands: Any, masks: Masks, *rows: Any, **options: Any) -> Any:
+    return _ffi.bwd(config, operands, masks, Rows(*rows), **options)
+
+
+def backward_of_three(config: Config, *arrays: Any, **options: Any) -> Any:
+    """Of query, key, value, masks, and rows."""
+    return BACKWARD(config, Operands(*arrays[:3]), *arrays[3:], **options)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,22 +97,23 @@ def right_calls() -> dict[str, Call]:
     lengths, masks = Struct((B,), jnp.int32), masks_of()
 
     def packed_forward(config: Config) -> Any:
-        return lambda qkv, *masks: FORWARD(config, qkv, *masks, packed=(N, K))
+        return lambda qkv, masks: FORWARD(config, qkv, masks, packed=(N, K))
 
     def packed_backward(qkv: Any, masks: Masks, *rows: Any) -> Any:
-        return BACKWARD(every, qkv, masks, *rows, packed=(N, K))
+        return BACKWARD(every, Operands(qkv, packed=(N, K)), masks, *rows)
 
     def backward(config: Config) -> Any:
-        return lambda *x: BACKWARD(config, *x)
+        return lambda *x: backward_of_three(config, *x)
 
     def joined(config: Config) -> Any:
         return lambda *x: FORWARD(config, *x[:3], Masks(), before=x[3:])
 
     def continued(*x: Any) -> Any:
-        return BACKWARD(partial, *x[:3], Masks(), *x[3:-1], summed_dq=x[-1], finish_dq=False)
+        options: Any = {"summed_dq": x[-1], "finish_dq": False}
+        return backward_of_three(partial, *x[:3], Masks(), *x[3:-1], **options)
 
     def of_words(q: Any, words: Any, *rows: Any) -> Any:
-        return BACKWARD(partial, q, words, Masks(), None, *rows, finish_dq=False)
+        return BACKWARD(partial, Operands(q, words), Masks(), None, *rows, finish_dq=False)
 
     return {
         "fwd": recorded(lambda *x: FORWARD(every, *x), *operands, masks),
@@ -161,12 +164,12 @@ def without_heads() -> dict[str, Call]:
     operands, rows = operands_of(heads=0), rows_of(heads=0)
 
     def packed_backward(qkv: Any, *rows: Any) -> Any:
-        return BACKWARD(config, qkv, Masks(), *rows, packed=(0, K))
+        return BACKWARD(config, Operands(qkv, packed=(0, K)), Masks(), *rows)
 
     qkv = Struct((B, T, 2 * K, H), jnp.bfloat16)
     return {
         "fwd": recorded(lambda *x: FORWARD(config, *x, Masks()), *operands),
-        "bwd": recorded(lambda *x: BACKWARD(config, *x), *operands, Masks(), *rows),
+        "bwd": recorded(lambda *x: backward_of_three(config, *x), *operands, Masks(), *rows),
         "bwd packed": recorded(packed_backward, qkv, *rows_of(heads=0, columns=H)),
         "fp8": recorded(fp8_forward(config), *fp8_operands(T, S, H, 0), Masks()),
     }

@@ -153,9 +153,9 @@ def in_steps(
     config = dataclasses.replace(config, partial=True)
     dq, dkv = None, []
     for i, (part, keys) in enumerate(steps):
-        static = implementation, (config, i + 1 == parts)
         words = jnp.pad(to_words(part), [(0, 0)] * 3 + [(0, 4 * i)])  # in the ring, gradients
-        dq, *dpart = _steps.backward(*static, Operands(query, words), keys, rows, dq)
+        call = implementation, config, Operands(query, words), keys, rows, dq
+        dq, *dpart = _steps.backward(*call, finish_dq=i + 1 == parts)
         dkv.insert(0, dpart)
     dk, dv = (jnp.concatenate(x, axis=1).astype(query.dtype) for x in zip(*dkv, strict=True))
     return Results(out, jnp.swapaxes(lse, 1, 2), dq, dk, dv)

@@ -1,7 +1,6 @@
 """The custom calls as they are lowered, and registration. What the handlers do: test_gpu_*."""
 
 import dataclasses
-import functools
 import re
 import types
 from typing import Any
@@ -38,7 +37,7 @@ def attributes(config: Config) -> dict[str, str]:
 
 def test_fwd_operands_and_results():
     masks = Masks(query_offset=struct(1, dtype=jnp.int32), key_end=struct(B, T, dtype=jnp.int32))
-    text = lower(functools.partial(_ffi.fwd, CONFIG), Operands(*OPERANDS), masks)
+    text = lower(lambda *x: _ffi.fwd(CONFIG, Operands(*x[:3]), x[3]), *OPERANDS, masks)
     assert targets(text) == ["jax_fa3.fwd.v1"]
     assert operations(text) == {"custom_call", "broadcast_in_dim"}  # the latter: of no elements
     shapes = (
@@ -112,7 +111,7 @@ def test_fwd_of_parts_of_the_keys():
         before: Any = None
         for partial in (True, True, False):
             config = dataclasses.replace(CONFIG, partial=partial)
-            before = _ffi.fwd(config, Operands(q, k, v), Masks(), before=before)
+            before = _ffi.fwd(config, Operands(q, k, v), Masks(), before)
         return before
 
     text = lower(forward, *OPERANDS)
@@ -134,7 +133,8 @@ def test_key_and_value_side_by_side():
 
     def both(q, together, words, lse, dout):
         forward = _ffi.fwd(CONFIG, Operands(q, together), Masks())
-        return forward, _ffi.bwd(CONFIG, Operands(q, words), Masks(), Rows(None, lse, dout, lse))
+        rows = Rows(None, lse, dout, lse)
+        return forward, _ffi.bwd(CONFIG, Operands(q, words), Masks(), rows)
 
     text = lower(both, q, together, words, *rows)
     assert operations(text) == {"custom_call", "broadcast_in_dim"}

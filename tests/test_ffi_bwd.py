@@ -69,8 +69,7 @@ def test_bwd_of_parts_of_the_keys(dim, width):
 
     def backward(q, k, v, *rows):
         call = functools.partial(_ffi.bwd, config, Operands(q, k, v), Masks(), Rows(None, *rows))
-        first = call(part=_ffi.PartOfDq(finish_dq=False))
-        return call(part=_ffi.PartOfDq(summed_dq=first[0]))
+        return call(call(finish_dq=False)[0])
 
     text = lower(backward, q, kv, kv, lse, q, lse)
     assert operations(text) == {"custom_call", "output_operand_alias", "broadcast_in_dim"}
@@ -109,8 +108,8 @@ def test_bwd_workspace_is_large_enough(head_dim, length, finish_dq):
     kv = half(B, S, K, head_dim)
 
     def backward(q, k, v, *results):
-        part = _ffi.PartOfDq(finish_dq=finish_dq)
-        return _ffi.bwd(config, Operands(q, k, v), Masks(), Rows(*results), part=part)
+        operands = Operands(q, k, v)
+        return _ffi.bwd(config, operands, Masks(), Rows(*results), finish_dq=finish_dq)
 
     text = lower(backward, q, kv, kv, q, lse, q, lse)
     made = re.findall(r"tensor<([\dx]+)x(?:f32|i32)>", text[text.rindex("-> (") :])

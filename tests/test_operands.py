@@ -31,7 +31,7 @@ def test_located_is_what_split_gives(name: str):
     heads = sizes.num_heads, sizes.num_kv_heads, sizes.num_kv_heads
     dims = sizes.head_dim, sizes.head_dim, sizes.head_dim_v
     columns = 0, 0, located.first_column_v
-    places = zip(located.arrays, located.first_heads, heads, columns, dims, strict=True)
+    places = zip(located.arrays.values(), located.first_heads, heads, columns, dims, strict=True)
     parts = operands.split()
     for part, (array, head, count, column, dim) in zip(parts, places, strict=True):
         np.testing.assert_array_equal(part, array[:, :, head : head + count, column : column + dim])

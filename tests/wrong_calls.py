@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from right_calls import (
-    BACKWARD,
     FORWARD,
     B,
     Call,
@@ -19,6 +18,7 @@ from right_calls import (
     Struct,
     T,
     V,
+    backward_of_three,
     fp8_forward,
     fp8_operands,
     operands_of,
@@ -74,7 +74,9 @@ def wrong_throughout() -> Iterator[tuple[str, Call]]:
         q, k, x = operands_of(h, v)
         rows = rows_of(T, N, v)
         yield f"fwd {h} {v}", recorded(lambda *x: FORWARD(config, *x, Masks()), q, k, x)
-        backward = recorded(lambda *x: BACKWARD(config, *x[:3], Masks(), *x[3:]), q, k, x, *rows)
+        backward = recorded(
+            lambda *x: backward_of_three(config, *x[:3], Masks(), *x[3:]), q, k, x, *rows
+        )
         yield f"bwd {h} {v}", backward
     q, k, x = operands_of(heads=3)
     yield "fwd 3 heads", recorded(lambda *x: FORWARD(config, *x, Masks()), q, k, x)

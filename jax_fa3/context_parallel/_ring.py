@@ -73,7 +73,7 @@ class Ring(Method):
             arriving: Any = None if leaving is None else layout.send(leaving)
             keys = of_one_part(layout, masks, layout.device(step), key.shape[1])
             call = vary_together((Operands(query, part), keys, rows, dquery))
-            dquery, *dkv = _steps.backward(self.implementation, (config, is_last), *call)
+            dquery, *dkv = _steps.backward(self.implementation, config, *call, is_last)
             if not is_last:
                 arriving, (dquery, dkv) = _when_done(arriving, (dquery, dkv))
             own = jnp.concatenate(dkv, axis=-1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+import functools
 
 import jax.numpy as jnp
 from jax import Array
@@ -34,14 +34,8 @@ def forward(
     results = operands.result_letters
     per_mask = batch_letters(masks, operands.query.shape[0])
     letters = operands.letters, per_mask, None if before is None else results
-    static = implementation, _forward_kernel, _plain_forward, (config,), letters, results
+    static = implementation, _ffi.fwd, _plain_forward, (config,), letters, results
     return _dispatch.run(*static, operands, masks, before)
-
-
-def _forward_kernel(
-    config: Config, operands: Operands, masks: Masks, before: Before
-) -> tuple[Array, ...]:
-    return _ffi.fwd(config, operands, masks, before=before)
 
 
 def _plain_forward(
@@ -57,51 +51,43 @@ def _plain_forward(
 
 def backward(
     implementation: Implementation | None,
-    static: tuple[Config, bool],
+    config: Config,
     operands: Operands,
     masks: Masks,
     rows: Rows,
     summed_dq: Array | None,
+    finish_dq: bool,
 ) -> tuple[Array, ...]:
     """dq, of this part and those before, in query's dtype; dk and dv of this part, fp32.
 
     Args:
-        static: config; and finish_dq, False for a sum of dq for the next step, in the order of
-            _ffi.dq_sum_of.
         operands: query, and a part of key and value in words, of which there may be more behind it.
         rows: of all keys; without out.
         summed_dq: that of the steps before.
+        finish_dq: False for a sum of dq for the next step, in the order of _ffi.dq_sum_of.
     """
-    (rows_of_query, _), dq_sums, keys = operands.result_letters, "bn..", operands.letters.key
-    letters = (
-        operands.letters,
-        batch_letters(masks, operands.query.shape[0]),
-        rows.letters(operands),
-        None if summed_dq is None else dq_sums,
-    )
-    results = rows_of_query if static[1] else dq_sums, keys, keys
-    call = implementation, _backward_kernel, _plain_backward, static, letters, results
-    return _dispatch.run(*call, operands, masks, rows, summed_dq)
+    dq, keys, dq_sums = operands.result_letters[0], operands.letters.key, "bn.."
+    per_mask = batch_letters(masks, operands.query.shape[0])
+    sums = None if summed_dq is None else dq_sums
+    letters = operands.letters, per_mask, rows.letters(operands), sums
+    functions = (_ffi.bwd, _plain_backward) if finish_dq else _UNFINISHED
+    results = dq if finish_dq else dq_sums, keys, keys
+    static = implementation, *functions, (config,), letters, results
+    return _dispatch.run(*static, operands, masks, rows, summed_dq)
 
 
-def _backward_kernel(
+def _plain_backward(
     config: Config,
-    finish_dq: bool,
     operands: Operands,
     masks: Masks,
     rows: Rows,
     summed_dq: Array | None,
-) -> tuple[Array, ...]:
-    return _ffi.bwd(config, operands, masks, rows, _ffi.PartOfDq(summed_dq, finish_dq))
-
-
-def _plain_backward(
-    config: Config, finish_dq: bool, operands: Operands, masks: Masks, *others: Any
+    finish_dq: bool = True,
 ) -> tuple[Array, ...]:
     """The sum of dq is [B, N, T, H] here, filled up with zeros."""
-    rows, summed_dq = others
+    assert operands.key is not None
     query, head_dim_v = operands.query, rows.dout.shape[-1]
-    part = from_words(_part(operands), query.dtype, query.shape[-1] + head_dim_v)
+    part = from_words(operands.key, query.dtype, query.shape[-1] + head_dim_v)
     dq, dk, dv = _xla.backward(config, Operands(query, part), masks, rows)
     if summed_dq is not None:
         dq += jnp.swapaxes(summed_dq[:, :, : dq.shape[1], : dq.shape[3]], 1, 2)
@@ -114,6 +100,4 @@ def _plain_backward(
     return vary_together(((dq, dk, dv), operands))[0]  # without elements they are constants
 
 
-def _part(operands: Operands) -> Array:
-    assert operands.key is not None
-    return operands.key
+_UNFINISHED = tuple(functools.partial(f, finish_dq=False) for f in (_ffi.bwd, _plain_backward))

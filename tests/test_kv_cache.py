@@ -18,8 +18,7 @@ MIXED: Any = {**RAGGED, "ragged": True, "pages": 5}
 
 TABLE = [
     Case("T 1, group 1, page 8", (1,) * 7, (0, 1, 7, 8, 9, 31, 32), 8, N=2),
-    Case("T 1, group 4, page 64", (1,) * 4, (1, 63, 65, 128), 64, N=4, K=1),
-    Case("T 2, group 7, page 16", (2,) * 5, (0, 2, 15, 17, 32), N=14),
+    Case("T 2, group 7, page 64", (2,) * 5, (0, 2, 63, 65, 128), 64, N=7, K=1),
     Case("T 3, page 128", (3,) * 4, (3, 127, 129, 256), 128),
     Case("T 8, surplus pages", (8,) * 3, (8, 9, 24), 8, pages=7),
     Case("T 64, page 16", (64,) * 2, (64, 100)),
@@ -33,7 +32,6 @@ TABLE = [
     Case("sinks, ragged", **MIXED, options={"sinks": SINKS, "local_window_size": 3}),
     Case("left padding", (2,) * 3, (20, 3, 9), options={"key_begin": [4, 2, -3]}),
     Case("intervals", (2,) * 2, (20, 9), options={"key_begin": [[4, 2], [9, 0]], "key_end": [[9, 30], [12, 5]], "is_causal": False}),
-    Case("ragged", **MIXED),
     Case("ragged, spare", **MIXED, spare=5),
     Case("ragged, T 1", (1,) * 4, (1, 3, 0, 20), ragged=True),
     Case("ragged intervals", (3, 1), (20, 9), ragged=True, options={"key_begin": [4, 2, 0, 1], "key_end": [9, 3, 10, 7]}),
@@ -42,16 +40,13 @@ TABLE = [
     Case("interleaved", (2,) * 3, (3, 17, 40), layout="interleaved"),
     Case("lanes, V 24", (2,) * 3, (3, 17, 40), V=24, layout="lanes"),
     Case("contiguous", (2,) * 3, (3, 17, 40), pages=3, contiguous=True),
-    Case("contiguous HND, V 8", (2,) * 3, (3, 17, 40), V=8, pages=3, contiguous=True, layout="HND"),
     Case("contiguous lanes, ragged", **MIXED, contiguous=True, spare=3, layout="lanes"),
     Case("page 5", (2,) * 3, (3, 17, 40), 5),
 ]  # fmt: skip
 QUANTIZED = [
-    Case("no scale", (2,) * 2, (20, 3), cache_dtype=E4M3),
     Case("scalar", **MIXED, cache_dtype=E4M3, scales="scalar"),
     Case("heads", (2,) * 2, (20, 3), cache_dtype=E4M3, scales="heads", layout="interleaved"),
     Case("sequences", **MIXED, cache_dtype=E4M3, scales="sequences"),
-    Case("tokens", (2,) * 2, (20, 3), cache_dtype=E4M3, scales="tokens"),
     Case("tokens, HND", (2,) * 2, (20, 3), cache_dtype=E4M3, scales="tokens", layout="HND"),
     Case("tokens, lanes", (2,) * 2, (20, 3), cache_dtype=E4M3, scales="tokens", layout="lanes"),
 ]
@@ -64,8 +59,8 @@ def test_table(case: Case):
     assert_right(inputs, run(inputs.arguments()))
 
 
-@pytest.mark.parametrize("split_size", [7, 16])
-@pytest.mark.parametrize("case", [c for c in TABLE if c.name in ("ragged, spare", "sinks", "T 8, surplus pages")], ids=str)  # fmt: skip
+@pytest.mark.parametrize("split_size", [7])
+@pytest.mark.parametrize("case", [c for c in TABLE if c.name in ("ragged, spare", "sinks")], ids=str)  # fmt: skip
 def test_split_size(case: Case, split_size: int):
     inputs = Inputs(case, jnp.float32)
     assert_right(inputs, run({**inputs.arguments(), "split_size": split_size}))
@@ -103,7 +98,7 @@ def test_split_size_makes_results_independent_of_the_batch():
     arguments = {**inputs.arguments(), "split_size": 32}
     out, lse = run(arguments)
     starts = np.cumsum([0, *case.counts])
-    for order in ([1], [3, 2, 1, 0], [2, 0]):
+    for order in ([1], [3, 2, 1, 0]):
         rows = np.concatenate([np.arange(starts[b], starts[b + 1]) for b in order])
         fewer = {
             **arguments,

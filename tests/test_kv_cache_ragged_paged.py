@@ -175,9 +175,10 @@ def test_hd64():
     assert_right(out, queries, new, sm_scale=0.125, sliding_window=20, sinks=np.asarray(sinks))
 
 
-@pytest.mark.parametrize("options", [OPTIONS[1], {"soft_cap": 2.0, "k_scale": 0.5, "v_scale": 2.0}], ids=str)  # fmt: skip
-def test_v2(options: Any):
+def test_v2():
     """Against JAX's own reference function."""
+    options: Any = {"sm_scale": 0.3, "sliding_window": 5, "soft_cap": 2.0}
+    options |= {"k_scale": 0.5, "v_scale": 2.0}
     try:
         from jax.experimental.pallas.ops.tpu.ragged_paged_attention import kernel
     except (ImportError, AttributeError) as error:

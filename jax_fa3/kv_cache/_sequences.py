@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from .._integers import INT32_MAX
 
@@ -55,10 +55,11 @@ def sequences(where: Where, rows: int, page_size: int) -> Sequences:
     if where.num_sequences is not None:
         ours = each < where.num_sequences
     first, stop = starts[:-1], starts[1:]
-    # Where starts go back it is not clear whose rows are whose.
-    mistaken = (ours & ((first < 0) | (stop > rows))) | (ours & (stop < first)).any()
-    first = jnp.clip(first, 0, rows)
-    counts = jnp.where(ours, jnp.maximum(jnp.clip(stop, 0, rows) - first, 0), 0)
+    back = (ours & (stop < first)).any()  # then it is not clear whose rows are whose
+    mistaken = ours & ((first < 0) | (stop > rows) | back)
+    bounds = lax.cummax(jnp.clip(starts, 0, rows))
+    first = bounds[:-1]
+    counts = jnp.where(ours, bounds[1:] - first, 0)
     capacity = min(table.shape[1] * page_size, LONGEST)
     mistaken |= (counts > 0) & (where.lengths > capacity)
     lengths = jnp.clip(where.lengths, 0, capacity)
@@ -76,8 +77,8 @@ def rows_of(them: Sequences, rows: int) -> Rows:
 
 def last_at_most(ascending: Array, x: Array) -> Array:
     """The last i with ascending[i] <= x, elementwise; 0 where there is none."""
-    found = jnp.searchsorted(ascending, x, side="right").astype(jnp.int32)
-    return jnp.maximum(found - 1, 0)
+    ascending = ascending.reshape(*[1] * x.ndim, -1)
+    return jnp.maximum((ascending <= x[..., None]).sum(-1, dtype=jnp.int32) - 1, 0)
 
 
 def read_ranges(them: Sequences, rows: Rows, begin: Array, end: Array) -> tuple[Array, Array]:

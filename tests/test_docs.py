@@ -19,7 +19,8 @@ MARKDOWN = [
 
 
 @pytest.mark.parametrize(
-    "package", ["jax_fa3", "jax_fa3.context_parallel", "jax_fa3.fp8", "jax_fa3.flax"]
+    "package",
+    ["jax_fa3", "jax_fa3.context_parallel", "jax_fa3.fp8", "jax_fa3.kv_cache", "jax_fa3.flax"],
 )
 def test_has_every_public_name(package):
     if package == "jax_fa3.flax":

@@ -10,10 +10,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
 from .. import _sharding as _devices
-from .._problem import Implementation
 from .._checks import Integers, natural, soft_cap, static_bool, window_size, wrong
 from .._jitted import jitted
-from .._problem import fold_window
+from .._problem import Implementation, fold_window
 from . import _xla
 from ._arguments import (
     checked_call,

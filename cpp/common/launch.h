@@ -24,8 +24,8 @@ inline cudaError_t count_sms(int* num_sms) {
 // that one writes may be read only after cudaGridDependencySynchronize().
 enum class Start { kInOrder, kEarly };
 
-// By cudaLaunchKernelExC, whose result is this launch's alone: after <<<>>> cudaGetLastError()
-// might return what an earlier call left there.
+// Not by <<<>>>, which returns nothing: cudaGetLastError() after it may be the error that an
+// earlier call left there.
 template <class Params>
 cudaError_t launch_kernel(void (*kernel)(Params), int64_t num_ctas, int num_threads,
                           int shared_bytes, Params& params, cudaStream_t stream,

@@ -171,82 +171,38 @@ struct Tiling {
     }
   }
 
-  // Stores factor * x as e4m3.
-  __device__ void store(Coord const& coord, float const (&x)[kFragments][8], float factor) const {
-#pragma unroll
-    for (int fragment = 0; fragment < kFragments; ++fragment) {
-      uint32_t packed[2];
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        float const* const four = &x[fragment][4 * i];
-        packed[i] =
-            pack_e4m3(four[0] * factor, four[1] * factor, four[2] * factor, four[3] * factor);
-      }
-      if (exists(coord, fragment, p.seqlen)) {
-        *reinterpret_cast<uint2*>(p.out + offset(coord, fragment)) = uint2{packed[0], packed[1]};
-      }
+  // Stores 8 e4m3 elements.
+  __device__ void store(Coord const& coord, int fragment, uint2 const& elements) const {
+    if (exists(coord, fragment, p.seqlen)) {
+      *reinterpret_cast<uint2*>(p.out + offset(coord, fragment)) = elements;
     }
   }
 };
 
-// The thread's elements in fp32, as they are.
-template <class Element, class Tiling>
-__device__ __forceinline__ void read(Tiling const& tiling, int stage, float (&x)[kFragments][8]) {
-#pragma unroll
-  for (int fragment = 0; fragment < kFragments; ++fragment) {
-    uint4 const loaded = *tiling.slot(stage, fragment);
-    uint32_t const pairs[] = {loaded.x, loaded.y, loaded.z, loaded.w};
-#pragma unroll
-    for (int i = 0; i < 8; ++i) x[fragment][i] = unpack<Element>(pairs[i / 2], i % 2);
-  }
-}
-
-// The thread's elements times the signs, transformed but for the factor that makes it orthogonal.
-template <class Element, int kFragmentsPerRow>
-__device__ __forceinline__ void read_transformed(Tiling<kFragmentsPerRow> const& tiling, int stage,
-                                                 uint4 const* signs,
-                                                 Hadamard16<Element> const& hadamard,
-                                                 float (&x)[kFragments][8]) {
-#pragma unroll
-  for (int across = 0; across < kFragmentsPerRow; ++across) {
-    uint4 const sign = signs[across * 4 + tiling.lane % 4];
-#pragma unroll
-    for (int fragment = across; fragment < kFragments; fragment += kFragmentsPerRow) {
-      uint4 const pairs = *tiling.slot(stage, fragment);
-      hadamard.multiply(
-          uint4{pairs.x ^ sign.x, pairs.y ^ sign.y, pairs.z ^ sign.z, pairs.w ^ sign.w},
-          x[fragment]);
-    }
-  }
-  finish_hadamard<kFragmentsPerRow>(x, tiling.p.transform);
-}
-
-// The largest absolute value of the thread's elements, NaN if one is NaN. VIMNMX3 takes the maximum
-// of three integers in one instruction: of signed ones for the greatest positive number, of
-// unsigned ones for the negative number farthest from 0. As an integer a NaN is beyond all other
-// numbers.
-__device__ __forceinline__ float max_abs(float const (&x)[kFragments][8]) {
-  constexpr int kChains = 4;  // independent maxima: an instruction need not wait for the last one
+// The largest absolute value of many numbers, NaN if one is NaN. VIMNMX3 takes the maximum of three
+// integers in one instruction: of signed ones for the greatest positive number, of unsigned ones
+// for the negative number farthest from 0. As an integer a NaN is beyond all other numbers.
+struct MaxAbs {
+  static constexpr int kChains = 4;  // independent maxima: no instruction waits for the last one
   int above[kChains] = {};
   unsigned below[kChains] = {};
+
+  __device__ __forceinline__ void add(int chain, float x, float y) {
+    int const a = __float_as_int(x);
+    int const b = __float_as_int(y);
+    above[chain] = __vimax3_s32(above[chain], a, b);
+    below[chain] = __vimax3_u32(below[chain], a, b);
+  }
+  __device__ __forceinline__ float result() const {
+    float largest = 0.f;
 #pragma unroll
-  for (int fragment = 0; fragment < kFragments; ++fragment) {
-#pragma unroll
-    for (int i = 0; i < 8; i += 2) {
-      int const a = __float_as_int(x[fragment][i]);
-      int const b = __float_as_int(x[fragment][i + 1]);
-      above[i / 2] = __vimax3_s32(above[i / 2], a, b);
-      below[i / 2] = __vimax3_u32(below[i / 2], a, b);
+    for (int i = 0; i < kChains; ++i) {
+      largest = max_or_nan(largest, __int_as_float(above[i]));
+      largest = max_or_nan(largest, fabsf(__uint_as_float(below[i])));
     }
+    return largest;
   }
-  float largest = 0.f;
-#pragma unroll
-  for (int i = 0; i < kChains; ++i) {
-    largest = max_or_nan(largest, __int_as_float(above[i]));
-    largest = max_or_nan(largest, fabsf(__uint_as_float(below[i])));
-  }
-  return largest;
-}
+};
 
 // The largest of all threads' numbers; all call it. `of_warp` is shared memory that nobody else
 // uses until they call it again with another one.
@@ -266,6 +222,9 @@ __device__ __forceinline__ float max_of_cta(Tiling const& tiling, float largest,
 
 // A CTA takes one block of rows of one head after the other. While it works on one, cp.async brings
 // the next one.
+//
+// The loops over x stand in the kernel itself: handed to functions as a whole, x makes for another
+// order of instructions in two of the six instances.
 template <class Element, int kFragmentsPerRow>
 __global__ void __launch_bounds__(kThreads<kFragmentsPerRow>,
                                   kThreadsPerSm / kThreads<kFragmentsPerRow>)
@@ -296,20 +255,53 @@ __global__ void __launch_bounds__(kThreads<kFragmentsPerRow>,
     asm volatile("" ::: "memory");  // cp_async_wait alone lets the compiler move reads before it
 
     float x[kFragments][8];
-    float norm = 1.f;
+    float norm = 1.f;  // what makes the transform orthogonal
     if (p.signs != nullptr) {
-      read_transformed(tiling, stage, signs, hadamard, x);
+#pragma unroll
+      for (int across = 0; across < kFragmentsPerRow; ++across) {
+        uint4 const sign = signs[across * 4 + tiling.lane % 4];
+#pragma unroll
+        for (int fragment = across; fragment < kFragments; fragment += kFragmentsPerRow) {
+          uint4 const pairs = *tiling.slot(stage, fragment);
+          hadamard.multiply(
+              uint4{pairs.x ^ sign.x, pairs.y ^ sign.y, pairs.z ^ sign.z, pairs.w ^ sign.w},
+              x[fragment]);
+        }
+      }
+      finish_hadamard<kFragmentsPerRow>(x, p.transform);
       norm = rsqrtf(static_cast<float>(p.transform));
     } else {
-      read<Element>(tiling, stage, x);
+#pragma unroll
+      for (int fragment = 0; fragment < kFragments; ++fragment) {
+        uint4 const own = *tiling.slot(stage, fragment);
+        uint32_t const pairs[] = {own.x, own.y, own.z, own.w};
+#pragma unroll
+        for (int i = 0; i < 8; ++i) x[fragment][i] = unpack<Element>(pairs[i / 2], i % 2);
+      }
     }
-    float const largest = max_of_cta(tiling, max_abs(x), of_warp[stage]) * norm;
+    MaxAbs max_abs;
+#pragma unroll
+    for (int fragment = 0; fragment < kFragments; ++fragment) {
+#pragma unroll
+      for (int i = 0; i < 8; i += 2) max_abs.add(i / 2, x[fragment][i], x[fragment][i + 1]);
+    }
+    float const largest = max_of_cta(tiling, max_abs.result(), of_warp[stage]) * norm;
     // Not below the smallest normal number, whose inverse is still finite.
     float const scale = largest == 0.f ? 1.f : fmaxf(largest * (1 / kLargestE4m3), 0x1p-126f);
     float const checked = largest < INFINITY ? scale : NAN;  // a comparison with NaN is false
     float const factor = norm * __frcp_rn(checked);
     if (threadIdx.x == 0) p.scales[block] = checked;  // [b, blocks, n], as `block` counts them
-    tiling.store(coord, x, factor);
+#pragma unroll
+    for (int fragment = 0; fragment < kFragments; ++fragment) {
+      uint32_t packed[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        float const* const four = &x[fragment][4 * i];
+        packed[i] =
+            pack_e4m3(four[0] * factor, four[1] * factor, four[2] * factor, four[3] * factor);
+      }
+      tiling.store(coord, fragment, uint2{packed[0], packed[1]});
+    }
   }
 }
 

@@ -114,7 +114,7 @@ ffi::Error quantize_impl(Stream stream, ffi::AnyBuffer x, FloatBuffer signs, Int
                               is_absent(lengths) ? nullptr : lengths.typed_data(),
                               static_cast<uint8_t*>(quantized->untyped_data()),
                               scales->typed_data()};
-  return cuda_status(fp8::launch(problem, *stream));
+  return cuda_status(fp8::launch_quantize(problem, *stream));
 }
 
 }  // namespace

@@ -13,25 +13,27 @@
 namespace jax_fa3::fp8 {
 namespace {
 
-// A warp's piece is 8 rows by 32 columns; lane 4 r + q has the 8 columns from 8 q on of row r.
-constexpr int kRowsOfPiece = 8;
-constexpr int kColumnsOfPiece = 32;
-constexpr int kPieces = 8;         // of a warp
-constexpr int kThreadsOfSm = 512;  // of all its CTAs
-constexpr float kLargest = 448.f;
+// The fragment of a warp: 8 rows by 32 columns, of which lane 4 r + q has the 8 columns from 8 q on
+// of row r. A warp has several, next to each other until they fill a row, then below.
+constexpr int kFragmentRows = 8;
+constexpr int kFragmentColumns = 32;
+constexpr int kFragments = 8;       // of a warp
+constexpr int kThreadsPerSm = 512;  // of all its CTAs
+constexpr float kLargestE4m3 = 448.f;
 
-template <int kAcross>  // pieces that make a row
-constexpr int kThreads = kBlock / kRowsOfPiece * kAcross / kPieces * 32;
+template <int kFragmentsPerRow>
+constexpr int kThreads = kBlock / kFragmentRows * kFragmentsPerRow / kFragments * 32;
 
 // The Hadamard matrix over bits 0, 2, 3 and 4 of a column's number, as operand B of two
-// mma.m16n8k16. Its row 8 w + 2 q + i is column 8 q + 4 w + i of a piece, or that + 2: so the four
-// words of a lane are operand A as they stand, with bit 1 among the 16 rows.
+// mma.m16n8k16, each for half of the results. Row 8 w + 2 q + i of the matrix stands for column
+// 8 q + 4 w + i of a fragment, or for that + 2. So the four registers that a lane has loaded are
+// operand A as they are: bit 1 of the column is the upper bit of A's row.
 template <class Element>
-struct Matrix16 {
-  uint32_t words[2][2];  // [half of the results][w]
+struct Hadamard16 {
+  uint32_t operand_b[2][2];  // [half of the results][w]
 
   // With a transform of 16 columns, bit 4 is left out.
-  __device__ explicit Matrix16(int transform) {
+  __device__ explicit Hadamard16(int transform) {
     int const lane = threadIdx.x % 32;
     int const bits = transform < 32 ? 7 : 15;
 #pragma unroll
@@ -46,7 +48,7 @@ struct Matrix16 {
           bool const zero = ((row ^ column) & ~bits) != 0;
           entries[i] = zero ? 0.f : __popc(row & column & bits) % 2 == 0 ? 1.f : -1.f;
         }
-        words[half][w] = pack<Element>(entries[0], entries[1]);
+        operand_b[half][w] = pack<Element>(entries[0], entries[1]);
       }
     }
   }
@@ -59,8 +61,8 @@ struct Matrix16 {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float* const part = out + 4 * half;
-      Mma::fma(part[0], part[1], part[2], part[3], x.x, x.y, x.z, x.w, words[half][0],
-               words[half][1], 0.f, 0.f, 0.f, 0.f);
+      Mma::fma(part[0], part[1], part[2], part[3], x.x, x.y, x.z, x.w, operand_b[half][0],
+               operand_b[half][1], 0.f, 0.f, 0.f, 0.f);
     }
   }
 };
@@ -71,202 +73,249 @@ __device__ __forceinline__ void butterfly(float& a, float& b) {
   a = sum;
 }
 
-// The rest of the Walsh-Hadamard transform of each `size` columns, a power of two from 16 on.
-template <int kAcross>
-__device__ __forceinline__ void finish_hadamard(float (&x)[kPieces][8], int size) {
+// The steps of a Walsh-Hadamard transform of each `size` columns (a power of two from 16 on) that
+// Hadamard16 leaves: over bit 1 of the column, and over the bits from 5 on.
+template <int kFragmentsPerRow>
+__device__ __forceinline__ void finish_hadamard(float (&x)[kFragments][8], int size) {
 #pragma unroll
-  for (int piece = 0; piece < kPieces; ++piece) {
+  for (int fragment = 0; fragment < kFragments; ++fragment) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      if ((i & 2) == 0) butterfly(x[piece][i], x[piece][i + 2]);
+      if ((i & 2) == 0) butterfly(x[fragment][i], x[fragment][i + 2]);
     }
   }
 #pragma unroll
-  for (int step = 1; step < kAcross; step *= 2) {
-    if (size >= 2 * step * kColumnsOfPiece) {
+  for (int step = 1; step < kFragmentsPerRow; step *= 2) {
+    if (size >= 2 * step * kFragmentColumns) {
 #pragma unroll
-      for (int piece = 0; piece < kPieces; ++piece) {
+      for (int fragment = 0; fragment < kFragments; ++fragment) {
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
-          if ((piece & step) == 0) butterfly(x[piece][i], x[piece + step][i]);
+          if ((fragment & step) == 0) butterfly(x[fragment][i], x[fragment + step][i]);
         }
       }
     }
   }
 }
 
-// A CTA takes one block of rows of one head after the other. The next block's numbers come while it
-// works, each into the shared memory of the thread that wants it.
-template <class Element, int kAcross>
-__global__ void __launch_bounds__(kThreads<kAcross>, kThreadsOfSm / kThreads<kAcross>)
-    quantize_kernel(__grid_constant__ Quantize const p) {
-  constexpr int kRowsOfWarp = kPieces / kAcross * kRowsOfPiece;
-  constexpr int kWarps = kThreads<kAcross> / 32;
-  extern __shared__ uint4 arrived[];    // [2 blocks][piece][thread]
-  __shared__ uint4 flips[kAcross * 4];  // sign bits, of 8 columns each
-  __shared__ float of_warp[2][kWarps];
+// The sign bits of +1 and -1 in pairs, as they are in 16-bit elements: xor multiplies by the signs.
+__device__ __forceinline__ uint4 sign_bits(Quantize const& p, int first_column) {
+  uint32_t pairs[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    int const column = first_column + 2 * i;
+    bool const exists = column < p.head_dim;
+    uint32_t const even = exists ? __float_as_uint(p.signs[column]) : 0;
+    uint32_t const odd = exists ? __float_as_uint(p.signs[column + 1]) : 0;
+    pairs[i] = (even & 0x80000000u) >> 16 | (odd & 0x80000000u);
+  }
+  return uint4{pairs[0], pairs[1], pairs[2], pairs[3]};
+}
+
+// Where a thread's elements are: in global memory, and on their way from there in shared memory, in
+// slots that no other thread uses.
+template <int kFragmentsPerRow>
+struct Tiling {
+  static constexpr int kWarpRows = kFragments / kFragmentsPerRow * kFragmentRows;
+  Quantize const& p;
+  uint4* const loaded;  // shared memory, [2 stages][kFragments][thread]
   int const lane = threadIdx.x % 32;
   int const warp = threadIdx.x / 32;
-  int const num_blocks = (p.seqlen + kBlock - 1) / kBlock;
-  int const count = num_blocks * p.num_heads * p.batch;
-  int64_t const stride = int64_t{p.num_heads} * p.head_dim;  // of rows
+  int const blocks_per_head = (p.seqlen + kBlock - 1) / kBlock;
+  int const num_blocks = blocks_per_head * p.num_heads * p.batch;
+  int64_t const row_stride = int64_t{p.num_heads} * p.head_dim;
+  int const first_column = lane % 4 * 8;  // of fragment 0
 
-  // Of this thread, its piece 0.
-  struct Place {
+  // A block of rows of one head, and this thread's row of fragment 0 in it.
+  struct Coord {
     int batch, row;
     int64_t offset;
   };
-  int const first_column = lane % 4 * 8;
-  auto const place_of = [&](int number) {
-    int const rest = number / p.num_heads;
-    int const batch = rest / num_blocks;
-    int const row = rest % num_blocks * kBlock + warp * kRowsOfWarp + lane / 4;
-    int64_t const offset = (int64_t{batch} * p.seqlen + row) * stride +
-                           number % p.num_heads * p.head_dim + first_column;
-    return Place{batch, row, offset};
-  };
-  auto const row_of = [](int piece) { return piece / kAcross * kRowsOfPiece; };  // behind piece 0's
-  auto const column_of = [](int piece) { return piece % kAcross * kColumnsOfPiece; };
-  auto const exists = [&](Place const& place, int piece, int length) {
-    return first_column + column_of(piece) < p.head_dim && place.row + row_of(piece) < length;
-  };
-  auto const slot_of = [&](int stage, int piece) {
-    return arrived + (stage * kPieces + piece) * kThreads<kAcross> + threadIdx.x;
-  };
-  auto const load = [&](Place const& place, int stage) {
-    int length = p.seqlen;
-    if (p.lengths != nullptr) length = min(max(p.lengths[place.batch], 0), p.seqlen);
-#pragma unroll
-    for (int piece = 0; piece < kPieces; ++piece) {
-      cutlass::arch::cp_async_zfill<16, cutlass::arch::CacheOperation::Global>(
-          slot_of(stage, piece),
-          static_cast<uint16_t const*>(p.x) + place.offset + row_of(piece) * stride +
-              column_of(piece),
-          exists(place, piece, length));
-    }
-  };
-
-  Place next = place_of(blockIdx.x);
-  load(next, 0);
-  cutlass::arch::cp_async_fence();
-  if (p.signs != nullptr && threadIdx.x < kAcross * 4) {
-    uint32_t words[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      int const column = threadIdx.x * 8 + 2 * i;
-      bool const counts = column < p.head_dim;
-      uint32_t const even = counts ? __float_as_uint(p.signs[column]) : 0;
-      uint32_t const odd = counts ? __float_as_uint(p.signs[column + 1]) : 0;
-      words[i] = (even & 0x80000000u) >> 16 | (odd & 0x80000000u);
-    }
-    flips[threadIdx.x] = uint4{words[0], words[1], words[2], words[3]};
+  __device__ Coord coord(int block) const {
+    int const rest = block / p.num_heads;
+    int const batch = rest / blocks_per_head;
+    int const row = rest % blocks_per_head * kBlock + warp * kWarpRows + lane / 4;
+    int64_t const offset = (int64_t{batch} * p.seqlen + row) * row_stride +
+                           block % p.num_heads * p.head_dim + first_column;
+    return Coord{batch, row, offset};
   }
-  __syncthreads();
-  Matrix16<Element> const matrix(p.transform);
 
-  int stage = 0;
-  for (int number = blockIdx.x; number < count; number += gridDim.x, stage ^= 1) {
-    Place const place = next;
-    if (number + gridDim.x < count) {
-      next = place_of(number + gridDim.x);
-      load(next, stage ^ 1);
-    }
-    cutlass::arch::cp_async_fence();
-    cutlass::arch::cp_async_wait<1>();
-    asm volatile("" ::: "memory");  // that alone does not keep the reads behind it
+  // From fragment 0 to another.
+  __device__ static int rows_to(int fragment) {
+    return fragment / kFragmentsPerRow * kFragmentRows;
+  }
+  __device__ static int columns_to(int fragment) {
+    return fragment % kFragmentsPerRow * kFragmentColumns;
+  }
+  __device__ int64_t offset(Coord const& coord, int fragment) const {
+    return coord.offset + rows_to(fragment) * row_stride + columns_to(fragment);
+  }
+  __device__ bool exists(Coord const& coord, int fragment, int length) const {
+    return first_column + columns_to(fragment) < p.head_dim &&
+           coord.row + rows_to(fragment) < length;
+  }
+  __device__ uint4* slot(int stage, int fragment) const {
+    return loaded + (stage * kFragments + fragment) * kThreads<kFragmentsPerRow> + threadIdx.x;
+  }
 
-    float x[kPieces][8];
-    float norm = 1.f;
-    if (p.signs != nullptr) {
+  // Starts to load the thread's elements, rows past the length as 0.
+  __device__ void load(Coord const& coord, int stage) const {
+    int length = p.seqlen;
+    if (p.lengths != nullptr) length = min(max(p.lengths[coord.batch], 0), p.seqlen);
 #pragma unroll
-      for (int across = 0; across < kAcross; ++across) {
-        uint4 const flip = flips[across * 4 + lane % 4];
-#pragma unroll
-        for (int piece = across; piece < kPieces; piece += kAcross) {
-          uint4 const words = *slot_of(stage, piece);
-          matrix.multiply(
-              uint4{words.x ^ flip.x, words.y ^ flip.y, words.z ^ flip.z, words.w ^ flip.w},
-              x[piece]);
-        }
-      }
-      finish_hadamard<kAcross>(x, p.transform);
-      norm = rsqrtf(static_cast<float>(p.transform));
-    } else {
-#pragma unroll
-      for (int piece = 0; piece < kPieces; ++piece) {
-        uint4 const loaded = *slot_of(stage, piece);
-        uint32_t const words[] = {loaded.x, loaded.y, loaded.z, loaded.w};
-#pragma unroll
-        for (int i = 0; i < 8; ++i) x[piece][i] = unpack<Element>(words[i / 2], i % 2);
-      }
+    for (int fragment = 0; fragment < kFragments; ++fragment) {
+      cutlass::arch::cp_async_zfill<16, cutlass::arch::CacheOperation::Global>(
+          slot(stage, fragment), static_cast<uint16_t const*>(p.x) + offset(coord, fragment),
+          exists(coord, fragment, length));
     }
+  }
 
-    // As integers, three at a time: signed ones for the greatest positive number, unsigned ones for
-    // the negative number farthest from 0. A NaN is beyond all others.
-    constexpr int kChains = 4;  // side by side, for a maximum waits for the one before it
-    int above[kChains] = {};
-    unsigned below[kChains] = {};
-#pragma unroll
-    for (int piece = 0; piece < kPieces; ++piece) {
-#pragma unroll
-      for (int i = 0; i < 8; i += 2) {
-        int const a = __float_as_int(x[piece][i]);
-        int const b = __float_as_int(x[piece][i + 1]);
-        above[i / 2] = __vimax3_s32(above[i / 2], a, b);
-        below[i / 2] = __vimax3_u32(below[i / 2], a, b);
-      }
+  // Stores 8 e4m3 elements.
+  __device__ void store(Coord const& coord, int fragment, uint2 const& elements) const {
+    if (exists(coord, fragment, p.seqlen)) {
+      *reinterpret_cast<uint2*>(p.out + offset(coord, fragment)) = elements;
     }
+  }
+};
+
+// The largest absolute value of many numbers, NaN if one is NaN. VIMNMX3 takes the maximum of three
+// integers in one instruction: of signed ones for the greatest positive number, of unsigned ones
+// for the negative number farthest from 0. As an integer a NaN is beyond all other numbers.
+struct MaxAbs {
+  static constexpr int kChains = 4;  // independent maxima: no instruction waits for the last one
+  int above[kChains] = {};
+  unsigned below[kChains] = {};
+
+  __device__ __forceinline__ void add(int chain, float x, float y) {
+    int const a = __float_as_int(x);
+    int const b = __float_as_int(y);
+    above[chain] = __vimax3_s32(above[chain], a, b);
+    below[chain] = __vimax3_u32(below[chain], a, b);
+  }
+  __device__ __forceinline__ float result() const {
     float largest = 0.f;
 #pragma unroll
     for (int i = 0; i < kChains; ++i) {
       largest = max_or_nan(largest, __int_as_float(above[i]));
       largest = max_or_nan(largest, fabsf(__uint_as_float(below[i])));
     }
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-      largest = max_or_nan(largest, __shfl_xor_sync(~0u, largest, step));
-    }
-    if (lane == 0) of_warp[stage][warp] = largest;
-    __syncthreads();
-#pragma unroll
-    for (int other = 0; other < kWarps; ++other) {
-      largest = max_or_nan(largest, of_warp[stage][other]);
-    }
+    return largest;
+  }
+};
 
+// The largest of all threads' numbers; all call it. `of_warp` is shared memory that nobody else
+// uses until they call it again with another one.
+template <class Tiling, int kWarps>
+__device__ __forceinline__ float max_of_cta(Tiling const& tiling, float largest,
+                                            float (&of_warp)[kWarps]) {
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    largest = max_or_nan(largest, __shfl_xor_sync(~0u, largest, step));
+  }
+  if (tiling.lane == 0) of_warp[tiling.warp] = largest;
+  __syncthreads();
+#pragma unroll
+  for (int other = 0; other < kWarps; ++other) largest = max_or_nan(largest, of_warp[other]);
+  return largest;
+}
+
+// A CTA takes one block of rows of one head after the other. While it works on one, cp.async brings
+// the next one.
+//
+// The loops over x stand in the kernel itself: handed to functions as a whole, x makes for another
+// order of instructions in two of the six instances.
+template <class Element, int kFragmentsPerRow>
+__global__ void __launch_bounds__(kThreads<kFragmentsPerRow>,
+                                  kThreadsPerSm / kThreads<kFragmentsPerRow>)
+    quantize_kernel(__grid_constant__ Quantize const p) {
+  extern __shared__ uint4 loaded[];
+  __shared__ uint4 signs[kFragmentsPerRow * 4];  // of 8 columns each
+  __shared__ float of_warp[2][kThreads<kFragmentsPerRow> / 32];
+  Tiling<kFragmentsPerRow> const tiling{p, loaded};
+
+  auto next = tiling.coord(blockIdx.x);
+  tiling.load(next, 0);
+  cutlass::arch::cp_async_fence();
+  if (p.signs != nullptr && threadIdx.x < kFragmentsPerRow * 4) {
+    signs[threadIdx.x] = sign_bits(p, threadIdx.x * 8);
+  }
+  __syncthreads();
+  Hadamard16<Element> const hadamard(p.transform);
+
+  int stage = 0;
+  for (int block = blockIdx.x; block < tiling.num_blocks; block += gridDim.x, stage ^= 1) {
+    auto const coord = next;
+    if (block + gridDim.x < tiling.num_blocks) {
+      next = tiling.coord(block + gridDim.x);
+      tiling.load(next, stage ^ 1);
+    }
+    cutlass::arch::cp_async_fence();
+    cutlass::arch::cp_async_wait<1>();
+    asm volatile("" ::: "memory");  // cp_async_wait alone lets the compiler move reads before it
+
+    float x[kFragments][8];
+    float norm = 1.f;  // what makes the transform orthogonal
+    if (p.signs != nullptr) {
+#pragma unroll
+      for (int across = 0; across < kFragmentsPerRow; ++across) {
+        uint4 const sign = signs[across * 4 + tiling.lane % 4];
+#pragma unroll
+        for (int fragment = across; fragment < kFragments; fragment += kFragmentsPerRow) {
+          uint4 const pairs = *tiling.slot(stage, fragment);
+          hadamard.multiply(
+              uint4{pairs.x ^ sign.x, pairs.y ^ sign.y, pairs.z ^ sign.z, pairs.w ^ sign.w},
+              x[fragment]);
+        }
+      }
+      finish_hadamard<kFragmentsPerRow>(x, p.transform);
+      norm = rsqrtf(static_cast<float>(p.transform));
+    } else {
+#pragma unroll
+      for (int fragment = 0; fragment < kFragments; ++fragment) {
+        uint4 const own = *tiling.slot(stage, fragment);
+        uint32_t const pairs[] = {own.x, own.y, own.z, own.w};
+#pragma unroll
+        for (int i = 0; i < 8; ++i) x[fragment][i] = unpack<Element>(pairs[i / 2], i % 2);
+      }
+    }
+    MaxAbs max_abs;
+#pragma unroll
+    for (int fragment = 0; fragment < kFragments; ++fragment) {
+#pragma unroll
+      for (int i = 0; i < 8; i += 2) max_abs.add(i / 2, x[fragment][i], x[fragment][i + 1]);
+    }
+    float const largest = max_of_cta(tiling, max_abs.result(), of_warp[stage]) * norm;
     // Not below the smallest normal number, whose inverse is still finite.
-    largest *= norm;
-    float const scale = largest == 0.f ? 1.f : fmaxf(largest * (1 / kLargest), 0x1p-126f);
+    float const scale = largest == 0.f ? 1.f : fmaxf(largest * (1 / kLargestE4m3), 0x1p-126f);
     float const checked = largest < INFINITY ? scale : NAN;  // a comparison with NaN is false
     float const factor = norm * __frcp_rn(checked);
-    if (threadIdx.x == 0) p.scales[number] = checked;  // [b, blocks, n], as `number` counts them
+    if (threadIdx.x == 0) p.scales[block] = checked;  // [b, blocks, n], as `block` counts them
 #pragma unroll
-    for (int piece = 0; piece < kPieces; ++piece) {
+    for (int fragment = 0; fragment < kFragments; ++fragment) {
       uint32_t packed[2];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        float const* const four = &x[piece][4 * i];
+        float const* const four = &x[fragment][4 * i];
         packed[i] =
             pack_e4m3(four[0] * factor, four[1] * factor, four[2] * factor, four[3] * factor);
       }
-      if (exists(place, piece, p.seqlen)) {
-        *reinterpret_cast<uint2*>(p.out + place.offset + row_of(piece) * stride +
-                                  column_of(piece)) = uint2{packed[0], packed[1]};
-      }
+      tiling.store(coord, fragment, uint2{packed[0], packed[1]});
     }
   }
 }
 
-template <class Element, int kAcross>
+template <class Element, int kFragmentsPerRow>
 cudaError_t launch_size(Quantize problem, cudaStream_t stream) {
   int num_sms = 0;
   JAX_FA3_RETURN_IF_ERROR(count_sms(&num_sms));
   int64_t const blocks =
       int64_t{ceil_div(problem.seqlen, kBlock)} * problem.num_heads * problem.batch;
   if (blocks == 0) return cudaSuccess;
-  int64_t const ctas = std::min<int64_t>(blocks, num_sms * (kThreadsOfSm / kThreads<kAcross>));
-  int const bytes = 2 * kPieces * kThreads<kAcross> * static_cast<int>(sizeof(uint4));
-  return launch_kernel(quantize_kernel<Element, kAcross>, ctas, kThreads<kAcross>, bytes, problem,
-                       stream);
+  int64_t const ctas =
+      std::min<int64_t>(blocks, num_sms * (kThreadsPerSm / kThreads<kFragmentsPerRow>));
+  int const bytes = 2 * kFragments * kThreads<kFragmentsPerRow> * static_cast<int>(sizeof(uint4));
+  return launch_kernel(quantize_kernel<Element, kFragmentsPerRow>, ctas, kThreads<kFragmentsPerRow>,
+                       bytes, problem, stream);
 }
 
 template <class Element>
@@ -278,7 +327,7 @@ cudaError_t launch_dtype(Quantize const& problem, cudaStream_t stream) {
 
 }  // namespace
 
-cudaError_t launch(Quantize const& problem, cudaStream_t stream) {
+cudaError_t launch_quantize(Quantize const& problem, cudaStream_t stream) {
   return problem.dtype == DType::kBFloat16 ? launch_dtype<cutlass::bfloat16_t>(problem, stream)
                                            : launch_dtype<cutlass::half_t>(problem, stream);
 }

@@ -20,9 +20,9 @@ struct Quantize {
 };
 
 #ifdef JAX_FA3_HAS_FLOAT8_E4M3FN
-cudaError_t launch(Quantize const& problem, cudaStream_t stream);
+cudaError_t launch_quantize(Quantize const& problem, cudaStream_t stream);
 #else  // a build without these kernels
-inline cudaError_t launch(Quantize const&, cudaStream_t) { return cudaErrorNotSupported; }
+inline cudaError_t launch_quantize(Quantize const&, cudaStream_t) { return cudaErrorNotSupported; }
 #endif
 
 }  // namespace jax_fa3::fp8

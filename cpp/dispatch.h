@@ -98,7 +98,7 @@ bool select_fp8(fp8::Problem const& problem, cudaStream_t stream, cudaError_t* e
     constexpr KernelSize kSize = kKernelSizes[decltype(index)::value];
     if constexpr (has_fp8(kSize)) {
       if (!kSize.holds(problem.forward.head_dim, problem.forward.head_dim_v)) return false;
-      *error = fp8::launch<kSize.head_dim>(problem, stream);
+      *error = fp8::launch_fwd<kSize.head_dim>(problem, stream);
       return true;
     }
     return false;

@@ -1,5 +1,5 @@
-// The entry points of the FP8 forward kernels, one per head dim, each defined in its file of
-// instances/; and of the kernel that quantizes.
+// What an FP8 forward computes, and the entry points of its kernels: one per head dim, each defined
+// in its file of instances/.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -10,10 +10,10 @@
 
 namespace jax_fa3::fp8 {
 
-// Rows of one head that share a scale: x = scale * (e4m3 element).
+// A scale is shared by so many consecutive rows of one head: x = scale * (e4m3 element).
 inline constexpr int kBlock = 128;
 
-// Others make NaN of the rows that use them.
+// A scale must be positive and finite. Query rows that see a block with any other scale become NaN.
 JAX_FA3_HOST_DEVICE bool is_scale(float x) { return x > 0.f && x < INFINITY; }
 
 struct Problem {
@@ -21,14 +21,14 @@ struct Problem {
   float const* query_scale;  // [b, ceil(t / kBlock), n]
   float const* key_scale;    // [b, ceil(s / kBlock), k]
   float const* value_scale;  // [b, ceil(s / kBlock), k]
-  // Workspace: V with keys along its rows (transpose.h), bytes [b, k, v, ceil(s / kBlock) *
-  // kBlock], and counters, [2 + b * k * ceil(s / kBlock)], of which the first is
-  // forward.tile_counter.
+  // Workspace. V^T (transpose.h), e4m3: [b, k, v, ceil(s / kBlock) * kBlock].
   uint8_t* transposed_value;
+  // [2 + b * k * ceil(s / kBlock)]: forward.tile_counter, then Transpose's warp_tile_counter, then
+  // its num_done of every block of keys.
   int* counters;
 };
 
 template <int kHeadDim>
-cudaError_t launch(Problem const& problem, cudaStream_t stream);
+cudaError_t launch_fwd(Problem const& problem, cudaStream_t stream);
 
 }  // namespace jax_fa3::fp8

@@ -1,8 +1,9 @@
-// Host side of the FP8 forward: Problem -> descriptors and scalars -> a launch or two.
+// Host side of the FP8 forward: Problem -> descriptors and scalars -> the launch of the forward,
+// and before it that of the transposition of V where the forward does not do that itself.
 #pragma once
 
+#include "fp8/consume.h"
 #include "fp8/load.h"
-#include "fp8/mma.h"
 #include "fp8/transpose.h"
 #include "fwd/launch.h"
 
@@ -30,10 +31,13 @@ cudaError_t make_params(Problem const& problem, Params* params) {
                                             p.num_heads_q, p.batch, Traits::kSlabV, 64));
   }
   fwd::set_common(p, Traits::kBlockM, params);
-  // A tile that leaves a whole warpgroup nothing to do is a short one.
+  // If a head's last tile has so few rows that a warpgroup gets none, it takes less time than
+  // others and comes last. (Under a mask tiles differ anyway.)
   int const rows = p.seqlen_q % Traits::kBlockM;
   params->order.short_last = !p.mask.restricts() && rows > 0 && rows <= Traits::kBlockM - 64;
-  params->softmax_scale = 1 / kLog2E;  // the maxima are exponents of base 2
+  // The epilogue makes the log-sum-exp of row_max * softmax_scale; here row_max is an exponent of
+  // base 2 already.
+  params->softmax_scale = 1 / kLog2E;
   params->query_scale = problem.query_scale;
   params->key_scale = problem.key_scale;
   params->value_scale = problem.value_scale;
@@ -52,30 +56,34 @@ cudaError_t make_params(Problem const& problem, Params* params) {
 }
 
 template <int kHeadDim>
-cudaError_t launch(Problem const& problem, cudaStream_t stream) {
+cudaError_t launch_fwd(Problem const& problem, cudaStream_t stream) {
   jax_fa3::Problem const& p = problem.forward;
   Params params{};
   JAX_FA3_RETURN_IF_ERROR(make_params<kHeadDim>(problem, &params));
   int num_sms = 0;
   JAX_FA3_RETURN_IF_ERROR(count_sms(&num_sms));
   Transpose& transpose = params.transpose;
-  int const readers = p.seqlen_q / Traits<kHeadDim>::kBlockM * params.group;  // whole tiles alone
-  if (Traits<kHeadDim>::kTransposesBeside &&
+  // Tiles that read a block of V, if nothing is masked; a last one with fewer rows does not count.
+  int const readers = p.seqlen_q / Traits<kHeadDim>::kBlockM * params.group;
+  if (Traits<kHeadDim>::kTransposesInKernel &&
       transposes_beside(p.mask, readers, params.order.num_tiles(), num_sms)) {
-    // The KV heads whose tiles run at the same time: one after the other, or as many of a section.
+    // V is transposed in the order in which tiles need it: block by block, each block of all KV
+    // heads whose tiles run at the same time. Those are as many heads as have a tile for every SM,
+    // or under a mask those of a section, of which all heads' tiles take turns.
     int const heads = std::max(ceil_div(num_sms, readers),
                                ceil_div(std::min(params.order.section, num_sms), params.group));
     transpose.order.section = std::min(heads, p.num_heads_k * p.batch);
-    transpose.taken = problem.counters + 1;
-    transpose.done = problem.counters + 2;
+    transpose.warp_tile_counter = problem.counters + 1;
+    transpose.num_done = problem.counters + 2;
     std::size_t const count = 2 + transpose.order.num_tiles();
     JAX_FA3_RETURN_IF_ERROR(cudaMemsetAsync(problem.counters, 0, count * sizeof(int), stream));
     return fwd::launch_persistent<Traits<kHeadDim>>(params, stream);
   }
-  // The forward starts beside the transposition, so nothing else may come between the two; without
-  // keys there is none to start beside.
+  // The forward is launched while the transposition runs (programmatic dependent launch): nothing
+  // may stand between the two in the stream, so the counter is reset before. Without keys there is
+  // no transposition, and the forward waits for what is before it as usual.
   JAX_FA3_RETURN_IF_ERROR(fwd::reset_counter(params, stream));
-  JAX_FA3_RETURN_IF_ERROR(launch(transpose, stream));
+  JAX_FA3_RETURN_IF_ERROR(launch_transpose(transpose, stream));
   Start const start = p.seqlen_k > 0 ? Start::kBeside : Start::kAfter;
   return fwd::launch_persistent<Traits<kHeadDim>>(params, stream, start);
 }

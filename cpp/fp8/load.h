@@ -1,5 +1,5 @@
-// The producer of the FP8 forward: as in fwd/load.h, but K and V share a ring, and V is transposed
-// and clean.
+// The producer of the FP8 forward: as in fwd/load.h, but K of a block and V of the one after it
+// share a stage; and V is V^T, in which the keys past the length are zeros already (transpose.h).
 #pragma once
 
 #include "common/tma.h"
@@ -7,8 +7,8 @@
 
 namespace jax_fa3::fp8 {
 
-// Scales of one block of keys after the other, from the last on, each loaded while those behind it
-// are in use.
+// Gives the scales of a tile's blocks of keys, from the last block to the first. Those of the next
+// block are read from global memory one call ahead, so that their latency is hidden.
 class ScaleLoader {
  public:
   CUTLASS_DEVICE ScaleLoader(Params const& params, int batch, int head, int n_block)
@@ -17,22 +17,22 @@ class ScaleLoader {
     fetch(n_block);
   }
 
-  // Of the block that was fetched last; then fetches the one before it, if there is one. A scale
-  // that is none makes NaN of the rows that see the block, and only of those: the key's scale meets
-  // scores before the mask does.
+  // The scales of n_block, which must be the block fetched last; fetches those of the block before.
+  // If K's or V's scale is invalid, K's becomes NaN, and so do the block's scores. The consumers
+  // multiply by it before they mask: only the rows that see the block become NaN.
   CUTLASS_DEVICE BlockScale next(int n_block) {
     bool const valid = is_scale(value_);
     float const key = valid && is_scale(key_) ? key_ : NAN;
-    float const value = valid ? value_ : unit_;
-    float exponent = __log2f(value) - __log2f(unit_);
-    float ratio = 1.f;
-    if (fabsf(exponent) > kUnitRange) {
-      ratio = fminf(exp2f(-exponent), 0x1p127f);  // finite: an O of 0 is multiplied by it, too
-      exponent = 0.f;
-      unit_ = value;
+    float const value = valid ? value_ : out_scale_;
+    float log2_value = __log2f(value) - __log2f(out_scale_);
+    float out_rescale = 1.f;
+    if (fabsf(log2_value) > kOutScaleRange) {
+      out_rescale = fminf(exp2f(-log2_value), 0x1p127f);  // finite, for inf times an O of 0 is NaN
+      log2_value = 0.f;
+      out_scale_ = value;
     }
     if (n_block > 0) fetch(n_block - 1);
-    return {key, unit_, ratio, exponent};
+    return {key, out_scale_, out_rescale, log2_value};
   }
 
  private:
@@ -45,14 +45,14 @@ class ScaleLoader {
   Params const& params_;
   int64_t first_;
   float key_, value_;
-  float unit_ = 1.f;
+  float out_scale_ = 1.f;
 };
 
-// The warps that have nothing else to do.
+// The two warps of the producer warpgroup that neither load nor schedule: they transpose V.
 template <int kHeadDim>
 CUTLASS_DEVICE void assist(Traits<kHeadDim>, Params const& params) {
-  if constexpr (Traits<kHeadDim>::kTransposesBeside) {
-    if (params.transpose.taken != nullptr) transpose_beside<kHeadDim>(params.transpose);
+  if constexpr (Traits<kHeadDim>::kTransposesInKernel) {
+    if (params.transpose.warp_tile_counter != nullptr) transpose_all<kHeadDim>(params.transpose);
   }
 }
 
@@ -88,7 +88,8 @@ CUTLASS_DEVICE void load(Traits<kHeadDim>, Params const& params,
 
     ScaleLoader scales{params, batch, head_k, blocks.end - 1};
 
-    // What a step reads: K of a block and V of the one after it, where there are such.
+    // One stage: K of a block and V of the one after it, of which the tile's first stage has only K
+    // and its last one only V.
     auto const load_step = [&](int key_block, int value_block) {
       auto& pipeline = storage.step_pipeline;
       FullBarrier& full = pipeline.full[state.stage];
@@ -96,9 +97,9 @@ CUTLASS_DEVICE void load(Traits<kHeadDim>, Params const& params,
       bool const has_value = value_block < blocks.end;
       BlockScale scale;
       if (has_key) scale = scales.next(key_block);
-      if constexpr (Traits::kTransposesBeside) {
-        if (has_value && params.transpose.done != nullptr) {
-          wait_for<kHeadDim>(params.transpose, {value_block, head_k, batch});
+      if constexpr (Traits::kTransposesInKernel) {
+        if (has_value && params.transpose.num_done != nullptr) {
+          wait_transposed<kHeadDim>(params.transpose, {value_block, head_k, batch});
         }
       }
       pipeline.empty[state.stage].wait(state.phase ^ 1);
@@ -126,12 +127,15 @@ CUTLASS_DEVICE void load(Traits<kHeadDim>, Params const& params,
           params.query, raw(full), kReadOnce, storage.query + warpgroup * 64 * Traits::kSlab,
           work.tile.m_block * kBlockM + warpgroup * 64, work.tile.head, batch);
     }
-    cudaGridDependencySynchronize();  // if V is what the kernel before this one makes
+    // If a kernel of its own transposes V, this one has been launched before that is done: wait for
+    // it before the first V.
+    cudaGridDependencySynchronize();
     for (int n_block = blocks.end - 2; n_block >= blocks.begin - 1; --n_block) {
       load_step(n_block, n_block + 1);
     }
   }
-  // A CTA without blocks must not end before that kernel, either: what comes next relies on it.
+  // A CTA that loaded nothing must not end before that kernel, either: the next kernel in the
+  // stream waits for the end of this one only, and may overwrite what that one still reads.
   cudaGridDependencySynchronize();
 }
 

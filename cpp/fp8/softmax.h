@@ -1,22 +1,24 @@
-// Online softmax where every block of scores has a scale of its own, and P will be e4m3.
+// Online softmax of FP8: every block of keys has scales of its own, and P is converted to e4m3.
 #pragma once
 
 #include "common/fragment.h"
 
 namespace jax_fa3::fp8 {
 
-// P = 2^(score - maximum + kShift): its 1 is 256, in the upper part of e4m3's range, so that small
-// probabilities are not lost below it.
-inline constexpr float kShift = 8.f;
+// P = 2^(exponent - maximum + kMaxOffset): the largest P of a row is 256, not 1. e4m3 ends at 448
+// and at 2^-9, so probabilities down to 2^-17 of the largest are more than 0.
+inline constexpr float kMaxOffset = 8.f;
 
-// A row's maximum is raised where it is exceeded by more than this: mostly, then, no row's is, and
-// O need not be rescaled. 2^(kShift + kSlack) is below 448, the greatest e4m3 number.
-inline constexpr float kSlack = 0.75f;
+// A row's running maximum is raised only if a block exceeds it by more than this. In most blocks no
+// row's is, and O is not rescaled. P is then up to 2^(kMaxOffset + kRescaleThreshold), still below
+// 448, the greatest e4m3 number.
+inline constexpr float kRescaleThreshold = 0.75f;
 
-// V's scales are taken into P, in a unit that changes where a block's scale is further from it than
-// so many powers of 2. Then O need not be rescaled for every block; and a block of large scale
-// whose numbers are small after all makes P of the others no smaller than 2^-2 of what it could be.
-inline constexpr float kUnitRange = 1.f;
+// The accumulator of O has a scale, that of some block of V. A later block with another scale does
+// not change it while the two differ by at most this in log2: P is multiplied by their quotient
+// instead, and O is not rescaled. (A higher bound costs precision: the maximum is that of
+// P times the quotient, so a block of large scale but small values lowers all other P for nothing.)
+inline constexpr float kOutScaleRange = 1.f;
 
 // 4 fp32 values as neighbouring e4m3 elements; NaN stays NaN.
 CUTLASS_DEVICE uint32_t pack_e4m3(float a, float b, float c, float d) {
@@ -40,70 +42,83 @@ CUTLASS_DEVICE float max_or_nan(float a, float b) {
 }
 
 struct Softmax {
-  // An exponent of base 2, of weights times V's scale, each in the unit that O had at its block.
-  // Where no key has been seen it is finite: -inf - -inf would be NaN.
+  // The exponent (of base 2) of a score is softmax_scale_log2 * score + log2_value: the second term
+  // is V's scale, relative to out_unit (BlockScale). This is the greatest exponent so far, each
+  // relative to out_unit as it was then. At first it is finite, for -inf - -inf would be NaN.
   float row_max[kRowsPerThread] = {-1e30f, -1e30f};
-  float row_sum[kRowsPerThread] = {0.f, 0.f};  // of weights, of this thread's columns only
-  float rescale[kRowsPerThread] = {1.f, 1.f};  // of what was accumulated before the last update
-  float block_sum[kRowsPerThread];             // of P, of the block at hand, as above
-  float out_unit;                              // what O counts in
+  // Of probabilities, in which V's scale has no part, over this thread's columns only.
+  float row_sum[kRowsPerThread] = {0.f, 0.f};
+  float rescale[kRowsPerThread] = {1.f,
+                                   1.f};  // O so far is multiplied by it: 2^(old - new maximum)
+  float block_sum[kRowsPerThread];        // of P of this block, over this thread's columns only
+  float out_unit;  // the accumulator's scale: O is the accumulator times this
 
-  // As that of the 16-bit softmax.
+  // The epilogue asks every softmax for these two; for the 16-bit one's rounded offsets they are
+  // more (common/softmax.h).
   CUTLASS_DEVICE float log_sum(int row) const { return logf(row_sum[row]); }
   template <class Element>
   CUTLASS_DEVICE float sum_of_rounded(int row) const {
     return row_sum[row];
   }
 
-  // Takes one more block's scores, each still to be multiplied by `scale` and added to `exponent`
-  // (base 2), into the running maximum. As integers, three numbers are compared at once; their
-  // order is that of the floats unless both are negative, so a maximum not below `exponent` is
-  // right. A NaN, which the hardware makes without a sign, is the greatest.
+  // Raises the running maximum by one block's scores, whose exponents are softmax_scale_log2 *
+  // score
+  // + log2_value.
+  //
+  // VIMNMX3 takes the maximum of three integers in one instruction. Of fp32 numbers read as
+  // integers it is the right one if any of them is 0 or more: just two negative ones are in the
+  // wrong order. So a row maximum of at least log2_value, the exponent of a score of 0, is right.
+  // In the rare other case it is taken again by float instructions. A NaN wins either way: the
+  // hardware makes NaN without a sign bit, which is greater than every number as an integer, too.
   template <class Scores>
-  CUTLASS_DEVICE void update_max(Scores const& scores, float scale, float exponent) {
+  CUTLASS_DEVICE void update_max(Scores const& scores, float softmax_scale_log2, float log2_value) {
     float const previous[kRowsPerThread] = {row_max[0], row_max[1]};
-    raise_max(scores, scale, exponent, [](float a, float b, float c) {
+    raise_max(scores, softmax_scale_log2, log2_value, [](float a, float b, float c) {
       return __int_as_float(__vimax3_s32(__float_as_int(a), __float_as_int(b), __float_as_int(c)));
     });
-    if (__any_sync(~0u, fminf(row_max[0], row_max[1]) < exponent)) {
+    if (__any_sync(~0u, fminf(row_max[0], row_max[1]) < log2_value)) {
       row_max[0] = previous[0];
       row_max[1] = previous[1];
-      raise_max(scores, scale, exponent,
+      raise_max(scores, softmax_scale_log2, log2_value,
                 [](float a, float b, float c) { return max_or_nan(max_or_nan(a, b), c); });
     }
     CUTLASS_PRAGMA_UNROLL
     for (int row = 0; row < kRowsPerThread; ++row) {
-      if (row_max[row] <= previous[row] + kSlack) row_max[row] = previous[row];
+      if (row_max[row] <= previous[row] + kRescaleThreshold) row_max[row] = previous[row];
       rescale[row] = exp2f(previous[row] - row_max[row]);
       row_sum[row] *= rescale[row];
     }
   }
 
-  // One of kParts equal parts of the scores becomes P, relative to the running maximum.
+  // Replaces part kPart of kParts equal parts of the scores by P, before its conversion to e4m3.
+  // The parts must be taken in order: the last one adds the block's sum to row_sum, without V's
+  // scale.
   template <int kPart, int kParts, class Scores>
-  CUTLASS_DEVICE void exponentiate(Scores& scores, float scale, float exponent) {
-    float const offset = exponent + kShift;
+  CUTLASS_DEVICE void exponentiate(Scores& scores, float softmax_scale_log2, float log2_value) {
+    float const offset = log2_value + kMaxOffset;
     float const offsets[kRowsPerThread] = {offset - row_max[0], offset - row_max[1]};
     constexpr int kSize = decltype(size(scores))::value;
     if constexpr (kPart == 0) block_sum[0] = block_sum[1] = 0.f;
     CUTLASS_PRAGMA_UNROLL
     for (int i = kSize / kParts * kPart; i < kSize / kParts * (kPart + 1); ++i) {
-      scores(i) = exp2f(scores(i) * scale + offsets[fragment_row(i)]);
+      scores(i) = exp2f(scores(i) * softmax_scale_log2 + offsets[fragment_row(i)]);
       block_sum[fragment_row(i)] += scores(i);
     }
     if constexpr (kPart == kParts - 1) {
       CUTLASS_PRAGMA_UNROLL
       for (int row = 0; row < kRowsPerThread; ++row) {
-        row_sum[row] += block_sum[row] * exp2f(-exponent);
+        row_sum[row] += block_sum[row] * exp2f(-log2_value);
       }
     }
   }
 
  private:
+  // The running maximum of each row and of its scores, over all four threads that share it.
   template <class Scores, class MaxOfThree>
-  CUTLASS_DEVICE void raise_max(Scores const& scores, float scale, float exponent,
+  CUTLASS_DEVICE void raise_max(Scores const& scores, float softmax_scale_log2, float log2_value,
                                 MaxOfThree max_of_three) {
-    constexpr int kChains = 4;  // of a row, side by side, for a maximum waits for the one before it
+    // Independent maxima of a row, so that one instruction need not wait for the one before it.
+    constexpr int kChains = 4;
     CUTLASS_PRAGMA_UNROLL
     for (int row = 0; row < kRowsPerThread; ++row) {
       auto const score = [&](int i) { return scores(i / 2 * 4 + i % 2 + 2 * row); };
@@ -119,7 +134,7 @@ struct Softmax {
       float largest = max_or_nan(max_of_three(chains[0], chains[1], chains[2]), chains[3]);
       largest = max_or_nan(largest, __shfl_xor_sync(~0u, largest, 1));
       largest = max_or_nan(largest, __shfl_xor_sync(~0u, largest, 2));
-      row_max[row] = max_or_nan(row_max[row], largest * scale + exponent);
+      row_max[row] = max_or_nan(row_max[row], largest * softmax_scale_log2 + log2_value);
     }
   }
 };

@@ -10,21 +10,24 @@ namespace jax_fa3::fp8 {
 
 using namespace cute;
 
-struct Params : fwd::Params {  // value is V^T: [b, k, v, s], keys in the order of transpose.h
-  Transpose transpose;         // what makes it
-  float const* query_scale;    // [b, t / kBlock, n]
-  float const* key_scale;      // [b, s / kBlock, k]
-  float const* value_scale;    // [b, s / kBlock, k]
-  int num_query_blocks, num_key_blocks, num_heads_k;
-  bool out_fp16;
+// The inherited `value` describes V^T, [b, k, v, s], its keys in the order of transpose.h.
+struct Params : fwd::Params {
+  Transpose transpose;                                // V to V^T
+  float const* query_scale;                           // [b, ceil(t / kBlock), n]
+  float const* key_scale;                             // [b, ceil(s / kBlock), k]
+  float const* value_scale;                           // [b, ceil(s / kBlock), k]
+  int num_query_blocks, num_key_blocks, num_heads_k;  // blocks of kBlock rows
+  bool out_fp16;                                      // else bf16, if out_fp32 is null
 };
 
-// What a step needs to know of its block of keys.
+// The scales of one block of keys, as the consumers use them. O is the accumulator times
+// `out_scale`, which is the value scale of this block or of an earlier one. So V's own scale is
+// taken into P: P is multiplied by value scale / out_scale, which is done in its exponent.
 struct BlockScale {
-  float key;
-  float unit;      // of O
-  float ratio;     // the unit at the block behind, in this one
-  float exponent;  // of base 2: the value scale in that unit
+  float key;          // of K
+  float out_scale;    // of the accumulator, from this block on
+  float out_rescale;  // the accumulator so far is multiplied by it: old out_scale / new one
+  float log2_value;   // log2(value scale / out_scale), at most kOutScaleRange in size
 };
 
 template <int kHeadDim_>
@@ -34,40 +37,53 @@ struct Traits {
   using Element = cutlass::float_e4m3_t;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kHeadDimV = kHeadDim_;
-  // Three warpgroups hide each other's waits: each computes P V, then S, then the softmax. A wide O
-  // leaves registers for two; they compute S of a step beside P V of the one before.
+  // With three consumer warpgroups each waits for P V of block n + 1 before it issues S of block n
+  // (P and S share their registers) and for that before its softmax: the tensor cores work for the
+  // other two meanwhile. At head dim 256 O leaves registers for two only. They have S of block n
+  // and P V of block n + 1 in flight together, and wait for P V amid the softmax of block n.
   static constexpr int kConsumerWarpgroups = kHeadDim <= 128 ? 3 : 2;
-  static constexpr bool kBesideOut = kConsumerWarpgroups == 2;
+  static constexpr bool kIntraWarpgroupOverlap = kConsumerWarpgroups == 2;
   static constexpr bool kPingPong = false;  // no gain (README.md)
   static constexpr int kBlockM = 64 * kConsumerWarpgroups;
-  static constexpr int kBlockN = kBlock;  // a step has one scale, and so has a warpgroup's Q
+  // One scale for the K and one for the V of a step. A warpgroup's 64 rows of Q have one, too.
+  static constexpr int kBlockN = kBlock;
   static constexpr bool kOutOverValue = false;
   static constexpr bool kMerges = false;  // a ring's steps are in 16 bits
   static constexpr bool kHasLseLow = false;
   static constexpr int kStages = kHeadDim <= 64 ? 4 : kHeadDim <= 128 ? 3 : 2;  // of K and V
-  static constexpr int kWorkStages = 2;  // of a tile, until its output is stored, and of the next
-  // query_full completes once for every tile, also for one without blocks.
+  // A tile's work slot is read until its output is stored; the next tile's first S is issued
+  // before.
+  static constexpr int kWorkStages = 2;
+  // Of query_full: it completes once per tile, also for a tile that visits no block, and tiles take
+  // the two work slots in turn. So the slot is the parity of the tile's number.
   CUTLASS_DEVICE static constexpr uint32_t query_phase(int work_stage) { return work_stage; }
   static_assert(kWorkStages == 2);
 
-  // wgmma adds 8-bit products with few bits more than they have, so a long sum must not be left to
-  // it. What a step adds to O is summed by itself and added in fp32, where the registers suffice;
-  // or every 32 steps O is added to a sum in shared memory, where that suffices.
-  static constexpr bool kSumInRegisters = kHeadDim <= 64;
-  static constexpr bool kSumInMemory = kHeadDim == 128;
-  static constexpr int kStepsOfSum = 32;
-  static_assert(!kSumInRegisters || !kBesideOut, "update_max() overwrites what O is rescaled by");
+  // FP8 wgmma cuts each product and the sum so far off 13 bits behind the leading bit of the
+  // largest of them: over many keys O would lose what lies below. So sums of few keys are promoted,
+  // that is added to others in fp32 by FADD or FFMA:
+  // - in registers, P V of every step, where there are registers for a second accumulator;
+  // - in shared memory, the accumulator of O every kPromotionInterval blocks, where that has room.
+  // At head dim 256 there is room for neither: there the error grows with the number of keys.
+  static constexpr bool kPromoteInRegisters = kHeadDim <= 64;
+  static constexpr bool kPromoteInSmem = kHeadDim == 128;
+  static constexpr int kPromotionInterval = 32;
+  // O is rescaled where P V is added, by `rescale` of the softmax before. With the overlap, the
+  // next softmax would have overwritten that by then.
+  static_assert(!kPromoteInRegisters || !kIntraWarpgroupOverlap);
   static constexpr bool kOwnBlocks = true;  // a warpgroup leaves out what its rows do not see
 
   static constexpr int kConsumerThreads = kConsumerWarpgroups * 128;
   static constexpr int kThreads = 128 + kConsumerThreads;
   static constexpr int kProducerRegisters = kConsumerWarpgroups == 3 ? 32 : 24;
-  static constexpr bool kTransposesBeside = kProducerRegisters > 24;  // which would spill
+  // Whether there is code for the producer's spare warps to transpose V (transpose.h): it takes
+  // more than 24 registers.
+  static constexpr bool kTransposesInKernel = kProducerRegisters > 24;
   static constexpr int kConsumerRegisters = kConsumerWarpgroups == 3 ? 160 : 240;
 
   static constexpr int kSlab = slab8(kHeadDim);
   static constexpr int kSlabV = slab(kHeadDim);  // of the output, 16 bits
-  static constexpr int kOutRows = 64;            // a warpgroup's part is contiguous
+  static constexpr int kOutRows = 64;            // of a slab: each warpgroup has its own slabs
 
   using Warpgroups = Layout<Shape<Int<kConsumerWarpgroups>, _1, _1>>;
   using MmaQK = decltype(make_tiled_mma(
@@ -82,30 +98,32 @@ struct Traits {
   using LayoutK = LayoutRows8<kBlockN, kHeadDim, kStages>;
   using LayoutVt = LayoutRows8<kHeadDim, kBlockN, kStages>;
 
-  // Calls visit() with an element of the output, of 16 bits.
+  // Calls visit() with a value of the 16-bit type of the output.
   template <class Visit>
   CUTLASS_DEVICE static void visit_out_element(Params const& params, Visit const& visit) {
     params.out_fp16 ? visit(cutlass::half_t{}) : visit(cutlass::bfloat16_t{});
   }
 
   static constexpr int kSizeQ = kBlockM * kHeadDim;
-  static constexpr int kSizeK = kBlockN * kHeadDim;                        // of one stage; and of V
-  static constexpr int kSizeOut = 64 * kHeadDim * (kSumInMemory ? 4 : 2);  // bytes, of a warpgroup
+  static constexpr int kSizeK = kBlockN * kHeadDim;  // of one stage; and of V
+  // Bytes for a warpgroup's output, or for its promoted sums in fp32.
+  static constexpr int kSizeOut = 64 * kHeadDim * (kPromoteInSmem ? 4 : 2);
 
   struct SharedStorage {
     alignas(1024) uint8_t query[kSizeQ];
     alignas(1024) uint8_t key[kStages * kSizeK];
     alignas(1024) uint8_t value[kStages * kSizeK];
-    alignas(1024) uint8_t own_out[kConsumerWarpgroups * kSizeOut];
+    alignas(1024) uint8_t out_or_sums[kConsumerWarpgroups * kSizeOut];
     FullBarrier query_full[kConsumerWarpgroups];
     EmptyBarrier query_empty[kConsumerWarpgroups];
-    Pipeline<kStages> step_pipeline;  // K of a block, and V of the one after it
+    Pipeline<kStages> step_pipeline;  // K of block n and V of block n + 1: what a step reads
     Pipeline<kWorkStages> work_pipeline;
     fwd::Work work[kWorkStages];
     // Those of the tile's blocks that a warpgroup's 64 rows see.
     BlockRange own_blocks[kWorkStages][kConsumerWarpgroups];
     BlockScale scale[kStages];  // of the block whose K is in the stage
-    float2 sums_exponent[kSumInMemory ? kConsumerThreads : 1];
+    float2
+        promoted_log2[kPromoteInSmem ? kConsumerThreads : 1];  // of a thread's rows (promotion.h)
 
     CUTLASS_DEVICE void init_barriers() {
       constexpr int kConsumerWarps = kConsumerWarpgroups * 4;
@@ -118,12 +136,13 @@ struct Traits {
       cutlass::arch::fence_barrier_init();
     }
 
-    // A warpgroup's output, and before it its sums (kSumInMemory).
+    // A warpgroup's 64 rows of the output; and in the same memory, before there is any, its
+    // promoted sums (kPromoteInSmem).
     CUTLASS_DEVICE uint16_t* out(int warpgroup) {
-      return reinterpret_cast<uint16_t*>(own_out + warpgroup * kSizeOut);
+      return reinterpret_cast<uint16_t*>(out_or_sums + warpgroup * kSizeOut);
     }
-    CUTLASS_DEVICE float4* sums(int warpgroup) {
-      return reinterpret_cast<float4*>(own_out + warpgroup * kSizeOut);
+    CUTLASS_DEVICE float4* promoted(int warpgroup) {
+      return reinterpret_cast<float4*>(out_or_sums + warpgroup * kSizeOut);
     }
   };
   static_assert(sizeof(SharedStorage) <= 227 * 1024);

@@ -1,0 +1,100 @@
+// The tiles of an FP8 consumer warpgroup: first S, mainloop, epilogue. A tile's first S is computed
+// while the epilogue of the tile before runs.
+#pragma once
+
+#include "fp8/mma.h"
+#include "fwd/epilogue.h"
+
+namespace jax_fa3::fp8 {
+
+template <int kHeadDim>
+CUTLASS_DEVICE void consume(Traits<kHeadDim>, Params const& params,
+                            typename Traits<kHeadDim>::SharedStorage& storage, int warpgroup) {
+  using Traits = Traits<kHeadDim>;
+  WarpgroupMma<Traits> mma{storage, warpgroup};
+  bool const elected = threadIdx.x % 32 == 0;
+  int num_tiles = 0;  // done
+  StepReader<Traits> steps{storage.step_pipeline, elected};
+  // Of the tile at hand. Its coordinates and key blocks are not among it: they are read from shared
+  // memory where they are needed, for O and the next tile's first S leave few registers.
+  bool last_tile;   // there is no tile: the CTA is done
+  bool has_blocks;  // whether this warpgroup's rows see any block of keys
+  float query_scale;
+  BlockScale block_scale;
+  Interval rows[kRowsPerThread];
+  Softmax softmax;
+  Mainloop<Traits> const mainloop{params,      storage,     warpgroup, mma,    steps,
+                                  query_scale, block_scale, rows,      softmax};
+  auto const work_stage = [&](int tile) { return tile % Traits::kWorkStages; };
+
+  // Waits for the next tile and for its Q, and issues S of the last block that the warpgroup's rows
+  // see. If there is no tile or no such block, S is computed all the same, of whatever is in the
+  // stage, and not used: so no branch stands around wgmma.
+  auto const issue_first_scores = [&] {
+    storage.work_pipeline.full[work_stage(num_tiles)].wait(num_tiles / Traits::kWorkStages % 2);
+    auto const& work = storage.work[work_stage(num_tiles)];
+    BlockRange const& own = storage.own_blocks[work_stage(num_tiles)][warpgroup];
+    last_tile = work.last;
+    has_blocks = !last_tile && own.begin < own.end;
+    if (!last_tile) {
+      int const query_block = min((work.tile.m_block * Traits::kBlockM + warpgroup * 64) / kBlock,
+                                  params.num_query_blocks - 1);
+      query_scale = __ldg(params.query_scale +
+                          (int64_t{work.tile.batch} * params.num_query_blocks + query_block) *
+                              params.num_heads_q +
+                          work.tile.head);
+      storage.query_full[warpgroup].wait(Traits::query_phase(work_stage(num_tiles)));
+      if (has_blocks) {
+        steps.skip(work.blocks.end - own.end);
+        steps.wait();
+      } else {
+        if (elected) storage.query_empty[warpgroup].arrive();
+        bool const visits = work.blocks.begin < work.blocks.end;
+        steps.skip(visits ? work.blocks.end - work.blocks.begin + 1 : 0);
+      }
+    }
+    mma.issue_scores(steps.state.stage);
+  };
+
+  // Finds the intervals of the thread's rows meanwhile, waits for S and takes the block's scales.
+  // (If the warpgroup sees no block they mean nothing and are not used, as S.)
+  auto const finish_first_scores = [&] {
+    if (!last_tile) {
+      auto const coord = storage.work[work_stage(num_tiles)].tile;
+      int const tile_row =
+          warpgroup * 64 + thread_index() % 128 / 32 * 16 + thread_index() % 32 / 4;
+      CUTLASS_PRAGMA_UNROLL
+      for (int row = 0; row < kRowsPerThread; ++row) {
+        rows[row] = params.mask.row_interval(coord.batch,
+                                             coord.m_block * Traits::kBlockM + tile_row + row * 8);
+      }
+    }
+    warpgroup_wait<0>();
+    warpgroup_fence_operand(mma.tSrS);
+    block_scale = storage.scale[steps.state.stage];
+    if (has_blocks) steps.release();
+  };
+
+  if constexpr (Traits::kTransposesInKernel) {
+    // Before Q and K arrive these warps have nothing to do: they transpose what is needed first.
+    if (params.transpose.warp_tile_counter != nullptr) {
+      transpose_claimed<kHeadDim>(params.transpose, claim_warp_tiles(params.transpose));
+    }
+  }
+  issue_first_scores();
+  finish_first_scores();
+  while (!last_tile) {
+    softmax = Softmax{};
+    if (has_blocks) mainloop.run(work_stage(num_tiles));
+    ++num_tiles;
+    issue_first_scores();
+    fwd::store<Traits>(params, storage, storage.work[work_stage(num_tiles - 1)].tile, warpgroup,
+                       rows, softmax, mma.tOrO);
+    __syncwarp();
+    if (elected) storage.work_pipeline.empty[work_stage(num_tiles - 1)].arrive();
+    finish_first_scores();
+  }
+  tma_store_wait<0>();
+}
+
+}  // namespace jax_fa3::fp8

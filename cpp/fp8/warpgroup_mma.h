@@ -1,0 +1,126 @@
+// The two GEMMs of an FP8 consumer warpgroup: their operands and accumulators.
+//
+// Functions that the mainloop calls are plain __device__ ones here, in promotion.h and in mma.h,
+// which nvcc inlines as it does lambdas. __forceinline__ makes for another allocation of registers.
+#pragma once
+
+#include "common/gemm.h"
+#include "fp8/traits.h"
+
+namespace jax_fa3::fp8 {
+
+// threadIdx.x, read anew from its special register: else ptxas keeps what is computed of it in
+// registers throughout the mainloop.
+inline __device__ int thread_index() {
+  int x;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+  return x;
+}
+
+// Tiles in shared memory as wgmma operands, that is descriptors: [.., stages] but for Q.
+template <class Traits, class Layout>
+CUTLASS_DEVICE auto smem_tensor(uint8_t* data, Layout layout) {
+  return make_tensor(make_smem_ptr(reinterpret_cast<typename Traits::Element*>(data)), layout);
+}
+template <class Traits>
+CUTLASS_DEVICE auto query_operand(uint8_t* query, int warpgroup) {
+  Tensor sQ = smem_tensor<Traits>(query, typename Traits::LayoutQ{});
+  auto const slice = typename Traits::MmaQK{}.get_slice(warpgroup * 128);
+  return slice.partition_fragment_A(sQ)(_, _, _, 0);
+}
+template <class Traits>
+CUTLASS_DEVICE auto key_operand(uint8_t* key, int warpgroup) {
+  Tensor sK = smem_tensor<Traits>(key, typename Traits::LayoutK{});
+  return typename Traits::MmaQK{}.get_slice(warpgroup * 128).partition_fragment_B(sK);
+}
+template <class Traits>
+CUTLASS_DEVICE auto value_operand(uint8_t* value, int warpgroup) {
+  Tensor sVt = smem_tensor<Traits>(value, typename Traits::LayoutVt{});
+  return typename Traits::MmaPV{}.get_slice(warpgroup * 128).partition_fragment_B(sVt);
+}
+
+// Registers: the accumulators, and P as the A operand of P V.
+template <class Traits>
+CUTLASS_DEVICE auto score_accumulator() {
+  return partition_fragment_C(typename Traits::MmaQK{},
+                              Shape<Int<Traits::kBlockM>, Int<Traits::kBlockN>>{});
+}
+template <class Traits>
+CUTLASS_DEVICE auto probability_operand() {
+  using Element = typename Traits::Element;
+  Tensor P = make_tensor<Element>(Shape<Int<Traits::kBlockM>, Int<Traits::kBlockN>>{});
+  return make_fragment_like<Element>(typename Traits::MmaPV{}.get_slice(0).partition_A(P));
+}
+template <class Traits>
+CUTLASS_DEVICE auto out_accumulator() {
+  return partition_fragment_C(typename Traits::MmaPV{},
+                              Shape<Int<Traits::kBlockM>, Int<Traits::kHeadDim>>{});
+}
+
+template <class Traits>
+struct WarpgroupMma {
+  typename Traits::MmaQK mma_qk;
+  typename Traits::MmaPV mma_pv;
+  decltype(query_operand<Traits>(nullptr, 0)) tSrQ;
+  decltype(key_operand<Traits>(nullptr, 0)) tSrK;
+  decltype(value_operand<Traits>(nullptr, 0)) tOrV;
+  decltype(score_accumulator<Traits>()) tSrS;
+  decltype(probability_operand<Traits>()) tOrP;
+  decltype(out_accumulator<Traits>()) tOrO;
+  decltype(out_accumulator<Traits>()) tOrPV;  // P V of one step (kPromoteInRegisters)
+  static_assert(decltype(size(tOrP))::value == decltype(size(tSrS))::value);
+
+  __device__ WarpgroupMma(typename Traits::SharedStorage& storage, int warpgroup)
+      : tSrQ(query_operand<Traits>(storage.query, warpgroup)),
+        tSrK(key_operand<Traits>(storage.key, warpgroup)),
+        tOrV(value_operand<Traits>(storage.value, warpgroup)) {}
+
+  // S = Q K^T, of the key block in this stage.
+  __device__ void issue_scores(int stage) {
+    issue_gemm_zero(mma_qk, tSrQ, tSrK(_, _, _, stage), tSrS);
+  }
+
+  // P from fp32 to e4m3. Four elements of a register of the A operand come from two pairs of
+  // columns of the accumulator: V's keys are ordered so that this is right (transpose.h).
+  __device__ void convert_scores() {
+    Tensor packed = recast<uint32_t>(tOrP);
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < size(packed); ++i) {  // [row, half of 32 keys, 32 keys]
+      int const first = i / 4 * 16 + i / 2 % 2 * 8 + i % 2 * 2;
+      packed(i) = pack_e4m3(tSrS(first), tSrS(first + 1), tSrS(first + 4), tSrS(first + 5));
+    }
+  }
+
+  // O += P V, of the value block in this stage. First rescale_out(), in the end finish_out().
+  __device__ void issue_out(int stage) {
+    if constexpr (Traits::kPromoteInRegisters) {
+      issue_gemm_zero(mma_pv, tOrP, tOrV(_, _, _, stage), tOrPV);
+    } else {
+      issue_gemm(mma_pv, tOrP, tOrV(_, _, _, stage), tOrO);
+    }
+  }
+  // Unless no row of the warp needs it.
+  __device__ void rescale_out(Softmax const& softmax) {
+    if constexpr (!Traits::kPromoteInRegisters) {
+      bool const changes = softmax.rescale[0] != 1.f || softmax.rescale[1] != 1.f;
+      if (!__any_sync(~0u, changes)) return;
+      CUTLASS_PRAGMA_UNROLL
+      for (int i = 0; i < size(tOrO); ++i) tOrO(i) *= softmax.rescale[fragment_row(i)];
+    }
+  }
+  // Waits for P V. kPromoteInRegisters: only here O is rescaled, in the FFMA that adds P V to it.
+  __device__ void finish_out(Softmax const& softmax) {
+    warpgroup_wait<0>();
+    if constexpr (Traits::kPromoteInRegisters) {
+      warpgroup_fence_operand(tOrPV);
+      CUTLASS_PRAGMA_UNROLL
+      for (int i = 0; i < size(tOrO); ++i) {
+        tOrO(i) = tOrO(i) * softmax.rescale[fragment_row(i)] + tOrPV(i);
+      }
+    } else {
+      warpgroup_fence_operand(tOrO);
+    }
+  }
+};
+
+}  // namespace jax_fa3::fp8

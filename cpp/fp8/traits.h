@@ -43,7 +43,7 @@ struct Traits {
   // and P V of block n + 1 in flight together, and wait for P V amid the softmax of block n.
   static constexpr int kConsumerWarpgroups = kHeadDim <= 128 ? 3 : 2;
   static constexpr bool kIntraWarpgroupOverlap = kConsumerWarpgroups == 2;
-  static constexpr bool kPingPong = false;  // no gain (README.md)
+  static constexpr bool kPingPong = false;  // no gain (docs/kernel_notes/fp8.md)
   static constexpr int kBlockM = 64 * kConsumerWarpgroups;
   // One scale for the K and one for the V of a step. A warpgroup's 64 rows of Q have one, too.
   static constexpr int kBlockN = kBlock;

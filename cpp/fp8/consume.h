@@ -32,7 +32,7 @@ CUTLASS_DEVICE void consume(Traits<kHeadDim>, Params const& params,
   // stage, and not used: so no branch stands around wgmma.
   auto const issue_first_scores = [&] {
     storage.work_pipeline.full[work_stage(num_tiles)].wait(num_tiles / Traits::kWorkStages % 2);
-    auto const& work = storage.work[work_stage(num_tiles)];
+    WorkTile const& work = storage.work[work_stage(num_tiles)];
     BlockRange const& own = storage.warpgroup_blocks[work_stage(num_tiles)][warpgroup];
     last_tile = work.last;
     has_blocks = !last_tile && own.begin < own.end;
@@ -60,7 +60,7 @@ CUTLASS_DEVICE void consume(Traits<kHeadDim>, Params const& params,
   // (If the warpgroup sees no block they mean nothing and are not used, as S.)
   auto const finish_first_scores = [&] {
     if (!last_tile) {
-      auto const coord = storage.work[work_stage(num_tiles)].tile;
+      TileCoord const coord = storage.work[work_stage(num_tiles)].tile;
       int const tile_row =
           warpgroup * 64 + thread_index() % 128 / 32 * 16 + thread_index() % 32 / 4;
       CUTLASS_PRAGMA_UNROLL

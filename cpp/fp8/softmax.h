@@ -48,10 +48,10 @@ struct Softmax {
   float row_max[kRowsPerThread] = {-1e30f, -1e30f};
   // Of probabilities, in which V's scale has no part, over this thread's columns only.
   float row_sum[kRowsPerThread] = {0.f, 0.f};
-  float rescale[kRowsPerThread] = {1.f,
-                                   1.f};  // O so far is multiplied by it: 2^(old - new maximum)
-  float block_sum[kRowsPerThread];        // of P of this block, over this thread's columns only
-  float out_scale;  // the accumulator's scale: O is the accumulator times this
+  // O so far is multiplied by it: 2^(old - new maximum).
+  float rescale[kRowsPerThread] = {1.f, 1.f};
+  float block_sum[kRowsPerThread];  // of P of this block, over this thread's columns only
+  float out_scale;                  // the accumulator's scale: O is the accumulator times this
 
   // The epilogue asks every softmax for these two; for the 16-bit one's rounded offsets they are
   // more (common/softmax.h).

@@ -71,7 +71,7 @@ struct Traits {
   // O is rescaled where P V is added, by `rescale` of the softmax before. With the overlap, the
   // next softmax would have overwritten that by then.
   static_assert(!kPromoteInRegisters || !kIntraWarpgroupOverlap);
-  // A warpgroup leaves out what its rows do not see.
+  // A warpgroup leaves out blocks of the tile that its own 64 rows do not see.
   static constexpr bool kBlocksByWarpgroup = true;
 
   static constexpr int kConsumerThreads = kConsumerWarpgroups * 128;

@@ -17,26 +17,19 @@ inline __device__ int thread_index() {
   return x;
 }
 
-// Tiles in shared memory as wgmma operands, that is descriptors: [.., stages] but for Q.
-template <class Traits, class Layout>
-CUTLASS_DEVICE auto smem_tensor(uint8_t* data, Layout layout) {
-  return make_tensor(make_smem_ptr(reinterpret_cast<typename Traits::Element*>(data)), layout);
-}
+// Tiles in shared memory as operands, that is wgmma descriptors: Q's; K's and V's of all stages.
 template <class Traits>
 CUTLASS_DEVICE auto query_operand(uint8_t* query, int warpgroup) {
-  Tensor sQ = smem_tensor<Traits>(query, typename Traits::LayoutQ{});
-  auto const slice = typename Traits::MmaQK{}.get_slice(warpgroup * 128);
-  return slice.partition_fragment_A(sQ)(_, _, _, 0);
+  return operand_a(typename Traits::MmaQK{}, warpgroup, query, typename Traits::LayoutQ{})(_, _, _,
+                                                                                           0);
 }
 template <class Traits>
 CUTLASS_DEVICE auto key_operand(uint8_t* key, int warpgroup) {
-  Tensor sK = smem_tensor<Traits>(key, typename Traits::LayoutK{});
-  return typename Traits::MmaQK{}.get_slice(warpgroup * 128).partition_fragment_B(sK);
+  return operand_b(typename Traits::MmaQK{}, warpgroup, key, typename Traits::LayoutK{});
 }
 template <class Traits>
 CUTLASS_DEVICE auto value_operand(uint8_t* value, int warpgroup) {
-  Tensor sVt = smem_tensor<Traits>(value, typename Traits::LayoutVt{});
-  return typename Traits::MmaPV{}.get_slice(warpgroup * 128).partition_fragment_B(sVt);
+  return operand_b(typename Traits::MmaPV{}, warpgroup, value, typename Traits::LayoutVt{});
 }
 
 // Registers: the accumulators, and P as the A operand of P V.

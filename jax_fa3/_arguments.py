@@ -20,6 +20,7 @@ from ._checks import (
     check_floating,
     check_names,
     checked_segment_ids,
+    checkpoint_names,
     dense,
     integers,
     natural,
@@ -66,6 +67,7 @@ class Options(MaskArguments, total=False):
     deterministic_backward: bool
     implementation: Implementation | None
     sharding: NamedSharding | PartitionSpec | None
+    checkpoint_name: str | tuple[str, str] | None
 
 
 def separate_operands(query: ArrayLike, key: ArrayLike, value: ArrayLike) -> tuple[Operands, bool]:
@@ -206,12 +208,14 @@ def _config(
     scale: ArrayLike | None = None,
     logits_soft_cap: float | None = None,
     deterministic_backward: bool = False,
+    checkpoint_name: str | tuple[str, str] | None = None,
 ) -> tuple[Config, Array | None]:
     """The static part of a call, and the scale if it is not static."""
     factor = score_scale(scale, head_dim)
     static, traced = (1.0, factor) if isinstance(factor, Array) else (factor, None)
     deterministic = static_bool("deterministic_backward", deterministic_backward)
-    return Config(static, window, soft_cap(logits_soft_cap), deterministic), traced
+    cap, names = soft_cap(logits_soft_cap), checkpoint_names(checkpoint_name)
+    return Config(static, window, cap, deterministic, checkpoint_names=names), traced
 
 
 def _check_heads(name: str, sizes: Sizes) -> None:

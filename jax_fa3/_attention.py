@@ -54,6 +54,7 @@ def dot_product_attention(
     deterministic_backward: bool = False,
     implementation: Implementation | None = None,
     sharding: NamedSharding | PartitionSpec | None = None,
+    checkpoint_name: str | tuple[str, str] | None = None,
     return_residual: bool = False,
 ) -> Array | tuple[Array, Array]:
     """softmax(scale * query key^T) value, exactly, over the keys that each query row sees.
@@ -104,6 +105,10 @@ def dot_product_attention(
             alike. Without it XLA decides, which works as well, but such a program over several
             devices is not exported and misses the persistent compilation cache. A PartitionSpec
             takes the mesh of jax.set_mesh.
+        checkpoint_name: a static string, or two: one for out, one for the log-sum-exp and its rest.
+            What the kernels' backward needs of the forward then has this name as well as those of
+            RESIDUAL_NAMES: under a policy of jax.checkpoint that saves it ("context" in MaxText) the
+            forward kernel runs once.
         return_residual: also return the log-sum-exp.
 
     Returns:
@@ -149,6 +154,7 @@ def dot_product_attention(
         deterministic_backward=deterministic_backward,
         implementation=implementation,
         sharding=sharding,
+        checkpoint_name=checkpoint_name,
         return_residual=return_residual,
     )
     return attend(call)

@@ -181,6 +181,16 @@ def soft_cap(cap: Any) -> float | None:
     return float(cap)
 
 
+def checkpoint_names(name: Any) -> tuple[str, str] | None:
+    """Of out, and of the log-sum-exp."""
+    names = name if isinstance(name, (tuple, list)) else (name, name)
+    if name is None:
+        return None
+    if len(names) != 2 or not all(isinstance(x, str) for x in names):
+        raise wrong("checkpoint_name", repr(name), "a string, or two: of out and the log-sum-exp")
+    return names[0], names[1]
+
+
 def window_size(size: Any) -> tuple[int, int] | None:
     if size is None:
         return None

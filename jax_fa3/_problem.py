@@ -51,6 +51,7 @@ class Config:
     partial: the keys are only a part of those that the rows see, or the rows of those that see the
     keys. Results that are summed elsewhere, out, dk and dv, are fp32; what the backward is given of
     the forward, out and lse, is of all keys.
+    checkpoint_names: of out, and of lse with its rest, beside RESIDUAL_NAMES; or none.
     """
 
     scale: float
@@ -58,6 +59,7 @@ class Config:
     logits_soft_cap: float | None
     deterministic_backward: bool
     partial: bool = False
+    checkpoint_names: tuple[str, str] | None = None
 
 
 class Sizes(NamedTuple):

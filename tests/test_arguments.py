@@ -97,6 +97,8 @@ INVALID: list[tuple[dict[str, Any], str]] = [
     ({"logits_soft_cap": math.inf}, "logits_soft_cap: got inf, wanted a finite real number"),
     ({"logits_soft_cap": jnp.float32(1)}, "wanted a static float > 0"),
     ({"implementation": "cudnn"}, "implementation: got 'cudnn', wanted None, 'fa3' or 'xla'"),
+    ({"checkpoint_name": 3}, "checkpoint_name: got 3, wanted a string, or two: of out and the"),
+    ({"checkpoint_name": ["a"]}, "checkpoint_name: got ['a'], wanted a string, or two"),
     ({**SINGLE, "query_seq_lengths": [1, 2]}, "query_seq_lengths: got shape (2,), wanted () or (1,)"),
     ({**SINGLE, "key_begin": [1, 2]}, "key_begin: got shape (2,), wanted (16,) or (1, 16)"),
 ]  # fmt: skip

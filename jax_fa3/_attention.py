@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 from . import _arguments, _dispatch
 from ._arguments import Options
 from ._autodiff import attend
-from ._checks import Integers
+from ._checks import Integers, wrong
 from ._problem import Implementation
 
 
@@ -199,13 +199,23 @@ def is_supported(
     value: ArrayLike | jax.ShapeDtypeStruct,
     bias: ArrayLike | jax.ShapeDtypeStruct | None = None,
     mask: ArrayLike | jax.ShapeDtypeStruct | None = None,
+    *,
+    device: str | None = None,
     **options: Any,
 ) -> str | None:
     """None if the kernels run `dot_product_attention` of these arguments here, else why not.
 
-    Args: those of `dot_product_attention`; any array may be a jax.ShapeDtypeStruct. On a machine
-    without a CUDA device the reason is that; lowering for CUDA with "fa3" may work all the same.
+    Args:
+        device: "sm_90", a Hopper GPU of any machine: the arguments alone count, and this machine's
+            devices do not; of an install without kernels those of the default build are meant. None
+            is this machine: if it has no CUDA device, that is the reason, though lowering for CUDA
+            with "fa3" may work all the same.
+        others: those of `dot_product_attention`; any array may be a jax.ShapeDtypeStruct.
+
+    Raises ValueError for another device.
     """
+    if device not in (None, "sm_90"):
+        raise wrong("device", repr(device), "None or 'sm_90'")
     arguments = dict(options, query=query, key=key, value=value, bias=bias, mask=mask)
     shapes = {k: x for k, x in arguments.items() if isinstance(x, jax.ShapeDtypeStruct)}
 
@@ -221,6 +231,8 @@ def is_supported(
         jax.eval_shape(check, shapes)
     except (ValueError, NotImplementedError) as error:
         return str(error)
+    if device is not None:
+        return None
     if not _dispatch.compute_capabilities():
         return "device: got no CUDA device, wanted an NVIDIA Hopper GPU (sm_90)"
     return _dispatch.machine_refusal() or _dispatch.refusal_of_devices((query, key, value))

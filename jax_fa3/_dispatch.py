@@ -36,11 +36,15 @@ def refusal(call: Call) -> str | None:
     query, value = ("query", "value") if call.operands.packed is None else ("qkv", "qkv")
     if dtype.name not in ("bfloat16", "float16"):
         return f"{query}: got dtype {dtype}, wanted bfloat16 or float16: cast it, or {ELSEWHERE}"
-    for name, dim in ((query, sizes.head_dim), (value, sizes.head_dim_v)):
-        if dim % 8 or dim > 256:
+    dims = {query: sizes.head_dim, value: sizes.head_dim_v}
+    reason = refusal_of_build(max(dims, key=dims.__getitem__), dtype, *sizes[-2:])
+    if reason is not None:
+        return reason
+    for name, dim in dims.items():
+        if dim % 8:
             wanted = "wanted a multiple of 8 up to 256: pad it with zeros"
             return f"{name}: got head dim {dim}, {wanted}, or {ELSEWHERE}"
-    return refusal_of_build(query, dtype, sizes.head_dim, sizes.head_dim_v)
+    return None
 
 
 def refusal_of_options(call: Call) -> str | None:

@@ -33,10 +33,11 @@ from ._checks import (
     window_size,
     wrong,
 )
+from ._dispatch import checked_implementation
 from ._integers import clamped, offset_and_window
 from ._integers import segment_ids as known_to_fit
 from ._operands import Call, Operands
-from ._problem import Config, Implementation, Masks, SegmentIds, Sizes, Window, fold_window
+from ._problem import Config, Implementations, Masks, SegmentIds, Sizes, Window, fold_window
 
 
 class MaskArrays(TypedDict, total=False):
@@ -65,7 +66,7 @@ class Options(MaskArguments, total=False):
     scale: ArrayLike | None
     logits_soft_cap: float | None
     deterministic_backward: bool
-    implementation: Implementation | None
+    implementation: Implementations | None
     sharding: NamedSharding | PartitionSpec | None
     checkpoint_name: str | tuple[str, str] | None
 
@@ -126,14 +127,14 @@ def parse(
     bias: ArrayLike | None = None,
     mask: ArrayLike | None = None,
     *,
-    implementation: Implementation | None = None,
+    implementation: Implementations | None = None,
     sharding: NamedSharding | PartitionSpec | None = None,
     return_residual: bool = False,
     **options: Any,
 ) -> Call:
     """The call, checked; options are the others of Options."""
     check_names(options, Options.__annotations__)
-    check_implementation(implementation)
+    wanted = checked_implementation(implementation)
     sizes, names = operands.sizes, options.keys() & MaskArguments.__annotations__
     arguments: Any = {name: options.pop(name) for name in names}
     masks, window, segment_ids = parse_masks(sizes, batched, **arguments)
@@ -144,7 +145,7 @@ def parse(
     )
     where = static_sharding("sharding", sharding, batched)
     with_lse = static_bool("return_residual", return_residual)
-    return Call(operands, masks, segment_ids, config, implementation, where, batched, with_lse)
+    return Call(operands, masks, segment_ids, config, wanted, where, batched, with_lse)
 
 
 def parse_without_dense(
@@ -194,11 +195,6 @@ def parse_masks(
         bound("key_end", batch, query_length),
     )
     return masks, window, None if ids is None else known_to_fit(*ids)
-
-
-def check_implementation(implementation: Any) -> None:
-    if implementation not in (None, "fa3", "xla"):
-        raise wrong("implementation", repr(implementation), "None, 'fa3' or 'xla'")
 
 
 def _config(

@@ -13,7 +13,7 @@ from . import _arguments, _dispatch
 from ._arguments import Options
 from ._autodiff import attend
 from ._checks import Integers, wrong
-from ._problem import Implementation
+from ._problem import Implementations
 
 
 # fmt: off
@@ -52,7 +52,7 @@ def dot_product_attention(
     key_end: Integers | None = None,
     logits_soft_cap: float | None = None,
     deterministic_backward: bool = False,
-    implementation: Implementation | None = None,
+    implementation: Implementations | None = None,
     sharding: NamedSharding | PartitionSpec | None = None,
     checkpoint_name: str | tuple[str, str] | None = None,
     return_residual: bool = False,
@@ -96,7 +96,8 @@ def dot_product_attention(
             bias and masks.
         deterministic_backward: gradients that are equal bit by bit from run to run.
         implementation: "fa3", the kernels, or "xla", plain JAX with memory linear in T and S; both
-            without fallback. None takes the kernels when lowered for CUDA if they can take the
+            without fallback. A sequence of "fa3", "xla" and None is tried in order: the first that can
+            take the arguments on this machine, or the last one's error. None takes the kernels when lowered for CUDA if they can take the
             arguments and a local device is a Hopper GPU, with a driver for their CUDA runtime, or no
             local device is CUDA's; else XLA, with a warning on a machine with a Hopper GPU. Beside
             other GPUs, the devices that a program is lowered for must all be Hopper GPUs, too.

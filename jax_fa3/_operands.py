@@ -134,7 +134,10 @@ class Call:
     masks: Masks
     segment_ids: SegmentIds | None
     config: Config = dataclasses.field(metadata={"static": True})
-    implementation: Implementation | None = dataclasses.field(metadata={"static": True})
+    # From _dispatch.checked_implementation.
+    implementation: Implementation | tuple[Any, ...] | None = dataclasses.field(
+        metadata={"static": True}
+    )
     sharding: NamedSharding | PartitionSpec | None = dataclasses.field(metadata={"static": True})
     # Whether the arguments have a batch axis; the operands always do.
     batched: bool = dataclasses.field(metadata={"static": True})

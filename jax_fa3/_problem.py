@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import jax
@@ -11,6 +12,7 @@ import numpy as np
 from jax import Array
 
 Implementation = Literal["fa3", "xla"]
+Implementations = Implementation | Sequence[Implementation | None]  # as users say it, or None
 Window = tuple[int | None, int | None]
 
 

@@ -178,7 +178,7 @@ def test_residual_names_save_the_second_forward():
 @pytest.mark.parametrize("packed", [False, True])
 def test_checkpoint_name_saves_the_second_forward(given, names, packed):
     def function(qkv, **options):
-        parts = (qkv, 2) if packed else jnp.split(qkv, (N, N + K), axis=2)
+        parts: Any = (qkv, 2) if packed else jnp.split(qkv, (N, N + K), axis=2)
         attend = jax_fa3.qkv_dot_product_attention if packed else jax_fa3.dot_product_attention
         return jnp.sin(attend(*parts, **options).astype(jnp.float32)).sum()
 

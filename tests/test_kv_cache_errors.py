@@ -56,7 +56,7 @@ OF_CACHES: list[tuple[dict[str, Any], str]] = [
     ({"page_table": None, "cache_rows": [0]}, r"cache_rows: got shape \(1,\), wanted \(2,\)"),
     ({"num_sequences": [1, 2]}, r"num_sequences: got shape \(2,\), wanted \(\)"),
     ({"query_starts": [0, 3, 6]}, "query_starts: got an array, wanted None, as (query|key) has a batch axis"),
-    ({"implementation": "cudnn"}, "implementation: got 'cudnn', wanted None, 'fa3' or 'xla'"),
+    ({"implementation": "cudnn"}, "implementation: got 'cudnn', wanted 'fa3', its equal here"),
     ({"sharding": "data"}, "sharding: got 'data', wanted a jax.sharding.NamedSharding or PartitionSpec"),
     ({"sharding": P("data")}, "sharding: got .*, wanted a NamedSharding, for there is no jax.set_mesh here"),
     ({"key_scale": np.ones(3)}, r"key_scale: got shape \(3,\), wanted a scalar, \[K\], \[B, K\], or one per token"),

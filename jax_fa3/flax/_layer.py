@@ -12,7 +12,7 @@ from jax.core import Tracer
 
 from .._arguments import MaskArrays
 from .._checks import Integers, array, static_float, wrong
-from .._problem import Implementation
+from .._problem import Implementations
 
 # What the projections leave for the attention's backward. jax.checkpoint with the policy
 # save_only_these_names(*PROJECTION_NAMES, *jax_fa3.RESIDUAL_NAMES) computes neither again.
@@ -32,7 +32,7 @@ class Layer(Protocol):
     padding_segment_id: int | None
     rotary_base: float | None
     deterministic_backward: bool
-    implementation: Implementation | None
+    implementation: Implementations | None
     attention_fn: Callable[..., Any]
 
 

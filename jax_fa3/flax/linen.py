@@ -14,7 +14,7 @@ from jax import Array
 
 from .._attention import dot_product_attention
 from .._checks import Integers, wrong
-from .._problem import Implementation
+from .._problem import Implementations
 from . import _layer
 from ._layer import Cache, KernelAxes, MaskArrays
 
@@ -70,7 +70,7 @@ class MultiHeadAttention(nn.Module):
     kernel_axes: KernelAxes = None
     decode: bool = False
     deterministic_backward: bool = False
-    implementation: Implementation | None = None
+    implementation: Implementations | None = None
     attention_fn: Callable[..., Any] = dot_product_attention
     padding_segment_id: int | None = None
 

@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
 from .. import _sharding as _devices
-from .._problem import Implementation
+from .._problem import Implementations
 from .._checks import Integers, natural, soft_cap, static_bool, window_size, wrong
 from .._jitted import jitted
 from .._problem import fold_window
@@ -52,7 +52,7 @@ def dot_product_attention(
     scale: float | None = None,
     kv_layout: KvLayout | Layout = "NHD",
     split_size: int | None = None,
-    implementation: Implementation | None = None,
+    implementation: Implementations | None = None,
     sharding: NamedSharding | PartitionSpec | None = None,
     return_residual: bool = False,
 ) -> Any:
@@ -97,7 +97,8 @@ def dot_product_attention(
             [P, page, K, H + V]. In the last two the heads may be two axes, the slower in front.
         split_size: static: keys are summed in blocks of so many positions, and a sequence's results
             are the same bit by bit whatever else is in the batch. None: only from run to run.
-        implementation: None or "xla"; "fa3" is refused until there is a decoding kernel.
+        implementation: None, "xla", or a sequence; "fa3" alone is refused until there is a decoding
+            kernel.
         sharding: static, of query: over batch and heads, where mesh axes are automatic. Each device
             then reads its own part of the cache: rows or pages are split as the batch, so that page
             ids and cache_rows count from its own first one. With ragged queries over heads only.

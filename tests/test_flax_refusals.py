@@ -38,9 +38,9 @@ FUNCTION: dict[str, tuple[Any, Any, type[Exception], str]] = {
     ),
     "precision": (
         {},
-        {"precision": "highest"},
-        NotImplementedError,
-        "^precision: got highest, wanted",
+        {"precision": "greatest"},
+        ValueError,
+        "^precision: got 'greatest', wanted None, a jax.lax.Precision or",
     ),
     "einsum": (
         {},

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from typing import Any, Unpack
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
@@ -14,8 +16,6 @@ from .._arguments import Options
 from .._attention import dot_product_attention
 from .._checks import array, wrong
 from ._mask_to_intervals import mask_to_intervals as to_intervals
-
-_DEFAULT_PRECISION = (None, "default", lax.Precision.DEFAULT)
 
 
 def make_attention_fn(
@@ -43,12 +43,14 @@ def make_attention_fn(
     Returns:
         `attention_fn(query, key, value, *, mask=None, ...)` with [..., T, N, H], [..., S, K, H],
         [..., S, K, V] -> [..., T, N, V]. It names every argument that either layer passes, for
-        linen drops those that it does not find in the signature.
+        linen drops those that it does not find in the signature. `precision` is that of the XLA
+        path's products of fp32, the higher of a pair; the kernels' products of 16-bit numbers are
+        exact in fp32, which meets every one.
 
     The function raises at trace time:
-        NotImplementedError: dropout_rate > 0 without deterministic; sow_weights; a precision or
-            einsum of the layer's own; "fa3" with float32 or with a mask that is not converted.
-        ValueError: is_causal or local_window_size with T != S and no query_offset: the function
+        NotImplementedError: dropout_rate > 0 without deterministic; sow_weights; an einsum of the
+            layer's own; "fa3" with float32 or with a mask that is not converted.
+        ValueError: a precision that JAX does not know; is_causal or local_window_size with T != S and no query_offset: the function
             cannot know where the rows stand among the keys.
     """
     unknown = options.keys() - Options.__annotations__.keys()
@@ -84,7 +86,6 @@ def make_attention_fn(
         _refuse(
             dropout_rate=0 if deterministic else dropout_rate,
             sow_weights=module,
-            precision=None if precision in _DEFAULT_PRECISION else precision,
             qk_attn_weights_einsum=qk_attn_weights_einsum,
             attn_weights_value_einsum=attn_weights_value_einsum,
             input_positions=input_positions,
@@ -126,7 +127,8 @@ def make_attention_fn(
         query, key, value = (
             x.astype(inner).reshape(math.prod(batch), *x.shape[-3:]) for x in (query, key, value)
         )
-        out = dot_product_attention(query, key, value, mask=mask, **arguments)
+        with _matmul_precision(precision):
+            out = dot_product_attention(query, key, value, mask=mask, **arguments)
         return out.astype(dtype).reshape(*batch, *out.shape[1:])
 
     return attention_fn
@@ -135,11 +137,23 @@ def make_attention_fn(
 _REASONS = {
     "dropout_rate": "0, or deterministic=True: the kernels have no dropout on the probabilities",
     "sow_weights": "False: the probabilities are never stored",
-    "precision": "None: wrap the call in jax.default_matmul_precision, which the XLA path heeds",
     "qk_attn_weights_einsum": "None: the products are the kernel's own",
     "attn_weights_value_einsum": "None: the products are the kernel's own",
     "input_positions": "None: jax_fa3.flax.nnx.MultiHeadAttention has rotary embeddings",
 }
+
+
+def _matmul_precision(precision: Any) -> contextlib.AbstractContextManager[None]:
+    """A context of a jax.lax.Precision, of one by its name, or of a pair of them."""
+    pair = precision if isinstance(precision, (tuple, list)) else (precision,)
+    try:
+        given = [lax.Precision(x) for x in pair if x is not None]
+    except ValueError:
+        wanted = "None, a jax.lax.Precision or the name of one, or a pair of them"
+        raise wrong("precision", repr(precision), wanted) from None
+    if not given:
+        return contextlib.nullcontext()
+    return jax.default_matmul_precision(max(given, key=lambda x: x.value).name.lower())
 
 
 def _refuse(**arguments: Any) -> None:

@@ -56,7 +56,7 @@ class MaskArguments(MaskArrays, total=False):
     """All of them."""
 
     is_causal: bool
-    local_window_size: int | tuple[int, int] | None
+    local_window_size: int | Window | None
     padding_segment_id: int | None
 
 

@@ -13,7 +13,7 @@ from . import _arguments, _dispatch
 from ._arguments import Options
 from ._autodiff import attend
 from ._checks import Integers, wrong
-from ._problem import Implementations
+from ._problem import Implementations, Window
 
 
 # fmt: off
@@ -43,7 +43,7 @@ def dot_product_attention(
     is_causal: bool = False,
     query_seq_lengths: Integers | None = None,
     key_value_seq_lengths: Integers | None = None,
-    local_window_size: int | tuple[int, int] | None = None,
+    local_window_size: int | Window | None = None,
     query_offset: Integers = 0,
     query_segment_ids: Integers | None = None,
     key_value_segment_ids: Integers | None = None,
@@ -73,13 +73,13 @@ def dot_product_attention(
             bfloat16 and float16, H and V multiples of 8 up to 256.
         bias, mask: added to the scaled scores, and bool with False for hidden; broadcastable to
             [B, N, T, S]. XLA only: they take memory T * S.
-        scale: of the scores; default 1 / sqrt(H). The kernels take a static float > 0, XLA any
-            real scalar, traced or not.
+        scale: of the scores; default 1 / sqrt(H). The kernels take a static float > 0, or a scalar
+            of JAX or NumPy whose value is known when it is traced; XLA any real scalar.
         is_causal: row i sees key j only if j <= i + query_offset. With query_offset 0 the masks are
             aligned top left, as in jax.nn (FlashAttention-2 and -3: bottom right, S - T).
         query_seq_lengths, key_value_seq_lengths: int32 [B]; rows from the length on are padding.
         local_window_size: w or (left, right), ints >= 0: row i sees key j only if
-            i + query_offset - left <= j <= i + query_offset + right.
+            i + query_offset - left <= j <= i + query_offset + right. -1 or None: no bound there.
         query_offset: the position of query row 0 among the keys; an int of any size, or int32, []
             or [B]. (Arrays with values beyond int32: exact for T and S up to 2^29.)
         query_segment_ids, key_value_segment_ids: int32 [B, T] and [B, S], both or neither: rows see
@@ -93,7 +93,7 @@ def dot_product_attention(
         key_begin, key_end: int32 [B, T]: row i sees keys in [key_begin[i], key_end[i]); either may
             be left out. `key_intervals` turns all of the mask arguments into these two.
         logits_soft_cap: static float c > 0: the scaled scores become c * tanh(scores / c), before
-            bias and masks.
+            bias and masks. 0 or None: none.
         deterministic_backward: gradients that are equal bit by bit from run to run.
         implementation: "fa3", the kernels, or "xla", plain JAX with memory linear in T and S; both
             without fallback. A sequence of "fa3", "xla" and None is tried in order: the first that can

@@ -14,6 +14,8 @@ from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
+from ._problem import Window
+
 Integers = ArrayLike | Sequence[int]
 
 
@@ -165,20 +167,21 @@ def static_sharding(name: str, x: Any, batched: bool) -> NamedSharding | Partiti
 def score_scale(scale: Any, head_dim: int) -> float | Array:
     if scale is None:
         return 1 / math.sqrt(head_dim)
-    if isinstance(scale, Array):
+    if isinstance(scale, Array):  # one whose value is known is as good as a float
         real = jnp.issubdtype(scale.dtype, jnp.floating) or jnp.issubdtype(scale.dtype, jnp.integer)
         if scale.shape != () or not real:
             raise wrong("scale", f"an array {scale.dtype}{list(scale.shape)}", "a real scalar")
-        return scale
+        if isinstance(scale, jax.core.Tracer):
+            return scale
     return static_float("scale", scale)
 
 
 def soft_cap(cap: Any) -> float | None:
     if cap is None:
         return None
-    if isinstance(cap, Array) or static_float("logits_soft_cap", cap) <= 0:
-        raise wrong("logits_soft_cap", repr(cap), "a static float > 0")
-    return float(cap)
+    if isinstance(cap, Array) or static_float("logits_soft_cap", cap) < 0:
+        raise wrong("logits_soft_cap", repr(cap), "a static float > 0, or 0 or None for none")
+    return float(cap) or None
 
 
 def checkpoint_names(name: Any) -> tuple[str, str] | None:
@@ -191,11 +194,15 @@ def checkpoint_names(name: Any) -> tuple[str, str] | None:
     return names[0], names[1]
 
 
-def window_size(size: Any) -> tuple[int, int] | None:
-    if size is None:
-        return None
-    left, right = size if isinstance(size, (tuple, list)) and len(size) == 2 else (size, size)
-    return natural("local_window_size", left), natural("local_window_size", right)
+def window_size(size: Any) -> Window | None:
+    """(left, right), None where there is no bound; None if there is neither."""
+    pair = size if isinstance(size, (tuple, list)) and len(size) == 2 else (size, size)
+    left, right = (None if x is None else integer("local_window_size", x) for x in pair)
+    for side in (left, right):
+        if side is not None and side < -1:
+            raise wrong("local_window_size", side, "an int >= 0, or -1 or None for no bound")
+    left, right = (None if side == -1 else side for side in (left, right))
+    return None if (left, right) == (None, None) else (left, right)
 
 
 def offset_of(

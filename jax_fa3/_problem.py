@@ -76,7 +76,7 @@ class Sizes(NamedTuple):
     head_dim_v: int
 
 
-def fold_window(size: tuple[int, int] | None, is_causal: bool, query_offset: int | None) -> Window:
+def fold_window(size: Window | None, is_causal: bool, query_offset: int | None) -> Window:
     """Config.window of these arguments; query_offset is None if it is a run-time value."""
     left, right = (None, None) if size is None else size
     if is_causal:

@@ -62,7 +62,7 @@ INVALID: list[tuple[dict[str, Any], str]] = [
     ({"query_seq_lengths": [True, True]}, "query_seq_lengths: got values of dtype bool, wanted"),
     ({"key_value_seq_lengths": 5}, "key_value_seq_lengths: got shape (), wanted (2,)"),
     ({"key_value_seq_lengths": [1, 2.5]}, "key_value_seq_lengths: got values of dtype float64, want"),
-    ({"local_window_size": -1}, "local_window_size: got -1, wanted an int >= 0"),
+    ({"local_window_size": -2}, "local_window_size: got -2, wanted an int >= 0, or -1 or None"),
     ({"local_window_size": (3, -2)}, "local_window_size: got -2, wanted an int >= 0"),
     ({"local_window_size": 1.5}, "local_window_size: got 1.5, wanted a static int"),
     ({"local_window_size": (1, 2, 3)}, "local_window_size: got (1, 2, 3), wanted a static int"),
@@ -92,8 +92,8 @@ INVALID: list[tuple[dict[str, Any], str]] = [
     ({"key_begin": zeros(T, dtype=int)}, "key_begin: got shape (16,), wanted (2, 16)"),
     ({"key_end": zeros(B, S, dtype=int)}, "key_end: got shape (2, 24), wanted (2, 16)"),
     ({"key_end": zeros(B, T)}, "key_end: got values of dtype bfloat16, wanted integers"),
-    ({"logits_soft_cap": 0.0}, "logits_soft_cap: got 0.0, wanted a static float > 0"),
-    ({"logits_soft_cap": -1}, "logits_soft_cap: got -1, wanted a static float > 0"),
+    ({"logits_soft_cap": -1}, "logits_soft_cap: got -1, wanted a static float > 0, or 0 or None"),
+    ({"scale": jnp.float32(math.nan)}, "scale: got Array(nan, dtype=float32), wanted a finite real"),
     ({"logits_soft_cap": math.inf}, "logits_soft_cap: got inf, wanted a finite real number"),
     ({"logits_soft_cap": jnp.float32(1)}, "wanted a static float > 0"),
     ({"implementation": "cudnn"}, "implementation: got 'cudnn', wanted 'fa3', its equal here"),
@@ -118,7 +118,7 @@ UNSUPPORTED: list[tuple[dict[str, Any], str]] = [
     ({"scale": -1.0}, "scale: got -1.0, wanted a positive float32"),
     ({"scale": 1e-60}, "scale: got 1e-60, wanted a positive float32"),
     ({"scale": 1e60}, "scale: got 1e+60, wanted a positive float32"),
-    ({"scale": jnp.float32(1)}, "scale: got a traced value, wanted a static float: multiply query"),
+    ({"scale": jnp.float32(-1)}, "scale: got -1.0, wanted a positive float32: multiply query instead"),
     ({"logits_soft_cap": 1e-60}, "logits_soft_cap: got 1e-60, wanted a positive float32"),
     (
         {"query": zeros(B, T, N, 60), "key": zeros(B, S, K, 60)},
@@ -209,6 +209,11 @@ SIZES = Sizes(B, T, S, N, K, H, H)
         ({"is_causal": True}, (None, 0), None),
         ({"local_window_size": 3}, (3, 3), None),
         ({"local_window_size": (3, 5), "is_causal": True}, (3, 0), None),
+        ({"local_window_size": (3, -1)}, (3, None), None),
+        ({"local_window_size": [None, 5], "query_offset": 2}, (None, 7), None),
+        ({"local_window_size": (3, None), "is_causal": True}, (3, 0), None),
+        ({"local_window_size": (-1, None)}, (None, None), None),
+        ({"local_window_size": -1, "query_offset": jnp.array([4, 5])}, (None, None), None),
         ({"local_window_size": np.int64(3), "query_offset": -7}, (10, -4), None),
         ({"is_causal": True, "query_offset": 10**30}, (None, 10**30), None),
         ({"is_causal": True, "query_offset": np.array(4)}, (None, 4), None),
@@ -234,3 +239,10 @@ def test_dense_arguments_get_four_axes():
 
 def test_default_scale():
     assert _arguments.parse(OPERANDS, True).config.scale == 0.125
+
+
+@pytest.mark.parametrize("kind", [jnp.float32, np.float64, np.asarray, jnp.asarray])
+def test_known_scalars_are_static(kind):
+    call = _arguments.parse(OPERANDS, True, scale=kind(0.5), logits_soft_cap=0.0)
+    config = call.config
+    assert (config.scale, call.operands.scale, config.logits_soft_cap) == (0.5, None, None)

@@ -163,7 +163,7 @@ def test_key_intervals_shape(shape: tuple[int, ...], arguments: dict[str, Any]):
         ({"query_seq_lengths": [1, 2], "key_end": [[1] * 4]}, r"key_end: got shape \(1, 4\)"),
         ({"implementation": "cudnn"}, "implementation: got 'cudnn', wanted 'fa3', its equal here"),
         ({"query_segment_ids": [1] * 4}, "key_value_segment_ids: got None, wanted both"),
-        ({"local_window_size": -1}, "local_window_size: got -1"),
+        ({"local_window_size": -2}, "local_window_size: got -2"),
     ],
 )
 def test_key_intervals_refuses(arguments: dict[str, Any], message: str):

@@ -14,7 +14,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from .._arguments import Options
 from .._attention import dot_product_attention
-from .._checks import array, wrong
+from .._checks import array, window_size, wrong
 from ._mask_to_intervals import mask_to_intervals as to_intervals
 
 
@@ -165,7 +165,7 @@ def _refuse(**arguments: Any) -> None:
 
 
 def _check_alignment(arguments: Any, query_length: int, key_length: int) -> None:
-    masked = arguments["is_causal"] or arguments.get("local_window_size") is not None
+    masked = arguments["is_causal"] or window_size(arguments.get("local_window_size")) is not None
     if masked and query_length != key_length and "query_offset" not in arguments:
         name = "is_causal" if arguments["is_causal"] else "local_window_size"
         wanted = (

@@ -14,7 +14,7 @@ from jax import Array
 
 from .._attention import dot_product_attention
 from .._checks import Integers, wrong
-from .._problem import Implementations
+from .._problem import Implementations, Window
 from . import _layer
 from ._layer import Cache, KernelAxes, MaskArrays
 
@@ -70,7 +70,7 @@ class MultiHeadAttention(nnx.Module):
         out_bias_init: Initializer | None = None,
         normalize_qk: bool = False,
         is_causal: bool = False,
-        local_window_size: int | tuple[int, int] | None = None,
+        local_window_size: int | Window | None = None,
         logits_soft_cap: float | None = None,
         scale: float | None = None,
         padding_segment_id: int | None = None,

@@ -10,9 +10,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
 from .. import _sharding as _devices
-from .._problem import Implementations
 from .._checks import Integers, array, check_floating, static_bool, wrong
 from .._jitted import jitted
+from .._problem import Implementations
 from . import _write
 from ._arguments import (
     Call,

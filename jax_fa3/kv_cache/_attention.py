@@ -10,10 +10,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
 from .. import _sharding as _devices
-from .._problem import Implementations
 from .._checks import Integers, natural, soft_cap, static_bool, window_size, wrong
 from .._jitted import jitted
-from .._problem import fold_window
+from .._problem import Implementations, Window, fold_window
 from . import _xla
 from ._arguments import (
     checked_call,
@@ -47,7 +46,7 @@ def dot_product_attention(
     key_scale: ArrayLike | None = None,
     value_scale: ArrayLike | None = None,
     is_causal: bool = True,
-    local_window_size: int | tuple[int, int] | None = None,
+    local_window_size: int | Window | None = None,
     logits_soft_cap: float | None = None,
     scale: float | None = None,
     kv_layout: KvLayout | Layout = "NHD",

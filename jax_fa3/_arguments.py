@@ -9,10 +9,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, TypedDict, Unpack
 
+import jax
 import numpy as np
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from ._checks import (
     Integers,
@@ -22,6 +23,7 @@ from ._checks import (
     checked_segment_ids,
     checkpoint_names,
     dense,
+    floating_dtype,
     integers,
     natural,
     offset_of,
@@ -69,6 +71,7 @@ class Options(MaskArguments, total=False):
     implementation: Implementations | None
     sharding: NamedSharding | PartitionSpec | None
     checkpoint_name: str | tuple[str, str] | None
+    compute_dtype: DTypeLike | None
 
 
 def separate_operands(query: ArrayLike, key: ArrayLike, value: ArrayLike) -> tuple[Operands, bool]:
@@ -80,8 +83,7 @@ def separate_operands(query: ArrayLike, key: ArrayLike, value: ArrayLike) -> tup
     for name, x in (("key", k), ("value", v)):
         if x.ndim != q.ndim:
             raise wrong(name, f"shape {x.shape}", f"rank {q.ndim}, as query {q.shape} has")
-        if x.dtype != q.dtype:
-            raise wrong(name, f"dtype {x.dtype}", f"{q.dtype}, as query has")
+        check_floating(name, x)
     *entries, _, _, head_dim = q.shape
     if [*k.shape[:-3], k.shape[-1]] != [*entries, head_dim]:
         shape = ", ".join(map(str, [*entries, "S", "K", head_dim]))
@@ -129,12 +131,14 @@ def parse(
     *,
     implementation: Implementations | None = None,
     sharding: NamedSharding | PartitionSpec | None = None,
+    compute_dtype: DTypeLike | None = None,
     return_residual: bool = False,
     **options: Any,
 ) -> Call:
     """The call, checked; options are the others of Options."""
     check_names(options, Options.__annotations__)
     wanted = checked_implementation(implementation)
+    own_dtype, operands = operands.query.dtype, _in_one_dtype(operands, compute_dtype)
     sizes, names = operands.sizes, options.keys() & MaskArguments.__annotations__
     arguments: Any = {name: options.pop(name) for name in names}
     masks, window, segment_ids = parse_masks(sizes, batched, **arguments)
@@ -145,7 +149,22 @@ def parse(
     )
     where = static_sharding("sharding", sharding, batched)
     with_lse = static_bool("return_residual", return_residual)
-    return Call(operands, masks, segment_ids, config, wanted, where, batched, with_lse)
+    result_dtype = None if compute_dtype is None else own_dtype
+    results = with_lse, result_dtype
+    return Call(operands, masks, segment_ids, config, wanted, where, batched, *results)
+
+
+def _in_one_dtype(operands: Operands, compute_dtype: DTypeLike | None) -> Operands:
+    """Query, key and value, cast to compute_dtype unless it is None."""
+    if compute_dtype is not None:
+        dtype = floating_dtype("compute_dtype", compute_dtype)
+        return jax.tree.map(lambda x: x.astype(dtype), operands)
+    dtype = operands.query.dtype
+    for name, x in (("key", operands.key), ("value", operands.value)):
+        if x is not None and x.dtype != dtype:
+            wanted = f"{dtype}, as query has, or compute_dtype=jnp.bfloat16 for all of them"
+            raise wrong(name, f"dtype {x.dtype}", wanted)
+    return operands
 
 
 def parse_without_dense(

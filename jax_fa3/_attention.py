@@ -7,7 +7,7 @@ from typing import Any, Literal, Unpack, overload
 import jax
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from . import _arguments, _dispatch
 from ._arguments import Options
@@ -55,6 +55,7 @@ def dot_product_attention(
     implementation: Implementations | None = None,
     sharding: NamedSharding | PartitionSpec | None = None,
     checkpoint_name: str | tuple[str, str] | None = None,
+    compute_dtype: DTypeLike | None = None,
     return_residual: bool = False,
 ) -> Array | tuple[Array, Array]:
     """softmax(scale * query key^T) value, exactly, over the keys that each query row sees.
@@ -68,9 +69,9 @@ def dot_product_attention(
     of any dtype, and keeps the meaning of any value.
 
     Args:
-        query, key, value: [B, T, N, H], [B, S, K, H], [B, S, K, V] of one floating dtype; N is a
-            multiple of K, and query head n reads key/value head n // (N // K). The kernels take
-            bfloat16 and float16, H and V multiples of 8 up to 256.
+        query, key, value: [B, T, N, H], [B, S, K, H], [B, S, K, V] of one floating dtype, or with
+            compute_dtype; N is a multiple of K, and query head n reads key/value head n // (N // K).
+            The kernels take bfloat16 and float16, H and V multiples of 8 up to 256.
         bias, mask: added to the scaled scores, and bool with False for hidden; broadcastable to
             [B, N, T, S]. XLA only: they take memory T * S.
         scale: of the scores; default 1 / sqrt(H). The kernels take a static float > 0, or a scalar
@@ -110,6 +111,8 @@ def dot_product_attention(
             What the kernels' backward needs of the forward then has this name as well as those of
             RESIDUAL_NAMES: under a policy of jax.checkpoint that saves it ("context" in MaxText) the
             forward kernel runs once.
+        compute_dtype: what query, key and value, of whatever floating dtypes, are cast to. The result
+            has query's own dtype, and each gradient that of its operand.
         return_residual: also return the log-sum-exp.
 
     Returns:
@@ -156,6 +159,7 @@ def dot_product_attention(
         implementation=implementation,
         sharding=sharding,
         checkpoint_name=checkpoint_name,
+        compute_dtype=compute_dtype,
         return_residual=return_residual,
     )
     return attend(call)

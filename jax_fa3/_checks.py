@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
@@ -171,7 +172,7 @@ def score_scale(scale: Any, head_dim: int) -> float | Array:
         real = jnp.issubdtype(scale.dtype, jnp.floating) or jnp.issubdtype(scale.dtype, jnp.integer)
         if scale.shape != () or not real:
             raise wrong("scale", f"an array {scale.dtype}{list(scale.shape)}", "a real scalar")
-        if isinstance(scale, jax.core.Tracer):
+        if isinstance(scale, Tracer):
             return scale
     return static_float("scale", scale)
 
@@ -219,6 +220,16 @@ def offset_of(
 def check_floating(name: str, x: Array) -> None:
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise wrong(name, f"dtype {x.dtype}", "a floating dtype such as bfloat16")
+
+
+def floating_dtype(name: str, x: Any) -> np.dtype:
+    try:
+        dtype = jnp.dtype(x)
+    except TypeError:
+        dtype = None
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        raise wrong(name, repr(x), "a floating dtype such as jnp.bfloat16")
+    return dtype
 
 
 def dense(name: str, x: ArrayLike | None, full: tuple[int, ...]) -> Array | None:

@@ -37,7 +37,8 @@ def refusal(call: Call) -> str | None:
     sizes, dtype = call.operands.sizes, call.operands.query.dtype
     query, value = ("query", "value") if call.operands.packed is None else ("qkv", "qkv")
     if dtype.name not in ("bfloat16", "float16"):
-        return f"{query}: got dtype {dtype}, wanted bfloat16 or float16: cast it, or {ELSEWHERE}"
+        wanted = "wanted bfloat16 or float16: cast it, as compute_dtype=jnp.bfloat16 does"
+        return f"{query}: got dtype {dtype}, {wanted}, or {ELSEWHERE}"
     dims = {query: sizes.head_dim, value: sizes.head_dim_v}
     reason = refusal_of_build(max(dims, key=dims.__getitem__), dtype, *sizes[-2:])
     if reason is not None:

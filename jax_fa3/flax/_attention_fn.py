@@ -20,7 +20,6 @@ from ._mask_to_intervals import mask_to_intervals as to_intervals
 
 def make_attention_fn(
     *,
-    compute_dtype: DTypeLike | None = None,
     mask_to_intervals: bool = False,
     **options: Unpack[Options],
 ) -> Callable[..., Array]:
@@ -30,13 +29,12 @@ def make_attention_fn(
     see no key: they give 0, not the mean of all values.
 
     Args:
-        compute_dtype: what query, key and value are cast to, and the result back from. The kernels
-            take bfloat16 and float16 only, and layers with dtype=None pass on float32; without
-            compute_dtype nothing is ever cast down.
         mask_to_intervals: runs the layer's `mask` through `jax_fa3.flax.mask_to_intervals`, so that
             the kernels take it; a row of it that is not one interval of keys gives NaN. False
             passes it on as it is: implementation None then runs on XLA, and "fa3" refuses.
-        options: of `jax_fa3.dot_product_attention`, such as is_causal=True, instead of a mask. Arrays
+        options: of `jax_fa3.dot_product_attention`. compute_dtype=jnp.bfloat16 for layers with
+            dtype=None, which pass on float32: without it nothing is ever cast down, and the kernels
+            take 16 bits only. Masks, such as is_causal=True, instead of the layer's. Arrays
             (lengths, segment ids, key_begin and key_end) go to layers with one batch axis; a
             function made inside the model's __call__ may hold those of the step.
 
@@ -100,15 +98,6 @@ def make_attention_fn(
         _check_alignment(arguments, query.shape[-3], key.shape[-3])
 
         dtype = dtype or jnp.result_type(query, key, value)  # as Flax promotes them
-        inner = compute_dtype or dtype
-        if options.get("implementation") == "fa3" and jnp.dtype(inner).itemsize > 2:
-            wanted = (
-                "bfloat16 or float16: give the layer dtype=jnp.bfloat16, or "
-                "make_attention_fn compute_dtype=jnp.bfloat16"
-            )
-            raise NotImplementedError(
-                f"implementation='fa3': got {jnp.dtype(inner)}, wanted {wanted}"
-            )
         batch = query.shape[:-3]
         if mask is not None:
             mask = _one_batch_axis(mask, batch)
@@ -125,11 +114,11 @@ def make_attention_fn(
             else:
                 mask = mask != 0
         query, key, value = (
-            x.astype(inner).reshape(math.prod(batch), *x.shape[-3:]) for x in (query, key, value)
+            x.astype(dtype).reshape(math.prod(batch), *x.shape[-3:]) for x in (query, key, value)
         )
         with _matmul_precision(precision):
             out = dot_product_attention(query, key, value, mask=mask, **arguments)
-        return out.astype(dtype).reshape(*batch, *out.shape[1:])
+        return out.reshape(*batch, *out.shape[1:])
 
     return attention_fn
 

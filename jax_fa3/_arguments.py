@@ -9,10 +9,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, TypedDict, Unpack
 
+import jax
 import numpy as np
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from ._checks import (
     Integers,
@@ -20,7 +21,9 @@ from ._checks import (
     check_floating,
     check_names,
     checked_segment_ids,
+    checkpoint_names,
     dense,
+    floating_dtype,
     integers,
     natural,
     offset_of,
@@ -32,10 +35,11 @@ from ._checks import (
     window_size,
     wrong,
 )
+from ._dispatch import checked_implementation
 from ._integers import clamped, offset_and_window
 from ._integers import segment_ids as known_to_fit
 from ._operands import Call, Operands
-from ._problem import Config, Implementation, Masks, SegmentIds, Sizes, Window, fold_window
+from ._problem import Config, Implementations, Masks, SegmentIds, Sizes, Window, fold_window
 
 
 class MaskArrays(TypedDict, total=False):
@@ -54,7 +58,7 @@ class MaskArguments(MaskArrays, total=False):
     """All of them."""
 
     is_causal: bool
-    local_window_size: int | tuple[int, int] | None
+    local_window_size: int | Window | None
     padding_segment_id: int | None
 
 
@@ -64,8 +68,10 @@ class Options(MaskArguments, total=False):
     scale: ArrayLike | None
     logits_soft_cap: float | None
     deterministic_backward: bool
-    implementation: Implementation | None
+    implementation: Implementations | None
     sharding: NamedSharding | PartitionSpec | None
+    checkpoint_name: str | tuple[str, str] | None
+    compute_dtype: DTypeLike | None
 
 
 def separate_operands(query: ArrayLike, key: ArrayLike, value: ArrayLike) -> tuple[Operands, bool]:
@@ -77,8 +83,7 @@ def separate_operands(query: ArrayLike, key: ArrayLike, value: ArrayLike) -> tup
     for name, x in (("key", k), ("value", v)):
         if x.ndim != q.ndim:
             raise wrong(name, f"shape {x.shape}", f"rank {q.ndim}, as query {q.shape} has")
-        if x.dtype != q.dtype:
-            raise wrong(name, f"dtype {x.dtype}", f"{q.dtype}, as query has")
+        check_floating(name, x)
     *entries, _, _, head_dim = q.shape
     if [*k.shape[:-3], k.shape[-1]] != [*entries, head_dim]:
         shape = ", ".join(map(str, [*entries, "S", "K", head_dim]))
@@ -124,14 +129,16 @@ def parse(
     bias: ArrayLike | None = None,
     mask: ArrayLike | None = None,
     *,
-    implementation: Implementation | None = None,
+    implementation: Implementations | None = None,
     sharding: NamedSharding | PartitionSpec | None = None,
+    compute_dtype: DTypeLike | None = None,
     return_residual: bool = False,
     **options: Any,
 ) -> Call:
     """The call, checked; options are the others of Options."""
     check_names(options, Options.__annotations__)
-    check_implementation(implementation)
+    wanted = checked_implementation(implementation)
+    own_dtype, operands = operands.query.dtype, _in_one_dtype(operands, compute_dtype)
     sizes, names = operands.sizes, options.keys() & MaskArguments.__annotations__
     arguments: Any = {name: options.pop(name) for name in names}
     masks, window, segment_ids = parse_masks(sizes, batched, **arguments)
@@ -142,7 +149,22 @@ def parse(
     )
     where = static_sharding("sharding", sharding, batched)
     with_lse = static_bool("return_residual", return_residual)
-    return Call(operands, masks, segment_ids, config, implementation, where, batched, with_lse)
+    result_dtype = None if compute_dtype is None else own_dtype
+    results = with_lse, result_dtype
+    return Call(operands, masks, segment_ids, config, wanted, where, batched, *results)
+
+
+def _in_one_dtype(operands: Operands, compute_dtype: DTypeLike | None) -> Operands:
+    """Query, key and value, cast to compute_dtype unless it is None."""
+    if compute_dtype is not None:
+        dtype = floating_dtype("compute_dtype", compute_dtype)
+        return jax.tree.map(lambda x: x.astype(dtype), operands)
+    dtype = operands.query.dtype
+    for name, x in (("key", operands.key), ("value", operands.value)):
+        if x is not None and x.dtype != dtype:
+            wanted = f"{dtype}, as query has, or compute_dtype=jnp.bfloat16 for all of them"
+            raise wrong(name, f"dtype {x.dtype}", wanted)
+    return operands
 
 
 def parse_without_dense(
@@ -194,11 +216,6 @@ def parse_masks(
     return masks, window, None if ids is None else known_to_fit(*ids)
 
 
-def check_implementation(implementation: Any) -> None:
-    if implementation not in (None, "fa3", "xla"):
-        raise wrong("implementation", repr(implementation), "None, 'fa3' or 'xla'")
-
-
 def _config(
     window: Window,
     head_dim: int,
@@ -206,12 +223,14 @@ def _config(
     scale: ArrayLike | None = None,
     logits_soft_cap: float | None = None,
     deterministic_backward: bool = False,
+    checkpoint_name: str | tuple[str, str] | None = None,
 ) -> tuple[Config, Array | None]:
     """The static part of a call, and the scale if it is not static."""
     factor = score_scale(scale, head_dim)
     static, traced = (1.0, factor) if isinstance(factor, Array) else (factor, None)
     deterministic = static_bool("deterministic_backward", deterministic_backward)
-    return Config(static, window, soft_cap(logits_soft_cap), deterministic), traced
+    cap, names = soft_cap(logits_soft_cap), checkpoint_names(checkpoint_name)
+    return Config(static, window, cap, deterministic, checkpoint_names=names), traced
 
 
 def _check_heads(name: str, sizes: Sizes) -> None:

@@ -7,13 +7,13 @@ from typing import Any, Literal, Unpack, overload
 import jax
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from . import _arguments, _dispatch
 from ._arguments import Options
 from ._autodiff import attend
-from ._checks import Integers
-from ._problem import Implementation
+from ._checks import Integers, wrong
+from ._problem import Implementations, Window
 
 
 # fmt: off
@@ -43,7 +43,7 @@ def dot_product_attention(
     is_causal: bool = False,
     query_seq_lengths: Integers | None = None,
     key_value_seq_lengths: Integers | None = None,
-    local_window_size: int | tuple[int, int] | None = None,
+    local_window_size: int | Window | None = None,
     query_offset: Integers = 0,
     query_segment_ids: Integers | None = None,
     key_value_segment_ids: Integers | None = None,
@@ -52,8 +52,10 @@ def dot_product_attention(
     key_end: Integers | None = None,
     logits_soft_cap: float | None = None,
     deterministic_backward: bool = False,
-    implementation: Implementation | None = None,
+    implementation: Implementations | None = None,
     sharding: NamedSharding | PartitionSpec | None = None,
+    checkpoint_name: str | tuple[str, str] | None = None,
+    compute_dtype: DTypeLike | None = None,
     return_residual: bool = False,
 ) -> Array | tuple[Array, Array]:
     """softmax(scale * query key^T) value, exactly, over the keys that each query row sees.
@@ -67,18 +69,18 @@ def dot_product_attention(
     of any dtype, and keeps the meaning of any value.
 
     Args:
-        query, key, value: [B, T, N, H], [B, S, K, H], [B, S, K, V] of one floating dtype; N is a
-            multiple of K, and query head n reads key/value head n // (N // K). The kernels take
-            bfloat16 and float16, H and V multiples of 8 up to 256.
+        query, key, value: [B, T, N, H], [B, S, K, H], [B, S, K, V] of one floating dtype, or with
+            compute_dtype; N is a multiple of K, and query head n reads key/value head n // (N // K).
+            The kernels take bfloat16 and float16, H and V multiples of 8 up to 256.
         bias, mask: added to the scaled scores, and bool with False for hidden; broadcastable to
             [B, N, T, S]. XLA only: they take memory T * S.
-        scale: of the scores; default 1 / sqrt(H). The kernels take a static float > 0, XLA any
-            real scalar, traced or not.
+        scale: of the scores; default 1 / sqrt(H). The kernels take a static float > 0, or a scalar
+            of JAX or NumPy whose value is known when it is traced; XLA any real scalar.
         is_causal: row i sees key j only if j <= i + query_offset. With query_offset 0 the masks are
             aligned top left, as in jax.nn (FlashAttention-2 and -3: bottom right, S - T).
         query_seq_lengths, key_value_seq_lengths: int32 [B]; rows from the length on are padding.
         local_window_size: w or (left, right), ints >= 0: row i sees key j only if
-            i + query_offset - left <= j <= i + query_offset + right.
+            i + query_offset - left <= j <= i + query_offset + right. -1 or None: no bound there.
         query_offset: the position of query row 0 among the keys; an int of any size, or int32, []
             or [B]. (Arrays with values beyond int32: exact for T and S up to 2^29.)
         query_segment_ids, key_value_segment_ids: int32 [B, T] and [B, S], both or neither: rows see
@@ -92,10 +94,11 @@ def dot_product_attention(
         key_begin, key_end: int32 [B, T]: row i sees keys in [key_begin[i], key_end[i]); either may
             be left out. `key_intervals` turns all of the mask arguments into these two.
         logits_soft_cap: static float c > 0: the scaled scores become c * tanh(scores / c), before
-            bias and masks.
+            bias and masks. 0 or None: none.
         deterministic_backward: gradients that are equal bit by bit from run to run.
         implementation: "fa3", the kernels, or "xla", plain JAX with memory linear in T and S; both
-            without fallback. None takes the kernels when lowered for CUDA if they can take the
+            without fallback. A sequence of "fa3", "xla" and None is tried in order: the first that can
+            take the arguments on this machine, or the last one's error. None takes the kernels when lowered for CUDA if they can take the
             arguments and a local device is a Hopper GPU, with a driver for their CUDA runtime, or no
             local device is CUDA's; else XLA, with a warning on a machine with a Hopper GPU. Beside
             other GPUs, the devices that a program is lowered for must all be Hopper GPUs, too.
@@ -104,6 +107,12 @@ def dot_product_attention(
             alike. Without it XLA decides, which works as well, but such a program over several
             devices is not exported and misses the persistent compilation cache. A PartitionSpec
             takes the mesh of jax.set_mesh.
+        checkpoint_name: a static string, or two: one for out, one for the log-sum-exp and its rest.
+            What the kernels' backward needs of the forward then has this name as well as those of
+            RESIDUAL_NAMES: under a policy of jax.checkpoint that saves it ("context" in MaxText) the
+            forward kernel runs once.
+        compute_dtype: what query, key and value, of whatever floating dtypes, are cast to. The result
+            has query's own dtype, and each gradient that of its operand.
         return_residual: also return the log-sum-exp.
 
     Returns:
@@ -149,6 +158,8 @@ def dot_product_attention(
         deterministic_backward=deterministic_backward,
         implementation=implementation,
         sharding=sharding,
+        checkpoint_name=checkpoint_name,
+        compute_dtype=compute_dtype,
         return_residual=return_residual,
     )
     return attend(call)
@@ -193,13 +204,23 @@ def is_supported(
     value: ArrayLike | jax.ShapeDtypeStruct,
     bias: ArrayLike | jax.ShapeDtypeStruct | None = None,
     mask: ArrayLike | jax.ShapeDtypeStruct | None = None,
+    *,
+    device: str | None = None,
     **options: Any,
 ) -> str | None:
     """None if the kernels run `dot_product_attention` of these arguments here, else why not.
 
-    Args: those of `dot_product_attention`; any array may be a jax.ShapeDtypeStruct. On a machine
-    without a CUDA device the reason is that; lowering for CUDA with "fa3" may work all the same.
+    Args:
+        device: "sm_90", a Hopper GPU of any machine: the arguments alone count, and this machine's
+            devices do not; of an install without kernels those of the default build are meant. None
+            is this machine: if it has no CUDA device, that is the reason, though lowering for CUDA
+            with "fa3" may work all the same.
+        others: those of `dot_product_attention`; any array may be a jax.ShapeDtypeStruct.
+
+    Raises ValueError for another device.
     """
+    if device not in (None, "sm_90"):
+        raise wrong("device", repr(device), "None or 'sm_90'")
     arguments = dict(options, query=query, key=key, value=value, bias=bias, mask=mask)
     shapes = {k: x for k, x in arguments.items() if isinstance(x, jax.ShapeDtypeStruct)}
 
@@ -215,6 +236,8 @@ def is_supported(
         jax.eval_shape(check, shapes)
     except (ValueError, NotImplementedError) as error:
         return str(error)
+    if device is not None:
+        return None
     if not _dispatch.compute_capabilities():
         return "device: got no CUDA device, wanted an NVIDIA Hopper GPU (sm_90)"
     return _dispatch.machine_refusal() or _dispatch.refusal_of_devices((query, key, value))

@@ -116,8 +116,18 @@ def _forward(
 ) -> tuple[tuple[Array, Array], Any]:
     constants = jax.tree.map(_guards.not_differentiable, operands)
     results = method.forward(constants, masks, more, for_gradient=True)
-    out, lse, *low = map(checkpoint_name, results, RESIDUAL_NAMES)
+    results = tuple(map(checkpoint_name, results, RESIDUAL_NAMES))
+    out, lse, *low = named(method.config, results)
     return (out, lse), (operands, masks, out, finite_in_debug_mode(lse), low)
+
+
+def named(config: Config, results: tuple[Array, ...]) -> tuple[Array, ...]:
+    """The forward's results with the user's names. A policy sees every name of an array that has
+    several: it saves the first that it knows, and the others cost nothing."""
+    if config.checkpoint_names is None:
+        return results
+    of_out, of_lse = config.checkpoint_names
+    return tuple(map(checkpoint_name, results, (of_out, of_lse, of_lse)))
 
 
 def _backward(
@@ -137,7 +147,7 @@ class Attention(Method):
 
     def __call__(self, operands: Operands, masks: Masks, more: Any = None) -> tuple[Array, ...]:
         if self.implementation == "xla":  # which has every derivative, and takes dense operands
-            return _xla.attention(self.config, operands, masks)
+            return named(self.config, _xla.attention(self.config, operands, masks))
         return differentiable(self, operands, masks)
 
     def forward(

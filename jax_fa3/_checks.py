@@ -11,8 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
+
+from ._problem import Window
 
 Integers = ArrayLike | Sequence[int]
 
@@ -165,27 +168,42 @@ def static_sharding(name: str, x: Any, batched: bool) -> NamedSharding | Partiti
 def score_scale(scale: Any, head_dim: int) -> float | Array:
     if scale is None:
         return 1 / math.sqrt(head_dim)
-    if isinstance(scale, Array):
+    if isinstance(scale, Array):  # one whose value is known is as good as a float
         real = jnp.issubdtype(scale.dtype, jnp.floating) or jnp.issubdtype(scale.dtype, jnp.integer)
         if scale.shape != () or not real:
             raise wrong("scale", f"an array {scale.dtype}{list(scale.shape)}", "a real scalar")
-        return scale
+        if isinstance(scale, Tracer):
+            return scale
     return static_float("scale", scale)
 
 
 def soft_cap(cap: Any) -> float | None:
     if cap is None:
         return None
-    if isinstance(cap, Array) or static_float("logits_soft_cap", cap) <= 0:
-        raise wrong("logits_soft_cap", repr(cap), "a static float > 0")
-    return float(cap)
+    if isinstance(cap, Array) or static_float("logits_soft_cap", cap) < 0:
+        raise wrong("logits_soft_cap", repr(cap), "a static float > 0, or 0 or None for none")
+    return float(cap) or None
 
 
-def window_size(size: Any) -> tuple[int, int] | None:
-    if size is None:
+def checkpoint_names(name: Any) -> tuple[str, str] | None:
+    """Of out, and of the log-sum-exp."""
+    names = name if isinstance(name, (tuple, list)) else (name, name)
+    if name is None:
         return None
-    left, right = size if isinstance(size, (tuple, list)) and len(size) == 2 else (size, size)
-    return natural("local_window_size", left), natural("local_window_size", right)
+    if len(names) != 2 or not all(isinstance(x, str) for x in names):
+        raise wrong("checkpoint_name", repr(name), "a string, or two: of out and the log-sum-exp")
+    return names[0], names[1]
+
+
+def window_size(size: Any) -> Window | None:
+    """(left, right), None where there is no bound; None if there is neither."""
+    pair = size if isinstance(size, (tuple, list)) and len(size) == 2 else (size, size)
+    left, right = (None if x is None else integer("local_window_size", x) for x in pair)
+    for side in (left, right):
+        if side is not None and side < -1:
+            raise wrong("local_window_size", side, "an int >= 0, or -1 or None for no bound")
+    left, right = (None if side == -1 else side for side in (left, right))
+    return None if (left, right) == (None, None) else (left, right)
 
 
 def offset_of(
@@ -202,6 +220,16 @@ def offset_of(
 def check_floating(name: str, x: Array) -> None:
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise wrong(name, f"dtype {x.dtype}", "a floating dtype such as bfloat16")
+
+
+def floating_dtype(name: str, x: Any) -> np.dtype:
+    try:
+        dtype = jnp.dtype(x)
+    except TypeError:
+        dtype = None
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        raise wrong(name, repr(x), "a floating dtype such as jnp.bfloat16")
+    return dtype
 
 
 def dense(name: str, x: ArrayLike | None, full: tuple[int, ...]) -> Array | None:

@@ -9,17 +9,19 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
 from jax import Array, lax
 
 from . import _devices, _ffi, _guards, _sharding
+from ._checks import wrong
 from ._jitted import jitted
 from ._operands import Call
 from ._problem import Implementation
 
+FirstFa3 = tuple[Literal["fa3"], Literal["xla"]]  # None, but without its warning
 ELSEWHERE = "use implementation='xla'"
 _NO_KERNELS = (
     "jax_fa3: got an install without CUDA kernels, wanted one with them: reinstall it on Linux (in a "
@@ -35,12 +37,17 @@ def refusal(call: Call) -> str | None:
     sizes, dtype = call.operands.sizes, call.operands.query.dtype
     query, value = ("query", "value") if call.operands.packed is None else ("qkv", "qkv")
     if dtype.name not in ("bfloat16", "float16"):
-        return f"{query}: got dtype {dtype}, wanted bfloat16 or float16: cast it, or {ELSEWHERE}"
-    for name, dim in ((query, sizes.head_dim), (value, sizes.head_dim_v)):
-        if dim % 8 or dim > 256:
+        wanted = "wanted bfloat16 or float16: cast it, as compute_dtype=jnp.bfloat16 does"
+        return f"{query}: got dtype {dtype}, {wanted}, or {ELSEWHERE}"
+    dims = {query: sizes.head_dim, value: sizes.head_dim_v}
+    reason = refusal_of_build(max(dims, key=dims.__getitem__), dtype, *sizes[-2:])
+    if reason is not None:
+        return reason
+    for name, dim in dims.items():
+        if dim % 8:
             wanted = "wanted a multiple of 8 up to 256: pad it with zeros"
             return f"{name}: got head dim {dim}, {wanted}, or {ELSEWHERE}"
-    return refusal_of_build(query, dtype, sizes.head_dim, sizes.head_dim_v)
+    return None
 
 
 def refusal_of_options(call: Call) -> str | None:
@@ -125,12 +132,29 @@ def compute_capabilities() -> set[str]:
     return {str(device.compute_capability) for device in devices}
 
 
+def checked_implementation(implementation: Any) -> Implementation | FirstFa3 | None:
+    """The user's, with no more left of a sequence than what `choose` has to know: "xla" and None take
+    every call, so what comes behind is never tried; and None tries "fa3" itself."""
+    given = implementation if isinstance(implementation, (tuple, list)) else (implementation,)
+    for x in given or [()]:
+        if x == "cudnn":
+            raise wrong("implementation", repr(x), "'fa3', its equal here, or None or 'xla'")
+        if x not in (None, "fa3", "xla"):
+            raise wrong("implementation", repr(x), "None, 'fa3' or 'xla', or a sequence of them")
+    last: Any = next((x for x in given if x != "fa3"), "fa3")
+    return ("fa3", "xla") if last == "xla" and given[0] == "fa3" else last
+
+
 def choose(
-    implementation: Implementation | None, refused: str | None = None, *, stacklevel: int = 1
+    implementation: Implementation | FirstFa3 | None,
+    refused: str | None = None,
+    *,
+    stacklevel: int = 1,
 ) -> Implementation | None:
     """The implementation for `run`: the user's, but None becomes "xla" where kernels cannot run.
 
     Args:
+        implementation: from `checked_implementation`.
         refused: why the arguments rule the kernels out, if they do.
         stacklevel: of the warning that a Hopper GPU stays unused, as in warnings.warn.
 
@@ -139,6 +163,8 @@ def choose(
     if implementation == "xla":
         return "xla"
     reason = refused or machine_refusal()
+    if isinstance(implementation, tuple):
+        return None if reason is None else "xla"
     if reason is None:
         return implementation
     if implementation == "fa3":

@@ -15,11 +15,11 @@ import numpy as np
 from jax import Array
 
 from . import _dispatch, _ffi
-from ._arguments import MaskArguments, check_implementation, parse_masks
+from ._arguments import MaskArguments, parse_masks
 from ._broken import is_broken, marked
 from ._checks import natural
 from ._integers import INT32_MAX, count_while, narrow_ids, saturating_add
-from ._problem import Implementation, Masks, SegmentIds, Sizes, Window
+from ._problem import Implementation, Implementations, Masks, SegmentIds, Sizes, Window
 from ._varying import vary_together
 
 
@@ -140,7 +140,7 @@ def key_intervals(
     key_length: int,
     *,
     batch: int | None = None,
-    implementation: Implementation | None = None,
+    implementation: Implementations | None = None,
     **arguments: Unpack[MaskArguments],
 ) -> tuple[Array, Array]:
     """All masks of a call as two arrays, to be computed once per step and not in every layer.
@@ -152,7 +152,7 @@ def key_intervals(
         query_length, key_length: T and S.
         batch: B; None takes it from the arguments that have a batch axis.
         implementation: converts segment ids by the CUDA kernel ("fa3"), in plain JAX ("xla"), or by
-            whichever `dot_product_attention` would choose (None).
+            whichever `dot_product_attention` would choose (None, or a sequence).
         arguments: is_causal, query_seq_lengths, key_value_seq_lengths, local_window_size,
             query_offset, query_segment_ids, key_value_segment_ids, padding_segment_id, key_begin and
             key_end, as in `dot_product_attention`.
@@ -168,7 +168,7 @@ def key_intervals(
         ValueError: an argument has the wrong type, shape or value.
         NotImplementedError: implementation is "fa3" and this machine's GPU cannot run the kernel.
     """
-    check_implementation(implementation)
+    wanted = _dispatch.checked_implementation(implementation)
     query_length = _length("query_length", query_length)
     key_length = _length("key_length", key_length)
     per_entry = "query_offset", "query_seq_lengths", "key_value_seq_lengths"  # [B]
@@ -183,7 +183,7 @@ def key_intervals(
     sizes = Sizes(batches[0] if batches else 1, query_length, key_length, 0, 0, 0, 0)
     masks, window, segment_ids = parse_masks(sizes, bool(batches), **arguments)
     if segment_ids is not None:
-        masks = with_segments(masks, segment_ids, _dispatch.choose(implementation))
+        masks = with_segments(masks, segment_ids, _dispatch.choose(wanted))
     begin, end, broken = row_intervals(masks, window, *sizes[:3])
     begin, end = marked(broken, begin, end)
     return (begin, end) if batches else (begin[0], end[0])

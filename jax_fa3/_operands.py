@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -134,15 +135,21 @@ class Call:
     masks: Masks
     segment_ids: SegmentIds | None
     config: Config = dataclasses.field(metadata={"static": True})
-    implementation: Implementation | None = dataclasses.field(metadata={"static": True})
+    # From _dispatch.checked_implementation.
+    implementation: Implementation | tuple[Any, ...] | None = dataclasses.field(
+        metadata={"static": True}
+    )
     sharding: NamedSharding | PartitionSpec | None = dataclasses.field(metadata={"static": True})
     # Whether the arguments have a batch axis; the operands always do.
     batched: bool = dataclasses.field(metadata={"static": True})
     return_residual: bool = dataclasses.field(metadata={"static": True})
+    # Of out where compute_dtype is given: what query had before it was cast.
+    result_dtype: np.dtype | None = dataclasses.field(default=None, metadata={"static": True})
 
     def finish(self, out: Array, lse: Array) -> Any:
         """What the user asked for, of out [B, T, N, V] and lse [B, N, T]. To be called inside jit:
         jax_debug_infs looks at every result, and so must not see an lse that nobody asked for."""
+        out = out if self.result_dtype is None else out.astype(self.result_dtype)
         found = (out, jnp.swapaxes(lse, 1, 2)) if self.return_residual else out
         return found if self.batched else jax.tree.map(lambda x: x[0], found)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import jax
@@ -11,6 +12,7 @@ import numpy as np
 from jax import Array
 
 Implementation = Literal["fa3", "xla"]
+Implementations = Implementation | Sequence[Implementation | None]  # as users say it, or None
 Window = tuple[int | None, int | None]
 
 
@@ -51,6 +53,7 @@ class Config:
     partial: the keys are only a part of those that the rows see, or the rows of those that see the
     keys. Results that are summed elsewhere, out, dk and dv, are fp32; what the backward is given of
     the forward, out and lse, is of all keys.
+    checkpoint_names: of out, and of lse with its rest, beside RESIDUAL_NAMES; or none.
     """
 
     scale: float
@@ -58,6 +61,7 @@ class Config:
     logits_soft_cap: float | None
     deterministic_backward: bool
     partial: bool = False
+    checkpoint_names: tuple[str, str] | None = None
 
 
 class Sizes(NamedTuple):
@@ -72,7 +76,7 @@ class Sizes(NamedTuple):
     head_dim_v: int
 
 
-def fold_window(size: tuple[int, int] | None, is_causal: bool, query_offset: int | None) -> Window:
+def fold_window(size: Window | None, is_causal: bool, query_offset: int | None) -> Window:
     """Config.window of these arguments; query_offset is None if it is a run-time value."""
     left, right = (None, None) if size is None else size
     if is_causal:

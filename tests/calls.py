@@ -66,7 +66,7 @@ def _options(implementation: Any, *qkv: Any) -> Any:
     return jax_fa3.dot_product_attention(*qkv, implementation=implementation, **options)
 
 
-def _traced_scale(implementation: Any, *qkv: Any) -> Any:
+def _array_scale(implementation: Any, *qkv: Any) -> Any:
     return jax_fa3.dot_product_attention(*qkv, scale=jnp.float32(2), implementation=implementation)
 
 
@@ -211,7 +211,7 @@ CALLS: dict[str, Callable[..., Any]] = {
 # Those that the kernels do not take.
 PLAIN: dict[str, Callable[..., Any]] = {
     "bias and mask": _dense,
-    "traced scale": _traced_scale,
+    "array scale": _array_scale,
     "no query heads": _no_heads,
 }
 

@@ -42,7 +42,7 @@ INVALID: list[tuple[dict[str, Any], str]] = [
     ({"query": zeros(B, T, 3, H)}, "query: got 3 query heads, wanted a multiple of the 2 key/"),
     ({"value": zeros(B, S, K, 0)}, "query: got head dims 64, 0, wanted at least 1"),
     ({"query": zeros(B, T, N, H, dtype=jnp.int8)}, "query: got dtype int8, wanted a floating"),
-    ({"key": zeros(B, S, K, H, dtype=jnp.float32)}, "key: got dtype float32, wanted bfloat16, as"),
+    ({"key": zeros(B, S, K, H, dtype=jnp.float32)}, "key: got dtype float32, wanted bfloat16, as query has, or compute_dtype="),
     ({"value": zeros(B, S, K, H, dtype=jnp.float16)}, "value: got dtype float16, wanted bfloat16"),
     ({"bias": zeros(B, N, T, T)}, "bias: got shape (2, 4, 16, 16), wanted one that broadcasts to"),
     ({"bias": zeros(B, N, T, S, dtype=int)}, "bias: got dtype int32, wanted a floating dtype"),
@@ -62,7 +62,7 @@ INVALID: list[tuple[dict[str, Any], str]] = [
     ({"query_seq_lengths": [True, True]}, "query_seq_lengths: got values of dtype bool, wanted"),
     ({"key_value_seq_lengths": 5}, "key_value_seq_lengths: got shape (), wanted (2,)"),
     ({"key_value_seq_lengths": [1, 2.5]}, "key_value_seq_lengths: got values of dtype float64, want"),
-    ({"local_window_size": -1}, "local_window_size: got -1, wanted an int >= 0"),
+    ({"local_window_size": -2}, "local_window_size: got -2, wanted an int >= 0, or -1 or None"),
     ({"local_window_size": (3, -2)}, "local_window_size: got -2, wanted an int >= 0"),
     ({"local_window_size": 1.5}, "local_window_size: got 1.5, wanted a static int"),
     ({"local_window_size": (1, 2, 3)}, "local_window_size: got (1, 2, 3), wanted a static int"),
@@ -92,11 +92,17 @@ INVALID: list[tuple[dict[str, Any], str]] = [
     ({"key_begin": zeros(T, dtype=int)}, "key_begin: got shape (16,), wanted (2, 16)"),
     ({"key_end": zeros(B, S, dtype=int)}, "key_end: got shape (2, 24), wanted (2, 16)"),
     ({"key_end": zeros(B, T)}, "key_end: got values of dtype bfloat16, wanted integers"),
-    ({"logits_soft_cap": 0.0}, "logits_soft_cap: got 0.0, wanted a static float > 0"),
-    ({"logits_soft_cap": -1}, "logits_soft_cap: got -1, wanted a static float > 0"),
+    ({"logits_soft_cap": -1}, "logits_soft_cap: got -1, wanted a static float > 0, or 0 or None"),
+    ({"scale": jnp.float32(math.nan)}, "scale: got Array(nan, dtype=float32), wanted a finite real"),
     ({"logits_soft_cap": math.inf}, "logits_soft_cap: got inf, wanted a finite real number"),
     ({"logits_soft_cap": jnp.float32(1)}, "wanted a static float > 0"),
-    ({"implementation": "cudnn"}, "implementation: got 'cudnn', wanted None, 'fa3' or 'xla'"),
+    ({"implementation": "cudnn"}, "implementation: got 'cudnn', wanted 'fa3', its equal here"),
+    ({"implementation": ("fa3", "cudnn")}, "implementation: got 'cudnn', wanted 'fa3', its equal"),
+    ({"implementation": ["triton"]}, "implementation: got 'triton', wanted None, 'fa3' or 'xla', or"),
+    ({"implementation": ()}, "implementation: got (), wanted None, 'fa3' or 'xla', or a sequence"),
+    ({"compute_dtype": int}, "compute_dtype: got <class 'int'>, wanted a floating dtype such as"),
+    ({"checkpoint_name": 3}, "checkpoint_name: got 3, wanted a string, or two: of out and the"),
+    ({"checkpoint_name": ["a"]}, "checkpoint_name: got ['a'], wanted a string, or two"),
     ({**SINGLE, "query_seq_lengths": [1, 2]}, "query_seq_lengths: got shape (2,), wanted () or (1,)"),
     ({**SINGLE, "key_begin": [1, 2]}, "key_begin: got shape (2,), wanted (16,) or (1, 16)"),
 ]  # fmt: skip
@@ -107,19 +113,26 @@ UNSUPPORTED: list[tuple[dict[str, Any], str]] = [
     ({"mask": zeros(T, S, dtype=bool)}, "mask: got a dense array, wanted None: the kernels' masks"),
     (
         {name: x.astype(jnp.float32) for name, x in GOOD.items()},
-        "query: got dtype float32, wanted bfloat16 or float16: cast it",
+        "query: got dtype float32, wanted bfloat16 or float16: cast it, as compute_dtype=jnp.bfloat16",
     ),
     ({"scale": 0}, "scale: got 0.0, wanted a positive float32: multiply query instead"),
     ({"scale": -1.0}, "scale: got -1.0, wanted a positive float32"),
     ({"scale": 1e-60}, "scale: got 1e-60, wanted a positive float32"),
     ({"scale": 1e60}, "scale: got 1e+60, wanted a positive float32"),
-    ({"scale": jnp.float32(1)}, "scale: got a traced value, wanted a static float: multiply query"),
+    ({"scale": jnp.float32(-1)}, "scale: got -1.0, wanted a positive float32: multiply query instead"),
     ({"logits_soft_cap": 1e-60}, "logits_soft_cap: got 1e-60, wanted a positive float32"),
     (
         {"query": zeros(B, T, N, 60), "key": zeros(B, S, K, 60)},
         "query: got head dim 60, wanted a multiple of 8 up to 256: pad it with zeros",
     ),
-    ({"value": zeros(B, S, K, 264)}, "value: got head dim 264, wanted a multiple of 8 up to 256"),
+    (
+        {"value": zeros(B, S, K, 264)},
+        "value: got head dims (64, 264) in bfloat16, wanted at most one of those built: [(64, 64)",
+    ),
+    (
+        {"query": zeros(B, T, N, 512), "key": zeros(B, S, K, 512)},
+        "query: got head dims (512, 64) in bfloat16, wanted at most one of those built: [(64, 64)",
+    ),
 ]  # fmt: skip
 
 
@@ -197,6 +210,11 @@ SIZES = Sizes(B, T, S, N, K, H, H)
         ({"is_causal": True}, (None, 0), None),
         ({"local_window_size": 3}, (3, 3), None),
         ({"local_window_size": (3, 5), "is_causal": True}, (3, 0), None),
+        ({"local_window_size": (3, -1)}, (3, None), None),
+        ({"local_window_size": [None, 5], "query_offset": 2}, (None, 7), None),
+        ({"local_window_size": (3, None), "is_causal": True}, (3, 0), None),
+        ({"local_window_size": (-1, None)}, (None, None), None),
+        ({"local_window_size": -1, "query_offset": jnp.array([4, 5])}, (None, None), None),
         ({"local_window_size": np.int64(3), "query_offset": -7}, (10, -4), None),
         ({"is_causal": True, "query_offset": 10**30}, (None, 10**30), None),
         ({"is_causal": True, "query_offset": np.array(4)}, (None, 4), None),
@@ -222,3 +240,10 @@ def test_dense_arguments_get_four_axes():
 
 def test_default_scale():
     assert _arguments.parse(OPERANDS, True).config.scale == 0.125
+
+
+@pytest.mark.parametrize("kind", [jnp.float32, np.float64, np.asarray, jnp.asarray])
+def test_known_scalars_are_static(kind):
+    call = _arguments.parse(OPERANDS, True, scale=kind(0.5), logits_soft_cap=0.0)
+    config = call.config
+    assert (config.scale, call.operands.scale, config.logits_soft_cap) == (0.5, None, None)

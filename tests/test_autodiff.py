@@ -15,6 +15,7 @@ import jax_fa3
 
 B, T, S, N, K, H, V = 2, 10, 14, 4, 2, 16, 8
 FWD, BWD = "jax_fa3.fwd.v1", "jax_fa3.bwd.v1"
+BWD_PACKED = "jax_fa3.bwd_packed.v1"
 SEGMENTS = {
     "query_segment_ids": np.array([[0, 0, 1, 1, 1, 2, 2, -1, 3, 3], [5, 4] * 5]),
     "key_value_segment_ids": np.array([[2] * 4 + [1] * 5 + [0] * 4 + [-1], [4] * 7 + [5] * 7]),
@@ -162,6 +163,45 @@ def test_residual_names_save_the_second_forward():
 
     assert forwards() == 2
     assert forwards(policy=policy) == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "names"),
+    [
+        ("context", ["context"]),  # as MaxText's policies have it
+        ("flash_residuals", ["flash_residuals", "query"]),
+        (("context", "flash_residuals"), ["context", "flash_residuals"]),
+        ("context", jax_fa3.RESIDUAL_NAMES),  # which stay
+        ("context", ["context", *jax_fa3.RESIDUAL_NAMES]),
+    ],
+)
+@pytest.mark.parametrize("packed", [False, True])
+def test_checkpoint_name_saves_the_second_forward(given, names, packed):
+    def function(qkv, **options):
+        parts: Any = (qkv, 2) if packed else jnp.split(qkv, (N, N + K), axis=2)
+        attend = jax_fa3.qkv_dot_product_attention if packed else jax_fa3.dot_product_attention
+        return jnp.sin(attend(*parts, **options).astype(jnp.float32)).sum()
+
+    def forwards(**options) -> int:
+        policy = jax.checkpoint_policies.save_only_these_names(*names)
+        remat = jax.checkpoint(functools.partial(function, **options), policy=policy)
+        text = lower(jax.value_and_grad(remat), qkv)
+        assert targets(text).count(BWD_PACKED if packed else BWD) == 1
+        return targets(text).count(FWD)
+
+    qkv = jax.ShapeDtypeStruct((B, T, N + 2 * K, H), jnp.bfloat16)
+    assert forwards(checkpoint_name=given) == 1
+    assert forwards() == (1 if names[-1] in jax_fa3.RESIDUAL_NAMES else 2)
+    if given == "context":
+        assert forwards(checkpoint_name=("another", "name")) == forwards()
+
+
+def test_checkpoint_name_on_xla():
+    """Out and log-sum-exp, which policies may save there as well."""
+    function = loss("xla", checkpoint_name=("context", "rest"))
+    text = str(jax.make_jaxpr(function)(*QKV))
+    assert text.count("name[name=context]") == text.count("name[name=rest]") == 1
+    assert_close(jax.grad(function)(*QKV), jax.grad(loss("xla"))(*QKV))
 
 
 def test_backward_does_not_run_the_forward_again():

@@ -184,7 +184,7 @@ def test_ring_memory_is_linear(monkeypatch):
     assert temporaries(512) < 2.1 * temporaries(256)
 
 
-@pytest.mark.parametrize("strategy", ["ring", "all_gather"])
+@pytest.mark.parametrize("strategy", ["ring", "all_gather", "all_to_all"])
 def test_saved_by_name(strategy: str):
     """With the policy, neither the kernels nor the exchanges of the forward run again."""
     function = loss(Split(strategy, mesh="four"))
@@ -197,6 +197,8 @@ def test_saved_by_name(strategy: str):
 
     once = 4 if strategy == "ring" else 1
     assert (forwards(), forwards(policy=policy)) == (2 * once, once)
+    function = loss(Split(strategy, mesh="four"), checkpoint_name="context")
+    assert forwards(policy=jax.checkpoint_policies.save_only_these_names("context")) == once
 
 
 def test_explicit_mesh():

@@ -79,7 +79,7 @@ def test_not_implemented(name):
         "a static float: multiply query" if name == "scale" else "None: context parallelism has"
     )
     with pytest.raises(NotImplementedError, match=f"{name}: got an? .*array, wanted {wanted}"):
-        whole(SPLIT, Q, KV, KV, **{name: value})
+        jax.eval_shape(lambda x: whole(SPLIT, Q, KV, KV, **{name: x}), value)
     with pytest.raises(NotImplementedError, match="implementation='fa3': query: got dtype float32"):
         whole(SPLIT, Q, KV, KV, implementation="fa3")
 

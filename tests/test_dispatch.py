@@ -173,6 +173,27 @@ def test_is_supported_takes_shapes_values_and_bad_arguments():
     assert "key: got shape" in (jax_fa3.is_supported(query, zeros[1:], value) or "")
 
 
+@pytest.mark.parametrize("machines", [[], ["9.0"], ["8.9"], ["9.0", "8.9"]])
+def test_is_supported_on_a_hopper_elsewhere(machine, machines):
+    """The arguments alone count, whatever this machine is; without kernels those of the default build."""
+    for kernels in (_ffi.KERNELS, None):
+        machine(*machines, kernels=kernels, driver=12000)
+        assert (
+            jax_fa3.is_supported(*arguments(head_dim=256), is_causal=True, device="sm_90") is None
+        )
+        reason = jax_fa3.is_supported(*arguments(head_dim=512), device="sm_90")
+        assert reason is not None and reason.startswith(
+            "query: got head dims (512, 512) in bfloat16"
+        )
+        assert "(256, 256)]" in reason and "pad" not in reason
+        assert jax_fa3.is_supported(*arguments(jnp.float32), device="sm_90") is not None
+    machine(*machines)
+    reason = jax_fa3.is_supported(*arguments(head_dim=256), device="sm_90")
+    assert reason is not None and "those built: [(128, 128)]" in reason
+    with pytest.raises(ValueError, match="device: got 'sm_100', wanted None or 'sm_90'"):
+        jax_fa3.is_supported(*arguments(), device="sm_100")
+
+
 def test_compute_capabilities(monkeypatch):
     monkeypatch.undo()
     hopper = types.SimpleNamespace(compute_capability="9.0")

@@ -38,9 +38,9 @@ FUNCTION: dict[str, tuple[Any, Any, type[Exception], str]] = {
     ),
     "precision": (
         {},
-        {"precision": "highest"},
-        NotImplementedError,
-        "^precision: got highest, wanted",
+        {"precision": "greatest"},
+        ValueError,
+        "^precision: got 'greatest', wanted None, a jax.lax.Precision or",
     ),
     "einsum": (
         {},
@@ -60,7 +60,7 @@ FUNCTION: dict[str, tuple[Any, Any, type[Exception], str]] = {
         NotImplementedError,
         "^input_positions: got 3, wanted None: jax_fa3.flax.nnx.MultiHeadAttention",
     ),
-    "float32": (FA3, {}, NotImplementedError, "got float32, wanted .* compute_dtype=jnp.bfloat16"),
+    "float32": (FA3, {}, NotImplementedError, "got dtype float32, .* compute_dtype=jnp.bfloat16"),
     "dense": (
         FA3 | {"compute_dtype": jnp.bfloat16},
         {"mask": CAUSAL},

@@ -170,4 +170,4 @@ def test_not_implemented():
         with pytest.raises(NotImplementedError, match=f"{name}: got a dense array, .* jax_fa3.fp8"):
             attention(*QKV, **{name: x})
     with pytest.raises(NotImplementedError, match="scale: got an array, .* multiply query by it"):
-        attention(*QKV, scale=jnp.float32(1))
+        jax.eval_shape(lambda x: attention(*QKV, scale=x), jnp.float32(1))

@@ -118,7 +118,13 @@ def test_lowers_to_one_forward_and_one_backward():
     gradients = jax.grad(weighted(attention), (0, 1, 2))
     assert targets(lower(gradients, *operands)) == [QUANTIZE] * 3 + [FWD, BWD]
     policy = jax.checkpoint_policies.save_only_these_names(*jax_fa3.RESIDUAL_NAMES)
-    for options, forwards in (({}, 2), ({"policy": policy}, 1)):
-        loss = weighted(jax.checkpoint(attention, **options))
+    context = jax.checkpoint_policies.save_only_these_names("context")
+    named = functools.partial(attention, checkpoint_name="context")
+    for function, options, forwards in (
+        (attention, {}, 2),
+        (attention, {"policy": policy}, 1),
+        (named, {"policy": context}, 1),
+    ):
+        loss = weighted(jax.checkpoint(function, **options))
         found = targets(lower(jax.grad(loss, (0, 1, 2)), *operands))
         assert found.count(FWD) == forwards and found.count(BWD) == 1

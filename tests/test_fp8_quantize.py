@@ -204,7 +204,7 @@ def test_lowers_to_the_call_alone():
     [
         ({}, struct(dtype=jnp.float32), "x: got dtype float32, wanted bfloat16 or float16, or use"),
         ({}, struct(48), "x: got head dim 48, wanted a multiple of 16 from 64 to 256"),
-        ({}, struct(264), "x: got head dim 264, wanted a multiple of 16 from 64 to 256"),
+        ({}, struct(264), r"x: got head dims \(264, 264\) in float8_e4m3fn, wanted"),
         ({"quantization": "head"}, struct(), "quantization: got 'head', wanted 'block', or use"),
     ],
 )

@@ -86,7 +86,8 @@ def dot_product_attention(
         out [B, T, N, V] in query's dtype, and with return_residual the log-sum-exp, fp32 [B, T, N];
         of this device's rows, or whole arrays with `sharding`. First derivatives in reverse mode;
         saved for them are query, key, value, out and the log-sum-exp, of this device alone
-        ("all_to_all": the exchanged ones as well), by the names jax_fa3.RESIDUAL_NAMES.
+        ("all_to_all": the exchanged ones as well), by the names jax_fa3.RESIDUAL_NAMES and
+        checkpoint_name.
 
     Segment ids of all keys (4 bytes each) are gathered. In another order than `zigzag` says, runs of
     them are torn apart, which gives NaN; other arrays do not show their order. Results for parts of the keys are merged in fp32.

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from typing import Any, Unpack
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
 from .._arguments import Options
 from .._attention import dot_product_attention
-from .._checks import array, wrong
+from .._checks import array, window_size, wrong
 from ._mask_to_intervals import mask_to_intervals as to_intervals
-
-_DEFAULT_PRECISION = (None, "default", lax.Precision.DEFAULT)
 
 
 def make_attention_fn(
     *,
-    compute_dtype: DTypeLike | None = None,
     mask_to_intervals: bool = False,
     **options: Unpack[Options],
 ) -> Callable[..., Array]:
@@ -30,25 +29,26 @@ def make_attention_fn(
     see no key: they give 0, not the mean of all values.
 
     Args:
-        compute_dtype: what query, key and value are cast to, and the result back from. The kernels
-            take bfloat16 and float16 only, and layers with dtype=None pass on float32; without
-            compute_dtype nothing is ever cast down.
         mask_to_intervals: runs the layer's `mask` through `jax_fa3.flax.mask_to_intervals`, so that
             the kernels take it; a row of it that is not one interval of keys gives NaN. False
             passes it on as it is: implementation None then runs on XLA, and "fa3" refuses.
-        options: of `jax_fa3.dot_product_attention`, such as is_causal=True, instead of a mask. Arrays
+        options: of `jax_fa3.dot_product_attention`. compute_dtype=jnp.bfloat16 for layers with
+            dtype=None, which pass on float32: without it nothing is ever cast down, and the kernels
+            take 16 bits only. Masks, such as is_causal=True, instead of the layer's. Arrays
             (lengths, segment ids, key_begin and key_end) go to layers with one batch axis; a
             function made inside the model's __call__ may hold those of the step.
 
     Returns:
         `attention_fn(query, key, value, *, mask=None, ...)` with [..., T, N, H], [..., S, K, H],
         [..., S, K, V] -> [..., T, N, V]. It names every argument that either layer passes, for
-        linen drops those that it does not find in the signature.
+        linen drops those that it does not find in the signature. `precision` is that of the XLA
+        path's products of fp32, the higher of a pair; the kernels' products of 16-bit numbers are
+        exact in fp32, which meets every one.
 
     The function raises at trace time:
-        NotImplementedError: dropout_rate > 0 without deterministic; sow_weights; a precision or
-            einsum of the layer's own; "fa3" with float32 or with a mask that is not converted.
-        ValueError: is_causal or local_window_size with T != S and no query_offset: the function
+        NotImplementedError: dropout_rate > 0 without deterministic; sow_weights; an einsum of the
+            layer's own; "fa3" with float32 or with a mask that is not converted.
+        ValueError: a precision that JAX does not know; is_causal or local_window_size with T != S and no query_offset: the function
             cannot know where the rows stand among the keys.
     """
     unknown = options.keys() - Options.__annotations__.keys()
@@ -84,7 +84,6 @@ def make_attention_fn(
         _refuse(
             dropout_rate=0 if deterministic else dropout_rate,
             sow_weights=module,
-            precision=None if precision in _DEFAULT_PRECISION else precision,
             qk_attn_weights_einsum=qk_attn_weights_einsum,
             attn_weights_value_einsum=attn_weights_value_einsum,
             input_positions=input_positions,
@@ -99,15 +98,6 @@ def make_attention_fn(
         _check_alignment(arguments, query.shape[-3], key.shape[-3])
 
         dtype = dtype or jnp.result_type(query, key, value)  # as Flax promotes them
-        inner = compute_dtype or dtype
-        if options.get("implementation") == "fa3" and jnp.dtype(inner).itemsize > 2:
-            wanted = (
-                "bfloat16 or float16: give the layer dtype=jnp.bfloat16, or "
-                "make_attention_fn compute_dtype=jnp.bfloat16"
-            )
-            raise NotImplementedError(
-                f"implementation='fa3': got {jnp.dtype(inner)}, wanted {wanted}"
-            )
         batch = query.shape[:-3]
         if mask is not None:
             mask = _one_batch_axis(mask, batch)
@@ -124,10 +114,11 @@ def make_attention_fn(
             else:
                 mask = mask != 0
         query, key, value = (
-            x.astype(inner).reshape(math.prod(batch), *x.shape[-3:]) for x in (query, key, value)
+            x.astype(dtype).reshape(math.prod(batch), *x.shape[-3:]) for x in (query, key, value)
         )
-        out = dot_product_attention(query, key, value, mask=mask, **arguments)
-        return out.astype(dtype).reshape(*batch, *out.shape[1:])
+        with _matmul_precision(precision):
+            out = dot_product_attention(query, key, value, mask=mask, **arguments)
+        return out.reshape(*batch, *out.shape[1:])
 
     return attention_fn
 
@@ -135,11 +126,23 @@ def make_attention_fn(
 _REASONS = {
     "dropout_rate": "0, or deterministic=True: the kernels have no dropout on the probabilities",
     "sow_weights": "False: the probabilities are never stored",
-    "precision": "None: wrap the call in jax.default_matmul_precision, which the XLA path heeds",
     "qk_attn_weights_einsum": "None: the products are the kernel's own",
     "attn_weights_value_einsum": "None: the products are the kernel's own",
     "input_positions": "None: jax_fa3.flax.nnx.MultiHeadAttention has rotary embeddings",
 }
+
+
+def _matmul_precision(precision: Any) -> contextlib.AbstractContextManager[None]:
+    """A context of a jax.lax.Precision, of one by its name, or of a pair of them."""
+    pair = precision if isinstance(precision, (tuple, list)) else (precision,)
+    try:
+        given = [lax.Precision(x) for x in pair if x is not None]
+    except ValueError:
+        wanted = "None, a jax.lax.Precision or the name of one, or a pair of them"
+        raise wrong("precision", repr(precision), wanted) from None
+    if not given:
+        return contextlib.nullcontext()
+    return jax.default_matmul_precision(max(given, key=lambda x: x.value).name.lower())
 
 
 def _refuse(**arguments: Any) -> None:
@@ -151,7 +154,7 @@ def _refuse(**arguments: Any) -> None:
 
 
 def _check_alignment(arguments: Any, query_length: int, key_length: int) -> None:
-    masked = arguments["is_causal"] or arguments.get("local_window_size") is not None
+    masked = arguments["is_causal"] or window_size(arguments.get("local_window_size")) is not None
     if masked and query_length != key_length and "query_offset" not in arguments:
         name = "is_causal" if arguments["is_causal"] else "local_window_size"
         wanted = (

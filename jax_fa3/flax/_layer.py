@@ -12,7 +12,7 @@ from jax.core import Tracer
 
 from .._arguments import MaskArrays
 from .._checks import Integers, array, static_float, wrong
-from .._problem import Implementation
+from .._problem import Implementations, Window
 
 # What the projections leave for the attention's backward. jax.checkpoint with the policy
 # save_only_these_names(*PROJECTION_NAMES, *jax_fa3.RESIDUAL_NAMES) computes neither again.
@@ -26,13 +26,13 @@ class Layer(Protocol):
     """Attributes that both layers have."""
 
     is_causal: bool
-    local_window_size: int | tuple[int, int] | None
+    local_window_size: int | Window | None
     logits_soft_cap: float | None
     scale: float | None
     padding_segment_id: int | None
     rotary_base: float | None
     deterministic_backward: bool
-    implementation: Implementation | None
+    implementation: Implementations | None
     attention_fn: Callable[..., Any]
 
 

@@ -14,7 +14,7 @@ from jax import Array
 
 from .._attention import dot_product_attention
 from .._checks import Integers, wrong
-from .._problem import Implementation
+from .._problem import Implementations, Window
 from . import _layer
 from ._layer import Cache, KernelAxes, MaskArrays
 
@@ -63,14 +63,14 @@ class MultiHeadAttention(nn.Module):
     out_bias_init: Initializer | None = None
     normalize_qk: bool = False
     is_causal: bool = False
-    local_window_size: int | tuple[int, int] | None = None
+    local_window_size: int | Window | None = None
     logits_soft_cap: float | None = None
     scale: float | None = None
     rotary_base: float | None = None
     kernel_axes: KernelAxes = None
     decode: bool = False
     deterministic_backward: bool = False
-    implementation: Implementation | None = None
+    implementation: Implementations | None = None
     attention_fn: Callable[..., Any] = dot_product_attention
     padding_segment_id: int | None = None
 

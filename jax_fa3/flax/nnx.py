@@ -14,7 +14,7 @@ from jax import Array
 
 from .._attention import dot_product_attention
 from .._checks import Integers, wrong
-from .._problem import Implementation
+from .._problem import Implementations, Window
 from . import _layer
 from ._layer import Cache, KernelAxes, MaskArrays
 
@@ -70,7 +70,7 @@ class MultiHeadAttention(nnx.Module):
         out_bias_init: Initializer | None = None,
         normalize_qk: bool = False,
         is_causal: bool = False,
-        local_window_size: int | tuple[int, int] | None = None,
+        local_window_size: int | Window | None = None,
         logits_soft_cap: float | None = None,
         scale: float | None = None,
         padding_segment_id: int | None = None,
@@ -78,7 +78,7 @@ class MultiHeadAttention(nnx.Module):
         kernel_axes: KernelAxes = None,
         decode: bool = False,
         deterministic_backward: bool = False,
-        implementation: Implementation | None = None,
+        implementation: Implementations | None = None,
         attention_fn: Callable[..., Any] = dot_product_attention,
         rngs: nnx.Rngs,
     ):
@@ -93,7 +93,7 @@ class MultiHeadAttention(nnx.Module):
         self.logits_soft_cap, self.decode = logits_soft_cap, decode
         self.padding_segment_id = padding_segment_id
         self.deterministic_backward = deterministic_backward
-        self.implementation: Implementation | None = implementation
+        self.implementation: Implementations | None = implementation
         self.attention_fn, self.cache_dtype = attention_fn, dtype or param_dtype
 
         dtypes = {"dtype": dtype, "param_dtype": param_dtype}

@@ -59,9 +59,9 @@ def dot_product_attention(
 
     Gradients are those of 16-bit attention, as if nothing had been quantized, computed from query, key
     and value as they are with the forward's out and log-sum-exp: in reverse mode, of first order. Out
-    and log-sum-exp have the names jax_fa3.RESIDUAL_NAMES for jax.checkpoint. A NaN or infinity reaches
-    the whole block of 128 rows that has it, and every row that sees a key of that block; padding past
-    the lengths may hold anything, and does not count in a scale.
+    and log-sum-exp have the names jax_fa3.RESIDUAL_NAMES, and checkpoint_name, for jax.checkpoint. A
+    NaN or infinity reaches the whole block of 128 rows that has it, and every row that sees a key of
+    that block; padding past the lengths may hold anything, and does not count in a scale.
 
     Raises:
         ValueError: as jax_fa3.dot_product_attention; head dims that the transform does not take.

@@ -26,10 +26,11 @@ def refusal(call: Call) -> str | None:
 
 
 def refusal_of_head_dim(name: str, head_dim: int) -> str | None:
-    if head_dim % 16 or not 64 <= head_dim <= 256:
+    reason = _dispatch.refusal_of_build(name, E4M3, head_dim, head_dim)
+    if reason is None and (head_dim % 16 or head_dim < 64):
         wanted = "wanted a multiple of 16 from 64 to 256 in FP8: pad it with zeros"
-        return f"{name}: got head dim {head_dim}, {wanted}, or {_dispatch.ELSEWHERE}"
-    return _dispatch.refusal_of_build(name, E4M3, head_dim, head_dim)
+        reason = f"{name}: got head dim {head_dim}, {wanted}, or {_dispatch.ELSEWHERE}"
+    return reason
 
 
 def check_not_quantized(name: str, x: Array) -> None:

@@ -10,11 +10,10 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from .. import _dispatch, _guards
-from .._arguments import check_implementation
 from .._checks import Integers, array, integers, wrong
 from .._integers import clamped
 from .._jitted import jitted
-from .._problem import Implementation
+from .._problem import Implementation, Implementations
 from . import _ffi
 from ._checks import check_not_quantized, refusal_of_head_dim
 from ._ffi import BLOCK, blocks
@@ -41,7 +40,7 @@ def quantize(
     lengths: Integers | None = None,
     quantization: Quantization = "block",
     signs: ArrayLike | None = None,
-    implementation: Implementation | None = None,
+    implementation: Implementations | None = None,
 ) -> tuple[Array, Array]:
     """x as e4m3 numbers times fp32 scales: scale * quantized is x, rounded.
 
@@ -57,7 +56,8 @@ def quantize(
         signs: [H] of +1 and -1: x is transformed first, as by `hadamard_transform` but without
             rounding in between; None for no transform.
         implementation: "fa3", the kernel, "xla", plain JAX, or whichever
-            `jax_fa3.dot_product_attention` would choose (None; plain JAX for "head" and "tensor").
+            `jax_fa3.dot_product_attention` would choose (None, or a sequence; plain JAX for "head"
+            and "tensor").
 
     Returns:
         quantized: float8_e4m3fn, x's shape, computed in fp32 and rounded to nearest even.
@@ -76,7 +76,7 @@ def quantize(
         raise wrong("x", f"shape {whole.shape}", "(B, T, N, H), or (T, N, H)")
     check_not_quantized("x", whole)
     check_quantization(quantization)
-    check_implementation(implementation)
+    asked = _dispatch.checked_implementation(implementation)
     flips = checked_signs(signs, whole.shape[-1])
     if flips is not None:
         check_head_dim("x", whole.shape[-1], ", or signs=None")
@@ -85,8 +85,8 @@ def quantize(
     if lengths is not None:
         counts = clamped(integers("lengths", lengths, whole.shape[:1], batched))
     if quantization == "block":
-        chosen = _dispatch.choose(implementation, _refusal(whole), stacklevel=2)
-    elif implementation == "fa3":
+        chosen = _dispatch.choose(asked, _refusal(whole), stacklevel=2)
+    elif asked == "fa3":
         wanted = f"wanted 'block', or {_dispatch.ELSEWHERE}"
         raise NotImplementedError(f"quantization: got {quantization!r}, {wanted}")
     else:

@@ -66,8 +66,8 @@ def quantized_dot_product_attention(
             scale is not, gives NaN. Its log-sum-exp is NaN if the scale is query's or key's, and
             means nothing if it is value's. Those of value may differ by a factor of 1e30.
         dtype: of the result; bfloat16, float16 or float32.
-        options: those of jax_fa3.dot_product_attention except bias, mask and deterministic_backward;
-            scale is static.
+        options: those of jax_fa3.dot_product_attention except bias, mask,
+            deterministic_backward, checkpoint_name and compute_dtype; scale is static.
 
     Returns:
         [B, T, N, V] in dtype. With return_residual a tuple of it and the log-sum-exp, fp32 [B, T, N].
@@ -91,6 +91,11 @@ def quantized_dot_product_attention(
     )
     if call.config.deterministic_backward:
         raise wrong("deterministic_backward", True, "False, for there are no gradients")
+    if call.result_dtype is not None:
+        raise wrong("compute_dtype", options["compute_dtype"], "None: dtype is the result's")
+    if call.config.checkpoint_names is not None:
+        names = call.config.checkpoint_names
+        raise wrong("checkpoint_name", names, "None, for there are no gradients")
     q, k, v = call.operands.split()
     scales = (
         checked_scale("query_scale", query_scale, q.shape, call.batched),

@@ -7,7 +7,7 @@ from typing import Any, Unpack
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import ArrayLike
 
 from .._arguments import Options
 from .._attention import dot_product_attention
@@ -24,7 +24,6 @@ def multihead_attention(
     key: Any = None,
     inference: bool | None = None,
     process_heads: Any = None,
-    compute_dtype: DTypeLike | None = None,
     **options: Unpack[Options],
 ) -> Array:
     """What `layer(query, key_, value, mask)` of an equinox.nn.MultiheadAttention gives.
@@ -37,10 +36,9 @@ def multihead_attention(
             array, which only this library's XLA path takes: leave it out, and pass is_causal=True and
             the like. Under jax.vmap over the batch all entries are one call of the kernels.
         key: unused, for dropout is refused.
-        compute_dtype: what query, key and value heads are cast to for the attention, and its result
-            back from: the kernels take bfloat16 and float16, and the layer is float32 by default.
         options: of `jax_fa3.dot_product_attention`, for one sequence: lengths are scalars, segment
-            ids, key_begin and key_end [T] or [S].
+            ids, key_begin and key_end [T] or [S]. compute_dtype=jnp.bfloat16 for the kernels: they
+            take 16 bits, and the layer is float32 by default.
 
     Raises NotImplementedError for dropout on the weights.
     """
@@ -59,7 +57,5 @@ def multihead_attention(
         if [x.shape for x in heads] != shapes:
             raise ValueError("process_heads: got other shapes than it was given, wanted the same")
     dtype = jnp.result_type(*heads)
-    out = dot_product_attention(
-        *(x.astype(compute_dtype or dtype) for x in heads), mask=mask, **options
-    )
-    return jax.vmap(layer.output_proj)(out.astype(dtype).reshape(query.shape[0], -1))
+    out = dot_product_attention(*(x.astype(dtype) for x in heads), mask=mask, **options)
+    return jax.vmap(layer.output_proj)(out.reshape(query.shape[0], -1))

@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 from .. import _sharding as _devices
 from .._checks import Integers, array, check_floating, static_bool, wrong
 from .._jitted import jitted
-from .._problem import Implementation
+from .._problem import Implementations
 from . import _write
 from ._arguments import (
     Call,
@@ -51,7 +51,7 @@ def append(
     key_scale: ArrayLike | None = None,
     value_scale: ArrayLike | None = None,
     kv_layout: KvLayout | Layout = "NHD",
-    implementation: Implementation | None = None,
+    implementation: Implementations | None = None,
     sharding: NamedSharding | PartitionSpec | None = None,
 ) -> tuple[Any, ...]:
     """The caches with the rows of key and value as the last ones of their sequences.
@@ -155,7 +155,7 @@ def append_and_attend(
     key_scale: ArrayLike | None = None,
     value_scale: ArrayLike | None = None,
     kv_layout: KvLayout | Layout = "NHD",
-    implementation: Implementation | None = None,
+    implementation: Implementations | None = None,
     sharding: NamedSharding | PartitionSpec | None = None,
     return_residual: bool = False,
     **attention: Any,

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from .. import _dispatch
 from .._checks import Integers, array, check_floating, integers, static_float, wrong
 from .._integers import saturating_add
 from ._layout import LAYOUTS, Caches, KvLayout, Layout
@@ -39,9 +40,7 @@ class Call(NamedTuple):
 
 
 def checked_implementation(implementation: Any) -> None:
-    if implementation not in (None, "fa3", "xla"):
-        raise wrong("implementation", repr(implementation), "None, 'fa3' or 'xla'")
-    if implementation == "fa3":
+    if _dispatch.checked_implementation(implementation) == "fa3":
         raise NotImplementedError(NO_KERNEL)
 
 

@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 from .. import _sharding as _devices
 from .._checks import Integers, natural, soft_cap, static_bool, window_size, wrong
 from .._jitted import jitted
-from .._problem import Implementation, fold_window
+from .._problem import Implementations, Window, fold_window
 from . import _xla
 from ._arguments import (
     checked_call,
@@ -46,12 +46,12 @@ def dot_product_attention(
     key_scale: ArrayLike | None = None,
     value_scale: ArrayLike | None = None,
     is_causal: bool = True,
-    local_window_size: int | tuple[int, int] | None = None,
+    local_window_size: int | Window | None = None,
     logits_soft_cap: float | None = None,
     scale: float | None = None,
     kv_layout: KvLayout | Layout = "NHD",
     split_size: int | None = None,
-    implementation: Implementation | None = None,
+    implementation: Implementations | None = None,
     sharding: NamedSharding | PartitionSpec | None = None,
     return_residual: bool = False,
 ) -> Any:
@@ -96,7 +96,8 @@ def dot_product_attention(
             [P, page, K, H + V]. In the last two the heads may be two axes, the slower in front.
         split_size: static: keys are summed in blocks of so many positions, and a sequence's results
             are the same bit by bit whatever else is in the batch. None: only from run to run.
-        implementation: None or "xla"; "fa3" is refused until there is a decoding kernel.
+        implementation: None, "xla", or a sequence; "fa3" alone is refused until there is a decoding
+            kernel.
         sharding: static, of query: over batch and heads, where mesh axes are automatic. Each device
             then reads its own part of the cache: rows or pages are split as the batch, so that page
             ids and cache_rows count from its own first one. With ragged queries over heads only.

@@ -19,9 +19,9 @@ from jax import Array, lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from .. import context_parallel
-from .._problem import Implementation
 from .._attention import dot_product_attention
 from .._mask import key_intervals
+from .._problem import Implementation
 from ._project import check_version, refuse, refuse_given
 
 KERNEL = "jax_fa3"  # of MaxText's key `attention`

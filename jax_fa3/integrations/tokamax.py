@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from .._problem import Implementation
 from .._attention import dot_product_attention
+from .._problem import Implementation
 from ._project import check_version, refuse, refuse_given
 
 

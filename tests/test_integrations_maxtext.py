@@ -133,7 +133,11 @@ def test_bf16(name):
 
 @pytest.mark.parametrize("name", CASES)
 def test_reaches_the_kernels(name):
-    assert_runs_kernels(attention("jax_fa3", **CASES[name]), inputs(SHAPES, jnp.bfloat16))
+    """And no kernel runs twice under MaxText's remat policies that save "context"."""
+    function, arrays = attention("jax_fa3", **CASES[name]), inputs(SHAPES, jnp.bfloat16)
+    assert_runs_kernels(function, arrays)
+    policy = jax.checkpoint_policies.save_only_these_names("context")
+    assert_runs_kernels(jax.checkpoint(function, policy=policy), arrays)
 
 
 @pytest.mark.parametrize("balanced", [False, True])

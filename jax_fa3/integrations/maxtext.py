@@ -126,7 +126,8 @@ def _attend(
         key_ids = decoder_segment_ids if decoder_segment_ids_kv is None else decoder_segment_ids_kv
         masks |= {"query_segment_ids": ids, "key_value_segment_ids": key_ids}
         masks["padding_segment_id"] = _PADDING
-    options = options | {"scale": 1.0, "logits_soft_cap": self.attn_logits_soft_cap or None}
+    options = options | {"scale": 1.0, "logits_soft_cap": self.attn_logits_soft_cap}
+    options["checkpoint_name"] = "context"  # by which MaxText's remat policies save attention
     if parts > 1:
         _check_context_parallel(self, zigzag, previous_chunk, bidirectional_mask)
         return context_parallel.dot_product_attention(

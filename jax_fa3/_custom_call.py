@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -39,8 +40,10 @@ def custom_call(
     def dtype(row: Row) -> np.dtype:
         return usual if usual.name in row.dtypes else jnp.dtype(row.dtypes[0])
 
+    nothing = functools.cache(lambda dtype: jnp.zeros(0, dtype))  # one for all that are absent
+
     def no_elements(row: Row) -> Array:
-        return jnp.zeros(0, dtype(row))
+        return nothing(dtype(row))
 
     def no_result(row: Row) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((0,), dtype(row))

@@ -21,7 +21,10 @@ def jitted(static: int) -> Callable[[Callable[..., _Result]], Callable[..., _Res
     def decorate(function: Callable[..., _Result]) -> Callable[..., _Result]:
         # debug_infs is part of the key, for finite_in_debug_mode depends on it.
         def keyed(debug_infs: bool, *arguments: Any) -> _Result:
-            return function(*arguments)
+            # Where jax_debug_nans has found one, JAX calls this again, op by op, with what the caller
+            # gave: a Python float is none of the arrays that are meant.
+            arrays = jax.tree.map(_as_array, arguments[static:])
+            return function(*arguments[:static], *arrays)
 
         compiled = jax.jit(
             functools.wraps(function)(keyed), static_argnums=range(static + 1), inline=True
@@ -37,6 +40,10 @@ def jitted(static: int) -> Callable[[Callable[..., _Result]], Callable[..., _Res
         return call
 
     return decorate
+
+
+def _as_array(x: Any) -> jax.Array:
+    return x if isinstance(x, jax.Array) else jax.numpy.asarray(x)
 
 
 def finite_in_debug_mode(lse: jax.Array) -> jax.Array:

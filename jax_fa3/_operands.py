@@ -58,7 +58,7 @@ class Operands:
         """Of each array's dimensions, as `_sharding` has them."""
 
         def dense(x: Array | None) -> str | None:
-            if x is None or not jnp.ndim(x):  # a float where jax_debug_nans runs a call op by op
+            if x is None or not x.ndim:
                 return None if x is None else ""
             heads = self.result_letters[1][1] if x.shape[1] > 1 else "."
             return ("b" if x.shape[0] == self.query.shape[0] else ".") + heads + ".."

@@ -24,6 +24,10 @@ _QUANTIZED = (
     "jax_fa3.fp8: what is quantized has no derivative: differentiate "
     "jax_fa3.fp8.dot_product_attention, which takes 16-bit arrays, or use jax.lax.stop_gradient"
 )
+_CACHE = (
+    "jax_fa3.kv_cache has no derivatives: differentiate jax_fa3.dot_product_attention, which takes the "
+    "same masks, or use jax.lax.stop_gradient"
+)
 _NO_EXPORT = (
     "jax_fa3: a program over several devices with automatic mesh axes cannot be exported, for how it "
     "is split is decided only when it is compiled: pass sharding=NamedSharding(mesh, spec of query), "
@@ -50,6 +54,10 @@ def _refuse_derivative(*_: Any, **__: Any) -> NoReturn:
 
 def _refuse_derivative_of_quantized(*_: Any, **__: Any) -> NoReturn:
     raise NotImplementedError(_QUANTIZED)
+
+
+def _refuse_derivative_of_cache(*_: Any, **__: Any) -> NoReturn:
+    raise NotImplementedError(_CACHE)
 
 
 def _refuse_lowering(ctx: mlir.LoweringRuleContext, *_: Any) -> NoReturn:
@@ -92,6 +100,11 @@ not_differentiable = _constant.bind
 _quantized = _identity("quantized")
 ad.primitive_jvps[_quantized] = _refuse_derivative_of_quantized
 quantized = _quantized.bind
+
+# Nor can what is computed from a KV cache.
+_cached = _identity("cached")
+ad.primitive_jvps[_cached] = _refuse_derivative_of_cache
+cached = _cached.bind
 
 # Can be differentiated in reverse mode only: its tangent can be transposed but not evaluated.
 _primal, _tangent = _identity("reverse_mode_only"), _identity("reverse_mode_only_tangent")

@@ -15,6 +15,9 @@ Implementation = Literal["fa3", "xla"]
 Implementations = Implementation | Sequence[Implementation | None]  # as users say it, or None
 Window = tuple[int | None, int | None]
 
+E4M3 = jnp.dtype(jnp.float8_e4m3fn)
+E4M3_MAX = 448.0  # its greatest number; it has no infinity
+
 
 class Masks(NamedTuple):
     """The run-time arrays that say which keys a row sees, each int32 or None. A pytree."""

@@ -11,9 +11,8 @@ from jax import Array
 from .. import _dispatch
 from .._checks import array, wrong
 from .._operands import Call
+from .._problem import E4M3
 from ._ffi import blocks
-
-E4M3 = np.dtype(jnp.float8_e4m3fn)
 
 
 def refusal(call: Call) -> str | None:

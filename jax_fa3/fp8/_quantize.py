@@ -13,7 +13,7 @@ from .. import _dispatch, _guards
 from .._checks import Integers, array, integers, wrong
 from .._integers import clamped
 from .._jitted import jitted
-from .._problem import Implementation, Implementations
+from .._problem import E4M3_MAX, Implementation, Implementations
 from . import _ffi
 from ._checks import check_not_quantized, refusal_of_head_dim
 from ._ffi import BLOCK, blocks
@@ -29,9 +29,6 @@ class Unquantized(NamedTuple):
     signs: Array | None  # fp32 [1 or B, H], for a Hadamard transform before
     lengths: Array | None  # int32 [B]
     top: Array | None = None  # for "tensor" alone: the greatest magnitude of all, [1 or B, 1, 1]
-
-
-E4M3_MAX = 448.0
 
 
 def quantize(

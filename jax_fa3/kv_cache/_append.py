@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
+from .. import _guards
 from .. import _sharding as _devices
 from .._checks import Integers, array, check_floating, static_bool, wrong
 from .._jitted import jitted
-from .._problem import Implementations
+from .._problem import E4M3, Implementations
 from . import _write
 from ._arguments import (
     Call,
@@ -24,12 +26,15 @@ from ._arguments import (
     per_row,
 )
 from ._attention import dot_product_attention
-from ._guard import not_differentiable
 from ._layout import KvLayout, Layout
 from ._rotary import Tables
-from ._scales import E4M3
 from ._sharding import Letters, checked_sharding
 from ._write import Config, Operands
+
+# Of the keyword arguments of append: those of its own, and those that dot_product_attention has too.
+_ROTARY = {"positions", "rotary_cos", "rotary_sin", "rotary_interleaved"}
+_SHARED = {"page_table", "cache_rows", "query_starts", "num_sequences", "key_scale", "value_scale"}
+_SHARED |= {"kv_layout", "implementation", "sharding"}
 
 
 def append(
@@ -144,25 +149,13 @@ def append_and_attend(
     value_cache: ArrayLike | None,
     key_value_seq_lengths: Integers,
     *,
-    positions: Integers | None = None,
-    rotary_cos: ArrayLike | None = None,
-    rotary_sin: ArrayLike | None = None,
-    rotary_interleaved: bool = False,
-    page_table: Integers | None = None,
-    cache_rows: Integers | None = None,
-    query_starts: Integers | None = None,
-    num_sequences: Integers | None = None,
-    key_scale: ArrayLike | None = None,
-    value_scale: ArrayLike | None = None,
-    kv_layout: KvLayout | Layout = "NHD",
-    implementation: Implementations | None = None,
-    sharding: NamedSharding | PartitionSpec | None = None,
     return_residual: bool = False,
-    **attention: Any,
+    **options: Any,
 ) -> tuple[Any, ...]:
     """`append`, and `dot_product_attention` of the caches that it returns.
 
-    Args: theirs; `attention` are the others of `dot_product_attention`. sharding is query's.
+    Args: theirs; options are the keyword arguments of either, but `query` of `append`. What both have
+        is for both, and sharding is query's.
 
     Returns:
         out, key_cache, value_cache (None where one buffer holds both), and with return_residual the
@@ -171,29 +164,15 @@ def append_and_attend(
 
     Raises as `dot_product_attention`; TypeError for arguments that neither has.
     """
-    shared: dict[str, Any] = {
-        "page_table": page_table,
-        "cache_rows": cache_rows,
-        "query_starts": query_starts,
-        "num_sequences": num_sequences,
-        "key_scale": key_scale,
-        "value_scale": value_scale,
-        "kv_layout": kv_layout,
-        "implementation": implementation,
-        "sharding": sharding,
-    }
-    rotary: dict[str, Any] = {
-        "positions": positions,
-        "rotary_cos": rotary_cos,
-        "rotary_sin": rotary_sin,
-        "rotary_interleaved": rotary_interleaved,
-    }
-    turned = {} if rotary_cos is None and rotary_sin is None else {"query": query}
+    rotary = {name: options.pop(name) for name in _ROTARY & options.keys()}
+    shared = {name: options[name] for name in _SHARED & options.keys()}
+    tables = rotary.get("rotary_cos"), rotary.get("rotary_sin")
+    turned = {} if all(x is None for x in tables) else {"query": query}
     new, lengths = (key_cache, value_cache, key, value), key_value_seq_lengths
     key_cache, value_cache, *rotated = append(*new, lengths, **turned, **rotary, **shared)
     operands = rotated[0] if rotated else query, key_cache, value_cache, lengths
     with_lse = static_bool("return_residual", return_residual)
-    found = dot_product_attention(*operands, **attention, **shared, return_residual=with_lse)
+    found = dot_product_attention(*operands, **options, return_residual=with_lse)
     out, *lse = found if with_lse else (found,)
     return out, key_cache, value_cache, *lse
 
@@ -224,7 +203,7 @@ def _as_two(call: Call, found: tuple[Array, ...]) -> tuple[Any, ...]:
 def _append(
     config: Config, letters: Any, sharding: Any, key: Array, operands: Operands
 ) -> tuple[Array, ...]:
-    key, operands = not_differentiable((key, operands))
+    key, operands = jax.tree.map(_guards.cached, (key, operands))
 
     def local(key: Array, operands: Operands) -> tuple[Array, ...]:
         own = config.layout.with_heads(key.shape[-2])

@@ -15,8 +15,8 @@ from jax import Array
 from .. import _dispatch
 from .._checks import Integers, array, check_floating, integers, static_float, wrong
 from .._integers import saturating_add
+from .._problem import E4M3
 from ._layout import LAYOUTS, Caches, KvLayout, Layout
-from ._scales import E4M3
 from ._sequences import Where
 
 NO_KERNEL = (

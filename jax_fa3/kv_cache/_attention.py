@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
+from .. import _guards
 from .. import _sharding as _devices
 from .._checks import Integers, natural, soft_cap, static_bool, window_size, wrong
 from .._jitted import jitted
@@ -24,7 +26,6 @@ from ._arguments import (
     checked_sinks,
     per_row,
 )
-from ._guard import not_differentiable
 from ._layout import KvLayout, Layout
 from ._sharding import Letters, checked_sharding
 from ._xla import Config, Operands
@@ -169,7 +170,7 @@ def dot_product_attention(
 def _attend(
     config: Config, letters: Any, sharding: Any, query: Array, operands: Operands
 ) -> tuple[Array, ...]:
-    query, operands = not_differentiable((query, operands))
+    query, operands = jax.tree.map(_guards.cached, (query, operands))
     group = query.shape[-2] // max(config.layout.num_kv_heads, 1)
 
     def local(query: Array, operands: Operands) -> tuple[Array, ...]:

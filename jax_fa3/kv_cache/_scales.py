@@ -11,10 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from .._problem import E4M3, E4M3_MAX
 from ._layout import Layout
-
-E4M3 = jnp.dtype(jnp.float8_e4m3fn)
-E4M3_MAX = 448.0
 
 
 def scale_of(

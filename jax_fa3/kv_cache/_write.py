@@ -11,11 +11,11 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-from .._problem import wide
+from .._problem import E4M3, wide
 from .._varying import vary_together
 from ._layout import KEY, VALUE, Caches, Layout
 from ._rotary import Tables, rotate
-from ._scales import E4M3, quantized, scale_of
+from ._scales import quantized, scale_of
 from ._sequences import Where, address, lacks_pages, rows_of, sequences
 
 

@@ -1,5 +1,6 @@
 """jax_fa3.kv_cache.dot_product_attention against the oracle, over every kind of cache and call."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -56,6 +57,13 @@ QUANTIZED = [
 def test_table(case: Case):
     """In fp32; with strict promotion; NaN wherever nobody may look."""
     inputs = Inputs(case, jnp.float32)
+    assert_right(inputs, run(inputs.arguments()))
+
+
+@pytest.mark.parametrize("values", [(1, 0.3), (0, 1e-3), (0, 30), (0, 100), (-2, 0.1)])
+@pytest.mark.parametrize("case", [c for c in TABLE if c.name in ("sinks, ragged", "HND, V 24")], ids=str)  # fmt: skip
+def test_values_that_are_no_unit_normals(case: Case, values: tuple[float, float]):
+    inputs = Inputs(dataclasses.replace(case, values=values), jnp.float32)
     assert_right(inputs, run(inputs.arguments()))
 
 

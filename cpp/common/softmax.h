@@ -74,13 +74,11 @@ struct Softmax {
   static constexpr float out_scale =
       1.f;  // O is to be multiplied by it at the end (FP8: V's scale)
 
-  // Takes the scores of one more block into the running maximum.
-  template <class Scores>
+  // Takes the scores of one more block into the running maximum. kThreeAtOnce: by an instruction
+  // for three numbers, which pays where there are three warpgroups.
+  template <bool kThreeAtOnce = false, class Scores>
   CUTLASS_DEVICE void update_max(Scores const& scores) {
-    CUTLASS_PRAGMA_UNROLL
-    for (int i = 0; i < size(scores); ++i) {
-      row_max[fragment_row(i)] = fmaxf(row_max[fragment_row(i)], scores(i));
-    }
+    raise_max<kThreeAtOnce>(scores);
     CUTLASS_PRAGMA_UNROLL
     for (int row = 0; row < kRowsPerThread; ++row) {
       float const previous = offset[row];
@@ -136,6 +134,49 @@ struct Softmax {
   }
 
  private:
+  // row_max of this thread's columns.
+  template <bool kThreeAtOnce, class Scores>
+  CUTLASS_DEVICE void raise_max(Scores const& scores) {
+    if constexpr (kThreeAtOnce) {
+      // Of fp32 numbers read as integers the greatest is the right one if any is 0 or more: just
+      // two negative ones are in the wrong order. In the rare other case it is taken again.
+      float largest[kRowsPerThread];
+      max_of_rows(scores, largest, [](float a, float b, float c) {
+        int const bits = __vimax3_s32(__float_as_int(a), __float_as_int(b), __float_as_int(c));
+        return __int_as_float(bits);
+      });
+      if (__any_sync(~0u, fminf(largest[0], largest[1]) < 0.f)) {
+        max_of_rows(scores, largest,
+                    [](float a, float b, float c) { return fmaxf(fmaxf(a, b), c); });
+      }
+      CUTLASS_PRAGMA_UNROLL
+      for (int row = 0; row < kRowsPerThread; ++row)
+        row_max[row] = fmaxf(row_max[row], largest[row]);
+    } else {
+      CUTLASS_PRAGMA_UNROLL
+      for (int i = 0; i < size(scores); ++i) {
+        row_max[fragment_row(i)] = fmaxf(row_max[fragment_row(i)], scores(i));
+      }
+    }
+  }
+
+  template <class Scores, class MaxOfThree>
+  CUTLASS_DEVICE static void max_of_rows(Scores const& scores, float (&largest)[kRowsPerThread],
+                                         MaxOfThree max_of_three) {
+    constexpr int kSize = decltype(size(scores))::value / kRowsPerThread;
+    CUTLASS_PRAGMA_UNROLL
+    for (int row = 0; row < kRowsPerThread; ++row) {
+      // Two chains, so that one instruction need not wait for the one before it.
+      auto const score = [&](int i) { return scores(i / 2 * 4 + i % 2 + 2 * row); };
+      float chains[2] = {score(0), score(1)};
+      CUTLASS_PRAGMA_UNROLL
+      for (int i = 2; i < kSize; i += 2) {
+        chains[i / 2 % 2] = max_of_three(chains[i / 2 % 2], score(i), score(i + 1));
+      }
+      largest[row] = fmaxf(chains[0], chains[1]);
+    }
+  }
+
   // So small an offset is so little rounded that the largest weight is 1 in 16 bits.
   static constexpr float kExactBelow = 2048.f;
 

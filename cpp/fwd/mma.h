@@ -92,7 +92,7 @@ CUTLASS_DEVICE void mma(Params const& params, typename Traits::SharedStorage& st
   warpgroup_fence_operand(tSrS);
   release(keys, state.key);
   if (n_block < blocks.full_begin || n_block >= blocks.full_end) mask_block(n_block);
-  softmax.update_max(tSrS);
+  softmax.template update_max<Traits::kMaxOfThree>(tSrS);
   release_query(n_block);
   softmax.template exponentiate<0, 1>(tSrS);
   convert();
@@ -111,10 +111,9 @@ CUTLASS_DEVICE void mma(Params const& params, typename Traits::SharedStorage& st
     warpgroup_fence_operand(tSrS);
     release(keys, state.key);
     if constexpr (decltype(masked)::value) mask_block(n_block);
-    softmax.update_max(tSrS);
-    // P V was issued right behind S and is done soon after. Waiting for it amid the exponentials
-    // frees V early and lets the rescaling of O fill the latency of the second half. (The release
-    // of Q keeps ptxas from moving the wait further up.)
+    softmax.template update_max<Traits::kMaxOfThree>(tSrS);
+    // P V was issued right behind S and is done soon after. ptxas waits for it before most of the
+    // exponentials, in whose latency O is then rescaled; pinned further back it is slower.
     softmax.template exponentiate<0, 2>(tSrS);
     release_query(n_block);
     warpgroup_wait<0>();

@@ -44,6 +44,8 @@ struct Traits {
   // One producer warpgroup (a warp loads, a warp schedules), then the consumers, 64 rows each.
   static constexpr int kConsumerWarpgroups = kBlockM / 64;
   static constexpr bool kPingPong = true;
+  // Faster where three warpgroups share the SM; with two it is the same, or spills.
+  static constexpr bool kMaxOfThree = kConsumerWarpgroups == 3;
   static constexpr bool kBlocksByWarpgroup = false;  // each visits all blocks of the tile
   static constexpr int kConsumerThreads = kConsumerWarpgroups * 128;
   static constexpr int kThreads = 128 + kConsumerThreads;

@@ -95,14 +95,18 @@ def _lengths() -> list[Case]:
     for tile in (64, 80, 96, 112, 128, 176, 192):
         sizes += [(tile + 1, tile - 1), (tile, tile + 1), (2 * tile - 1, tile)]
     heads, dims = [(4, 2), (3, 3), (2, 1)], [64, 128, 96, 256, 192]
+    narrow = [(193, 111), (191, 113), (385, 225), (64, 336)]  # for the tile of head dim 80
     return [
         Case(f"{t}x{s}", t, s, *heads[i % 3], dims[i % 5], B=1, mask=_MASKS[i % 4])
         for i, (t, s) in enumerate(sizes)
+    ] + [
+        Case(f"{t}x{s}", t, s, *heads[i % 3], 80, B=1, mask=_MASKS[i % 4])
+        for i, (t, s) in enumerate(narrow)
     ]
 
 
 def _head_dims() -> list[Case]:
-    dims = [(h, h) for h in (8, 40, 64, 72, 96, 104, 128, 136, 160, 192, 200, 256)]
+    dims = [(h, h) for h in (8, 40, 64, 72, 80, 88, 96, 104, 128, 136, 160, 192, 200, 256)]
     dims += [(192, 128), (64, 128), (128, 64)]
     names = (f"head dims {h}, {v}" for h, v in dims)
     return [Case(next(names), 150, 190, 4, 2, *hv, mask=_MASKS[i % 3]) for i, hv in enumerate(dims)]
@@ -158,6 +162,7 @@ def _closed_forms() -> list[Case]:
     return [
         *(Case(name, mask=mask, H=128) for name, mask in masks.items()),
         Case("planted, full", B=3, H=96, mask=past, planted=True),
+        Case("planted, 80 columns", B=3, H=80, mask={**past, **CAUSAL}, planted=True),
         Case("planted, causal", B=3, H=96, mask={**past, **CAUSAL}, planted=True),
         Case("planted, window", B=3, H=64, mask={**past, **_MASKS[2]}, planted=True),
         Case("planted, all keys", H=256, mask=all_keys, planted=True),
@@ -228,7 +233,13 @@ def _long() -> list[Case]:
     return [
         Case(f"long, {name}", 2048, 2048, 8, 2, dims[i % 5], B=1, mask=mask)
         for i, (name, mask) in enumerate(masks.items())
-    ] + [Case("long, 192 and 128", 1500, 3000, 4, 4, 192, 128, mask=CAUSAL)]
+    ] + [
+        Case("long, 192 and 128", 1500, 3000, 4, 4, 192, 128, mask=CAUSAL),
+        Case("long, 80", 2048, 2048, 8, 2, 80, B=1),
+        Case("long, 80, documents", 2048, 2048, 8, 2, 80, B=1, mask=masks["documents"]),
+        Case("long, 72, window", 1500, 2048, 4, 4, 72, B=1, mask=masks["window"]),
+        Case("long, 96, causal", 2048, 2048, 8, 8, 96, B=1, mask=CAUSAL),
+    ]
 
 
 LONG = _long()

@@ -62,7 +62,14 @@ def test_check_grads(name: str):
 
 DETERMINISTIC = [
     *("long, causal", "long, documents", "long, full", "any intervals", "planted, causal"),
-    *("long, prefix-LM", "long, 192 and 128", "long, window", "head dims 40, 40", "K = 1"),
+    *(
+        "long, prefix-LM",
+        "long, 192 and 128",
+        "long, 80, documents",
+        "long, window",
+        "head dims 40, 40",
+        "K = 1",
+    ),
 ]
 
 
@@ -110,7 +117,7 @@ def test_dk_and_dv_are_always_bit_equal(head_dim: int):
     assert all(repeats)
 
 
-@pytest.mark.parametrize("head_dim", [64, 128, 192, 256])
+@pytest.mark.parametrize("head_dim", [64, 80, 128, 192, 256])
 @pytest.mark.parametrize("planted", [False, True])
 def test_what_nobody_sees_has_no_gradient(head_dim: int, planted: bool):
     """Exactly 0: padding, rows that see nothing, keys that nobody sees; NaN there changes nothing."""

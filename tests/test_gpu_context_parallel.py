@@ -30,6 +30,7 @@ CASES = [
     Case("documents", 2048, 2048, 8, 4, 64, B=1, mask={**TEXT, **CAUSAL}),
     Case("window", 1024, 2048, 4, 4, 128, B=2, mask={"local_window_size": (700, 30)}),
     Case("planted", 2048, 2048, 4, 4, 128, mask={**PAST, **CAUSAL}, planted=True),
+    Case("80 columns", 1024, 1024, 4, 2, 80, B=2, mask=CAUSAL),
     Case("full, soft cap", 1536, 1536, 8, 4, 192, 128, B=1, logits_soft_cap=5.0),
 ]
 oracles = jax.jit(both_oracles, static_argnums=(0, 1))

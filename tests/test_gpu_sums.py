@@ -23,7 +23,7 @@ attention = functools.partial(
 oracles = jax.jit(both_oracles, static_argnums=(0, 1))
 
 
-@pytest.mark.parametrize("head_dim", [64, 128, 192, 256])
+@pytest.mark.parametrize("head_dim", [64, 80, 128, 192, 256])
 def test_long_sums_of_out(head_dim: int):
     """1,048,576 equal keys: at most 0.3 % low."""
     keys = 2**20
@@ -44,7 +44,7 @@ def test_long_sums_of_out(head_dim: int):
     np.testing.assert_allclose(np.asarray(lse), np.asarray(wanted_lse), rtol=1e-5)
 
 
-@pytest.mark.parametrize("head_dim", [64, 128, 192, 256])
+@pytest.mark.parametrize("head_dim", [64, 80, 128, 192, 256])
 def test_long_sums_of_dk_and_dv(head_dim: int):
     """8 query heads of 1,048,576 rows each on one key/value head: 8,388,608 terms of one sign."""
     rows, keys = 2**20, 70
@@ -97,7 +97,9 @@ SPLITS = {
 }
 
 
-@pytest.mark.parametrize("head_dim", [(64, 64), (128, 128), (192, 128), (256, 256)], ids=str)
+@pytest.mark.parametrize(
+    "head_dim", [(64, 64), (80, 80), (128, 128), (192, 128), (256, 256)], ids=str
+)
 @pytest.mark.parametrize("name", SPLITS)
 @pytest.mark.parametrize("splits", [0, 1, 2, 3, 5, 12])
 def test_splits(splits: int, name: str, head_dim: tuple[int, int], monkeypatch: Any):

@@ -23,7 +23,7 @@ attention = functools.partial(
 )
 oracles = jax.jit(both_oracles, static_argnums=(0, 1))
 DTYPES = pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bf16", "fp16"])
-HEAD_DIMS = pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
+HEAD_DIMS = pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 192, 256])
 
 
 def outliers(x: Array) -> Array:

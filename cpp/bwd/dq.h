@@ -42,6 +42,7 @@ struct QueryTraits {
       GMMA::rs_op_selector<Element, Element, float, Shape<_64, Int<kHeadDim>, Int<kBlockN>>,
                            GMMA::Major::K, GMMA::Major::MN>(),
       TileM{}));
+  static constexpr int kSlabK = slab(kHeadDim);
   static constexpr int kSizeQ = kBlockM * kHeadDim;
   static constexpr int kSizeK = kBlockN * kHeadDim;  // of one stage
   static constexpr int kSizeV = kBlockN * kHeadDimV;

@@ -18,36 +18,38 @@ namespace jax_fa3::bwd {
 template <class Traits>
 cudaError_t make_params(BackwardProblem const& problem, Params* params) {
   Problem const& p = problem.forward;
-  auto const map = [&](CUtensorMap* map, Operand operand, bool of_keys, bool of_value, int box) {
+  constexpr int kSlabQ = slab(Traits::kHeadDim);
+  constexpr int kSlabV = slab(Traits::kHeadDimV);
+  auto const map = [&](CUtensorMap* map, Operand operand, bool of_keys, bool of_value, int slab,
+                       int box) {
     // Without rows nothing is read, but a descriptor must point somewhere.
     for (void* somewhere : {static_cast<void*>(problem.row_stats), problem.dkey.data}) {
       if (operand.data == nullptr) operand.data = somewhere;
     }
     return make_tensor_map(map, operand, of_value ? p.head_dim_v : p.head_dim,
                            of_keys ? p.seqlen_k : p.seqlen_q,
-                           of_keys ? p.num_heads_k : p.num_heads_q, p.batch,
-                           slab(of_value ? Traits::kHeadDimV : Traits::kHeadDim), box);
+                           of_keys ? p.num_heads_k : p.num_heads_q, p.batch, slab, box);
   };
   constexpr int kBlockM = Traits::kBlockM;
   constexpr int kBlockN = Traits::kBlockN;
-  JAX_FA3_RETURN_IF_ERROR(map(&params->query, p.query, false, false, kBlockM));
-  JAX_FA3_RETURN_IF_ERROR(map(&params->dout, problem.dout, false, true, kBlockM));
-  JAX_FA3_RETURN_IF_ERROR(map(&params->key, p.key, true, false, kBlockN));
-  JAX_FA3_RETURN_IF_ERROR(map(&params->value, p.value, true, true, kBlockN));
+  JAX_FA3_RETURN_IF_ERROR(map(&params->query, p.query, false, false, kSlabQ, kBlockM));
+  JAX_FA3_RETURN_IF_ERROR(map(&params->dout, problem.dout, false, true, kSlabV, kBlockM));
+  JAX_FA3_RETURN_IF_ERROR(map(&params->key, p.key, true, false, Traits::kSlabK, kBlockN));
+  JAX_FA3_RETURN_IF_ERROR(map(&params->value, p.value, true, true, kSlabV, kBlockN));
   params->accumulates_dq = problem.accumulates_dq;
   params->finishes_dq = problem.dquery.data != nullptr;
   params->dkv_fp32 = problem.dkv_dtype == DType::kFloat32;
   // Gradients are stored by warpgroups, 64 rows each.
   if (params->finishes_dq) {
-    JAX_FA3_RETURN_IF_ERROR(map(&params->dquery, problem.dquery, false, false, 64));
+    JAX_FA3_RETURN_IF_ERROR(map(&params->dquery, problem.dquery, false, false, kSlabQ, 64));
   }
   params->dkey_rows = problem.dkey;
   params->dvalue_rows = problem.dvalue;
   params->dkv_partial = problem.dkv_partial;
   params->num_splits = problem.dkv_partial == nullptr ? 1 : problem.num_splits;
   if (!params->dkv_fp32) {
-    JAX_FA3_RETURN_IF_ERROR(map(&params->dkey, problem.dkey, true, false, 64));
-    JAX_FA3_RETURN_IF_ERROR(map(&params->dvalue, problem.dvalue, true, true, 64));
+    JAX_FA3_RETURN_IF_ERROR(map(&params->dkey, problem.dkey, true, false, kSlabQ, 64));
+    JAX_FA3_RETURN_IF_ERROR(map(&params->dvalue, problem.dvalue, true, true, kSlabV, 64));
   }
   params->out = p.out;
   params->dout_rows = problem.dout;
@@ -98,7 +100,6 @@ cudaError_t launch_if_any(Kernel kernel, int64_t num_ctas, int num_threads, int 
 template <DType kDType, int kHeadDim, int kHeadDimV>
 cudaError_t launch(BackwardProblem const& problem, cudaStream_t stream) {
   using Element = ElementOf<kDType>;
-  // Half of 96 columns of dQ is no whole number of slabs: such heads take the next kernel.
   constexpr int kWidth = bwd_width(kHeadDim);
   constexpr int kWidthV = kHeadDimV == kHeadDim ? kWidth : kHeadDimV;
   using Main = Traits<Element, kWidth, kWidthV>;
@@ -116,7 +117,7 @@ cudaError_t launch(BackwardProblem const& problem, cudaStream_t stream) {
                                           (chunks * 32 + kRangeThreads - 1) / kRangeThreads,
                                           kRangeThreads, 0, params, stream));
   }
-  constexpr int kAccumulators = Main::kFused ? Main::kSizeQ : 0;
+  constexpr int kAccumulators = Main::kFused ? Main::kSizedQ : 0;
   constexpr auto kPreprocess = preprocess_kernel<Element, Main::kBlockM, kWidthV, kAccumulators>;
   JAX_FA3_RETURN_IF_ERROR(
       launch_if_any(kPreprocess, blocks, kPreprocessThreads, 0, params, stream));

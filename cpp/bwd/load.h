@@ -28,27 +28,33 @@ CUTLASS_DEVICE void zero_rows(uint16_t* smem, RowSet const& rows) {
 // Loads a tile by TMA; the whole warp calls it. Rows in `zeroed` (past the length, or without keys)
 // may hold anything, and 0 * NaN is NaN. A tile with such rows lands on the barrier `staged`; this
 // warp zeroes them and only then completes `full`, for which consumers wait. `extra_bytes`: what
-// else is being loaded that `full` counts.
-template <int kRows, int kColumns>
+// else is being loaded that `full` counts. kFourth: the tile lies in slabs of 32 columns, of which a
+// fourth begins at this one (traits.h).
+template <int kRows, int kColumns, int kFourth = 0>
 CUTLASS_DEVICE void load_tile(CUtensorMap const& map, FullBarrier& full, FullBarrier& staged,
                               uint32_t& staged_phase, cute::TMA::CacheHintSm90 hint, uint16_t* smem,
                               RowCoord const& from, RowSet const& zeroed, int extra_bytes = 0) {
-  constexpr int kSlab = slab(kColumns);
+  constexpr int kSlab = kFourth > 0 ? 32 : slab(kColumns);
+  constexpr int kInMemory = kFourth > 0 ? 4 * kSlab : in_slabs(kColumns);
   bool const boundary = zeroed.any();
   FullBarrier& barrier = boundary ? staged : full;
   if (threadIdx.x % 32 == 0) {
     if (boundary) {
-      staged.arrive_and_expect_tx(kRows * kColumns * 2);
+      staged.arrive_and_expect_tx(kRows * kInMemory * 2);
     } else {
-      full.arrive_and_expect_tx(kRows * kColumns * 2 + extra_bytes);
+      full.arrive_and_expect_tx(kRows * kInMemory * 2 + extra_bytes);
     }
     tma_load_rows<kRows, kColumns, kSlab>(map, barrier, hint, smem, from);
+    if constexpr (kFourth > 0) {
+      tma_load_rows<kRows, kSlab, kSlab>(map, barrier, hint, smem + 3 * kSlab * kRows, from,
+                                         kFourth);
+    }
   }
   if (boundary) {
     __syncwarp();
     staged.wait(staged_phase);
     staged_phase ^= 1;
-    zero_rows<kRows, kColumns, kSlab>(smem, zeroed);
+    zero_rows<kRows, kInMemory, kSlab>(smem, zeroed);
     if (threadIdx.x % 32 == 0) full.arrive_and_expect_tx(extra_bytes);
   }
 }
@@ -110,9 +116,9 @@ CUTLASS_DEVICE void load(Params const& params, typename Traits::SharedStorage& s
   auto const load_step = [&](Step step) {
     RowSet const blind = query_blocks[step.m_block].blind;
     if (first) {
-      load_tile<kBlockN, Traits::kHeadDim>(params.key, storage.key_full, storage.staged,
-                                           staged_phase, kReadOnce, storage.key,
-                                           keys.block<kBlockN>(tile.n_block), padding());
+      load_tile<kBlockN, Traits::kHeadDim, Traits::kFourSlabs ? Traits::kFourthSlab : 0>(
+          params.key, storage.key_full, storage.staged, staged_phase, kReadOnce, storage.key,
+          keys.block<kBlockN>(tile.n_block), padding());
     }
     load_query(step, blind);
     if (first) {

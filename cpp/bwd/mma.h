@@ -67,7 +67,7 @@ CUTLASS_DEVICE void hand_over_dq(typename Traits::SharedStorage& storage, int wa
                                  dQuery& tdQ) {
   warpgroup_fence_operand(tdQ);
   named_sync(NamedBarrier::kDQueryEmpty, warpgroup, 128 + 32);
-  auto* const part = reinterpret_cast<float4*>(storage.dquery + warpgroup * Traits::kSizeQ / 2) +
+  auto* const part = reinterpret_cast<float4*>(storage.dquery + warpgroup * Traits::kSizedQ / 2) +
                      threadIdx.x % 128;
   CUTLASS_PRAGMA_UNROLL
   for (int i = 0; i < size(tdQ); i += 4) {
@@ -102,10 +102,13 @@ CUTLASS_DEVICE bool mma(Params const& params, typename Traits::SharedStorage& st
   Tensor tdPrV =
       operand_a(mma_dp, warpgroup, storage.value, typename Traits::LayoutV{})(_, _, _, 0);
   Tensor tdPrdO = b(mma_dp, storage.dout, typename Traits::LayoutdO{});
-  Tensor tdVrdO = b(mma_dv, storage.dout, typename Traits::LayoutdOt{});
-  Tensor tdKrQ = b(mma_dk, storage.query, typename Traits::LayoutQt{});
+  typename Traits::template MmaGradInSlabs<Traits::kHeadDimV> const dv_in_slabs;
+  typename Traits::template MmaGradInSlabs<Traits::kHeadDim> const dk_in_slabs;
+  Tensor tdVrdO = b(dv_in_slabs, storage.dout, typename Traits::LayoutdOt{});
+  Tensor tdKrQ = b(dk_in_slabs, storage.query, typename Traits::LayoutQt{});
   Tensor tdQrdS = a(mma_dq, storage.exchange, typename Traits::LayoutdS{});
-  Tensor tdQrK = b(mma_dq, storage.key, typename Traits::LayoutKt{})(_, _, _, 0);
+  Tensor tdQrK =
+      b(typename Traits::MmadQInSlabs{}, storage.key, typename Traits::LayoutKt{})(_, _, _, 0);
 
   constexpr Shape<Int<kBlockN>, Int<kBlockM>> kShapeS{};
   Tensor tS = partition_fragment_C(mma_s, kShapeS);
@@ -125,10 +128,12 @@ CUTLASS_DEVICE bool mma(Params const& params, typename Traits::SharedStorage& st
   auto& douts = storage.dout_pipeline;
   Step step;
 
-  auto const issue_s = [&] { issue_gemm_zero(mma_s, tSrK, tSrQ(_, _, _, state.stage), tS); };
+  auto const issue_s = [&] {
+    issue_gemm_zero<Traits::kHeadDim / 16>(mma_s, tSrK, tSrQ(_, _, _, state.stage), tS);
+  };
   auto const issue_dp = [&] {
     douts.full[state.stage].wait(state.phase);
-    issue_gemm_zero(mma_dp, tdPrV, tdPrdO(_, _, _, state.stage), tdP);
+    issue_gemm_zero<Traits::kHeadDimV / 16>(mma_dp, tdPrV, tdPrdO(_, _, _, state.stage), tdP);
   };
   auto const issue_dv = [&](int stage) { issue_gemm(mma_dv, tdVrP, tdVrdO(_, _, _, stage), tdV); };
   auto const issue_dk = [&](int stage) { issue_gemm(mma_dk, tdKrdS, tdKrQ(_, _, _, stage), tdK); };

@@ -66,11 +66,11 @@ __global__ void __launch_bounds__(Traits::kConsumerThreads)
   int const batch = blockIdx.x / params.num_m_blocks / params.num_heads_q;
   int const warpgroup = threadIdx.x / 128;
 
-  Tensor grad = make_tensor<float>(Int<Traits::kSizeQ / Traits::kConsumerThreads>{});
+  Tensor grad = make_tensor<float>(Int<Traits::kSizedQ / Traits::kConsumerThreads>{});
   clear(grad);
   add_accum(accum_of_thread(params.dq_accum +
-                            params.m_block_index(batch, head, m_block) * Traits::kSizeQ +
-                            warpgroup * Traits::kSizeQ / 2),
+                            params.m_block_index(batch, head, m_block) * Traits::kSizedQ +
+                            warpgroup * Traits::kSizedQ / 2),
             grad);
   // The warpgroups share the rows, or the columns.
   int const first_row = Traits::kWarpgroupsM == 2 ? warpgroup * 64 : 0;
@@ -82,8 +82,17 @@ __global__ void __launch_bounds__(Traits::kConsumerThreads)
                        ds_scale<typename Traits::Element>(params, batch, head / params.group));
 
   constexpr int kSlab = slab(Traits::kHeadDim);
-  stage_packed<kBlockM, kColumns, kSlab>(packed<typename Traits::Element>(grad), memory,
-                                         first_row + threadIdx.x % 128 / 32 * 16, first_column);
+  if constexpr (Traits::kFourSlabs) {
+    int const warp_row = first_row + threadIdx.x % 128 / 32 * 16;
+    Tensor first = packed<typename Traits::Element>(grad);
+    auto const rest = [&](int i) { return first(32 / 4 + i); };
+    stage_packed<kBlockM, 32, kSlab>(first, memory, warp_row, warpgroup * 32);
+    stage_packed<kBlockM, kColumns - 32, kSlab>(rest, memory, warp_row,
+                                                warpgroup == 0 ? 64 : Traits::kFourthSlab);
+  } else {
+    stage_packed<kBlockM, kColumns, kSlab>(packed<typename Traits::Element>(grad), memory,
+                                           first_row + threadIdx.x % 128 / 32 * 16, first_column);
+  }
   tma_store_fence();
   __syncthreads();
   if (threadIdx.x == 0) {

@@ -6,6 +6,7 @@
 #include "bwd/barriers.h"
 #include "common/barriers.h"
 #include "common/layouts.h"
+#include "common/wgmma.h"
 #include "plan.h"
 
 namespace jax_fa3::bwd {
@@ -52,8 +53,25 @@ struct Traits {
   static constexpr int kWarpgroupsN = kFused ? 2 : 1;
   static_assert(kBlockN == 64 * kWarpgroupsN);
 
-  using LayoutK = LayoutRows<kBlockN, kHeadDim, 1>;
-  using LayoutKt = LayoutColumns<kBlockN, kHeadDim, 1>;
+  // A warpgroup computes 64 rows of dQ. Where the tile has just 64, each computes half the columns.
+  // Half of 80 or 96 columns is no whole slab. There K lies in four slabs of 32 columns: the first
+  // warpgroup takes slab 0 and the first half of what is beyond 64, the second slab 1 and the other
+  // half, with which the fourth slab begins.
+  static constexpr int kWarpgroupsM = kBlockM / 64;
+  static constexpr int kColumnsdQ = kHeadDim * kWarpgroupsM / 2;  // of one warpgroup
+  static constexpr bool kFourSlabs = kFused && kWarpgroupsM == 1 && kColumnsdQ % 32 != 0;
+  static constexpr int kFourthSlab = 64 + (kHeadDim - 64) / 2;  // where it begins
+  static constexpr int kSlabK = kFourSlabs ? 32 : slab(kHeadDim);
+  static constexpr int kColumnsK = kFourSlabs ? 4 * 32 : kHeadDim;
+
+  using LayoutK = LayoutRows<kBlockN, kColumnsK, 1, kSlabK>;
+  using LayoutKtInOrder = LayoutColumns<kBlockN, kColumnsK, 1, kSlabK>;
+  using ByWarpgroup = Layout<Shape<_32, _2, _2>, Stride<_1, _64, _32>>;
+  using LayoutKt =
+      std::conditional_t<kFourSlabs,
+                         decltype(composition(LayoutKtInOrder{},
+                                              make_tile(ByWarpgroup{}, Int<kBlockN>{}, _1{}))),
+                         LayoutKtInOrder>;
   using LayoutV = LayoutRows<kBlockN, kHeadDimV, 1>;
   using LayoutQ = LayoutRows<kBlockM, kHeadDim, kStages>;
   using LayoutQt = LayoutColumns<kBlockM, kHeadDim, kStages>;
@@ -71,28 +89,43 @@ struct Traits {
       GMMA::ss_op_selector<Element, Element, float, Shape<_64, Int<kBlockM>, Int<kDim>>>(),
       TileN{}));
   template <int kDim>
-  using MmaGrad = decltype(make_tiled_mma(
-      GMMA::rs_op_selector<Element, Element, float, Shape<_64, Int<kDim>, Int<kBlockM>>,
-                           GMMA::Major::K, GMMA::Major::MN>(),
-      TileN{}));
-  // A warpgroup computes 64 rows of dQ. Where the tile has just 64, each computes half the columns.
-  static constexpr int kWarpgroupsM = kBlockM / 64;
-  static constexpr int kColumnsdQ = kHeadDim * kWarpgroupsM / 2;  // of one warpgroup
-  using MmadQ = decltype(make_tiled_mma(
-      GMMA::ss_op_selector<Element, Element, float,
-                           Shape<_64, Int<kFused ? kColumnsdQ : 64>, Int<kBlockN>>, GMMA::Major::MN,
-                           GMMA::Major::MN>(),
-      Layout<Shape<Int<kWarpgroupsM>, Int<2 / kWarpgroupsM>, _1>>{}));
+  static constexpr auto grad_operation() {
+    if constexpr (kDim == 80) {
+      return Wgmma<Element, kDim, Operands::kRegisters>{};
+    } else {
+      return GMMA::rs_op_selector<Element, Element, float, Shape<_64, Int<kDim>, Int<kBlockM>>,
+                                  GMMA::Major::K, GMMA::Major::MN>();
+    }
+  }
+  template <int kDim>
+  using MmaGrad = decltype(make_tiled_mma(grad_operation<kDim>(), TileN{}));
+  template <int kColumns>
+  static constexpr auto dq_operation() {
+    if constexpr (kColumns == 40 || kColumns == 48) {
+      return Wgmma<Element, kColumns, Operands::kRows>{};
+    } else {
+      return GMMA::ss_op_selector<Element, Element, float, Shape<_64, Int<kColumns>, Int<kBlockN>>,
+                                  GMMA::Major::MN, GMMA::Major::MN>();
+    }
+  }
+  using TiledQ = Layout<Shape<Int<kWarpgroupsM>, Int<2 / kWarpgroupsM>, _1>>;
+  using MmadQ = decltype(make_tiled_mma(dq_operation<kFused ? kColumnsdQ : 64>(), TiledQ{}));
+  // Over all columns in memory: makes the descriptors, which do not depend on how many are used.
+  template <int kDim>
+  using MmaGradInSlabs = MmaGrad<in_slabs(kDim)>;
+  using MmadQInSlabs = decltype(make_tiled_mma(
+      dq_operation<kFused ? kColumnsK * kWarpgroupsM / 2 : 64>(), TiledQ{}));
   static_assert(!kFused || tile_size<1>(MmadQ{}) == kHeadDim, "one wgmma must span the tile");
   static_assert(tile_size<1>(MmaScores<kHeadDim>{}) == kBlockM &&
                 tile_size<1>(MmaGrad<kHeadDim>{}) == kHeadDim &&
                 tile_size<1>(MmaGrad<kHeadDimV>{}) == kHeadDimV);
 
-  static constexpr int kSizeQ = kBlockM * kHeadDim;  // of one stage
-  static constexpr int kSizedO = kBlockM * kHeadDimV;
-  static constexpr int kSizeK = kBlockN * kHeadDim;
-  static constexpr int kSizeV = kBlockN * kHeadDimV;
-  static constexpr int kSizedS = kBlockM * kBlockN;  // of one buffer
+  static constexpr int kSizeQ = kBlockM * in_slabs(kHeadDim);  // of one stage
+  static constexpr int kSizedO = kBlockM * in_slabs(kHeadDimV);
+  static constexpr int kSizeK = kBlockN * kColumnsK;
+  static constexpr int kSizeV = kBlockN * in_slabs(kHeadDimV);
+  static constexpr int kSizedQ = kBlockM * kHeadDim;  // in fp32
+  static constexpr int kSizedS = kBlockM * kBlockN;   // of one buffer
 
   struct SharedStorage {
     alignas(1024) uint16_t key[kSizeK];
@@ -101,7 +134,7 @@ struct Traits {
     alignas(1024) uint16_t dout[kStages * kSizedO];
     // Fused: dS for dQ. Wide: P, from one warpgroup to the other. Two buffers.
     alignas(1024) uint16_t exchange[2 * kSizedS];
-    alignas(1024) float dquery[kFused ? kSizeQ : 1];
+    alignas(1024) float dquery[kFused ? kSizedQ : 1];
     alignas(128) float stats[kStages * row_stats_of_block(kBlockM)];
     alignas(128) int2 intervals[kStages * kBlockM];
     Step steps[kStages];

@@ -30,7 +30,7 @@ CUTLASS_DEVICE void pass_turn(int* turns, int turn) {
 template <class Traits>
 CUTLASS_DEVICE void write_dq(Params const& params, typename Traits::SharedStorage& storage,
                              KeyTile const& tile, int writer) {
-  constexpr int kPart = Traits::kSizeQ / 2;  // of one warpgroup
+  constexpr int kPart = Traits::kSizedQ / 2;  // of one warpgroup
   PipelineState<Traits::kStages> state;
   bool const elected = threadIdx.x % 32 == 0;
   auto const release = [](int warpgroup) {
@@ -48,7 +48,7 @@ CUTLASS_DEVICE void write_dq(Params const& params, typename Traits::SharedStorag
     if (elected) storage.query_pipeline.empty[state.stage].arrive();
     if (state.stage == writer) {
       int64_t const index = params.m_block_index(tile.batch, step.head, step.m_block);
-      float* const accum = params.dq_accum + index * Traits::kSizeQ;
+      float* const accum = params.dq_accum + index * Traits::kSizedQ;
       bool const in_turn = params.turns != nullptr && elected;
       int turn = 0;
       if (in_turn) {

@@ -64,7 +64,12 @@ CUTLASS_DEVICE void stage_packed(Packed const& packed, uint16_t* smem, int first
     auto* const target = reinterpret_cast<cute::uint128_t*>(
         smem + target_column / kSlab * (kRows * kSlab) + row * kSlab + (vector ^ swizzle) * 8);
     int const i = column / 4;
-    cute::SM90_U32x4_STSM_N::copy(packed(i), packed(i + 1), packed(i + 2), packed(i + 3), *target);
+    if constexpr (kColumns == 8) {  // just the addresses of lanes 0-15
+      cute::SM90_U32x2_STSM_N::copy(packed(i), packed(i + 1), *target);
+    } else {
+      cute::SM90_U32x4_STSM_N::copy(packed(i), packed(i + 1), packed(i + 2), packed(i + 3),
+                                    *target);
+    }
   }
 }
 

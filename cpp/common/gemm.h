@@ -15,8 +15,8 @@ CUTLASS_DEVICE auto recomputed(Descriptors const& operand) {
 }
 
 // Issues C += A B as one group of wgmmas. C (and A, if in registers) must not be touched until
-// warpgroup_wait().
-template <class Mma, class A, class B, class C>
+// warpgroup_wait(). kSteps: steps of 16 that the sum is over, if not all that the operands have.
+template <int kSteps = 0, class Mma, class A, class B, class C>
 CUTLASS_DEVICE void issue_gemm(Mma mma, A const& a, B const& b, C& c) {
   using namespace cute;
   constexpr bool kRegistersA = !is_base_of<GMMA::DescriptorIterator, typename Mma::FrgTypeA>::value;
@@ -24,7 +24,7 @@ CUTLASS_DEVICE void issue_gemm(Mma mma, A const& a, B const& b, C& c) {
     warpgroup_fence_operand(c);
     warpgroup_arrive();
     CUTLASS_PRAGMA_UNROLL
-    for (int k = 0; k < size<2>(a); ++k) {
+    for (int k = 0; k < (kSteps > 0 ? kSteps : size<2>(a)); ++k) {
       cute::gemm(mma, a(_, _, k), b(_, _, k), c);
       mma.accumulate_ = GMMA::ScaleOut::One;
     }
@@ -39,10 +39,10 @@ CUTLASS_DEVICE void issue_gemm(Mma mma, A const& a, B const& b, C& c) {
 }
 
 // Issues C = A B, as above.
-template <class Mma, class A, class B, class C>
+template <int kSteps = 0, class Mma, class A, class B, class C>
 CUTLASS_DEVICE void issue_gemm_zero(Mma mma, A const& a, B const& b, C& c) {
   mma.accumulate_ = cute::GMMA::ScaleOut::Zero;
-  issue_gemm(mma, a, b, c);
+  issue_gemm<kSteps>(mma, a, b, c);
 }
 
 // A tile in shared memory as an operand of a warpgroup's GEMMs: its wgmma descriptors. They are the

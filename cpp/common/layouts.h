@@ -9,6 +9,11 @@ namespace jax_fa3 {
 
 constexpr int slab(int columns) { return columns % 64 == 0 ? 64 : 32; }
 
+// The columns of a tile as it lies in memory: whole slabs. A GEMM over 80 columns just leaves out
+// what is beyond them.
+constexpr int in_slabs(int columns, int width) { return (columns + width - 1) / width * width; }
+constexpr int in_slabs(int columns) { return in_slabs(columns, slab(columns)); }
+
 namespace detail {
 
 using namespace cute;
@@ -32,16 +37,16 @@ using LayoutRows8 = decltype(cute::tile_to_shape(
     cute::Shape<cute::Int<kRows>, cute::Int<kColumns>, cute::Int<kStages>>{}));
 
 // [rows, columns, stages] of 16-bit elements.
-template <int kRows, int kColumns, int kStages>
+template <int kRows, int kColumns, int kStages, int kSlab = slab(kColumns)>
 using LayoutRows = decltype(cute::tile_to_shape(
-    detail::AtomK<slab(kColumns)>{},
-    cute::Shape<cute::Int<kRows>, cute::Int<kColumns>, cute::Int<kStages>>{}));
+    detail::AtomK<kSlab>{},
+    cute::Shape<cute::Int<kRows>, cute::Int<in_slabs(kColumns, kSlab)>, cute::Int<kStages>>{}));
 
 // The same memory as [columns, rows, stages].
-template <int kRows, int kColumns, int kStages>
+template <int kRows, int kColumns, int kStages, int kSlab = slab(kColumns)>
 using LayoutColumns = decltype(cute::tile_to_shape(
-    detail::AtomMN<slab(kColumns)>{},
-    cute::Shape<cute::Int<kColumns>, cute::Int<kRows>, cute::Int<kStages>>{},
+    detail::AtomMN<kSlab>{},
+    cute::Shape<cute::Int<in_slabs(kColumns, kSlab)>, cute::Int<kRows>, cute::Int<kStages>>{},
     cute::Step<cute::_2, cute::_1, cute::_3>{}));
 
 }  // namespace jax_fa3

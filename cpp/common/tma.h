@@ -11,6 +11,7 @@
 #include <cute/arch/copy_sm90_tma.hpp>
 
 #include "common/barriers.h"
+#include "common/layouts.h"
 #include "problem.h"
 
 namespace jax_fa3 {
@@ -61,16 +62,17 @@ struct RowCoord {
 };
 
 // Loads one box of rows into a tile of kRows rows; `smem` points at the first of them in the first
-// slab, `full` counts the bytes.
+// slab, `full` counts the bytes. Always whole slabs: what the array lacks of the last is written as
+// 0 and counted.
 template <int kRows, int kColumns, int kSlab, class Element>
 CUTLASS_DEVICE void tma_load_rows(CUtensorMap const& map, FullBarrier& full,
                                   cute::TMA::CacheHintSm90 hint, Element* smem,
-                                  RowCoord const& from) {
+                                  RowCoord const& from, int first_column = 0) {
   CUTLASS_PRAGMA_UNROLL
   for (int column = 0; column < kColumns; column += kSlab) {
     cute::SM90_TMA_LOAD_4D::copy(&map, reinterpret_cast<uint64_t*>(&full),
-                                 static_cast<uint64_t>(hint), smem + column * kRows, column,
-                                 from.row, from.head, from.batch);
+                                 static_cast<uint64_t>(hint), smem + column * kRows,
+                                 first_column + column, from.row, from.head, from.batch);
   }
 }
 
@@ -79,7 +81,7 @@ CUTLASS_DEVICE void tma_load_rows(CUtensorMap const& map, FullBarrier& full,
 template <int kRows, int kColumns, int kSlab>
 CUTLASS_DEVICE void zero_rows_from(uint16_t* smem, int first) {
   constexpr int kVectors = kSlab / 8;
-  for (int slab = 0; slab < kColumns / kSlab; ++slab) {
+  for (int slab = 0; slab < in_slabs(kColumns, kSlab) / kSlab; ++slab) {
     auto* const rows = reinterpret_cast<uint4*>(smem + slab * kRows * kSlab);
     for (int i = max(first, 0) * kVectors + threadIdx.x % 32; i < kRows * kVectors; i += 32) {
       rows[i] = uint4{0, 0, 0, 0};

@@ -139,7 +139,7 @@ CUTLASS_DEVICE void load(
         if (lane != 0) break;
         storage.query_empty[warpgroup].wait(query_phase ^ 1);
         FullBarrier& full = storage.query_full[warpgroup];
-        full.arrive_and_expect_tx(64 * Traits::kHeadDim * 2);
+        full.arrive_and_expect_tx(64 * Traits::kColumns * 2);
         tma_load_rows<kBlockM, Traits::kHeadDim, Traits::kSlab>(
             params.query, full, kReadOnce, storage.query + warpgroup * 64 * Traits::kSlab,
             {work.tile.block * kBlockM + warpgroup * 64, work.tile.head, batch});

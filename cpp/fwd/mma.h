@@ -38,10 +38,10 @@ CUTLASS_DEVICE void mma(Params const& params, typename Traits::SharedStorage& st
   // The warpgroup's first thread stands for all: descriptors are the same across a warpgroup. (Made
   // by operand_a() and operand_b() they are the same, but the machine code of a kernel is not.)
   auto const group_qk = mma_qk.get_slice(warpgroup * 128);
-  auto const group_pv = mma_pv.get_slice(warpgroup * 128);
   Tensor tSrQ = group_qk.partition_fragment_A(sQ)(_, _, _, 0);
   Tensor tSrK = group_qk.partition_fragment_B(sK);
-  Tensor tOrV = group_pv.partition_fragment_B(sVt);
+  Tensor tOrV =
+      typename Traits::MmaPVInSlabs{}.get_slice(warpgroup * 128).partition_fragment_B(sVt);
   Tensor tSrS = partition_fragment_C(mma_qk, Shape<Int<Traits::kBlockM>, Int<kBlockN>>{});
   // P as the A operand of P V: the same elements in the same order as S in the accumulator.
   Tensor tOrP = make_fragment_like<Element>(
@@ -55,7 +55,7 @@ CUTLASS_DEVICE void mma(Params const& params, typename Traits::SharedStorage& st
   auto& values = storage.value_pipeline;
 
   auto const issue_scores = [&] {
-    issue_gemm_zero(mma_qk, tSrQ, tSrK(_, _, _, state.key.stage), tSrS);
+    issue_gemm_zero<Traits::kHeadDim / 16>(mma_qk, tSrQ, tSrK(_, _, _, state.key.stage), tSrS);
   };
   auto const issue_out = [&] { issue_gemm(mma_pv, tOrP, tOrV(_, _, _, state.value.stage), tOrO); };
   auto const release = [&](auto& pipeline, auto& position) {

@@ -8,7 +8,7 @@
 #include "common/mask.h"
 #include "common/softmax.h"
 #include "common/tile_scheduler.h"
-#include "common/wgmma_64x80.h"
+#include "common/wgmma.h"
 #include "fwd/barriers.h"
 #include "fwd/params.h"
 #include "plan.h"
@@ -53,40 +53,54 @@ struct Traits {
   static constexpr int kConsumerRegisters = kConsumerWarpgroups == 2 ? 232 : 160;
   static_assert(kConsumerWarpgroups == 2 || kConsumerWarpgroups == 3);
 
-  static constexpr int kSlab = slab(kHeadDim);
-  static constexpr int kSlabV = slab(kHeadDimV);
+  // Of 80 columns in slabs of 32 TMA would fetch three pieces a row. Of 72 the rows are not even
+  // aligned to 32 bytes in global memory, and then TMA has no time for that.
+  static constexpr int slab_of(int columns) { return columns % 32 == 0 ? slab(columns) : 64; }
+  static constexpr int kSlab = slab_of(kHeadDim);
+  static constexpr int kSlabV = slab_of(kHeadDimV);
+  static constexpr int kColumns = in_slabs(kHeadDim, kSlab);  // in memory
+  static constexpr int kColumnsV = in_slabs(kHeadDimV, kSlabV);
 
   // GEMMs of one consumer warpgroup: S = Q K^T from shared memory, O += P V with P in registers.
   static constexpr auto qk_operation() {
-    if constexpr (kBlockN == 80) {
-      return Wgmma64x80x16<Element>{};
+    if constexpr (kBlockN == 80 || kBlockN == 112) {
+      return Wgmma<Element, kBlockN, Operands::kColumns>{};
     } else {
       return GMMA::ss_op_selector<Element, Element, float,
                                   Shape<_64, Int<kBlockN>, Int<kHeadDim>>>();
     }
   }
-  using MmaQK =
-      decltype(make_tiled_mma(qk_operation(), Layout<Shape<Int<kConsumerWarpgroups>, _1, _1>>{}));
-  using MmaPV = decltype(make_tiled_mma(
-      GMMA::rs_op_selector<Element, Element, float, Shape<_64, Int<kHeadDimV>, Int<kBlockN>>,
-                           GMMA::Major::K, GMMA::Major::MN>(),
-      Layout<Shape<Int<kConsumerWarpgroups>, _1, _1>>{}));
+  template <int kN>
+  static constexpr auto pv_operation() {
+    if constexpr (kN == 80) {
+      return Wgmma<Element, kN, Operands::kRegisters>{};
+    } else {
+      return GMMA::rs_op_selector<Element, Element, float, Shape<_64, Int<kN>, Int<kBlockN>>,
+                                  GMMA::Major::K, GMMA::Major::MN>();
+    }
+  }
+  using Warpgroups = Layout<Shape<Int<kConsumerWarpgroups>, _1, _1>>;
+  using MmaQK = decltype(make_tiled_mma(qk_operation(), Warpgroups{}));
+  using MmaPV = decltype(make_tiled_mma(pv_operation<kHeadDimV>(), Warpgroups{}));
+  // Over all columns of V's memory: makes the descriptors, which do not depend on how many are
+  // used.
+  using MmaPVInSlabs = decltype(make_tiled_mma(pv_operation<kColumnsV>(), Warpgroups{}));
   static_assert(tile_size<1>(MmaQK{}) == kBlockN && tile_size<1>(MmaPV{}) == kHeadDimV,
                 "one wgmma must span the tile: declare its shape");
 
-  using LayoutQ = LayoutRows<kBlockM, kHeadDim, 1>;
-  using LayoutK = LayoutRows<kBlockN, kHeadDim, kStages>;
-  using LayoutVt = LayoutColumns<kBlockN, kHeadDimV, kStages>;
+  using LayoutQ = LayoutRows<kBlockM, kHeadDim, 1, kSlab>;
+  using LayoutK = LayoutRows<kBlockN, kHeadDim, kStages, kSlab>;
+  using LayoutVt = LayoutColumns<kBlockN, kHeadDimV, kStages, kSlabV>;
 
   template <class Visit>
   CUTLASS_DEVICE static void visit_out_element(Params const&, Visit const& visit) {
     visit(Element{});
   }
 
-  static constexpr int kSizeQ = kBlockM * kHeadDim;
-  static constexpr int kSizeK = kBlockN * kHeadDim;  // of one stage
-  static constexpr int kSizeV = kBlockN * kHeadDimV;
-  static constexpr int kSizeOut = kBlockM * kHeadDimV;
+  static constexpr int kSizeQ = kBlockM * kColumns;
+  static constexpr int kSizeK = kBlockN * kColumns;  // of one stage
+  static constexpr int kSizeV = kBlockN * kColumnsV;
+  static constexpr int kSizeOut = kBlockM * kColumnsV;
   static constexpr int kOutRows = kBlockM;  // of a slab of the output
 
   // A consumer's positions in the pipelines, kept from tile to tile.

@@ -39,6 +39,7 @@ ffi::Error fwd_impl(Stream stream, ffi::RemainingArgs operands, ffi::RemainingRe
       return invalid("what is merged with must be where the results are");
     }
     if (!x.lse_low.is_absent()) return wrong(x.lse_low, "one of merged results", "none");
+    if (!x.sinks.is_absent()) return wrong(x.sinks, "some beside results to merge with", "none");
   }
   problem.out = to_operand(x.out);
   problem.out_accum = x.out_before.floats();
@@ -47,6 +48,7 @@ ffi::Error fwd_impl(Stream stream, ffi::RemainingArgs operands, ffi::RemainingRe
   problem.tile_counter = x.tile_counter.ints();
   problem.long_sums = x.long_sums.floats();
   problem.long_sums_size = x.long_sums.size();
+  set_sinks(x.sinks, &problem);
   if (x.out.is_absent()) return ffi::Error::Success();
   JAX_FA3_RETURN_IF_FAILED(check_device(stream));
   cudaError_t error = cudaSuccess;

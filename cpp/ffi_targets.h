@@ -15,6 +15,7 @@ struct Inputs {
 
 struct Forward : Inputs {
   Array out_before, lse_before;  // the result for other keys
+  Array sinks;
   Array out, lse, lse_low;
   Array tile_counter, long_sums;
 };
@@ -29,6 +30,7 @@ struct Backward : Inputs {
 
 struct Fp8Forward : Inputs {
   Array query_scale, key_scale, value_scale;
+  Array sinks;
   Array out, lse;
   Array counters, transposed_value;
 };
@@ -77,6 +79,7 @@ inline Target<Forward> const kFwd = {
         JAX_FA3_MASKS(Forward),
         JAX_FA3_ROW(Forward, out_before, kFloat32, "btnv|0", "out"),
         JAX_FA3_ROW(Forward, lse_before, kFloat32, "bnt|0", "lse"),
+        JAX_FA3_ROW(Forward, sinks, kFloat32, "1n|bn|0"),
     },
     {
         JAX_FA3_ROW(Forward, out, k16BitsOrFloat32, "btnv"),
@@ -128,6 +131,7 @@ inline Target<Fp8Forward> const kFwdFp8 = {
         JAX_FA3_ROW(Fp8Forward, key_scale, kFloat32, "bSk"),
         JAX_FA3_ROW(Fp8Forward, value_scale, kFloat32, "bSk"),
         JAX_FA3_MASKS(Fp8Forward),
+        JAX_FA3_ROW(Fp8Forward, sinks, kFloat32, "1n|bn|0"),
     },
     {
         JAX_FA3_ROW(Fp8Forward, out, k16BitsOrFloat32, "btnv"),

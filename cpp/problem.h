@@ -48,6 +48,10 @@ struct Problem {
   // Out and lse become the result for those and this call's keys. Unless the call is the last (out
   // is then of dtype) `out` is the same array.
   float const* out_accum;
+  // [1 or b, n] or null: of each query head a score, in base e, of one more key, whose value is 0.
+  // Rows that see a key see it, too. Null where there is out_accum.
+  float const* sinks;
+  int sinks_batch_stride;
   Mask mask;
 
   // Workspace.

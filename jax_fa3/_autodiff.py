@@ -14,7 +14,7 @@ import numpy as np
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
-from . import _dispatch, _ffi, _guards, _mask, _sharding, _xla
+from . import _dispatch, _ffi, _guards, _mask, _sharding, _sinks, _xla
 from ._jitted import finite_in_debug_mode, jitted
 from ._operands import Call, Operands, Rows, batch_letters
 from ._problem import Config, Implementation, Masks, wide
@@ -169,12 +169,17 @@ def backward(
     method: Method, plain: Callable[..., Any], operands: Operands, masks: Masks, rows: Rows
 ) -> Operands:
     """The gradient of operands, by the 16-bit kernels or by a function as plain_backward."""
+    dsinks = None
+    if operands.sinks is not None:
+        dsinks, rows = _sinks.backward(operands.sinks, rows)
+        operands, plain = dataclasses.replace(operands, sinks=None), plain_backward_by_rows
     per_mask = batch_letters(masks, operands.sizes.batch)
     letters = operands.letters, per_mask, rows.letters(operands)
     results = tuple(jax.tree.leaves(operands.letters))
     static = method.implementation, _ffi.bwd, plain, (method.config,), letters, results
     grads = _dispatch.run(*static, operands, masks, rows)
-    return jax.tree.unflatten(jax.tree.structure(operands), grads)
+    found = jax.tree.unflatten(jax.tree.structure(operands), grads)
+    return dataclasses.replace(found, sinks=dsinks)
 
 
 _kernel_for_gradient = functools.partial(_ffi.fwd, with_lse_low=True)
@@ -191,3 +196,13 @@ def plain_backward(
     dq, *dkv = _xla.backward(config, operands, masks, rows)
     grads = operands.joined(dq.astype(operands.query.dtype), *dkv)
     return vary_together((grads, operands))[0]  # without elements they are constants
+
+
+def plain_backward_by_rows(
+    config: Config, operands: Operands, masks: Masks, rows: Rows
+) -> tuple[Array, ...]:
+    """With the forward's log-sum-exp and out, as the kernels have it, where the backward's own weights
+    do not add up to 1."""
+    config = dataclasses.replace(config, partial=True)
+    grads = plain_backward(config, operands, masks, rows)
+    return tuple(dx.astype(x.dtype) for dx, x in zip(grads, jax.tree.leaves(operands), strict=True))

@@ -118,6 +118,7 @@ def fwd(
         **masks._asdict(),
         out_before=out_before,
         lse_before=lse_before,
+        sinks=operands.sinks,
     )
     names = ("out", "lse", "lse_low") if with_lse_low else ("out", "lse")
     return tuple(found[name] for name in names)

@@ -69,6 +69,7 @@ TARGETS = {
             *_MASKS,
             Row("out_before", _FLOAT32, optional=True),
             Row("lse_before", _FLOAT32, optional=True),
+            Row("sinks", _FLOAT32, optional=True),
         ),
         results=(
             Row("out", _16_BITS_OR_FLOAT32),
@@ -107,6 +108,7 @@ TARGETS = {
             Row("key_scale", _FLOAT32),
             Row("value_scale", _FLOAT32),
             *_MASKS,
+            Row("sinks", _FLOAT32, optional=True),
         ),
         results=(
             Row("out", _16_BITS_OR_FLOAT32),

@@ -24,8 +24,10 @@ struct Backward : Inputs {
   Array qkv;  // of a packed call, in place of query, key and value
   Array out, lse, dout, dlse, lse_low;
   Array summed_dq;  // dq_accum of the call before
+  Array sinks;
   Array dquery, dkey, dvalue, dqkv;
   Array row_stats, row_intervals, query_blocks, dq_accum, turns, ranges, dkv_parts;
+  Array dsinks;  // of some rows each
 };
 
 struct Fp8Forward : Inputs {
@@ -67,7 +69,8 @@ struct Segments {
     JAX_FA3_ROW(Arrays, dq_accum, kFloat32, "*"),      \
     JAX_FA3_ROW(Arrays, turns, kInt32, "*|0"),         \
     JAX_FA3_ROW(Arrays, ranges, kInt32, "*|0"),        \
-    JAX_FA3_ROW(Arrays, dkv_parts, kFloat32, "*|0")
+    JAX_FA3_ROW(Arrays, dkv_parts, kFloat32, "*|0"),   \
+    JAX_FA3_ROW(Arrays, dsinks, kFloat32, "bn.|0")
 // clang-format on
 
 inline Target<Forward> const kFwd = {
@@ -99,6 +102,7 @@ inline Target<Backward> const kBwd = {
         JAX_FA3_MASKS(Backward),
         JAX_FA3_COTANGENTS(Backward),
         JAX_FA3_ROW(Backward, summed_dq, kFloat32, "*|0", "dq_accum"),
+        JAX_FA3_ROW(Backward, sinks, kFloat32, "1n|bn|0"),
     },
     {
         JAX_FA3_ROW(Backward, dquery, k16Bits, "btnh|0"),
@@ -114,6 +118,7 @@ inline Target<Backward> const kBwdPacked = {
         JAX_FA3_ROW(Backward, qkv, k16Bits, "btph"),
         JAX_FA3_MASKS(Backward),
         JAX_FA3_COTANGENTS(Backward),
+        JAX_FA3_ROW(Backward, sinks, kFloat32, "1n|bn|0"),
     },
     {
         JAX_FA3_ROW(Backward, dqkv, k16Bits, "btph"),

@@ -169,17 +169,19 @@ def backward(
     method: Method, plain: Callable[..., Any], operands: Operands, masks: Masks, rows: Rows
 ) -> Operands:
     """The gradient of operands, by the 16-bit kernels or by a function as plain_backward."""
-    dsinks = None
-    if operands.sinks is not None:
-        dsinks, rows = _sinks.backward(operands.sinks, rows)
-        operands, plain = dataclasses.replace(operands, sinks=None), plain_backward_by_rows
+    wanted = operands.letters
+    if operands.sinks is not None:  # of each batch entry
+        wanted = dataclasses.replace(wanted, sinks=operands.result_letters[1][:2])
+        plain = plain_backward_by_rows
     per_mask = batch_letters(masks, operands.sizes.batch)
     letters = operands.letters, per_mask, rows.letters(operands)
-    results = tuple(jax.tree.leaves(operands.letters))
+    results = tuple(jax.tree.leaves(wanted))
     static = method.implementation, _ffi.bwd, plain, (method.config,), letters, results
     grads = _dispatch.run(*static, operands, masks, rows)
-    found = jax.tree.unflatten(jax.tree.structure(operands), grads)
-    return dataclasses.replace(found, sinks=dsinks)
+    found: Any = jax.tree.unflatten(jax.tree.structure(wanted), grads)
+    if operands.sinks is not None and operands.sinks.shape[0] == 1:
+        found = dataclasses.replace(found, sinks=found.sinks.sum(0, keepdims=True))
+    return found
 
 
 _kernel_for_gradient = functools.partial(_ffi.fwd, with_lse_low=True)
@@ -204,5 +206,8 @@ def plain_backward_by_rows(
     """With the forward's log-sum-exp and out, as the kernels have it, where the backward's own weights
     do not add up to 1."""
     config = dataclasses.replace(config, partial=True)
-    grads = plain_backward(config, operands, masks, rows)
-    return tuple(dx.astype(x.dtype) for dx, x in zip(grads, jax.tree.leaves(operands), strict=True))
+    sinks, tensors = operands.sinks, dataclasses.replace(operands, sinks=None)
+    grads = plain_backward(config, tensors, masks, rows)
+    pairs = zip(grads, jax.tree.leaves(tensors), strict=True)
+    found = tuple(dx.astype(x.dtype) for dx, x in pairs)
+    return found if sinks is None else (*found, _sinks.gradient(sinks, rows))

@@ -25,18 +25,10 @@ def with_sinks(out: Array, lse: Array, sinks: Array) -> tuple[Array, Array]:
     return out, jnp.where(sees, jnp.logaddexp(safe, sinks), lse)
 
 
-def backward(sinks: Array, rows: Rows) -> tuple[Array, Rows]:
-    """The gradient of sinks [1 or B, N]; and the rows without out, as the backward of the others takes
-    them: what it asks of out, each row's sum of dout * out, was needed here.
-
-    Args:
-        rows: of the results with sinks.
-    """
+def gradient(sinks: Array, rows: Rows) -> Array:
+    """[B, N], of sinks [1 or B, N], by what the backward is given of every row."""
     assert rows.out is not None
     terms = rows.dlse - row_sums(rows.dout, rows.out, rows.lse.dtype)
     # A sink's weight in each row; its value is 0, and so is the product with dout.
     weights = jnp.exp(sinks[..., None] - rows.lse)
-    gradient = jnp.where(rows.lse > -jnp.inf, weights * terms, 0).sum(-1)  # [B, N]
-    if sinks.shape[0] == 1:
-        gradient = gradient.sum(0, keepdims=True)
-    return gradient, rows._replace(out=None, dlse=terms)
+    return jnp.where(rows.lse > -jnp.inf, weights * terms, 0).sum(-1)

@@ -58,6 +58,7 @@ _BWD_WORKSPACE = (
     Row("turns", _INT32, optional=True),
     Row("ranges", _INT32, optional=True),
     Row("dkv_parts", _FLOAT32, optional=True),
+    Row("dsinks", _FLOAT32, optional=True),
 )
 
 TARGETS = {
@@ -87,6 +88,7 @@ TARGETS = {
             *_MASKS,
             *_COTANGENTS,
             Row("summed_dq", _FLOAT32, optional=True),
+            Row("sinks", _FLOAT32, optional=True),
         ),
         results=(
             Row("dquery", _16_BITS, optional=True),
@@ -96,7 +98,12 @@ TARGETS = {
         ),
     ),
     BWD_PACKED: Target(
-        operands=(Row("qkv", _16_BITS), *_MASKS, *_COTANGENTS),
+        operands=(
+            Row("qkv", _16_BITS),
+            *_MASKS,
+            *_COTANGENTS,
+            Row("sinks", _FLOAT32, optional=True),
+        ),
         results=(Row("dqkv", _16_BITS), *_BWD_WORKSPACE),
     ),
     FWD_FP8: Target(

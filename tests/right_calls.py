@@ -33,9 +33,9 @@ def BACKWARD(config: Config, operands: Any, masks: Masks, *rows: Any, **options:
     return _ffi.bwd(config, operands, masks, Rows(*rows), **options)
 
 
-def backward_of_three(config: Config, *arrays: Any, **options: Any) -> Any:
+def backward_of_three(config: Config, *arrays: Any, sinks: Any = None, **options: Any) -> Any:
     """Of query, key, value, masks, and rows."""
-    return BACKWARD(config, Operands(*arrays[:3]), *arrays[3:], **options)
+    return BACKWARD(config, Operands(*arrays[:3], sinks=sinks), *arrays[3:], **options)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,11 +139,21 @@ def right_calls() -> dict[str, Call]:
         "fwd joined last": recorded(joined(plain), *operands, *before),
         "bwd": recorded(backward(every), *operands, masks, *rows),
         "bwd without masks": recorded(backward(plain), *operands, Masks(), *rows),
+        "bwd with sinks": recorded(
+            lambda s, *x: backward_of_three(plain, *x[:3], Masks(), *x[3:], sinks=s),
+            *(Struct((1, N), jnp.float32), *operands, *rows),
+        ),
         "bwd in parts": in_parts(backward(plain), *operands, Masks(), *rows, low),
         "bwd of float16": recorded(backward(every), *half, masks, *half_rows, low),
         "bwd continued": recorded(continued, *operands, *rows, summed),
         "bwd of words": recorded(of_words, q, words, *rows[1:]),
         "bwd packed": recorded(packed_backward, qkv, masks, *packed_rows, low),
+        "bwd packed with sinks": recorded(
+            lambda s, x, *rows: BACKWARD(
+                every, Operands(x, sinks=s, packed=(N, K)), Masks(), *rows
+            ),
+            *(Struct((1, N), jnp.float32), qkv, *packed_rows),
+        ),
         "bwd packed in parts": in_parts(packed_backward, qkv, masks, *packed_rows, low),
         "fp8": recorded(fp8_forward(every), *fp8_operands(T, S, H), masks),
         "fp8 with sinks": recorded(

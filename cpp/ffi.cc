@@ -39,6 +39,7 @@ ffi::Error fwd_impl(Stream stream, ffi::RemainingArgs operands, ffi::RemainingRe
       return invalid("what is merged with must be where the results are");
     }
     if (!x.lse_low.is_absent()) return wrong(x.lse_low, "one of merged results", "none");
+    if (!x.sinks.is_absent()) return wrong(x.sinks, "some beside results to merge with", "none");
   }
   problem.out = to_operand(x.out);
   problem.out_accum = x.out_before.floats();
@@ -47,6 +48,7 @@ ffi::Error fwd_impl(Stream stream, ffi::RemainingArgs operands, ffi::RemainingRe
   problem.tile_counter = x.tile_counter.ints();
   problem.long_sums = x.long_sums.floats();
   problem.long_sums_size = x.long_sums.size();
+  set_sinks(x.sinks, &problem);
   if (x.out.is_absent()) return ffi::Error::Success();
   JAX_FA3_RETURN_IF_FAILED(check_device(stream));
   cudaError_t error = cudaSuccess;
@@ -62,6 +64,16 @@ ffi::Error check_workspace(Problem const& p, bool sums_dq, Backward const& x) {
       (!x.turns.is_absent() && x.turns.size() < needed.turns) ||
       (!x.ranges.is_absent() && x.ranges.size() < needed.ranges)) {
     return invalid("the workspace is too small: was this program exported for other kernels?");
+  }
+  // Without rows or heads there are no blocks, and what has no elements is absent.
+  int64_t const blocks = ceil_div(p.seqlen_q, bwd_tile(head_dim).block_m);
+  int64_t const found = x.dsinks.is_absent() ? 0 : x.dsinks.dims[2];
+  bool const is_right = x.sinks.is_absent() ? found == 0 : found >= blocks || p.batch == 0;
+  if (!is_right) {
+    return wrong(x.dsinks, "shape " + shape_of(x.dsinks),
+                 x.sinks.is_absent()
+                     ? "none without sinks"
+                     : "at least " + std::to_string(blocks) + " blocks of each head");
   }
   return ffi::Error::Success();
 }
@@ -122,6 +134,9 @@ ffi::Error launch_backward(Stream stream, Backward const& x, Attributes const& a
   problem.turns = x.turns.ints();
   problem.ranges = x.ranges.ints();
   problem.dkv_partial = x.dkv_parts.floats();
+  set_sinks(x.sinks, &forward);
+  problem.dsinks = x.dsinks.floats();
+  if (!x.dsinks.is_absent()) problem.dsinks_blocks = static_cast<int>(x.dsinks.dims[2]);
   if (!x.dkv_parts.is_absent()) problem.num_splits = static_cast<int>(x.dkv_parts.dims[0]);
   if (forward.batch == 0 || forward.num_heads_k == 0) return ffi::Error::Success();
   JAX_FA3_RETURN_IF_FAILED(check_device(stream));

@@ -132,6 +132,11 @@ Operand to_operand(Array const& x, int64_t first_head, int64_t first_column) {
           x.dims[1] * heads * columns, heads * columns, columns};
 }
 
+void set_sinks(Array const& sinks, Problem* problem) {
+  problem->sinks = sinks.floats();
+  problem->sinks_batch_stride = sinks.is_absent() || sinks.dims[0] == 1 ? 0 : problem->num_heads_q;
+}
+
 ffi::Error to_problem(Inputs const& inputs, Attributes const& attributes, Dims const& dims,
                       Problem* problem) {
   Array const& query = inputs.query;

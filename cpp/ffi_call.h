@@ -34,6 +34,9 @@ ffi::Error to_dtype(Array const& x, DType* dtype);
 // `first_column` on.
 Operand to_operand(Array const& x, int64_t first_head = 0, int64_t first_column = 0);
 
+// The sinks, if there are any.
+void set_sinks(Array const& sinks, Problem* problem);
+
 struct Attributes {
   float scale;
   float soft_cap;

@@ -15,6 +15,7 @@ struct Inputs {
 
 struct Forward : Inputs {
   Array out_before, lse_before;  // the result for other keys
+  Array sinks;
   Array out, lse, lse_low;
   Array tile_counter, long_sums;
 };
@@ -23,12 +24,15 @@ struct Backward : Inputs {
   Array qkv;  // of a packed call, in place of query, key and value
   Array out, lse, dout, dlse, lse_low;
   Array summed_dq;  // dq_accum of the call before
+  Array sinks;
   Array dquery, dkey, dvalue, dqkv;
   Array row_stats, row_intervals, query_blocks, dq_accum, turns, ranges, dkv_parts;
+  Array dsinks;  // of some rows each
 };
 
 struct Fp8Forward : Inputs {
   Array query_scale, key_scale, value_scale;
+  Array sinks;
   Array out, lse;
   Array counters, transposed_value;
 };
@@ -65,7 +69,8 @@ struct Segments {
     JAX_FA3_ROW(Arrays, dq_accum, kFloat32, "*"),      \
     JAX_FA3_ROW(Arrays, turns, kInt32, "*|0"),         \
     JAX_FA3_ROW(Arrays, ranges, kInt32, "*|0"),        \
-    JAX_FA3_ROW(Arrays, dkv_parts, kFloat32, "*|0")
+    JAX_FA3_ROW(Arrays, dkv_parts, kFloat32, "*|0"),   \
+    JAX_FA3_ROW(Arrays, dsinks, kFloat32, "bn.|0")
 // clang-format on
 
 inline Target<Forward> const kFwd = {
@@ -77,6 +82,7 @@ inline Target<Forward> const kFwd = {
         JAX_FA3_MASKS(Forward),
         JAX_FA3_ROW(Forward, out_before, kFloat32, "btnv|0", "out"),
         JAX_FA3_ROW(Forward, lse_before, kFloat32, "bnt|0", "lse"),
+        JAX_FA3_ROW(Forward, sinks, kFloat32, "1n|bn|0"),
     },
     {
         JAX_FA3_ROW(Forward, out, k16BitsOrFloat32, "btnv"),
@@ -96,6 +102,7 @@ inline Target<Backward> const kBwd = {
         JAX_FA3_MASKS(Backward),
         JAX_FA3_COTANGENTS(Backward),
         JAX_FA3_ROW(Backward, summed_dq, kFloat32, "*|0", "dq_accum"),
+        JAX_FA3_ROW(Backward, sinks, kFloat32, "1n|bn|0"),
     },
     {
         JAX_FA3_ROW(Backward, dquery, k16Bits, "btnh|0"),
@@ -111,6 +118,7 @@ inline Target<Backward> const kBwdPacked = {
         JAX_FA3_ROW(Backward, qkv, k16Bits, "btph"),
         JAX_FA3_MASKS(Backward),
         JAX_FA3_COTANGENTS(Backward),
+        JAX_FA3_ROW(Backward, sinks, kFloat32, "1n|bn|0"),
     },
     {
         JAX_FA3_ROW(Backward, dqkv, k16Bits, "btph"),
@@ -128,6 +136,7 @@ inline Target<Fp8Forward> const kFwdFp8 = {
         JAX_FA3_ROW(Fp8Forward, key_scale, kFloat32, "bSk"),
         JAX_FA3_ROW(Fp8Forward, value_scale, kFloat32, "bSk"),
         JAX_FA3_MASKS(Fp8Forward),
+        JAX_FA3_ROW(Fp8Forward, sinks, kFloat32, "1n|bn|0"),
     },
     {
         JAX_FA3_ROW(Fp8Forward, out, k16BitsOrFloat32, "btnv"),

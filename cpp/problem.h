@@ -48,6 +48,10 @@ struct Problem {
   // Out and lse become the result for those and this call's keys. Unless the call is the last (out
   // is then of dtype) `out` is the same array.
   float const* out_accum;
+  // [1 or b, n] or null: of each query head a score, in base e, of one more key, whose value is 0.
+  // Rows that see a key see it, too. Null where there is out_accum.
+  float const* sinks;
+  int sinks_batch_stride;
   Mask mask;
 
   // Workspace.
@@ -74,6 +78,10 @@ struct BackwardProblem {
   Operand dkey;     // [b, s, k, h], of dkv_dtype
   Operand dvalue;   // [b, s, k, v], of dkv_dtype
   DType dkv_dtype;  // dtype, or kFloat32 for partial results
+  // [b, n, dsinks_blocks], or null as forward.sinks is: of each block of bwd_tile().block_m query
+  // rows what it adds to the gradient; behind the last block zeros.
+  float* dsinks;
+  int dsinks_blocks;
   // Workspace (plan.h). There are m blocks of bwd_tile().block_m query rows each.
   float* row_stats;    // [b, n, m, row_stats_of_block()]
   int* row_intervals;  // [b, m, block_m, 2]: key_begin, key_end

@@ -15,31 +15,25 @@ from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
-from ._checks import (
-    Integers,
-    array,
-    check_floating,
-    check_names,
-    checked_segment_ids,
-    checkpoint_names,
-    dense,
-    floating_dtype,
-    integers,
-    natural,
-    offset_of,
-    refuse_dense,
-    score_scale,
-    soft_cap,
-    static_bool,
-    static_sharding,
-    window_size,
-    wrong,
-)
+from ._checks import Integers, check_names, integers, refuse_dense, static_bool, wrong
 from ._dispatch import checked_implementation
 from ._integers import clamped, offset_and_window
 from ._integers import segment_ids as known_to_fit
 from ._operands import Call, Operands
-from ._problem import Config, Implementations, Masks, SegmentIds, Sizes, Window, fold_window
+from ._problem import Config, Implementations, Masks, SegmentIds, Sizes, Window, fold_window, wide
+from ._tensors import separate
+from ._values import (
+    checked_segment_ids,
+    checkpoint_names,
+    dense,
+    floating_dtype,
+    offset_of,
+    per_head,
+    score_scale,
+    soft_cap,
+    static_sharding,
+    window_size,
+)
 
 
 class MaskArrays(TypedDict, total=False):
@@ -67,60 +61,12 @@ class Options(MaskArguments, total=False):
 
     scale: ArrayLike | None
     logits_soft_cap: float | None
+    sinks: ArrayLike | None
     deterministic_backward: bool
     implementation: Implementations | None
     sharding: NamedSharding | PartitionSpec | None
     checkpoint_name: str | tuple[str, str] | None
     compute_dtype: DTypeLike | None
-
-
-def separate_operands(query: ArrayLike, key: ArrayLike, value: ArrayLike) -> tuple[Operands, bool]:
-    """Query, key and value with a batch axis, and whether they had that axis."""
-    q, k, v = array("query", query), array("key", key), array("value", value)
-    if q.ndim not in (3, 4):
-        raise wrong("query", f"shape {q.shape}", "(B, T, N, H), or (T, N, H)")
-    check_floating("query", q)
-    for name, x in (("key", k), ("value", v)):
-        if x.ndim != q.ndim:
-            raise wrong(name, f"shape {x.shape}", f"rank {q.ndim}, as query {q.shape} has")
-        check_floating(name, x)
-    *entries, _, _, head_dim = q.shape
-    if [*k.shape[:-3], k.shape[-1]] != [*entries, head_dim]:
-        shape = ", ".join(map(str, [*entries, "S", "K", head_dim]))
-        raise wrong("key", f"shape {k.shape}", f"({shape}) to go with query {q.shape}")
-    if v.shape[:-1] != k.shape[:-1]:
-        shape = ", ".join(map(str, [*k.shape[:-1], "V"]))
-        raise wrong("value", f"shape {v.shape}", f"({shape}) to go with key {k.shape}")
-    batched = q.ndim == 4
-    if not batched:
-        q, k, v = q[None], k[None], v[None]
-    found = Operands(q, k, v)
-    _check_heads("query", found.sizes)
-    return found, batched
-
-
-def packed_operands(qkv: ArrayLike, num_kv_heads: int | None) -> tuple[Operands, bool]:
-    """qkv as [B, T, 3, N, H] or [B, T, N + 2K, H], and whether it had a batch axis."""
-    x = array("qkv", qkv)
-    check_floating("qkv", x)
-    if num_kv_heads is None:
-        if x.ndim not in (4, 5) or x.shape[-3] != 3:
-            wanted = "(B, T, 3, N, H), or (T, 3, N, H), as num_kv_heads is None"
-            raise wrong("qkv", f"shape {x.shape}", wanted)
-        batched = x.ndim == 5
-        num_heads = num_kv_heads = x.shape[-2]
-    elif x.ndim not in (3, 4):
-        wanted = "(B, T, N + 2K, H), or (T, N + 2K, H), as num_kv_heads is given"
-        raise wrong("qkv", f"shape {x.shape}", wanted)
-    else:
-        num_kv_heads = natural("num_kv_heads", num_kv_heads)
-        batched, heads = x.ndim == 4, x.shape[-2]
-        num_heads = heads - 2 * num_kv_heads
-        if num_heads < 0:
-            raise wrong("qkv", f"{heads} heads", f"at least 2 * num_kv_heads = {2 * num_kv_heads}")
-    found = Operands(x if batched else x[None], packed=(num_heads, num_kv_heads))
-    _check_heads("qkv", found.sizes)
-    return found, batched
 
 
 def parse(
@@ -129,6 +75,7 @@ def parse(
     bias: ArrayLike | None = None,
     mask: ArrayLike | None = None,
     *,
+    sinks: ArrayLike | None = None,
     implementation: Implementations | None = None,
     sharding: NamedSharding | PartitionSpec | None = None,
     compute_dtype: DTypeLike | None = None,
@@ -144,8 +91,13 @@ def parse(
     masks, window, segment_ids = parse_masks(sizes, batched, **arguments)
     config, scale = _config(window, sizes.head_dim, **options)
     full = sizes.batch, sizes.num_heads, sizes.query_length, sizes.key_length
+    score = per_head("sinks", sinks, sizes.num_heads)
     operands = dataclasses.replace(
-        operands, bias=dense("bias", bias, full), mask=dense("mask", mask, full), scale=scale
+        operands,
+        sinks=None if score is None else score[None].astype(wide(operands.query.dtype)),
+        bias=dense("bias", bias, full),
+        mask=dense("mask", mask, full),
+        scale=scale,
     )
     where = static_sharding("sharding", sharding, batched)
     with_lse = static_bool("return_residual", return_residual)
@@ -173,7 +125,7 @@ def parse_without_dense(
     """The call of query, key and value, for functions that with "xla" take no more than the kernels:
     no dense bias or mask, and no traced scale."""
     refuse_dense(options, who)
-    call = parse(*separate_operands(*tensors), **options)
+    call = parse(*separate(*tensors), **options)
     if call.operands.scale is not None:
         wanted = f"wanted a static float: multiply {instead_of_scale} by it and pass scale=1.0"
         raise NotImplementedError(f"scale: got an array, {wanted}")
@@ -231,11 +183,3 @@ def _config(
     deterministic = static_bool("deterministic_backward", deterministic_backward)
     cap, names = soft_cap(logits_soft_cap), checkpoint_names(checkpoint_name)
     return Config(static, window, cap, deterministic, checkpoint_names=names), traced
-
-
-def _check_heads(name: str, sizes: Sizes) -> None:
-    heads, kv_heads = sizes.num_heads, sizes.num_kv_heads
-    if heads % kv_heads if kv_heads else heads:
-        raise wrong(name, f"{heads} query heads", f"a multiple of the {kv_heads} key/value heads")
-    if not (sizes.head_dim and sizes.head_dim_v):
-        raise wrong(name, f"head dims {sizes.head_dim}, {sizes.head_dim_v}", "at least 1")

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from typing import Any, Literal, Unpack, overload
 
-import jax
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
-from . import _arguments, _dispatch
+from . import _arguments, _tensors
 from ._arguments import Options
 from ._autodiff import attend
-from ._checks import Integers, wrong
+from ._checks import Integers
 from ._problem import Implementations, Window
 
 
@@ -51,6 +50,7 @@ def dot_product_attention(
     key_begin: Integers | None = None,
     key_end: Integers | None = None,
     logits_soft_cap: float | None = None,
+    sinks: ArrayLike | None = None,
     deterministic_backward: bool = False,
     implementation: Implementations | None = None,
     sharding: NamedSharding | PartitionSpec | None = None,
@@ -95,6 +95,8 @@ def dot_product_attention(
             be left out. `key_intervals` turns all of the mask arguments into these two.
         logits_soft_cap: static float c > 0: the scaled scores become c * tanh(scores / c), before
             bias and masks. 0 or None: none.
+        sinks: floating [N], differentiable: each row that sees a key sees one more, with this score
+            and the value 0. The log-sum-exp has it in.
         deterministic_backward: gradients that are equal bit by bit from run to run.
         implementation: "fa3", the kernels, or "xla", plain JAX with memory linear in T and S; both
             without fallback. A sequence of "fa3", "xla" and None is tried in order: the first that can
@@ -140,7 +142,7 @@ def dot_product_attention(
             `is_supported` asks beforehand.
     """
     call = _arguments.parse(
-        *_arguments.separate_operands(query, key, value),
+        *_tensors.separate(query, key, value),
         bias,
         mask,
         scale=scale,
@@ -155,6 +157,7 @@ def dot_product_attention(
         key_begin=key_begin,
         key_end=key_end,
         logits_soft_cap=logits_soft_cap,
+        sinks=sinks,
         deterministic_backward=deterministic_backward,
         implementation=implementation,
         sharding=sharding,
@@ -195,49 +198,4 @@ def qkv_dot_product_attention(
 
     Returns and raises as `dot_product_attention`; V = H.
     """
-    return attend(_arguments.parse(*_arguments.packed_operands(qkv, num_kv_heads), **options))
-
-
-def is_supported(
-    query: ArrayLike | jax.ShapeDtypeStruct,
-    key: ArrayLike | jax.ShapeDtypeStruct,
-    value: ArrayLike | jax.ShapeDtypeStruct,
-    bias: ArrayLike | jax.ShapeDtypeStruct | None = None,
-    mask: ArrayLike | jax.ShapeDtypeStruct | None = None,
-    *,
-    device: str | None = None,
-    **options: Any,
-) -> str | None:
-    """None if the kernels run `dot_product_attention` of these arguments here, else why not.
-
-    Args:
-        device: "sm_90", a Hopper GPU of any machine: the arguments alone count, and this machine's
-            devices do not; of an install without kernels those of the default build are meant. None
-            is this machine: if it has no CUDA device, that is the reason, though lowering for CUDA
-            with "fa3" may work all the same.
-        others: those of `dot_product_attention`; any array may be a jax.ShapeDtypeStruct.
-
-    Raises ValueError for another device.
-    """
-    if device not in (None, "sm_90"):
-        raise wrong("device", repr(device), "None or 'sm_90'")
-    arguments = dict(options, query=query, key=key, value=value, bias=bias, mask=mask)
-    shapes = {k: x for k, x in arguments.items() if isinstance(x, jax.ShapeDtypeStruct)}
-
-    def check(tracers: dict[str, Array]) -> None:
-        known: dict[str, Any] = arguments | tracers
-        tensors = (known.pop(k) for k in ("query", "key", "value"))
-        operands = _arguments.separate_operands(*tensors)
-        reason = _dispatch.refusal(_arguments.parse(*operands, **known))
-        if reason is not None:
-            raise NotImplementedError(reason)
-
-    try:
-        jax.eval_shape(check, shapes)
-    except (ValueError, NotImplementedError) as error:
-        return str(error)
-    if device is not None:
-        return None
-    if not _dispatch.compute_capabilities():
-        return "device: got no CUDA device, wanted an NVIDIA Hopper GPU (sm_90)"
-    return _dispatch.machine_refusal() or _dispatch.refusal_of_devices((query, key, value))
+    return attend(_arguments.parse(*_tensors.packed(qkv, num_kv_heads), **options))

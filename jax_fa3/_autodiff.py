@@ -14,7 +14,7 @@ import numpy as np
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
-from . import _dispatch, _ffi, _guards, _mask, _sharding, _xla
+from . import _dispatch, _ffi, _guards, _mask, _sharding, _sinks, _xla
 from ._jitted import finite_in_debug_mode, jitted
 from ._operands import Call, Operands, Rows, batch_letters
 from ._problem import Config, Implementation, Masks, wide
@@ -169,12 +169,19 @@ def backward(
     method: Method, plain: Callable[..., Any], operands: Operands, masks: Masks, rows: Rows
 ) -> Operands:
     """The gradient of operands, by the 16-bit kernels or by a function as plain_backward."""
+    wanted = operands.letters
+    if operands.sinks is not None:  # of each batch entry
+        wanted = dataclasses.replace(wanted, sinks=operands.result_letters[1][:2])
+        plain = plain_backward_by_rows
     per_mask = batch_letters(masks, operands.sizes.batch)
     letters = operands.letters, per_mask, rows.letters(operands)
-    results = tuple(jax.tree.leaves(operands.letters))
+    results = tuple(jax.tree.leaves(wanted))
     static = method.implementation, _ffi.bwd, plain, (method.config,), letters, results
     grads = _dispatch.run(*static, operands, masks, rows)
-    return jax.tree.unflatten(jax.tree.structure(operands), grads)
+    found: Any = jax.tree.unflatten(jax.tree.structure(wanted), grads)
+    if operands.sinks is not None and operands.sinks.shape[0] == 1:
+        found = dataclasses.replace(found, sinks=found.sinks.sum(0, keepdims=True))
+    return found
 
 
 _kernel_for_gradient = functools.partial(_ffi.fwd, with_lse_low=True)
@@ -191,3 +198,16 @@ def plain_backward(
     dq, *dkv = _xla.backward(config, operands, masks, rows)
     grads = operands.joined(dq.astype(operands.query.dtype), *dkv)
     return vary_together((grads, operands))[0]  # without elements they are constants
+
+
+def plain_backward_by_rows(
+    config: Config, operands: Operands, masks: Masks, rows: Rows
+) -> tuple[Array, ...]:
+    """With the forward's log-sum-exp and out, as the kernels have it, where the backward's own weights
+    do not add up to 1."""
+    config = dataclasses.replace(config, partial=True)
+    sinks, tensors = operands.sinks, dataclasses.replace(operands, sinks=None)
+    grads = plain_backward(config, tensors, masks, rows)
+    pairs = zip(grads, jax.tree.leaves(tensors), strict=True)
+    found = tuple(dx.astype(x.dtype) for dx, x in pairs)
+    return found if sinks is None else (*found, _sinks.gradient(sinks, rows))

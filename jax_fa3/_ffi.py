@@ -118,6 +118,7 @@ def fwd(
         **masks._asdict(),
         out_before=out_before,
         lse_before=lse_before,
+        sinks=operands.sinks,
     )
     names = ("out", "lse", "lse_low") if with_lse_low else ("out", "lse")
     return tuple(found[name] for name in names)
@@ -133,7 +134,7 @@ def bwd(
     finish_dq: bool = True,
 ) -> tuple[Array, ...]:
     """The backward kernels: (dq, dk, dv), or the gradient of the packed array alone; in the operands'
-    dtype, but dk and dv in fp32 if config.partial.
+    dtype, but dk and dv in fp32 if config.partial. Behind them, if there are sinks, theirs: fp32 [B, N].
 
     Args:
         operands: as for fwd. Key and value side by side may also be uint32 words of two numbers
@@ -152,11 +153,17 @@ def bwd(
     if not bwd_tile(width).fused and finish_dq and summed_dq is None:
         dq_accum = jax.ShapeDtypeStruct((*per_row, 0), jnp.float32)
     workspace = _plan.bwd_workspace(_C, config, masks, sizes, query.dtype, dq_accum)
-    common: dict[str, Any] = masks._asdict() | rows._asdict()
+    common: dict[str, Any] = masks._asdict() | rows._asdict() | {"sinks": operands.sinks}
+    if operands.sinks is not None:
+        workspace["dsinks"] = _plan.dsinks(sizes, dq_accum)
+
+    def with_dsinks(*grads: Array) -> tuple[Array, ...]:
+        return grads if operands.sinks is None else (*grads, found["dsinks"].sum(-1))
+
     if operands.packed is not None:
         results = {"dqkv": jax.ShapeDtypeStruct(query.shape, query.dtype), **workspace}
-        dqkv = custom_call(BWD_PACKED, results, attributes, qkv=query, **common)["dqkv"]
-        return (dqkv.reshape(operands.query.shape),)
+        found = custom_call(BWD_PACKED, results, attributes, qkv=query, **common)
+        return with_dsinks(found["dqkv"].reshape(operands.query.shape))
     dkv_dtype = jnp.float32 if config.partial else query.dtype
     grads = {
         "dquery": jax.ShapeDtypeStruct(query.shape, query.dtype) if finish_dq else None,
@@ -174,7 +181,7 @@ def bwd(
         **common,
         summed_dq=summed_dq,
     )
-    return found["dquery" if finish_dq else "dq_accum"], found["dkey"], found["dvalue"]
+    return with_dsinks(found["dquery" if finish_dq else "dq_accum"], found["dkey"], found["dvalue"])
 
 
 def dq_sum_of(query: Array, num_heads: int, head_dim_v: int) -> jax.ShapeDtypeStruct:

@@ -30,6 +30,7 @@ class Operands:
     key: Array | None = None
     value: Array | None = None
     _: dataclasses.KW_ONLY
+    sinks: Array | None = None  # [1 or B, N], fp32 (fp64)
     # Plain JAX alone takes these, and the kernels None:
     bias: Array | None = None  # [B or 1, N or 1, T or 1, S or 1], and so is mask
     mask: Array | None = None
@@ -69,7 +70,8 @@ class Operands:
             # hold some of each.
             three = "bt.nh" if self.query.ndim == 5 else "bt.h", None, None
         others: Any = {name: dense(getattr(self, name)) for name in ("bias", "mask", "scale")}
-        return Operands(*three, **others, packed=self.packed)
+        sinks: Any = None if self.sinks is None else "." + self.result_letters[1][1]
+        return Operands(*three, sinks=sinks, **others, packed=self.packed)
 
     @property
     def result_letters(self) -> tuple[str, str]:

@@ -63,6 +63,13 @@ def bwd_workspace(
     return workspace
 
 
+def dsinks(sizes: Sizes, dq_accum: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """No workspace: what each block of query rows adds to the gradient of sinks; for tiles of whichever
+    height, too."""
+    blocks = dq_accum.shape[2] // BWD_FEWEST_ROWS
+    return jax.ShapeDtypeStruct((sizes.batch, sizes.num_heads, blocks), jnp.float32)
+
+
 def splits(library: ModuleType | None, config: Config, masks: Masks, sizes: Sizes) -> int:
     """How many CTAs share the query rows of a block of keys in the backward; 0 if it is one, which
     sums over them in one go."""

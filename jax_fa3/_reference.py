@@ -104,6 +104,7 @@ def attention(
     *,
     scale: Any = None,
     logits_soft_cap: float | None = None,
+    sinks: Any = None,  # [N]
     round_to: DTypeLike | Rounding | None = None,
     **masks: Any,
 ) -> tuple[Array, Array]:
@@ -135,10 +136,12 @@ def attention(
         scores = logits_soft_cap * jnp.tanh(scores / logits_soft_cap)
     scores = rounding.scores(scores if bias is None else scores + bias)
     sees = visible.any(-1, keepdims=True)  # [B, 1 or N, T, 1]
-    top = jnp.where(sees, scores.max(-1, keepdims=True, initial=-jnp.inf, where=visible), 0)
-    top = lax.stop_gradient(top)
+    top = scores.max(-1, keepdims=True, initial=-jnp.inf, where=visible)
+    sink = -jnp.inf if sinks is None else jnp.asarray(sinks, scores.dtype)[:, None, None]
+    top = lax.stop_gradient(jnp.where(sees, jnp.maximum(top, sink), 0))
     weights = jnp.exp(jnp.where(visible, scores - top, -jnp.inf))
-    total = jnp.where(sees, weights.sum(-1, keepdims=True), 1)  # [B, N, T, 1]
+    total = weights.sum(-1, keepdims=True) + jnp.exp(jnp.where(sees, sink - top, 0))
+    total = jnp.where(sees, total, 1)  # [B, N, T, 1]
     probabilities = rounding.probabilities(weights, total)
     out = rounding.out(jnp.einsum("bnts,bsnv->bntv", probabilities, value))
     lse = jnp.where(sees, top + jnp.log(total), -jnp.inf)[..., 0]

@@ -58,6 +58,7 @@ _BWD_WORKSPACE = (
     Row("turns", _INT32, optional=True),
     Row("ranges", _INT32, optional=True),
     Row("dkv_parts", _FLOAT32, optional=True),
+    Row("dsinks", _FLOAT32, optional=True),
 )
 
 TARGETS = {
@@ -69,6 +70,7 @@ TARGETS = {
             *_MASKS,
             Row("out_before", _FLOAT32, optional=True),
             Row("lse_before", _FLOAT32, optional=True),
+            Row("sinks", _FLOAT32, optional=True),
         ),
         results=(
             Row("out", _16_BITS_OR_FLOAT32),
@@ -86,6 +88,7 @@ TARGETS = {
             *_MASKS,
             *_COTANGENTS,
             Row("summed_dq", _FLOAT32, optional=True),
+            Row("sinks", _FLOAT32, optional=True),
         ),
         results=(
             Row("dquery", _16_BITS, optional=True),
@@ -95,7 +98,12 @@ TARGETS = {
         ),
     ),
     BWD_PACKED: Target(
-        operands=(Row("qkv", _16_BITS), *_MASKS, *_COTANGENTS),
+        operands=(
+            Row("qkv", _16_BITS),
+            *_MASKS,
+            *_COTANGENTS,
+            Row("sinks", _FLOAT32, optional=True),
+        ),
         results=(Row("dqkv", _16_BITS), *_BWD_WORKSPACE),
     ),
     FWD_FP8: Target(
@@ -107,6 +115,7 @@ TARGETS = {
             Row("key_scale", _FLOAT32),
             Row("value_scale", _FLOAT32),
             *_MASKS,
+            Row("sinks", _FLOAT32, optional=True),
         ),
         results=(
             Row("out", _16_BITS_OR_FLOAT32),

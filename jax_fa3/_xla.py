@@ -37,7 +37,7 @@ def attention(config: Config, operands: Operands, masks: Masks) -> tuple[Array, 
     Args:
         config: scale may have any sign; logits_soft_cap comes after scale and before bias.
         operands: of any float dtype; scale takes the place of config's; a bias of -inf and a mask of
-            False hide a key.
+            False hide a key; sinks are fp32, or fp64 for fp64 inputs.
 
     Returns:
         out: [B, T, N, V] in query's dtype, or lse's if config.partial.
@@ -54,6 +54,7 @@ def attention(config: Config, operands: Operands, masks: Masks) -> tuple[Array, 
         for name, x in (("bias", operands.bias), ("mask", operands.mask))
         if x is not None
     }
+    sinks = None if operands.sinks is None else operands.sinks.reshape(-1, *groups, 1, 1)
 
     def block(rows: tuple[Any, ...]) -> tuple[Array, Array]:
         query, begin, end, broken, dense_rows = rows
@@ -69,9 +70,12 @@ def attention(config: Config, operands: Operands, masks: Masks) -> tuple[Array, 
 
         sees = visible.any(-1, keepdims=True)  # not top > -inf: a NaN that is seen stays a NaN
         top = jnp.max(scores, -1, keepdims=True, initial=-jnp.inf, where=visible)
+        top = top if sinks is None else jnp.maximum(top, sinks)
         top = lax.stop_gradient(jnp.where(sees, top, 0))
         weights = jnp.exp(jnp.where(visible, scores - top, -jnp.inf))
-        total = jnp.where(sees, weights.sum(-1, keepdims=True), 1)
+        total = weights.sum(-1, keepdims=True)
+        total += 0 if sinks is None else jnp.exp(jnp.where(sees, sinks - top, 0))
+        total = jnp.where(sees, total, 1)
         out = einsum("bkgrs,bskv->bkgrv", weights, value) / total
         lse = top + jnp.log(total)
         nothing, nan = nan_rows(broken[..., None], query, value.shape[-1])

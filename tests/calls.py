@@ -22,6 +22,7 @@ IDS = packed(documents(9, 7))
 TWO: dict[str, Any] = {name: np.repeat(ids, B, axis=0) for name, ids in IDS.items()}
 CAUSAL: Any = {"is_causal": True}
 PADDING: Any = {"padding_segment_id": 1}
+SINKS: Any = {"sinks": np.linspace(-1, 2, N, dtype=np.float32)}
 BROKEN: Any = packed(documents(5, 4, 4, 3, ids=(0, 1, 0, 2)))  # in two runs of id 0
 LENGTHS: dict[str, Any] = {"query_seq_lengths": ints(12, 16), "key_value_seq_lengths": ints(0, 9)}
 MASKS: dict[str, dict[str, Any]] = {
@@ -62,7 +63,7 @@ def _dense(implementation: Any, *qkv: Any) -> Any:
 
 
 def _options(implementation: Any, *qkv: Any) -> Any:
-    options: Any = {"scale": 0.3, "logits_soft_cap": 5.0, "return_residual": True}
+    options: Any = {"scale": 0.3, "logits_soft_cap": 5.0, "return_residual": True, **SINKS}
     return jax_fa3.dot_product_attention(*qkv, implementation=implementation, **options)
 
 
@@ -78,7 +79,7 @@ def _one(implementation: Any, *qkv: Any) -> Any:
 
 def _packed(implementation: Any, *qkv: Any) -> Any:
     x = jnp.concatenate(qkv, axis=2)
-    return jax_fa3.qkv_dot_product_attention(x, K, implementation=implementation, **TWO)
+    return jax_fa3.qkv_dot_product_attention(x, K, implementation=implementation, **TWO, **SINKS)
 
 
 def _packed_in_three(implementation: Any, query: Any, *_: Any) -> Any:
@@ -145,8 +146,8 @@ def _in_shard_map(implementation: Any, *qkv: Any) -> Any:
 
 def _fp8(quantization: Any) -> Callable[..., Any]:
     def call(implementation: Any, *qkv: Any) -> Any:
-        options: Any = {"quantization": quantization, "implementation": implementation, **LENGTHS}
-        return fp8.dot_product_attention(*qkv, **options)
+        options: Any = {"quantization": quantization, "implementation": implementation}
+        return fp8.dot_product_attention(*qkv, **options, **LENGTHS, **SINKS)
 
     return call
 
@@ -177,9 +178,8 @@ def _attention_fn(implementation: Any, query: Any, key: Any, value: Any) -> Any:
     return attention(query, key, value, mask=nn.make_causal_mask(jnp.ones((B, T))))
 
 
-ROTARY: Any = {
-    "rotary_base": 100.0
-}  # not normalize_qk: Flax's norms refuse strict promotion in 16 bit
+# Not normalize_qk: Flax's norms refuse strict promotion in 16 bit.
+ROTARY: Any = {"rotary_base": 100.0}
 
 # Functions of an implementation and of query, key and value, with first derivatives.
 CALLS: dict[str, Callable[..., Any]] = {
@@ -194,7 +194,9 @@ CALLS: dict[str, Callable[..., Any]] = {
     "explicit axes": _explicit,
     "automatic axes": _automatic,
     "ring": _context_parallel("ring", False, {**TWO, **LENGTHS, **PADDING, "is_causal": True}),
-    "ring, zigzag": _context_parallel("ring", True, {**CAUSAL, "query_offset": ints(1, 2)}),
+    "ring, zigzag": _context_parallel(
+        "ring", True, {**CAUSAL, **SINKS, "query_offset": ints(1, 2)}
+    ),
     "all-gather": _context_parallel("all_gather", True, {"is_causal": True, **LENGTHS}),
     "all-to-all": _context_parallel("all_to_all", True, {"local_window_size": 3}),
     "ring in shard_map": _in_shard_map,

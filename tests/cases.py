@@ -37,6 +37,7 @@ class Case:
     mask: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     scale: float | None = None
     logits_soft_cap: float | None = None
+    sinks: tuple[float, ...] | None = None  # N
     planted: bool = False  # NaN and inf in all that stands past the lengths
 
     def __str__(self) -> str:
@@ -45,7 +46,8 @@ class Case:
     @property
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments of jax_fa3.dot_product_attention and of the oracle."""
-        return {"scale": self.scale, "logits_soft_cap": self.logits_soft_cap, **self.mask}
+        sinks = {} if self.sinks is None else {"sinks": np.asarray(self.sinks, np.float32)}
+        return {"scale": self.scale, "logits_soft_cap": self.logits_soft_cap, **sinks, **self.mask}
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], ...]:

@@ -21,19 +21,21 @@ B, T, S, N, K, H, V = 2, 128, 160, 4, 2, 128, 64
 Struct = jax.ShapeDtypeStruct
 
 
-def FORWARD(config: Config, *arrays: Any, packed: Any = None, **options: Any) -> Any:
+def FORWARD(
+    config: Config, *arrays: Any, packed: Any = None, sinks: Any = None, **options: Any
+) -> Any:
     """_ffi.fwd of the arrays of operands, and masks."""
     *tensors, masks = arrays
-    return _ffi.fwd(config, Operands(*tensors, packed=packed), masks, **options)
+    return _ffi.fwd(config, Operands(*tensors, packed=packed, sinks=sinks), masks, **options)
 
 
 def BACKWARD(config: Config, operands: Any, masks: Masks, *rows: Any, **options: Any) -> Any:
     return _ffi.bwd(config, operands, masks, Rows(*rows), **options)
 
 
-def backward_of_three(config: Config, *arrays: Any, **options: Any) -> Any:
+def backward_of_three(config: Config, *arrays: Any, sinks: Any = None, **options: Any) -> Any:
     """Of query, key, value, masks, and rows."""
-    return BACKWARD(config, Operands(*arrays[:3]), *arrays[3:], **options)
+    return BACKWARD(config, Operands(*arrays[:3], sinks=sinks), *arrays[3:], **options)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +107,9 @@ def right_calls() -> dict[str, Call]:
     def backward(config: Config) -> Any:
         return lambda *x: backward_of_three(config, *x)
 
+    def with_sinks(config: Config) -> Any:
+        return lambda *x: FORWARD(config, *x[:3], Masks(), sinks=x[3])
+
     def joined(config: Config) -> Any:
         return lambda *x: FORWARD(config, *x[:3], Masks(), before=x[3:])
 
@@ -121,6 +126,10 @@ def right_calls() -> dict[str, Call]:
         "fwd for the gradient": recorded(
             lambda *x: FORWARD(plain, *x, Masks(), with_lse_low=True), *operands
         ),
+        "fwd with sinks": recorded(with_sinks(plain), *operands, Struct((1, N), jnp.float32)),
+        "fwd with sinks of each entry": recorded(
+            with_sinks(every), *operands, Struct((B, N), jnp.float32)
+        ),
         "fwd of many keys": with_long_sums(
             recorded(lambda *x: FORWARD(plain, *x, Masks()), *operands)
         ),
@@ -130,13 +139,26 @@ def right_calls() -> dict[str, Call]:
         "fwd joined last": recorded(joined(plain), *operands, *before),
         "bwd": recorded(backward(every), *operands, masks, *rows),
         "bwd without masks": recorded(backward(plain), *operands, Masks(), *rows),
+        "bwd with sinks": recorded(
+            lambda s, *x: backward_of_three(plain, *x[:3], Masks(), *x[3:], sinks=s),
+            *(Struct((1, N), jnp.float32), *operands, *rows),
+        ),
         "bwd in parts": in_parts(backward(plain), *operands, Masks(), *rows, low),
         "bwd of float16": recorded(backward(every), *half, masks, *half_rows, low),
         "bwd continued": recorded(continued, *operands, *rows, summed),
         "bwd of words": recorded(of_words, q, words, *rows[1:]),
         "bwd packed": recorded(packed_backward, qkv, masks, *packed_rows, low),
+        "bwd packed with sinks": recorded(
+            lambda s, x, *rows: BACKWARD(
+                every, Operands(x, sinks=s, packed=(N, K)), Masks(), *rows
+            ),
+            *(Struct((1, N), jnp.float32), qkv, *packed_rows),
+        ),
         "bwd packed in parts": in_parts(packed_backward, qkv, masks, *packed_rows, low),
         "fp8": recorded(fp8_forward(every), *fp8_operands(T, S, H), masks),
+        "fp8 with sinks": recorded(
+            fp8_forward(plain), *fp8_operands(T, S, 64), Masks(), Struct((1, N), jnp.float32)
+        ),
         "fp8 without masks": recorded(fp8_forward(plain), *fp8_operands(T, S, 64), Masks()),
         "quantize": recorded(_fp8.quantize, q, Struct((H,), jnp.float32), lengths),
         "quantize alone": recorded(lambda x: _fp8.quantize(x, None, None), q),

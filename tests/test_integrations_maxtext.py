@@ -89,6 +89,7 @@ CASES = {
     "window": {"kind": "local_sliding", "sliding_window_size": 7},
     "chunk": {"kind": "chunk", "chunk_attn_window_size": 8},
     "segments": {"segment_ids": ids},
+    "sinks": {"segment_ids": ids, "sinks": jnp.linspace(-1, 2, N)},
     "soft cap, window, segments": {
         "kind": "local_sliding",
         "sliding_window_size": 7,
@@ -181,7 +182,6 @@ def test_context_parallelism(name, strategy, balanced):
 
 
 REFUSED = {
-    "sinks: got ": {"sinks": jnp.ones(N)},
     "record_max_logits: got True": {"record_max_logits": True},
     "dropout_rate: got 0.1": {"dropout_rate": 0.1},
     "indexer_mask: got ": {"indexer_mask": jnp.zeros((B, T, T))},

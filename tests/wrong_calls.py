@@ -105,6 +105,12 @@ def wrong_throughout() -> Iterator[tuple[str, Call]]:
 
     yield "fwd joined with lse_low", recorded(joined, *operands_of(), *before)
 
+    def with_sinks(sinks: Any, *x: Any) -> Any:
+        return FORWARD(partial, *x[:3], Masks(), before=x[3:], sinks=sinks)
+
+    sinks = Struct((1, N), jnp.float32)
+    yield "fwd joined with sinks", recorded(with_sinks, sinks, *operands_of(), *before)
+
     # Sizes beyond 32 bits, in arrays without elements.
     long = 2**31
     q, k, x = operands_of(batch=0, length=long)
@@ -122,8 +128,10 @@ _MAY_BE = {
     (_targets.QUANTIZE, "operands", 0): ("float16", "bfloat16"),
 }
 
-# Dimensions of any size: S, which this operand says, and how many parts there are, or none.
+# Dimensions of any size, or of several: S, which this operand says; how many parts there are, or none;
+# sinks of one or of each batch entry.
 _FREE = {
+    (_targets.FWD, "operands", 10, 0),
     (_targets.SEGMENT_INTERVALS, "operands", 1, 1),
     (_targets.BWD, "results", 9, 0),
     (_targets.BWD_PACKED, "results", 7, 0),

@@ -76,6 +76,10 @@ cudaError_t make_params(BackwardProblem const& problem, Params* params) {
   params->softmax_scale_log2 = scale.softmax_scale * kLog2E;
   params->score = scale.score;
   params->softmax_scale = p.softmax_scale;
+  params->sinks = p.sinks;
+  params->sinks_batch_stride = p.sinks_batch_stride;
+  params->dsinks = problem.dsinks;
+  params->dsinks_blocks = problem.dsinks_blocks;
 
   bool const masked = p.mask.restricts();
   int const group = params->group;

@@ -67,6 +67,10 @@ struct Params {
   float softmax_scale_log2;  // of what `score` gives
   Score score;
   float softmax_scale;  // of dQ and dK
+  float const* sinks;   // [1 or b, n] or null, as dsinks
+  int sinks_batch_stride;
+  float* dsinks;  // [b, n, dsinks_blocks]
+  int dsinks_blocks;
 
   CUTLASS_HOST_DEVICE int64_t m_block_index(int batch, int head, int m_block) const {
     return (int64_t{batch} * num_heads_q + head) * num_m_blocks + m_block;

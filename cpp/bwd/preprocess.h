@@ -1,6 +1,7 @@
 // Writes what the other kernels need of each query row: the log-sum-exp, delta and the keys it sees
 // (params.h). delta = rowsum(dO * O) - dlse: the derivative of the log-sum-exp by the scores is P
-// itself, so its gradient enters dS = P (dP - delta) as a part of delta.
+// itself, so its gradient enters dS = P (dP - delta) as a part of delta. A sink is a score like the
+// others, but its value is 0, and so is its dP: here are all rows that its gradient is the sum of.
 #pragma once
 
 #include "bwd/params.h"
@@ -11,6 +12,28 @@
 namespace jax_fa3::bwd {
 
 inline constexpr int kPreprocessThreads = 256;
+
+// Stores what a block of rows adds to the gradient of its head's sink, of which each thread has a
+// part.
+CUTLASS_DEVICE void store_dsink(Params const& params, int64_t batch, int head, int m_block,
+                                float dsink) {
+  __shared__ float of_warps[kPreprocessThreads / 32];
+  CUTLASS_PRAGMA_UNROLL
+  for (int lane = 1; lane < 32; lane *= 2) dsink += __shfl_xor_sync(~0u, dsink, lane);
+  if (threadIdx.x % 32 == 0) of_warps[threadIdx.x / 32] = dsink;
+  __syncthreads();
+  float* const blocks = params.dsinks + (batch * params.num_heads_q + head) * params.dsinks_blocks;
+  if (threadIdx.x == 0) {
+    float sum = 0.f;
+    for (float const x : of_warps) sum += x;
+    blocks[m_block] = sum;
+  }
+  if (m_block + 1 < params.num_m_blocks) return;
+  for (int i = params.num_m_blocks + threadIdx.x; i < params.dsinks_blocks;
+       i += kPreprocessThreads) {
+    blocks[i] = 0.f;
+  }
+}
 
 // One CTA per block of query rows and head. kAccumulators: fp32 numbers of the block's dQ to clear.
 template <class Element, int kBlockM, int kHeadDimV, int kAccumulators>
@@ -59,6 +82,10 @@ __global__ void __launch_bounds__(kPreprocessThreads)
   // An error of a log-sum-exp (base 2), and so of P, that is far below the rounding to 16 bits.
   constexpr float kNegligible = 1.f / 8192;
   bool careful = false;
+  bool const has_sink = params.sinks != nullptr;
+  float const sink =
+      has_sink ? params.sinks[int64_t{batch} * params.sinks_batch_stride + head] * kLog2E : 0.f;
+  float dsink = 0.f;
   for (int row = threadIdx.x / kLanes; row < kBlockM; row += kPreprocessThreads / kLanes) {
     // Rows without keys may hold anything. Their probabilities are exp2(score - inf) = 0.
     bool const sees = !mask.row_interval(batch, first_row + row).empty();
@@ -74,13 +101,17 @@ __global__ void __launch_bounds__(kPreprocessThreads)
           (int64_t{batch} * params.num_heads_q + head) * mask.seqlen_q + first_row + row;
       float const low = sees && params.lse_low != nullptr ? params.lse_low[source] : 0.f;
       careful |= fabsf(low) > kNegligible;
-      stats[Stats::kLse + row] = sees ? __fmul_rn(params.lse[source], kLog2E) : INFINITY;
-      stats[Stats::kDelta + row] = sees ? (delta - params.dlse[source]) * scale : 0.f;
+      float const lse = sees ? __fmul_rn(params.lse[source], kLog2E) : INFINITY;
+      delta = sees ? delta - params.dlse[source] : 0.f;
+      stats[Stats::kLse + row] = lse;
+      stats[Stats::kDelta + row] = delta * scale;
       stats[Stats::kLseLow + row] = low;
+      if (has_sink) dsink -= exp2f(sink - lse - low) * delta;
     }
   }
   int const any = __syncthreads_or(careful);
   if (threadIdx.x == 0) stats[Stats::kCareful] = __int_as_float(any);
+  if (has_sink) store_dsink(params, batch, head, m_block, dsink);
 }
 
 }  // namespace jax_fa3::bwd

@@ -10,15 +10,45 @@
 
 namespace jax_fa3::fwd {
 
+// One more key of every row that sees a key, whose value is 0: all that it does is to raise the
+// log-sum-exp.
+struct Sink {
+  float score;  // in base e; -inf: none
+
+  CUTLASS_DEVICE bool is_none() const { return score == -INFINITY; }
+
+  // By how much it raises that of the other keys.
+  CUTLASS_DEVICE float rise(float lse) const {
+    float const above = score - lse;
+    return fmaxf(above, 0.f) + logf(1.f + exp2f(-fabsf(above) * kLog2E));
+  }
+};
+
+template <class Params>
+CUTLASS_DEVICE Sink sink_of(Params const& params, TileCoord tile) {
+  if (params.sinks == nullptr) return {-INFINITY};
+  return {__ldg(params.sinks + int64_t{tile.batch} * params.sinks_batch_stride + tile.head)};
+}
+
+// The log-sum-exp of a row's keys, once normalize() has summed the rows of all threads.
+template <class Softmax>
+CUTLASS_DEVICE float lse_of_keys(Softmax const& softmax, float softmax_scale, int row) {
+  return softmax.row_max[row] * softmax_scale + softmax.log_sum(row);
+}
+
 // Divides by the row sums. Rows that see no key get 0 (and -inf, below), broken rows (mask.h) NaN,
 // whatever the accumulators hold: blocks are not masked if all rows that see a key see all of them.
 template <class Element, class Softmax, class Out>
-CUTLASS_DEVICE void normalize(Interval const (&rows)[kRowsPerThread], Softmax& softmax, Out& tOrO) {
+CUTLASS_DEVICE void normalize(Interval const (&rows)[kRowsPerThread], float softmax_scale,
+                              Sink sink, Softmax& softmax, Out& tOrO) {
   float inverse_sum[kRowsPerThread];
   CUTLASS_PRAGMA_UNROLL
   for (int row = 0; row < kRowsPerThread; ++row) {
     softmax.row_sum[row] = quad_sum(softmax.row_sum[row]);
     inverse_sum[row] = 1.f / softmax.template sum_of_rounded<Element>(row);
+    if (!sink.is_none()) {
+      inverse_sum[row] *= exp2f(-sink.rise(lse_of_keys(softmax, softmax_scale, row)) * kLog2E);
+    }
   }
   CUTLASS_PRAGMA_UNROLL
   for (int i = 0; i < size(tOrO); ++i) {
@@ -28,13 +58,14 @@ CUTLASS_DEVICE void normalize(Interval const (&rows)[kRowsPerThread], Softmax& s
   }
 }
 
-// The log-sum-exp, once normalize() has summed the rows of all threads.
+// The log-sum-exp, after normalize().
 template <class Softmax>
-CUTLASS_DEVICE void find_lse(Interval const (&rows)[kRowsPerThread], float softmax_scale,
+CUTLASS_DEVICE void find_lse(Interval const (&rows)[kRowsPerThread], float softmax_scale, Sink sink,
                              Softmax const& softmax, float (&lse)[kRowsPerThread]) {
   CUTLASS_PRAGMA_UNROLL
   for (int row = 0; row < kRowsPerThread; ++row) {
-    lse[row] = softmax.row_max[row] * softmax_scale + softmax.log_sum(row);
+    lse[row] = lse_of_keys(softmax, softmax_scale, row);
+    if (!sink.is_none()) lse[row] += sink.rise(lse[row]);
     if (rows[row].empty()) lse[row] = rows[row].broken() ? NAN : -INFINITY;
   }
 }
@@ -94,7 +125,8 @@ CUTLASS_DEVICE void store(typename Traits::Params const& params,
   int64_t const index =
       (int64_t{tile.batch} * params.num_heads_q + tile.head) * seqlen_q + first_row;
   float* const lse_out = params.lse + index;
-  normalize<typename Traits::Element>(rows, softmax, tOrO);
+  normalize<typename Traits::Element>(rows, params.softmax_scale, sink_of(params, tile), softmax,
+                                      tOrO);
   float lse[kRowsPerThread];
   bool accumulated = false;
   int64_t const offset =
@@ -102,7 +134,7 @@ CUTLASS_DEVICE void store(typename Traits::Params const& params,
   if constexpr (Traits::kAccumulates) {
     if (params.out_accum != nullptr) {
       accumulated = true;
-      find_lse(rows, params.softmax_scale, softmax, lse);
+      find_lse(rows, params.softmax_scale, {-INFINITY}, softmax, lse);
       accumulate(rows, params.out_accum + offset + first_row * params.out_seqlen_stride,
                  params.out_seqlen_stride, params.head_dim_v, lse_out, params.out_fp32 != nullptr,
                  stored, tOrO, lse);
@@ -148,7 +180,8 @@ CUTLASS_DEVICE void store(typename Traits::Params const& params,
   }
 
   // After the output, so that its store is under way meanwhile.
-  if (!accumulated) find_lse(rows, params.softmax_scale, softmax, lse);
+  Sink const sink = sink_of(params, tile);  // again: registers are few
+  if (!accumulated) find_lse(rows, params.softmax_scale, sink, softmax, lse);
   if (thread % 4 != 0) return;
   CUTLASS_PRAGMA_UNROLL
   for (int row = 0; row < kRowsPerThread; ++row) {
@@ -158,8 +191,11 @@ CUTLASS_DEVICE void store(typename Traits::Params const& params,
       // What lse lost to its rounding, in base 2: at scores of 10^5 that is more than a
       // probability's rounding to 16 bits. The backward adds it where it counts.
       if (params.lse_low == nullptr) continue;
-      float const low = softmax.max_exponent_less(__fmul_rn(lse[row], kLog2E), row) +
-                        softmax.log_sum(row) * kLog2E;
+      float low = softmax.max_exponent_less(__fmul_rn(lse[row], kLog2E), row) +
+                  softmax.log_sum(row) * kLog2E;
+      if (!sink.is_none()) {
+        low += sink.rise(lse_of_keys(softmax, params.softmax_scale, row)) * kLog2E;
+      }
       params.lse_low[index + row * 8] = rows[row].empty() ? 0.f : low;
     }
   }

@@ -36,6 +36,8 @@ inline void set_common(Problem const& p, int block_m, Params* params) {
   params->softmax_scale = scale.softmax_scale;
   params->exponents = exponents_of(scale.softmax_scale * kLog2E);
   params->score = scale.score;
+  params->sinks = p.sinks;
+  params->sinks_batch_stride = p.sinks_batch_stride;
 }
 
 template <class Traits>

@@ -34,6 +34,8 @@ struct Params {
   float softmax_scale;  // of what `score` gives, in base e: with a soft cap it is the cap
   Exponents exponents;  // the same in base 2
   Score score;
+  float const* sinks;  // [1 or b, n] or null: a score, in base e, of one more key, whose value is 0
+  int sinks_batch_stride;
 };
 
 }  // namespace jax_fa3::fwd

@@ -18,6 +18,7 @@ from .._checks import static_bool, wrong
 from .._jitted import jitted
 from .._operands import Call, Operands
 from .._problem import Masks, SegmentIds
+from .._sinks import with_sinks
 from .._varying import vary_together
 from ._all_gather import AllGather
 from ._all_to_all import AllToAll
@@ -139,6 +140,10 @@ def _of_one_device(
     operands, masks, segment_ids, _ = vary_together((operands, masks, segment_ids, device))
     if not operands.heads[0]:
         return without_heads(operands)
+    if operands.sinks is not None:  # once, of the results for all keys
+        without = dataclasses.replace(operands, sinks=None)
+        out, lse = _of_one_device(method, without, masks, segment_ids)
+        return with_sinks(out, lse, operands.sinks)
     if isinstance(method, AllToAll):
         return method(operands, masks, segment_ids)
     static = method.implementation, method.layout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any, NamedTuple
 
@@ -59,6 +60,8 @@ class Specs(NamedTuple):
             None if x is None else spec for x, spec in zip(masks, each, strict=True)
         ]
         tensors = jax.tree.map(lambda _: P(batch, sequence, heads), operands)
+        if operands.sinks is not None:
+            tensors = dataclasses.replace(tensors, sinks=P(None, heads))
         return tensors, Masks(*present), jax.tree.map(lambda _: rows, segment_ids)
 
     @property

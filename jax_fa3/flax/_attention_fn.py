@@ -14,7 +14,8 @@ from jax.typing import ArrayLike, DTypeLike
 
 from .._arguments import Options
 from .._attention import dot_product_attention
-from .._checks import array, window_size, wrong
+from .._checks import array, wrong
+from .._values import window_size
 from ._mask_to_intervals import mask_to_intervals as to_intervals
 
 

@@ -116,6 +116,8 @@ def attend(
     positions: Integers | None,
     masks: MaskArrays,
     cache: Cache | None = None,
+    *,
+    sinks: Array | None = None,
 ) -> tuple[Array, Cache | None]:
     """The layer from projection to projection: [..., T, N, H], and the cache with these T keys.
 
@@ -144,6 +146,7 @@ def attend(
         "local_window_size": layer.local_window_size,
         "logits_soft_cap": layer.logits_soft_cap,
         "scale": layer.scale,
+        "sinks": sinks,
         "deterministic_backward": layer.deterministic_backward,
         "implementation": layer.implementation,
         **masks,

@@ -47,6 +47,7 @@ class MultiHeadAttention(nn.Module):
         attention_fn: another function to be called as `jax_fa3.dot_product_attention`, with the
             arguments that are not at their defaults: jax.nn's with implementation="cudnn", say.
         padding_segment_id: as in `jax_fa3.dot_product_attention`, for calls that pass segment ids.
+        use_sinks: a parameter `sinks` [N] more, zeros at first, as in `jax_fa3.dot_product_attention`.
     """
 
     num_heads: int
@@ -73,6 +74,7 @@ class MultiHeadAttention(nn.Module):
     implementation: Implementations | None = None
     attention_fn: Callable[..., Any] = dot_product_attention
     padding_segment_id: int | None = None
+    use_sinks: bool = False
 
     @nn.compact
     @_layer.documented
@@ -100,12 +102,13 @@ class MultiHeadAttention(nn.Module):
             )
             query, key = norm(name="query_ln")(query), norm(name="key_ln")(key)
 
+        sinks = self._sinks() if self.use_sinks else None
         if self.decode and not self.is_initializing():
-            out = self._step(query, key, value, positions, masks)
+            out = self._step(query, key, value, positions, masks, sinks)
         else:
             if self.decode:
                 self._cache(key, value)
-            out, _ = _layer.attend(self, query, key, value, positions, masks)
+            out, _ = _layer.attend(self, query, key, value, positions, masks, sinks=sinks)
         return self._dense(
             "out",
             features if self.out_features is None else self.out_features,
@@ -113,17 +116,25 @@ class MultiHeadAttention(nn.Module):
             self.out_bias_init or self.bias_init,
         )(out)
 
-    def _step(self, query: Array, key: Array, value: Array, positions: Any, masks: Any) -> Array:
+    def _step(
+        self, query: Array, key: Array, value: Array, positions: Any, masks: Any, sinks: Any
+    ) -> Array:
         if not self.has_variable("cache", "cached_key"):
             wanted = 'the one that init returns: pass {"params": ..., "cache": ...}, and mutable=["cache"]'
             raise wrong("decode", "no cache", wanted)
         variables = self._cache(key, value)
         cache = Cache(*(x.value for x in variables))
-        out, cache = _layer.attend(self, query, key, value, positions, masks, cache)
+        out, cache = _layer.attend(self, query, key, value, positions, masks, cache, sinks=sinks)
         assert cache is not None
         for variable, x in zip(variables, cache, strict=True):
             variable.value = x
         return out
+
+    def _sinks(self) -> Array:
+        init: Initializer = nn.initializers.zeros
+        if self.kernel_axes is not None:
+            init = nn.with_logical_partitioning(init, self.kernel_axes[1:])
+        return self.param("sinks", init, (self.num_heads,), self.param_dtype)
 
     def _cache(self, key: Array, value: Array) -> list[nn.Variable]:
         """In the order of Cache."""

@@ -38,6 +38,7 @@ class MultiHeadAttention(nnx.Module):
         is_causal, local_window_size, logits_soft_cap, scale: as in `jax_fa3.dot_product_attention`.
         deterministic_backward, implementation: as in `jax_fa3.dot_product_attention`.
         padding_segment_id: as in `jax_fa3.dot_product_attention`, for calls that pass segment ids.
+        use_sinks: a parameter `sinks` [N] more, zeros at first, as in `jax_fa3.dot_product_attention`.
         rotary_base: rotates query and key by their positions, with this base (10000 in the paper);
             None does not.
         kernel_axes: names of the axes (features, heads) of all kernels and biases, for
@@ -80,6 +81,7 @@ class MultiHeadAttention(nnx.Module):
         deterministic_backward: bool = False,
         implementation: Implementations | None = None,
         attention_fn: Callable[..., Any] = dot_product_attention,
+        use_sinks: bool = False,
         rngs: nnx.Rngs,
     ):
         qkv_features = in_features if qkv_features is None else qkv_features
@@ -124,6 +126,10 @@ class MultiHeadAttention(nnx.Module):
             bias_init=initializer(out_bias_init or bias_init, embed),
             **common,
         )
+        self.sinks = nnx.data(None)
+        if use_sinks:
+            init = initializer(nnx.initializers.zeros, heads)
+            self.sinks = nnx.Param(init(rngs.params(), (num_heads,), param_dtype))
         self.cached_key = self.cached_value = self.cache_index = nnx.data(None)
 
     def init_cache(self, input_shape: tuple[int, ...], dtype: Dtype | None = None) -> None:
@@ -155,14 +161,15 @@ class MultiHeadAttention(nnx.Module):
         if self.query_ln is not None and self.key_ln is not None:
             query, key = self.query_ln(query), self.key_ln(key)
 
+        sinks = None if self.sinks is None else self.sinks[...]
         if not (self.decode if decode is None else decode):
-            out, _ = _layer.attend(self, query, key, value, positions, masks)
+            out, _ = _layer.attend(self, query, key, value, positions, masks, sinks=sinks)
             return self.out(out)
         variables: Any = self.cached_key, self.cached_value, self.cache_index
         if self.cached_key is None:
             raise wrong("decode", "no cache", "one: call init_cache(inputs.shape) first")
         cache = Cache(*(x[...] for x in variables))
-        out, cache = _layer.attend(self, query, key, value, positions, masks, cache)
+        out, cache = _layer.attend(self, query, key, value, positions, masks, cache, sinks=sinks)
         assert cache is not None
         for variable, x in zip(variables, cache, strict=True):
             variable[...] = x

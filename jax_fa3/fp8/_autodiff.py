@@ -44,7 +44,7 @@ class Attention(_autodiff.Method):
         return _dispatch.run(*call, operands, more, masks)
 
     def backward(self, operands: Operands, masks: Masks, rows: Rows) -> Operands:
-        return _autodiff.backward(self, _plain_backward, operands, masks, rows)
+        return _autodiff.backward(self, _autodiff.plain_backward_by_rows, operands, masks, rows)
 
 
 def by_operand(
@@ -72,18 +72,8 @@ def _quantize_and_attend(
 ) -> tuple[Array, Array]:
     each = by_operand(operands, preparation, masks)
     tensors, scales = zip(*(quantize(quantization, x) for x in each), strict=True)
-    return attend(config, operands.query.dtype, tensors, scales, masks)
+    return attend(config, operands.query.dtype, tensors, scales, masks, operands.sinks)
 
 
 _kernels = functools.partial(_quantize_and_attend, _quantize.kernel, _ffi.fwd)
 _plain = functools.partial(_quantize_and_attend, _quantize.plain, _xla.attention)
-
-
-def _plain_backward(
-    config: Config, operands: Operands, masks: Masks, rows: Rows
-) -> tuple[Array, ...]:
-    """With each row's sum of dout * out from the out of the forward, as the kernel has it: the weights
-    of the backward do not add up to 1."""
-    config = dataclasses.replace(config, partial=True)
-    grads = _autodiff.plain_backward(config, operands, masks, rows)
-    return tuple(dx.astype(x.dtype) for dx, x in zip(grads, jax.tree.leaves(operands), strict=True))

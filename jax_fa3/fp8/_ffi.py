@@ -21,6 +21,7 @@ def fwd(
     tensors: tuple[Array, Array, Array],
     scales: tuple[Array, Array, Array],
     masks: Masks,
+    sinks: Array | None = None,
 ) -> tuple[Array, Array]:
     """The forward kernel: out [B, T, N, H] in dtype, and lse, fp32 [B, N, T].
 
@@ -28,6 +29,7 @@ def fwd(
         dtype: bf16, fp16 or fp32.
         tensors: query, key and value, e4m3 [B, T, N, H], [B, S, K, H], [B, S, K, H].
         scales: theirs, fp32 [B, blocks of T, N], [B, blocks of S, K] twice.
+        sinks: fp32 [1 or B, N].
     """
     query, key, value = tensors
     query_scale, key_scale, value_scale = scales
@@ -53,6 +55,7 @@ def fwd(
         key_scale=key_scale,
         value_scale=value_scale,
         **masks._asdict(),
+        sinks=sinks,
     )
     return found["out"], found["lse"]
 

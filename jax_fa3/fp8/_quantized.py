@@ -114,10 +114,11 @@ class Quantized(Method):
 
     def __call__(self, operands: Operands, masks: Masks, more: Any = None) -> tuple[Array, ...]:
         per_mask = batch_letters(masks, operands.sizes.batch)
-        letters = operands.letters.split(), self.letters(more), per_mask
+        letters = operands.letters
+        letters = letters.split(), self.letters(more), per_mask, letters.sinks
         static, results = (self.config, self.dtype), operands.result_letters
         call = self.implementation, _ffi.fwd, _xla.attention, static, letters, results
-        return _dispatch.run(*call, operands.split(), more, masks)
+        return _dispatch.run(*call, operands.split(), more, masks, operands.sinks)
 
     def letters(self, more: Any) -> Any:
         return "b.n", "b.k", "b.k"

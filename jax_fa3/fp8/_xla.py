@@ -16,7 +16,12 @@ from ._ffi import BLOCK
 
 
 def attention(
-    config: Config, dtype: np.dtype, tensors: Sequence[Array], scales: Sequence[Array], masks: Masks
+    config: Config,
+    dtype: np.dtype,
+    tensors: Sequence[Array],
+    scales: Sequence[Array],
+    masks: Masks,
+    sinks: Array | None = None,
 ) -> tuple[Array, Array]:
     """What _ffi.fwd computes, in fp32 from the dequantized arrays; memory linear in T and S."""
     query, key, value = map(dequantized, tensors, scales)
@@ -25,7 +30,7 @@ def attention(
     bad = _rows(jnp.isnan(_checked(scales[2])), value.shape[1])[..., None]
     key, value = jnp.where(bad, jnp.nan, key), jnp.where(bad, 0, value)
     with jax.default_matmul_precision("highest"):
-        out, lse = _xla.attention(config, Operands(query, key, value), masks)
+        out, lse = _xla.attention(config, Operands(query, key, value, sinks=sinks), masks)
     return out.astype(dtype), lse
 
 

@@ -42,7 +42,7 @@ def install(
     MaxText's results, but for padding (segment id 0), whose rows give 0. Attention of types global,
     local_sliding, chunk, full and mla; segments, soft cap, image blocks that see each other, chunked
     prefill; context parallelism over one mesh axis, strategies "all_gather" and "ring", load-balanced
-    or not. The op raises NotImplementedError, while it is traced, for sinks, QK-clip's maxima, MoBA,
+    or not; sinks. The op raises NotImplementedError, while it is traced, for QK-clip's maxima, MoBA,
     indexers, compressed attention and dropout of attention; in context parallelism for image blocks,
     chunked prefill and the reordering "striped", which "auto" means for packed rings on a GPU.
     """
@@ -96,7 +96,6 @@ def _attend(
 ) -> Array:
     """[B, T, N, V]; query is scaled already."""
     refuse_given(
-        sinks=sinks,
         indexer_mask=indexer_mask,
         compressed_mask=compressed_mask,
         record_max_logits=record_max_logits,
@@ -127,6 +126,7 @@ def _attend(
         masks |= {"query_segment_ids": ids, "key_value_segment_ids": key_ids}
         masks["padding_segment_id"] = _PADDING
     options = options | {"scale": 1.0, "logits_soft_cap": self.attn_logits_soft_cap}
+    options["sinks"] = sinks
     options["checkpoint_name"] = "context"  # by which MaxText's remat policies save attention
     if parts > 1:
         _check_context_parallel(self, zigzag, previous_chunk, bidirectional_mask)

@@ -198,16 +198,6 @@ def checked_score_scale(scale: Any, head_dim: int) -> float:
     return 1 / math.sqrt(head_dim) if scale is None else static_float("scale", scale)
 
 
-def checked_sinks(sinks: Any, heads: int) -> Array | None:
-    if sinks is None:
-        return None
-    x = array("sinks", sinks)
-    check_floating("sinks", x)
-    if x.shape != (heads,):
-        raise wrong("sinks", f"shape {x.shape}", f"{(heads,)}, one for each query head")
-    return x
-
-
 def _length(name: str, x: Any) -> int:
     shape = _shape(x)
     if len(shape) != 1:

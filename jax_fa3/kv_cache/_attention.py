@@ -12,9 +12,10 @@ from jax.typing import ArrayLike
 
 from .. import _guards
 from .. import _sharding as _devices
-from .._checks import Integers, natural, soft_cap, static_bool, window_size, wrong
+from .._checks import Integers, natural, static_bool, wrong
 from .._jitted import jitted
 from .._problem import Implementations, Window, fold_window
+from .._values import per_head, soft_cap, window_size
 from . import _xla
 from ._arguments import (
     checked_call,
@@ -23,7 +24,6 @@ from ._arguments import (
     checked_rows,
     checked_scale,
     checked_score_scale,
-    checked_sinks,
     per_row,
 )
 from ._layout import KvLayout, Layout
@@ -145,7 +145,7 @@ def dot_product_attention(
         call.where,
         per_row("key_begin", key_begin, call, or_sequence=True),
         per_row("key_end", key_end, call, or_sequence=False),
-        checked_sinks(sinks, x.shape[-2]),
+        per_head("sinks", sinks, x.shape[-2]),
         checked_scale("key_scale", key_scale, call),
         checked_scale("value_scale", value_scale, call),
     )

@@ -9,7 +9,8 @@ import jax
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
-from .._checks import static_sharding, wrong
+from .._checks import wrong
+from .._values import static_sharding
 from ._arguments import Call
 
 Sharding = NamedSharding | PartitionSpec | None

@@ -34,7 +34,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         "--suite",
         default="paper",
         help=f"comma-separated: {', '.join(SUITES)}, or all (default: paper); or one of these alone: "
-        "fp8-error; on several GPUs: scaling, ring",
+        "fp8-error, decode; on several GPUs: scaling, ring",
     )
     add(
         "--points",
@@ -184,7 +184,22 @@ def _fp8_error(args: argparse.Namespace) -> None:
         reports.write_section(PAGE, "benchmark-fp8-error", text)
 
 
-ALONE = {"scaling": _scaling, "ring": _ring, "fp8-error": _fp8_error}
+def _decode(args: argparse.Namespace) -> None:
+    from . import decode
+
+    points = decode.points(args.points.split(","))
+    if args.list:
+        print("\n".join(p.name for p in points))
+        return
+    if args.table:
+        report = json.loads(Path(args.table).read_text(encoding="utf-8"))
+    else:
+        with _measuring():
+            report = decode.main(points, args.rounds, args.json)
+    print(decode.markdown(report), end="")
+
+
+ALONE = {"scaling": _scaling, "ring": _ring, "fp8-error": _fp8_error, "decode": _decode}
 
 
 def _suites(args: argparse.Namespace) -> None:

@@ -32,6 +32,7 @@ void for_each_target(F const& f) {
   f(jax_fa3::kFwdFp8, jax_fa3_fwd_fp8);
   f(jax_fa3::kQuantize, jax_fa3_quantize);
   f(jax_fa3::kSegmentIntervals, jax_fa3_segment_intervals);
+  f(jax_fa3::kDecode, jax_fa3_decode);
 }
 
 nb::dict ffi_targets() {

@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "bwd/bwd.h"
+#include "decode/decode.h"
 #include "fp8/fp8.h"
 #include "fwd/fwd.h"
 #include "kernel_sizes.h"
@@ -46,7 +47,7 @@ namespace detail {
 
 // Calls `launch` with the first kernel of this dtype that holds the problem, by types: its dtype
 // and the index of its size. False if none was built.
-template <DType kDType, class Launch, std::size_t... kIndex>
+template <DType kDType, class Problem, class Launch, std::size_t... kIndex>
 bool select_size(Problem const& problem, Launch const& launch, std::index_sequence<kIndex...>) {
   auto const launched = [&](auto index) {
     constexpr KernelSize kSize = kKernelSizes[decltype(index)::value];
@@ -60,7 +61,7 @@ bool select_size(Problem const& problem, Launch const& launch, std::index_sequen
   return (launched(std::integral_constant<std::size_t, kIndex>{}) || ...);
 }
 
-template <DType... kDTypes, class Launch>
+template <DType... kDTypes, class Problem, class Launch>
 bool select(Problem const& problem, Launch const& launch) {
   constexpr auto kAll = std::make_index_sequence<std::size(kKernelSizes)>{};
   return ((problem.dtype == kDTypes && select_size<kDTypes>(problem, launch, kAll)) || ...);
@@ -87,6 +88,14 @@ inline bool launch_bwd(BackwardProblem const& problem, cudaStream_t stream, cuda
 inline bool launch_fp8(fp8::Problem const& problem, cudaStream_t stream, cudaError_t* error) {
   return detail::select<DType::kFloat8E4M3>(problem.forward, [&](auto, auto index) {
     *error = fp8::launch_fwd<kKernelSizes[decltype(index)::value].head_dim>(problem, stream);
+  });
+}
+
+inline bool launch_decode(decode::Problem const& problem, cudaStream_t stream, cudaError_t* error) {
+  return detail::select<DType::kBFloat16, DType::kFloat16>(problem, [&](auto dtype, auto index) {
+    constexpr KernelSize kSize = kKernelSizes[decltype(index)::value];
+    *error =
+        decode::launch<decltype(dtype)::value, kSize.head_dim, kSize.head_dim_v>(problem, stream);
   });
 }
 

@@ -25,7 +25,7 @@ ffi::Error fwd_impl(Stream stream, ffi::RemainingArgs operands, ffi::RemainingRe
   Forward x;
   Problem problem{};
   JAX_FA3_RETURN_IF_FAILED(check_attributes(attributes, &dims));
-  JAX_FA3_RETURN_IF_FAILED(decode(kFwd, operands, results, &dims, &x));
+  JAX_FA3_RETURN_IF_FAILED(unpack(kFwd, operands, results, &dims, &x));
   JAX_FA3_RETURN_IF_FAILED(to_problem(x, attributes, dims, &problem));
   JAX_FA3_RETURN_IF_FAILED(check_long_sums(problem, x.long_sums));
   JAX_FA3_RETURN_IF_FAILED(to_dtype(x.out, &problem.out_dtype));
@@ -150,7 +150,7 @@ ffi::Error bwd_impl(Stream stream, ffi::RemainingArgs operands, ffi::RemainingRe
   Dims dims;
   Backward x;
   JAX_FA3_RETURN_IF_FAILED(check_attributes(attributes, &dims));
-  JAX_FA3_RETURN_IF_FAILED(decode(kBwd, operands, results, &dims, &x));
+  JAX_FA3_RETURN_IF_FAILED(unpack(kBwd, operands, results, &dims, &x));
   if (attributes.first_head_q != 0 || attributes.first_head_k != 0 ||
       attributes.first_head_v != 0) {
     return invalid("gradients are of all heads of query, key and value");
@@ -170,7 +170,7 @@ ffi::Error bwd_packed_impl(Stream stream, ffi::RemainingArgs operands, ffi::Rema
   int64_t const n = attributes.num_heads_q;
   int64_t const k = attributes.num_heads_k;
   dims.set('p', n + 2 * k);
-  JAX_FA3_RETURN_IF_FAILED(decode(kBwdPacked, operands, results, &dims, &x));
+  JAX_FA3_RETURN_IF_FAILED(unpack(kBwdPacked, operands, results, &dims, &x));
   if (attributes.first_head_q != 0 || attributes.first_head_k != n ||
       attributes.first_head_v != n + k || attributes.first_column_v != 0 ||
       attributes.head_dim_v != dims('h')) {
@@ -186,7 +186,7 @@ ffi::Error segment_intervals_impl(Stream stream, ffi::RemainingArgs operands,
                                   ffi::RemainingRets results) {
   Dims dims;
   Segments x;
-  JAX_FA3_RETURN_IF_FAILED(decode(kSegmentIntervals, operands, results, &dims, &x));
+  JAX_FA3_RETURN_IF_FAILED(unpack(kSegmentIntervals, operands, results, &dims, &x));
   int64_t const batch = dims('b');
   int64_t const seqlen_q = dims('t');
   int64_t const seqlen_k = dims('s');

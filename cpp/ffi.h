@@ -1,4 +1,4 @@
-// The handlers that ffi.cc and ffi_fp8.cc define and bindings.cc hands to Python.
+// The handlers that ffi.cc, ffi_fp8.cc and ffi_decode.cc define and bindings.cc hands to Python.
 #pragma once
 
 #include "xla/ffi/api/c_api.h"
@@ -10,4 +10,5 @@ XLA_FFI_Error* jax_fa3_bwd_packed(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* jax_fa3_fwd_fp8(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* jax_fa3_quantize(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* jax_fa3_segment_intervals(XLA_FFI_CallFrame* call_frame);
+XLA_FFI_Error* jax_fa3_decode(XLA_FFI_CallFrame* call_frame);
 }

@@ -129,7 +129,7 @@ ffi::Error check_apart(Target<Arrays> const& target, Arrays const& arrays) {
 
 // Fills the slots; refuses what is not as the table says.
 template <class Arrays>
-ffi::Error decode(Target<Arrays> const& target, ffi::RemainingArgs const& operands,
+ffi::Error unpack(Target<Arrays> const& target, ffi::RemainingArgs const& operands,
                   ffi::RemainingRets const& results, Dims* dims, Arrays* arrays) {
   JAX_FA3_RETURN_IF_FAILED(
       detail::check_count(target.name, "operands", operands.size(), target.operands.size()));

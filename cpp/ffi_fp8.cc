@@ -15,7 +15,7 @@ ffi::Error fwd_fp8_impl(Stream stream, ffi::RemainingArgs operands, ffi::Remaini
   fp8::Problem problem{};
   Problem& p = problem.forward;
   JAX_FA3_RETURN_IF_FAILED(check_attributes(attributes, &dims));
-  JAX_FA3_RETURN_IF_FAILED(decode(kFwdFp8, operands, results, &dims, &x));
+  JAX_FA3_RETURN_IF_FAILED(unpack(kFwdFp8, operands, results, &dims, &x));
   JAX_FA3_RETURN_IF_FAILED(to_problem(x, attributes, dims, &p));
   if (p.head_dim != p.head_dim_v || p.head_dim % 16 != 0 || p.head_dim < 64) {
     return invalid("the FP8 kernels take one head dim, a multiple of 16 from 64 on, found " +
@@ -44,7 +44,7 @@ ffi::Error fwd_fp8_impl(Stream stream, ffi::RemainingArgs operands, ffi::Remaini
 ffi::Error quantize_impl(Stream stream, ffi::RemainingArgs operands, ffi::RemainingRets results) {
   Dims dims;
   Quantization x;
-  JAX_FA3_RETURN_IF_FAILED(decode(kQuantize, operands, results, &dims, &x));
+  JAX_FA3_RETURN_IF_FAILED(unpack(kQuantize, operands, results, &dims, &x));
   int64_t const batch = dims('b');
   int64_t const seqlen = dims('t');
   int64_t const heads = dims('n');

@@ -47,6 +47,14 @@ struct Segments {
   Array key_begin, key_end;
 };
 
+// r rows of n heads, h columns; b sequences. Caches are of any layout that attributes describe.
+struct Decoding {
+  Array query, key_cache, value_cache;
+  Array lengths, page_table, query_starts, num_sequences, key_begin, sinks;
+  Array out, lse;
+  Array partials, splits;
+};
+
 // clang-format off
 // A row of a table: where the array goes, and its spec, by the one name.
 #define JAX_FA3_ROW(Arrays, name, ...) {{#name, __VA_ARGS__}, &Arrays::name}
@@ -168,6 +176,27 @@ inline Target<Segments> const kSegmentIntervals = {
     {
         JAX_FA3_ROW(Segments, key_begin, kInt32, "bt"),
         JAX_FA3_ROW(Segments, key_end, kInt32, "bt"),
+    },
+};
+
+inline Target<Decoding> const kDecode = {
+    "jax_fa3.decode.v1",
+    {
+        JAX_FA3_ROW(Decoding, query, k16Bits, "rnh"),
+        JAX_FA3_ROW(Decoding, key_cache, k16Bits, "p...|p...."),
+        JAX_FA3_ROW(Decoding, value_cache, k16Bits, "p...|p....|0"),
+        JAX_FA3_ROW(Decoding, lengths, kInt32, "b"),
+        JAX_FA3_ROW(Decoding, page_table, kInt32, "bw|0"),
+        JAX_FA3_ROW(Decoding, query_starts, kInt32, ".|0"),
+        JAX_FA3_ROW(Decoding, num_sequences, kInt32, "1|0"),
+        JAX_FA3_ROW(Decoding, key_begin, kInt32, "b|0"),
+        JAX_FA3_ROW(Decoding, sinks, kFloat32, "n|0"),
+    },
+    {
+        JAX_FA3_ROW(Decoding, out, k16Bits, "rnv"),
+        JAX_FA3_ROW(Decoding, lse, kFloat32, "rn"),
+        JAX_FA3_ROW(Decoding, partials, kFloat32, "*"),
+        JAX_FA3_ROW(Decoding, splits, kInt32, "*"),
     },
 };
 

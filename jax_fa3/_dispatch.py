@@ -62,10 +62,13 @@ def refusal_of_options(call: Call) -> str | None:
     if call.operands.scale is not None:
         wanted = "wanted a static float: multiply query by it and pass scale=1.0"
         return f"scale: got a traced value, {wanted}, or {ELSEWHERE}"
-    if not _is_positive_float32(call.config.scale):
+    return refusal_of_scales(call.config.scale, call.config.logits_soft_cap)
+
+
+def refusal_of_scales(scale: float, cap: float | None) -> str | None:
+    if not _is_positive_float32(scale):
         wanted = "wanted a positive float32: multiply query instead"
-        return f"scale: got {call.config.scale}, {wanted}, or {ELSEWHERE}"
-    cap = call.config.logits_soft_cap
+        return f"scale: got {scale}, {wanted}, or {ELSEWHERE}"
     if cap is not None and not _is_positive_float32(cap):
         return f"logits_soft_cap: got {cap}, wanted a positive float32, or {ELSEWHERE}"
     return None
@@ -198,6 +201,14 @@ def run(
     kernel, plain = functools.partial(kernel, *static), functools.partial(plain, *static)
     if implementation == "xla":
         return plain(*operands)
+    call = by_platform(implementation, kernel, plain)
+    return _sharding.per_device(call, letters, results)(*operands)
+
+
+def by_platform(
+    implementation: Literal["fa3"] | None, kernel: Callable[..., Any], plain: Callable[..., Any]
+) -> Callable[..., Any]:
+    """kernel on CUDA and plain elsewhere, for `run`."""
 
     def refused(*operands: Any) -> Any:
         return plain(*jax.tree.map(_guards.never_lowered, operands))
@@ -211,4 +222,4 @@ def run(
     def call(*operands: Any) -> tuple[Array, ...]:
         return lax.platform_dependent(*operands, cuda=on_cuda, default=default)
 
-    return _sharding.per_device(call, letters, results)(*operands)
+    return call

@@ -15,6 +15,7 @@ BWD_PACKED = "jax_fa3.bwd_packed.v1"
 FWD_FP8 = "jax_fa3.fwd_fp8.v1"
 QUANTIZE = "jax_fa3.quantize.v1"
 SEGMENT_INTERVALS = "jax_fa3.segment_intervals.v1"
+DECODE = "jax_fa3.decode.v1"
 
 
 class Row(NamedTuple):
@@ -135,5 +136,24 @@ TARGETS = {
     SEGMENT_INTERVALS: Target(
         operands=(Row("query_segment_ids", _INT32), Row("key_value_segment_ids", _INT32)),
         results=(Row("key_begin", _INT32), Row("key_end", _INT32)),
+    ),
+    DECODE: Target(
+        operands=(
+            Row("query", _16_BITS),
+            Row("key_cache", _16_BITS),
+            Row("value_cache", _16_BITS, optional=True),
+            Row("lengths", _INT32),
+            Row("page_table", _INT32, optional=True),
+            Row("query_starts", _INT32, optional=True),
+            Row("num_sequences", _INT32, optional=True),
+            Row("key_begin", _INT32, optional=True),
+            Row("sinks", _FLOAT32, optional=True),
+        ),
+        results=(
+            Row("out", _16_BITS),
+            Row("lse", _FLOAT32),
+            Row("partials", _FLOAT32),
+            Row("splits", _INT32),
+        ),
     ),
 }

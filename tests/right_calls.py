@@ -14,6 +14,10 @@ from jax_fa3 import _ffi, _plan
 from jax_fa3._operands import Operands, Rows
 from jax_fa3._problem import Config, Masks
 from jax_fa3.fp8 import _ffi as _fp8
+from jax_fa3.kv_cache import _ffi as _decode
+from jax_fa3.kv_cache import _xla
+from jax_fa3.kv_cache._layout import Layout
+from jax_fa3.kv_cache._sequences import Where
 
 # Whole blocks of every kernel, and 64 rows in those of the backward, by which its workspace is counted:
 # so that is exactly as large as it must be.
@@ -163,6 +167,33 @@ def right_calls() -> dict[str, Call]:
         "quantize": recorded(_fp8.quantize, q, Struct((H,), jnp.float32), lengths),
         "quantize alone": recorded(lambda x: _fp8.quantize(x, None, None), q),
         "segment_intervals": recorded(_ffi.segment_intervals, *ids),
+        **decode_calls(),
+    }
+
+
+def decode_calls() -> dict[str, Call]:
+    """A ragged call of everything there is, on pages, and one of nothing but a cache, whose rows are
+    the sequences' own."""
+
+    def ints(*shape: int) -> Struct:
+        return Struct(shape, jnp.int32)
+
+    layout = Layout("NHD", K, H, V)
+    every = _xla.Config(layout, 0.5, (7, 3), 30.0, None)
+    where = Where(ints(B), ints(B, 5), ints(B + 1), ints())
+    caches = tuple(Struct((9, 16, K, columns), jnp.bfloat16) for columns in (H, V))
+    sinks = Struct((N,), jnp.float32)
+    operands = _xla.Operands(caches, where, ints(B), None, sinks)
+    lanes = dataclasses.replace(every, layout=dataclasses.replace(layout, kind="lanes"))
+    together = (Struct((4, S, K, H + V), jnp.bfloat16),)
+    plain = _xla.Operands(together, Where(ints(4)))
+
+    def decode(config: _xla.Config, query: Struct, operands: _xla.Operands) -> Call:
+        return recorded(lambda *x: _decode.attention(config, *x), query, operands)
+
+    return {
+        "decode": decode(every, Struct((B * T, N, H), jnp.bfloat16), operands),
+        "decode contiguous": decode(lanes, Struct((4, T, N, H), jnp.bfloat16), plain),
     }
 
 

@@ -74,7 +74,7 @@ def test_messages_name_what_is_wrong(cpu, name):
 
 
 @pytest.mark.parametrize(
-    "name", ["fwd", "bwd", "bwd packed", "fp8", "quantize", "segment_intervals"]
+    "name", ["fwd", "bwd", "bwd packed", "fp8", "quantize", "segment_intervals", "decode"]
 )
 def test_messages_name_the_array(cpu, name):
     """Whichever operand or result is wrong."""

@@ -146,8 +146,31 @@ def test_append_and_attend():
         kv_cache.append_and_attend(**both, windows=3)
 
 
-@pytest.mark.parametrize("name", ["dot_product_attention", "append"])
-def test_there_is_no_kernel_yet(name: str):
-    good = ATTEND if name == "dot_product_attention" else APPEND
-    with pytest.raises(NotImplementedError, match=r"^implementation='fa3': there is no decoding kernel.*implementation='xla'.*jax_fa3\.dot_product_attention"):  # fmt: skip
-        getattr(kv_cache, name)(**good, implementation="fa3")
+def test_no_kernel_appends():
+    with pytest.raises(NotImplementedError, match="^implementation='fa3': no kernel appends, .* use implementation='xla'"):  # fmt: skip
+        kv_cache.append(**APPEND, implementation="fa3")
+
+
+ROWS = np.zeros((B, T), int)
+ODD = zeros(PAGES, 12, K, H)
+NOT_IN_THE_KERNEL: list[tuple[dict[str, Any], str]] = [
+    ({name: ATTEND[name].astype(jnp.float32) for name in ("query", *CACHES)}, "query: got dtype float32, wanted bfloat16 or float16"),
+    ({name: ATTEND[name].astype(jnp.float8_e4m3fn) for name in CACHES}, "key_cache: got dtype float8_e4m3fn, wanted bfloat16, as query has"),
+    ({"key_scale": 2.0}, "key_scale: got an array, wanted None"),
+    ({"value_scale": [1.0, 2.0]}, "value_scale: got an array, wanted None"),
+    ({"key_end": ROWS}, "key_end: got an array, wanted None"),
+    ({"key_begin": ROWS}, r"key_begin: got shape \(2, 3\), wanted \(2,\)"),
+    ({"split_size": 64}, "split_size: got 64, wanted a multiple of 128, for at most 64 splits"),
+    ({"split_size": 128, "page_table": np.zeros((B, 2000), int)}, "split_size: got 128, wanted a multiple of 128, for at most 64"),
+    ({"scale": -1.0}, "scale: got -1.0, wanted a positive float32"),
+    ({"logits_soft_cap": 1e-300}, "logits_soft_cap: got 1e-300, wanted a positive float32"),
+    ({"key_cache": ODD, "value_cache": ODD}, "key_cache: got pages of 12, wanted a multiple of 8"),
+    ({"query": QUERY[..., :12], **{name: CACHE[..., :12] for name in CACHES}}, r"query: got head dim 12 in a cache \(10, 8, 2, 12\), wanted multiples of 8"),
+    ({"query": zeros(B, T, N, 264), **dict.fromkeys(CACHES, zeros(PAGES, PAGE, K, 264))}, "query: got head dims \\(264, 264\\) in bfloat16, wanted at most one of those built"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("changed", "message"), NOT_IN_THE_KERNEL)
+def test_what_the_kernel_does_not_take(changed: dict[str, Any], message: str):
+    with pytest.raises(NotImplementedError, match=f"^implementation='fa3': {message}.* use implementation='xla'"):  # fmt: skip
+        kv_cache.dot_product_attention(**(ATTEND | changed), implementation="fa3")

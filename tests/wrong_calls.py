@@ -135,11 +135,14 @@ _FREE = {
     (_targets.SEGMENT_INTERVALS, "operands", 1, 1),
     (_targets.BWD, "results", 9, 0),
     (_targets.BWD_PACKED, "results", 7, 0),
+    (_targets.DECODE, "operands", 1, 1),  # positions of a contiguous cache
+    (_targets.DECODE, "operands", 4, 1),  # pages of a sequence
 }
 _MAY_BE_NONE = {(_targets.BWD, "results", 8), (_targets.BWD_PACKED, "results", 6)}  # ranges
 
 # Results before the workspace, which may be larger and of any rank.
 _RESULTS = {_targets.FWD: 4, _targets.BWD: 3, _targets.BWD_PACKED: 1, _targets.FWD_FP8: 2}
+_RESULTS[_targets.DECODE] = 2
 
 
 def _wrong_arrays(target: str, kind: str, place: int, x: Struct) -> Iterator[Struct]:
@@ -185,7 +188,9 @@ def _wrong_values(name: str, value: Any) -> list[Any]:
         return [*beyond, 0, 12, value - 8, value + 8, value + 16, 264]
     if name == "first_column_v":
         return [*beyond, value + 1, value + 4, value + 8, value + 16]
-    return beyond if name.startswith("first_head") else []  # a window may be any number
+    if name == "split_size":
+        return [-128, 64, 2**31, 2**62]
+    return beyond if name.startswith(("first_head", "kv_layout")) else []  # not of a window
 
 
 def _with(shape: tuple[int, ...], place: int, size: int) -> tuple[int, ...]:

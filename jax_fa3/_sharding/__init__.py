@@ -21,6 +21,7 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from . import _named
+from ._automatic import partitioned as partitioned
 from ._letters import undistinguished
 from ._named import own_kv_heads as own_kv_heads
 from ._named import reshard as reshard

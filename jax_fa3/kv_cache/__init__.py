@@ -2,7 +2,7 @@
 
 `append` writes new keys and values, `dot_product_attention` reads them, `append_and_attend` does both,
 and `merge` joins results for parts of the keys. The names that begin with ragged_paged_attention are
-those that engines for TPUs call. All of it runs on XLA: there is no decoding kernel yet.
+those that engines for TPUs call. Attention has a kernel for Hopper; all the rest runs on XLA.
 """
 
 from ..context_parallel import merge

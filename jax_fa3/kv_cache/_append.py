@@ -10,7 +10,7 @@ from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
-from .. import _guards
+from .. import _dispatch, _guards
 from .. import _sharding as _devices
 from .._checks import Integers, array, check_floating, static_bool, wrong
 from .._jitted import jitted
@@ -20,7 +20,6 @@ from ._arguments import (
     Call,
     checked_call,
     checked_heads,
-    checked_implementation,
     checked_rows,
     checked_scale,
     per_row,
@@ -34,7 +33,11 @@ from ._write import Config, Operands
 # Of the keyword arguments of append: those of its own, and those that dot_product_attention has too.
 _ROTARY = {"positions", "rotary_cos", "rotary_sin", "rotary_interleaved"}
 _SHARED = {"page_table", "cache_rows", "query_starts", "num_sequences", "key_scale", "value_scale"}
-_SHARED |= {"kv_layout", "implementation", "sharding"}
+_SHARED |= {"kv_layout", "sharding"}
+_NO_KERNEL = (
+    "implementation='fa3': no kernel appends, XLA writes what is new where it belongs: use "
+    "implementation='xla' or None; append_and_attend takes 'fa3' for its attention"
+)
 
 
 def append(
@@ -91,7 +94,8 @@ def append(
 
     Raises as `dot_product_attention`.
     """
-    checked_implementation(implementation)
+    if _dispatch.checked_implementation(implementation) == "fa3":
+        raise NotImplementedError(_NO_KERNEL)
     x = checked_rows("key", key, "K, H", e4m3=True)
     where = page_table, cache_rows, query_starts, num_sequences
     call = checked_call("key", x, key_cache, value_cache, kv_layout, key_value_seq_lengths, *where)

@@ -12,18 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from .. import _dispatch
 from .._checks import Integers, array, check_floating, integers, static_float, wrong
 from .._integers import saturating_add
 from .._problem import E4M3
 from ._layout import LAYOUTS, Caches, KvLayout, Layout
 from ._sequences import Where
-
-NO_KERNEL = (
-    "implementation='fa3': there is no decoding kernel yet: use implementation='xla' or None; for a "
-    "contiguous cache jax_fa3.dot_product_attention with key_value_seq_lengths=lengths, "
-    "query_offset=lengths - T and is_causal=True takes the kernels for training"
-)
 
 
 class Call(NamedTuple):
@@ -37,11 +30,6 @@ class Call(NamedTuple):
     @property
     def batch(self) -> int:
         return self.where.lengths.shape[0]
-
-
-def checked_implementation(implementation: Any) -> None:
-    if _dispatch.checked_implementation(implementation) == "fa3":
-        raise NotImplementedError(NO_KERNEL)
 
 
 def checked_rows(name: str, x: Any, last: str, *, e4m3: bool = False) -> Array:

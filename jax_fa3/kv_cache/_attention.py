@@ -10,17 +10,16 @@ from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
-from .. import _guards
+from .. import _dispatch, _guards
 from .. import _sharding as _devices
 from .._checks import Integers, natural, static_bool, wrong
 from .._jitted import jitted
-from .._problem import Implementations, Window, fold_window
+from .._problem import Implementation, Implementations, Window, fold_window
 from .._values import per_head, soft_cap, window_size
-from . import _xla
+from . import _kernel
 from ._arguments import (
     checked_call,
     checked_heads,
-    checked_implementation,
     checked_rows,
     checked_scale,
     checked_score_scale,
@@ -97,8 +96,8 @@ def dot_product_attention(
             [P, page, K, H + V]. In the last two the heads may be two axes, the slower in front.
         split_size: static: keys are summed in blocks of so many positions, and a sequence's results
             are the same bit by bit whatever else is in the batch. None: only from run to run.
-        implementation: None, "xla", or a sequence; "fa3" alone is refused until there is a decoding
-            kernel.
+        implementation: None, "fa3", "xla", or a sequence, as in `jax_fa3.dot_product_attention`; what
+            the kernel takes is in docs/kv_cache.md.
         sharding: static, of query: over batch and heads, where mesh axes are automatic. Each device
             then reads its own part of the cache: rows or pages are split as the batch, so that page
             ids and cache_rows count from its own first one. With ragged queries over heads only.
@@ -120,9 +119,9 @@ def dot_product_attention(
 
     Raises:
         ValueError: shapes, dtypes or combinations that mean nothing, at trace time.
-        NotImplementedError: implementation="fa3"; differentiation.
+        NotImplementedError: implementation="fa3" where the kernel cannot take the call; differentiation.
     """
-    checked_implementation(implementation)
+    wanted = _dispatch.checked_implementation(implementation)
     x = checked_rows("query", query, "N, H")
     where = page_table, cache_rows, query_starts, num_sequences
     call = checked_call(
@@ -162,20 +161,31 @@ def dot_product_attention(
         ]
     )
     with_lse = static_bool("return_residual", return_residual)
-    out, lse = _attend(config, (letters.rows("n"), of_operands), sharding, x, operands)
+    refused = _kernel.refusal(config, x, operands) or _dispatch.refusal_of_devices(
+        (x, *operands.caches)
+    )
+    chosen = _dispatch.choose(wanted, refused, stacklevel=2)
+    letters = letters.rows("n"), of_operands
+    out, lse = _attend(chosen, config, letters, sharding, x, operands)
     return (out, lse) if with_lse else out
 
 
-@jitted(static=3)
+@jitted(static=4)
 def _attend(
-    config: Config, letters: Any, sharding: Any, query: Array, operands: Operands
+    implementation: Implementation | None,
+    config: Config,
+    letters: Any,
+    sharding: Any,
+    query: Array,
+    operands: Operands,
 ) -> tuple[Array, ...]:
     query, operands = jax.tree.map(_guards.cached, (query, operands))
     group = query.shape[-2] // max(config.layout.num_kv_heads, 1)
 
     def local(query: Array, operands: Operands) -> tuple[Array, ...]:
         own = config.layout.with_heads(query.shape[-2] // max(group, 1))
-        return _xla.attention(dataclasses.replace(config, layout=own), query, operands)
+        replaced = dataclasses.replace(config, layout=own)
+        return _kernel.attention(implementation, replaced, letters, query, operands)
 
     results = letters[0], letters[0][:-1]
     return _devices.over_named_axes(local, letters, results, sharding)(query, operands)

@@ -1,0 +1,49 @@
+// What one call of the decoding kernel computes, and its entry points, one per (dtype, head dim,
+// value head dim), each defined in a file that cmake/Selection.cmake writes.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "decode/sequences.h"
+#include "problem.h"
+
+namespace jax_fa3::decode {
+
+constexpr int kSplitMultiple = 128;  // blocks are of so many positions, or of a part of them
+
+struct Problem {
+  int num_heads_q;
+  int num_heads_k;  // divides num_heads_q; query head n reads key/value head n / (q / k)
+  int head_dim;     // of query and key
+  int head_dim_v;   // of value and out
+  DType dtype;      // of all
+
+  float softmax_scale;  // > 0
+  float soft_cap;       // as in jax_fa3::Problem
+
+  void const* query;  // [rows, n, h], aligned to 16 bytes
+  // Where position `slot` of a page is, for each head: pages are the batch, slots the sequence.
+  Operand key, value;
+  int num_pages;
+  int page_size;
+  int const* page_table;  // [b, pages_per_sequence]; null: page b is sequence b's only one
+  int pages_per_sequence;
+  Sequences sequences;
+  Window window;
+  float const* sinks;  // [n] or null
+  // Positions that are always summed by themselves, a multiple of kSplitMultiple, or 0: results do
+  // not depend on the rest of the batch then.
+  int split_size;
+
+  void* out;   // [rows, n, v]
+  float* lse;  // [rows, n], natural logarithm
+
+  // Of workspace() numbers (workspace.h).
+  float* partials;
+  int* splits;
+};
+
+template <DType kDType, int kHeadDim, int kHeadDimV>
+cudaError_t launch(Problem const& problem, cudaStream_t stream);
+
+}  // namespace jax_fa3::decode

@@ -1,0 +1,82 @@
+// The end of a work: divide by the row sums, write the output and the log-sum-exp, or the CTA's
+// part of them.
+#pragma once
+
+#include "decode/params.h"
+#include "decode/parts.h"
+#include "decode/traits.h"
+#include "fwd/epilogue.h"
+
+namespace jax_fa3::decode {
+
+template <class Traits, class Out>
+CUTLASS_DEVICE void store(Params const& params, Work const& work, bool lacks_page, int tile_row,
+                          Interval const (&rows)[kRowsPerThread], Softmax& softmax, Out& tOrO) {
+  using Element = typename Traits::Element;
+  int const lane_column = threadIdx.x % 4 * 2;
+  float lse[kRowsPerThread];
+  constexpr fwd::Sink kNoSink{-INFINITY};  // it comes last: parts are joined before
+  fwd::normalize<Element>(rows, params.softmax_scale, kNoSink, softmax, tOrO);
+  fwd::find_lse(rows, params.softmax_scale, kNoSink, softmax, lse);
+  if (work.sequence.mistaken || lacks_page) {
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < size(tOrO); ++i) tOrO(i) = NAN;
+    lse[0] = lse[1] = NAN;
+  }
+  OutRow const tile{work.sequence.first_row, work.sequence.count, work.head, work.tile};
+  int64_t const slot = int64_t{blockIdx.x} * params.slots + max(work.slot, 0);
+  int64_t const first_place = slot * params.slot_rows + tile_row;
+  int64_t index[kRowsPerThread];
+  CUTLASS_PRAGMA_UNROLL
+  for (int row = 0; row < kRowsPerThread; ++row) {
+    index[row] =
+        tile.index(tile_row + row * 8, Traits::kBlockM, params.tiles.group, params.num_heads_q);
+  }
+  if (work.joins) {  // with what this thread has stored there
+    CUTLASS_PRAGMA_UNROLL
+    for (int row = 0; row < kRowsPerThread; ++row) {
+      if (index[row] < 0) continue;
+      int64_t const place = first_place + row * 8;
+      Joined const joined(params.partial_lse[place], lse[row]);
+      CUTLASS_PRAGMA_UNROLL
+      for (int i = 2 * row; i < size(tOrO); i += 4) {
+        int const column = fragment_column(i) + lane_column;
+        if (column >= params.head_dim_v) continue;
+        auto const before = *reinterpret_cast<float2 const*>(params.partial_out +
+                                                             place * params.head_dim_v + column);
+        tOrO(i) = joined(before.x, tOrO(i));
+        tOrO(i + 1) = joined(before.y, tOrO(i + 1));
+      }
+      lse[row] = joined.lse;
+    }
+    __syncwarp();  // all have read the log-sum-exps that one of four lanes overwrites
+  }
+  CUTLASS_PRAGMA_UNROLL
+  for (int row = 0; row < kRowsPerThread; ++row) {
+    if (index[row] < 0) continue;
+    if (work.slot != Work::kNone) {
+      int64_t const place = first_place + row * 8;
+      float* const out = params.partial_out + place * params.head_dim_v;
+      CUTLASS_PRAGMA_UNROLL
+      for (int i = 2 * row; i < size(tOrO); i += 4) {
+        int const column = fragment_column(i) + lane_column;
+        if (column >= params.head_dim_v) continue;
+        *reinterpret_cast<float2*>(out + column) = float2{tOrO(i), tOrO(i + 1)};
+      }
+      if (lane_column == 0) params.partial_lse[place] = lse[row];
+      continue;
+    }
+    float const share = add_sink(params, index[row], &lse[row]);
+    auto* const target = static_cast<uint16_t*>(params.out) + index[row] * params.head_dim_v;
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 2 * row; i < size(tOrO); i += 4) {
+      int const column = fragment_column(i) + lane_column;
+      if (column >= params.head_dim_v) continue;
+      *reinterpret_cast<uint32_t*>(target + column) =
+          pack<Element>(tOrO(i) * share, tOrO(i + 1) * share);
+    }
+    if (lane_column == 0) params.lse[index[row]] = lse[row];
+  }
+}
+
+}  // namespace jax_fa3::decode

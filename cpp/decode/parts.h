@@ -1,0 +1,63 @@
+// What becomes of a tile's parts: how they are joined, where the rows go, and the sink that they
+// take in at the very end.
+#pragma once
+
+#include <cutlass/cutlass.h>
+
+#include "decode/params.h"
+
+namespace jax_fa3::decode {
+
+// The rows of a tile as rows of query and out.
+struct OutRow {
+  int first_row;  // of the sequence
+  int count;
+  int head;  // of keys
+  int tile;
+
+  // Of a tile's row: (row of query, query head) as one number; -1 if there is no such row.
+  CUTLASS_DEVICE int64_t index(int tile_row, int block_m, int group, int num_heads_q) const {
+    int64_t const row = int64_t{tile} * block_m + tile_row;
+    int64_t const query_row = row / group;
+    if (query_row >= count) return -1;
+    return (first_row + query_row) * num_heads_q + int64_t{head} * group + row % group;
+  }
+};
+
+// Two parts of one row become one. Rounded step by step, so that the same two always give the same,
+// whoever joins them; and a part without keys changes nothing at all.
+struct Joined {
+  float lse;
+  float before;  // what share of the weights each has
+  float now;
+
+  CUTLASS_DEVICE Joined(float lse_before, float lse_now) : lse(-INFINITY), before(1.f), now(0.f) {
+    if (lse_before == -INFINITY && lse_now == -INFINITY) return;
+    constexpr float kLn2 = 0.693147181f;
+    float const top = fmaxf(lse_before, lse_now);  // a NaN comes back by its difference
+    float const of_before = exp2f(__fmul_rn(__fsub_rn(lse_before, top), kLog2E));
+    float const of_now = exp2f(__fmul_rn(__fsub_rn(lse_now, top), kLog2E));
+    float const sum = __fadd_rn(of_before, of_now);
+    float const inverse = __frcp_rn(sum);
+    lse = __fadd_rn(top, __fmul_rn(__log2f(sum), kLn2));
+    before = __fmul_rn(of_before, inverse);
+    now = __fmul_rn(of_now, inverse);
+  }
+  CUTLASS_DEVICE float operator()(float out_before, float out_now) const {
+    return __fmaf_rn(before, out_before, __fmul_rn(now, out_now));
+  }
+};
+
+// A sink is one more key of value 0 for rows that see a key. Adds it to the log-sum-exp, and
+// returns what share of the weights the keys have.
+CUTLASS_DEVICE float add_sink(Params const& params, int64_t index, float* lse) {
+  if (params.sinks == nullptr || *lse == -INFINITY) return 1.f;
+  float const sink = params.sinks[index % params.num_heads_q];
+  float const top = fmaxf(*lse, sink);
+  float const weight = exp2f((*lse - top) * kLog2E);
+  float const sum = weight + exp2f((sink - top) * kLog2E);
+  *lse = top + logf(sum);
+  return weight / sum;
+}
+
+}  // namespace jax_fa3::decode

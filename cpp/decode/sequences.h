@@ -1,0 +1,142 @@
+// Which query rows belong to which sequence, which positions each of them sees, and how that makes
+// work: tiles of rows and blocks of positions. Twin of jax_fa3/kv_cache/_sequences.py.
+//
+// Everything is read on the device. Positions are below 2^30, so that sums of two are int32.
+#pragma once
+
+#include <cstdint>
+
+#include "common/mask.h"
+
+namespace jax_fa3::decode {
+
+struct Sequence {
+  int first_row;
+  int count;   // rows
+  int length;  // the rows included: row i has position length - count + i
+  int begin;   // positions from which on keys are seen
+  bool mistaken;
+};
+
+struct Sequences {
+  int batch;
+  int rows;                  // of all, and of none
+  int capacity;              // positions that a sequence can have
+  int const* lengths;        // [b]
+  int const* query_starts;   // [b + 1], or null: all have rows / batch rows
+  int const* num_sequences;  // [1], or null: batch
+  int const* key_begin;      // [b], or null: 0
+
+  // Ragged rows that are no sequence's, at the front and behind the last, are two idle sequences
+  // more.
+  JAX_FA3_HOST_DEVICE int size() const { return query_starts == nullptr ? batch : batch + 2; }
+
+  JAX_FA3_HOST_DEVICE int num_ours() const {
+    int const ours = num_sequences == nullptr ? batch : *num_sequences;
+    return ours < 0 ? 0 : (ours > batch ? batch : ours);
+  }
+
+  // Whether the rows of sequence i end before they begin. If any do, nobody knows whose are whose:
+  // all are then those of sequence 0, which is mistaken.
+  JAX_FA3_HOST_DEVICE bool goes_back(int i) const {
+    return query_starts != nullptr && i < num_ours() && query_starts[i + 1] < query_starts[i];
+  }
+
+  // Sequence i of size(); `back`: whether any goes back.
+  JAX_FA3_HOST_DEVICE Sequence at(int i, bool back) const {
+    int const ours = num_ours();
+    if (query_starts == nullptr) {
+      int const each = rows / batch;
+      Sequence const idle{i * each, each, 0, 0, false};
+      return i < ours ? counted(i, idle.first_row, idle.first_row + each) : idle;
+    }
+    if (i < batch && !back) {
+      return i < ours ? counted(i, query_starts[i], query_starts[i + 1]) : Sequence{};
+    }
+    int const first = ours == 0 ? 0 : clipped(query_starts[0]);
+    int stop = ours == 0 ? 0 : clipped(query_starts[ours]);
+    if (back) {
+      for (int j = 0; j < ours; ++j) stop = larger(stop, clipped(query_starts[j]));
+    }
+    if (i < batch) return i == 0 ? Sequence{first, stop - first, 0, 0, true} : Sequence{};
+    return i == batch ? Sequence{stop, rows - stop, 0, 0, false} : Sequence{0, first, 0, 0, false};
+  }
+
+ private:
+  JAX_FA3_HOST_DEVICE static int larger(int a, int b) { return a > b ? a : b; }
+  JAX_FA3_HOST_DEVICE int clipped(int row) const { return row < 0 ? 0 : (row > rows ? rows : row); }
+
+  JAX_FA3_HOST_DEVICE Sequence counted(int i, int first, int stop) const {
+    int const length = lengths[i];
+    bool const mistaken = first < 0 || stop > rows || length > capacity;
+    int const begin = key_begin == nullptr ? 0 : key_begin[i];
+    return {clipped(first), clipped(stop) - clipped(first), mistaken || length < 0 ? 0 : length,
+            begin < 0 ? 0 : begin, mistaken};
+  }
+};
+
+// Row i sees positions from its own - left to its own + right.
+struct Window {
+  int64_t left;
+  int64_t right;
+
+  // Of a row of a sequence. Beginnings and ends never decrease from row to row, and with neighbours
+  // they leave no gap: so the first row's beginning and the last one's end are those of all.
+  JAX_FA3_HOST_DEVICE Interval of(Sequence const& sequence, int row) const {
+    int64_t const position = int64_t{sequence.length} - sequence.count + row;
+    int64_t const first = position - left;
+    int64_t const last = position + right + 1;
+    int const begin = first > sequence.begin
+                          ? (first < sequence.length ? static_cast<int>(first) : sequence.length)
+                          : sequence.begin;
+    return {begin,
+            last < sequence.length ? (last > 0 ? static_cast<int>(last) : 0) : sequence.length};
+  }
+
+  JAX_FA3_HOST_DEVICE Interval of(Sequence const& sequence, int first_row, int last_row) const {
+    if (sequence.mistaken || left + right < 0) return {0, 0};
+    Interval const all{of(sequence, first_row).begin, of(sequence, last_row).end};
+    return all.empty() ? Interval{0, 0} : all;
+  }
+};
+
+// Query heads that share a KV head are rows of one tile: row r of a sequence's KV head is the
+// sequence's row r / group of the head's query head r % group.
+struct Tiles {
+  Window window;
+  int group;
+  int block_m;
+  int block_n;
+  int split;  // blocks that are always summed by themselves, or 0
+
+  JAX_FA3_HOST_DEVICE int count(Sequence const& sequence) const {
+    return static_cast<int>((int64_t{sequence.count} * group + block_m - 1) / block_m);
+  }
+  // What the rows of a tile see.
+  JAX_FA3_HOST_DEVICE Interval positions(Sequence const& sequence, int tile) const {
+    return window.of(sequence, first_row(tile), last_row(sequence, tile));
+  }
+  JAX_FA3_HOST_DEVICE int first_row(int tile) const {
+    return static_cast<int>(int64_t{tile} * block_m / group);
+  }
+  JAX_FA3_HOST_DEVICE int last_row(Sequence const& sequence, int tile) const {
+    int64_t const last = (int64_t{tile + 1} * block_m - 1) / group;
+    return last < sequence.count ? static_cast<int>(last) : sequence.count - 1;
+  }
+  // Work is counted in blocks of positions, or in splits; a tile that sees none still has rows to
+  // be written.
+  JAX_FA3_HOST_DEVICE int unit() const { return split == 0 ? block_n : split * block_n; }
+  JAX_FA3_HOST_DEVICE int units(Sequence const& sequence, int tile) const {
+    Interval const seen = positions(sequence, tile);
+    return seen.empty() ? 1 : (seen.end - 1) / unit() - seen.begin / unit() + 1;
+  }
+  // Of one KV head.
+  JAX_FA3_HOST_DEVICE int64_t units(Sequence const& sequence) const {
+    int64_t sum = 0;
+    int const tiles = count(sequence);
+    for (int tile = 0; tile < tiles; ++tile) sum += units(sequence, tile);
+    return sum;
+  }
+};
+
+}  // namespace jax_fa3::decode

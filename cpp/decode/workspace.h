@@ -1,0 +1,38 @@
+// The decoding kernel's workspace. Pure functions, for the host.
+#pragma once
+
+#include <cstdint>
+
+#include "decode/sequences.h"
+#include "plan.h"
+
+namespace jax_fa3::decode {
+
+constexpr int kSplitInts = 10;  // of Split (params.h)
+
+// Rows of a tile that there can be.
+inline int slot_rows(Sequences const& sequences, int group, int block_m) {
+  bool const ragged = sequences.query_starts != nullptr;
+  int64_t const rows = ragged ? sequences.rows : sequences.rows / sequences.batch;
+  int64_t const most = rows * group;
+  return static_cast<int>(most < block_m ? most : block_m);
+}
+
+// Parts of tiles that a CTA may have to keep.
+inline int slots(Sequences const& sequences, int split_size) {
+  int const splits = split_size == 0 ? 2 : ceil_div(sequences.capacity, split_size);
+  return splits < 2 ? 2 : splits;
+}
+
+struct Workspace {
+  int64_t partials, splits;
+};
+
+inline Workspace workspace(Sequences const& sequences, int group, int head_dim_v, int split_size) {
+  // An SM takes two CTAs of 64 rows, or one of 128.
+  constexpr int64_t kMostDecodeCtas = 2 * kMostCtas;
+  int64_t const rows = kMostDecodeCtas * slot_rows(sequences, group, 64);
+  return {rows * slots(sequences, split_size) * (head_dim_v + 1), kMostDecodeCtas * kSplitInts};
+}
+
+}  // namespace jax_fa3::decode

@@ -1,0 +1,76 @@
+"""The custom call of the decoding kernel."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from .._custom_call import custom_call, window_attribute
+from .._targets import DECODE
+from ._layout import LAYOUTS
+from ._sequences import LONGEST
+from ._xla import Config, Operands
+
+# The workspace, as cpp/decode/workspace.h has it: two tiles for each CTA, of which an SM takes two.
+CTAS = 2 * 132
+TILE_ROWS = 64
+SPLIT_INTS = 10
+SPLIT_MULTIPLE = 128
+MOST_SPLITS = 64  # of a sequence: a CTA may have to keep a part of each
+
+
+def splits_of(config: Config, operands: Operands) -> int:
+    """Splits that a sequence can have; 0 without split_size."""
+    table, page_size = operands.where.table, config.layout.page_size(operands.caches)
+    capacity = page_size * (1 if table is None else table.shape[1])
+    return -(-min(capacity, LONGEST) // config.split_size) if config.split_size else 0
+
+
+def attention(config: Config, query: Array, operands: Operands) -> tuple[Array, Array]:
+    """Like _xla.attention, of what _kernel.refusal lets pass."""
+    layout, where = config.layout, operands.where
+    *lead, num_heads, head_dim = query.shape
+    shape = (*lead, num_heads, layout.head_dim_v)
+    batch = where.lengths.shape[0]
+    if 0 in shape or not batch:
+        return jnp.zeros(shape, query.dtype), jnp.full(shape[:-1], -jnp.inf, jnp.float32)
+    rows = math.prod(lead)
+    group = num_heads // layout.num_kv_heads
+    tile_rows = min((rows if where.starts is not None else lead[1]) * group, TILE_ROWS)
+    slots = CTAS * tile_rows * max(2, splits_of(config, operands))
+    left, right = map(window_attribute, config.window)
+    key_cache, value_cache = (*operands.caches, None)[:2]
+    found = custom_call(
+        DECODE,
+        {
+            "out": jax.ShapeDtypeStruct((rows, *shape[-2:]), query.dtype),
+            "lse": jax.ShapeDtypeStruct((rows, num_heads), jnp.float32),
+            "partials": jax.ShapeDtypeStruct((slots * (layout.head_dim_v + 1),), jnp.float32),
+            "splits": jax.ShapeDtypeStruct((CTAS * SPLIT_INTS,), jnp.int32),
+        },
+        {
+            "scale": np.float32(config.scale),
+            "soft_cap": np.float32(config.logits_soft_cap or 0),
+            "window_left": left,
+            "window_right": right,
+            "num_heads_q": num_heads,
+            "num_heads_k": layout.num_kv_heads,
+            "head_dim_v": layout.head_dim_v,
+            "kv_layout": LAYOUTS.index(layout.kind),
+            "split_size": config.split_size or 0,
+        },
+        query=query.reshape(rows, num_heads, head_dim),
+        key_cache=key_cache,
+        value_cache=value_cache,
+        lengths=where.lengths,
+        page_table=where.table,
+        query_starts=where.starts,
+        num_sequences=None if where.num_sequences is None else where.num_sequences.reshape(1),
+        key_begin=operands.key_begin,
+        sinks=None if operands.sinks is None else operands.sinks.astype(jnp.float32),
+    )
+    return found["out"].reshape(shape), found["lse"].reshape(shape[:-1])

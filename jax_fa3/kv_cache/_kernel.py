@@ -1,0 +1,83 @@
+"""Who runs a call: the decoding kernel or plain JAX, and what the kernel takes."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+from jax import Array
+from jax.custom_batching import sequential_vmap
+
+from .. import _dispatch
+from .._dispatch import ELSEWHERE
+from .._problem import E4M3, Implementation
+from .._sharding import partitioned
+from . import _ffi, _xla
+from ._xla import Config, Operands
+
+
+def refusal(config: Config, query: Array, operands: Operands) -> str | None:
+    """Why the kernel cannot take these arguments, and what to do about it; None if it can."""
+    layout, cache = config.layout, operands.caches[0]
+    if query.dtype.name not in ("bfloat16", "float16"):
+        wanted = f"wanted bfloat16 or float16: cast query and caches, or {ELSEWHERE}"
+        return f"query: got dtype {query.dtype}, {wanted}"
+    if cache.dtype == E4M3:
+        return f"key_cache: got dtype {cache.dtype}, wanted {query.dtype}, as query has, or {ELSEWHERE}"
+    for name in ("key_scale", "value_scale", "key_end"):
+        if getattr(operands, name) is not None:
+            return f"{name}: got an array, wanted None, or {ELSEWHERE}"
+    begin, batch = operands.key_begin, operands.where.lengths.shape
+    if begin is not None and begin.shape != batch:
+        return f"key_begin: got shape {begin.shape}, wanted {batch}, or {ELSEWHERE}"
+    if config.split_size is not None:
+        splits, most = _ffi.splits_of(config, operands), _ffi.MOST_SPLITS
+        if config.split_size % _ffi.SPLIT_MULTIPLE or splits > most:
+            wanted = f"wanted a multiple of {_ffi.SPLIT_MULTIPLE}, for at most {most} splits"
+            return f"split_size: got {config.split_size}, {wanted}, or {ELSEWHERE}"
+    reason = _dispatch.refusal_of_scales(config.scale, config.logits_soft_cap)
+    if reason is not None:
+        return reason
+    dims = {"query": layout.head_dim, "value_cache": layout.head_dim_v}
+    name = max(dims, key=dims.__getitem__)
+    reason = _dispatch.refusal_of_build(name, query.dtype, *dims.values())
+    if reason is not None:
+        return reason
+    for name, dim in dims.items():
+        if dim % 8 or cache.shape[-1] % 8:
+            wanted = f"wanted multiples of 8, or {ELSEWHERE}"
+            return f"{name}: got head dim {dim} in a cache {cache.shape}, {wanted}"
+    table, page_size = operands.where.table, layout.page_size(operands.caches)
+    if table is not None and table.shape[1] > 1 and page_size % 8:
+        return f"key_cache: got pages of {page_size}, wanted a multiple of 8, or {ELSEWHERE}"
+    return None
+
+
+def attention(
+    implementation: Implementation | None, config: Config, letters: Any, query: Array, operands: Any
+) -> tuple[Array, ...]:
+    """By the kernel on CUDA and by plain JAX on all other platforms; implementation as for
+    _dispatch.run. Each device reads its own part of what automatic mesh axes split."""
+    group = query.shape[-2] // max(config.layout.num_kv_heads, 1)
+
+    def local(function: Any, query: Array, operands: Operands) -> tuple[Array, ...]:
+        heads = max(query.shape[-2] // group, 1) if group else config.layout.num_kv_heads
+        own = dataclasses.replace(config, layout=config.layout.with_heads(heads))
+        return function(own, query, operands)
+
+    kernel, plain = (functools.partial(local, x.attention) for x in (_ffi, _xla))
+    if implementation == "xla":
+        return plain(query, operands)
+    arrays, tree = jax.tree.flatten((query, operands))
+
+    @jax.jit  # whose constants are its own: a custom_partitioning must have none
+    def call(*arrays: Array) -> tuple[Array, ...]:
+        given = jax.tree.unflatten(tree, arrays)
+        return _dispatch.by_platform(implementation, kernel, plain)(*given)
+
+    dims, results = jax.tree.leaves(letters), (letters[0], letters[0][:-1])
+    if config.layout.kind == "interleaved":  # an axis of 2K heads, whose halves are no halves of K
+        dims, results = ([x.translate({107: ".", 110: "."}) for x in xs] for xs in (dims, results))
+    return sequential_vmap(partitioned(call, dims, results))(*arrays)

@@ -1,0 +1,62 @@
+"""The benchmark of decoding without a GPU: it runs, checks, and prints."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import pytest
+from lowering import hide_gpus
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # behind an installed jax_fa3
+
+from benchmarks import __main__ as command
+from benchmarks import decode
+from benchmarks.check import WrongResult
+from jax_fa3 import kv_cache
+
+SMALL = decode.DecodePoint(2, 48, 3, (4, 2), 16, 8, window=20)
+
+
+def plain(point: decode.DecodePoint, inputs: Any, i: int, query: Any, caches: Any) -> Any:
+    window = None if point.window is None else (point.window - 1, 0)
+    options: Any = {"page_table": inputs.table, "local_window_size": window}
+    lengths = inputs.lengths[i]
+    return kv_cache.dot_product_attention(query, *caches, lengths, **options, implementation="xla")
+
+
+def test_measures_checks_and_prints(tmp_path, capsys, monkeypatch):
+    hide_gpus(monkeypatch)
+    monkeypatch.setattr(decode, "fa3", plain)
+    monkeypatch.setattr(decode, "CONTENDERS", {"fa3": plain, "cudnn": decode.cudnn})
+    monkeypatch.setattr(decode, "MOST_CALLS", 3)
+    monkeypatch.setattr(decode, "ROTATED_BYTES", 1)
+    monkeypatch.setattr(decode, "copied_bytes_per_second", lambda _: 4e12)
+    for name in ("environment", "flusher"):
+        monkeypatch.setattr(decode, name, dict)
+    monkeypatch.setattr(decode, "gpu_state", lambda _: {})
+    file = tmp_path / "decode.json"
+    decode.main([SMALL], 2, file)
+    assert "| 2x48-t3-4/2xd16-pages8-w20 | " in capsys.readouterr().out
+    point = json.loads(file.read_text(encoding="utf-8"))["points"][0]
+    assert point["error"] < 2**-7 and "cudnn" not in point
+    assert command.main(["--suite", "decode", "--table", str(file)]) == 0
+    assert capsys.readouterr().out.startswith("A copy moves 4.00 TB/s.")
+
+
+def test_wrong_results_are_refused(monkeypatch):
+    monkeypatch.setattr(decode, "fa3", lambda *x: plain(*x) + jnp.bfloat16(0.1))
+    with pytest.raises(WrongResult, match="off by 0.1"):
+        decode.check(SMALL, decode.Inputs(SMALL, 1))
+
+
+def test_points(capsys):
+    assert command.main(["--suite", "decode", "--list", "--points", "64x*"]) == 0
+    assert capsys.readouterr().out.split() == [
+        "64x4096-t1-32/8xd128-pages64",
+        "64x32768-t1-32/8xd128-pages64",
+        "64x32768-t1-32/2xd256-pages64",
+    ]
+    p = decode.POINTS[0]
+    assert p.cache_bytes == 2 * 2 * 4096 * 8 * 128 and p.flops == 4 * 4096 * 32 * 128

@@ -73,7 +73,9 @@ def dot_product_attention(
             compute_dtype; N is a multiple of K, and query head n reads key/value head n // (N // K).
             The kernels take bfloat16 and float16, H and V multiples of 8 up to 256.
         bias, mask: added to the scaled scores, and bool with False for hidden; broadcastable to
-            [B, N, T, S]. XLA only: they take memory T * S.
+            [B, N, T, S], for which they take memory. A bias runs on XLA only. A mask is looked at when
+            the program runs: if each row of it is one interval of keys, the same for all heads, the
+            kernels take it, else with "fa3" such rows give NaN, with None it runs on XLA.
         scale: of the scores; default 1 / sqrt(H). The kernels take a static float > 0, or a scalar
             of JAX or NumPy whose value is known when it is traced; XLA any real scalar.
         is_causal: row i sees key j only if j <= i + query_offset. With query_offset 0 the masks are

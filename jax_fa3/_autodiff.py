@@ -14,7 +14,7 @@ import numpy as np
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
-from . import _dispatch, _ffi, _guards, _mask, _sharding, _sinks, _xla
+from . import _dense_mask, _dispatch, _ffi, _guards, _mask, _sharding, _sinks, _xla
 from ._jitted import finite_in_debug_mode, jitted
 from ._operands import Call, Operands, Rows, batch_letters
 from ._problem import Config, Implementation, Masks, wide
@@ -158,6 +158,8 @@ class Attention(Method):
         if for_gradient:
             functions = _kernel_for_gradient, _plain_for_gradient
             results = *results, results[1]
+        if operands.mask is not None:
+            functions = with_dense_mask(self, *functions)
         static = self.implementation, *functions, (self.config,), letters, results
         return _dispatch.run(*static, operands, masks)
 
@@ -169,19 +171,30 @@ def backward(
     method: Method, plain: Callable[..., Any], operands: Operands, masks: Masks, rows: Rows
 ) -> Operands:
     """The gradient of operands, by the 16-bit kernels or by a function as plain_backward."""
-    wanted = operands.letters
+    kernel, wanted = _ffi.bwd, dataclasses.replace(operands.letters, mask=None)
+    if operands.mask is not None:
+        kernel, plain = with_dense_mask(method, kernel, _dense_mask.plain_backward)
+    elif operands.sinks is not None:
+        plain = plain_backward_by_rows
     if operands.sinks is not None:  # of each batch entry
         wanted = dataclasses.replace(wanted, sinks=operands.result_letters[1][:2])
-        plain = plain_backward_by_rows
     per_mask = batch_letters(masks, operands.sizes.batch)
     letters = operands.letters, per_mask, rows.letters(operands)
     results = tuple(jax.tree.leaves(wanted))
-    static = method.implementation, _ffi.bwd, plain, (method.config,), letters, results
+    static = method.implementation, kernel, plain, (method.config,), letters, results
     grads = _dispatch.run(*static, operands, masks, rows)
     found: Any = jax.tree.unflatten(jax.tree.structure(wanted), grads)
     if operands.sinks is not None and operands.sinks.shape[0] == 1:
         found = dataclasses.replace(found, sinks=found.sinks.sum(0, keepdims=True))
     return found
+
+
+def with_dense_mask(
+    method: Method, kernel: Callable[..., Any], plain: Callable[..., Any]
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Both, for operands with a dense mask. "fa3" never falls back: see _dense_mask.by_intervals."""
+    general = None if method.implementation == "fa3" else plain
+    return _dense_mask.by_intervals(kernel, general), plain
 
 
 _kernel_for_gradient = functools.partial(_ffi.fwd, with_lse_low=True)

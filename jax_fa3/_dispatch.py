@@ -52,13 +52,8 @@ def refusal(call: Call) -> str | None:
 
 def refusal_of_options(call: Call) -> str | None:
     """`refusal`, as far as it does not depend on dtype and head dims."""
-    for name, dense in (("bias", call.operands.bias), ("mask", call.operands.mask)):
-        if dense is not None:
-            return (
-                f"{name}: got a dense array, wanted None: the kernels' masks are is_causal, "
-                "local_window_size, query_seq_lengths, key_value_seq_lengths, query_segment_ids "
-                f"with key_value_segment_ids, key_begin and key_end; or {ELSEWHERE}"
-            )
+    if call.operands.bias is not None:
+        return f"bias: got a dense array, wanted None, as the kernels take none; or {ELSEWHERE}"
     if call.operands.scale is not None:
         wanted = "wanted a static float: multiply query by it and pass scale=1.0"
         return f"scale: got a traced value, {wanted}, or {ELSEWHERE}"

@@ -168,8 +168,8 @@ def test_is_supported_takes_shapes_values_and_bad_arguments():
     )
     scalar = jax.ShapeDtypeStruct((), jnp.float32)
     assert "scale: got a traced" in (jax_fa3.is_supported(query, key, value, scale=scalar) or "")
-    mask = jax.ShapeDtypeStruct((16, 16), jnp.bool_)
-    assert "key_begin" in (jax_fa3.is_supported(query, key, value, mask=mask) or "")
+    bias = jax.ShapeDtypeStruct((16, 16), jnp.float32)
+    assert "bias: got a dense" in (jax_fa3.is_supported(query, key, value, bias=bias) or "")
     assert "key: got shape" in (jax_fa3.is_supported(query, zeros[1:], value) or "")
 
 

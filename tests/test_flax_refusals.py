@@ -61,12 +61,6 @@ FUNCTION: dict[str, tuple[Any, Any, type[Exception], str]] = {
         "^input_positions: got 3, wanted None: jax_fa3.flax.nnx.MultiHeadAttention",
     ),
     "float32": (FA3, {}, NotImplementedError, "got dtype float32, .* compute_dtype=jnp.bfloat16"),
-    "dense": (
-        FA3 | {"compute_dtype": jnp.bfloat16},
-        {"mask": CAUSAL},
-        NotImplementedError,
-        "^mask: got a dense array, wanted None: .* or mask_to_intervals=True",
-    ),
     "mask per head": (
         {"mask_to_intervals": True},
         {"mask": jnp.ones((B, N, T, T))},

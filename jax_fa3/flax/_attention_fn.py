@@ -30,9 +30,9 @@ def make_attention_fn(
     see no key: they give 0, not the mean of all values.
 
     Args:
-        mask_to_intervals: runs the layer's `mask` through `jax_fa3.flax.mask_to_intervals`, so that
-            the kernels take it; a row of it that is not one interval of keys gives NaN. False
-            passes it on as it is: implementation None then runs on XLA, and "fa3" refuses.
+        mask_to_intervals: runs the layer's `mask` through `jax_fa3.flax.mask_to_intervals`; a row of it
+            that is not one interval of keys gives NaN. False passes it on as it is: with implementation
+            None other masks then run on XLA, and the program has both.
         options: of `jax_fa3.dot_product_attention`. compute_dtype=jnp.bfloat16 for layers with
             dtype=None, which pass on float32: without it nothing is ever cast down, and the kernels
             take 16 bits only. Masks, such as is_causal=True, instead of the layer's. Arrays
@@ -48,7 +48,7 @@ def make_attention_fn(
 
     The function raises at trace time:
         NotImplementedError: dropout_rate > 0 without deterministic; sow_weights; an einsum of the
-            layer's own; "fa3" with float32 or with a mask that is not converted.
+            layer's own; "fa3" with float32.
         ValueError: a precision that JAX does not know; is_causal or local_window_size with T != S and no query_offset: the function
             cannot know where the rows stand among the keys.
     """
@@ -107,11 +107,6 @@ def make_attention_fn(
                 intervals = (jnp.broadcast_to(x, rows) for x in to_intervals(mask))
                 arguments |= dict(zip(("key_begin", "key_end"), intervals, strict=True))
                 mask = None
-            elif options.get("implementation") == "fa3":
-                raise NotImplementedError(
-                    "mask: got a dense array, wanted None: for implementation='fa3' pass is_causal, "
-                    "local_window_size or segment ids to make_attention_fn, or mask_to_intervals=True"
-                )
             else:
                 mask = mask != 0
         query, key, value = (

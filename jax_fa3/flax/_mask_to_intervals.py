@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
 from .._broken import marked
 from .._checks import array, wrong
+from .._dense_mask import intervals
 
 
 def mask_to_intervals(mask: ArrayLike) -> tuple[Array, Array]:
@@ -34,12 +34,7 @@ def mask_to_intervals(mask: ArrayLike) -> tuple[Array, Array]:
     if mask.ndim < 3 or mask.shape[-3] != 1:
         raise wrong("mask", f"shape {mask.shape}", "[..., 1, T, S], one mask for all heads")
     mask = mask[..., 0, :, :]
-    visible = mask != 0
-    keys = jnp.arange(mask.shape[-1], dtype=jnp.int32)
-    begin = jnp.where(visible, keys, mask.shape[-1]).min(-1, initial=mask.shape[-1])
-    end = jnp.where(visible, keys + 1, 0).max(-1, initial=0)
-    count = visible.sum(-1, dtype=jnp.int32)
-    broken = (count > 0) & (count != end - begin)
+    begin, end, broken = intervals(mask != 0)
     if mask.dtype != bool:
-        broken |= (visible & (mask != 1)).any(-1)
-    return marked(broken, jnp.where(count > 0, begin, 0), end)
+        broken |= ((mask != 0) & (mask != 1)).any(-1)
+    return marked(broken, begin, end)

@@ -33,8 +33,7 @@ def multihead_attention(
 
     Args:
         layer, query, key_, value, mask, inference, process_heads: as for the layer. A mask is an
-            array, which only this library's XLA path takes: leave it out, and pass is_causal=True and
-            the like. Under jax.vmap over the batch all entries are one call of the kernels.
+            array, as `jax_fa3.dot_product_attention` takes it; is_causal=True and the like need none. Under jax.vmap over the batch all entries are one call of the kernels.
         key: unused, for dropout is refused.
         options: of `jax_fa3.dot_product_attention`, for one sequence: lengths are scalars, segment
             ids, key_begin and key_end [T] or [S]. compute_dtype=jnp.bfloat16 for the kernels: they

@@ -1,0 +1,111 @@
+"""A dense mask in which each row sees one interval of keys is that interval, and runs on the kernels.
+
+Whether it is one is known at run time: each device looks at its own part of the mask, once, and takes
+the kernels or, for any other mask, plain JAX. All batch entries that a device has go one way, under
+vmap too, so only one of the two ever runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from . import _xla
+from ._broken import marked
+from ._mask import intersect
+from ._operands import Operands, Rows
+from ._problem import Config, Masks
+from ._varying import vary_together
+
+Function = Callable[..., tuple[Array, ...]]
+
+
+def intervals(visible: Array) -> tuple[Array, Array, Array]:
+    """The keys that each row of bool [..., S] sees, if they are one interval.
+
+    Returns:
+        begin, end: int32 [...]; 0, 0 where a row sees none.
+        broken: bool [...], rows that see several intervals.
+    """
+    length = visible.shape[-1]
+    keys = jnp.arange(length, dtype=jnp.int32)
+    # Of the same elements, so XLA reads them once for all three.
+    begin = jnp.where(visible, keys, length).min(-1, initial=length)
+    end = jnp.where(visible, keys + 1, 0).max(-1, initial=0)
+    count = visible.sum(-1, dtype=jnp.int32)
+    broken = (count > 0) & (count != end - begin)
+    return jnp.where(count > 0, begin, 0), end, broken
+
+
+@functools.cache
+def by_intervals(kernel: Function, plain: Function | None) -> Function:
+    """kernel(config, operands, masks, ...), which knows no dense mask, of operands with one. For masks
+    that are no intervals it is plain; if that is None, their rows are broken and become NaN."""
+    return functools.partial(_by_intervals, kernel, plain)
+
+
+def _by_intervals(
+    kernel: Function,
+    plain: Function | None,
+    config: Config,
+    operands: Operands,
+    masks: Masks,
+    *rest: Any,
+) -> tuple[Array, ...]:
+    begin, end, broken = _rows(operands)
+    if masks.key_begin is not None or masks.key_end is not None:
+        before = jnp.zeros_like(begin), jnp.full_like(end, operands.sizes.key_length)
+        given = zip((masks.key_begin, masks.key_end), before, strict=True)
+        first, last = (y if x is None else x for x, y in given)
+        found = intersect(marked(broken, begin, end), (first, last))
+    else:
+        found = marked(broken, begin, end)
+    found = masks._replace(key_begin=found[0], key_end=found[1])
+    whole = dataclasses.replace(operands, mask=None)
+    if plain is None:
+        return kernel(config, whole, found, *rest)
+    arguments = vary_together((operands, masks, whole, found, rest))
+
+    def general(operands: Operands, masks: Masks, _: Any, __: Any, rest: Any) -> tuple[Array, ...]:
+        return plain(config, operands, masks, *rest)
+
+    def fast(_: Any, __: Any, whole: Operands, found: Masks, rest: Any) -> tuple[Array, ...]:
+        return kernel(config, whole, found, *rest)
+
+    return lax.cond(broken.any(), general, fast, *arguments)
+
+
+def _rows(operands: Operands) -> tuple[Array, Array, Array]:
+    """`intervals` of the mask, [B, T] each; rows of which heads see different keys are broken."""
+    assert operands.mask is not None
+    mask, sizes = operands.mask, operands.sizes
+    begin, end, broken = intervals(mask)  # [B or 1, N or 1, T or 1]
+    if mask.shape[3] == 1:
+        end = end * sizes.key_length
+    differ = (begin != begin[:, :1]) | (end != end[:, :1])
+    broken = (broken | differ).any(1)
+    shape = sizes.batch, sizes.query_length
+    rows = jnp.broadcast_to(begin[:, 0], shape), jnp.broadcast_to(end[:, 0], shape)
+    return *rows, jnp.broadcast_to(broken, shape)
+
+
+def plain_backward(
+    config: Config, operands: Operands, masks: Masks, rows: Rows
+) -> tuple[Array, ...]:
+    """The gradients of operands, those of sinks [B, N], by JAX's derivative: for any mask."""
+    tensors = dataclasses.replace(operands, mask=None)
+    if operands.sinks is not None:
+        of_each = operands.sizes.batch, operands.sinks.shape[1]
+        tensors = dataclasses.replace(tensors, sinks=jnp.broadcast_to(operands.sinks, of_each))
+
+    def forward(tensors: Operands) -> tuple[Array, Array]:
+        return _xla.attention(config, dataclasses.replace(tensors, mask=operands.mask), masks)
+
+    (found,) = jax.vjp(forward, tensors)[1]((rows.dout, rows.dlse))
+    return tuple(jax.tree.leaves(found))

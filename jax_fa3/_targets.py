@@ -106,6 +106,7 @@ TARGETS = {
             Row("query_scale", _FLOAT32),
             Row("key_scale", _FLOAT32),
             Row("value_scale", _FLOAT32),
+            Row("value_mean", _FLOAT32, optional=True),
             *_MASKS,
         ),
         results=(
@@ -120,6 +121,7 @@ TARGETS = {
             Row("x", _16_BITS),
             Row("signs", _FLOAT32, optional=True),
             Row("lengths", _INT32, optional=True),
+            Row("mean", _FLOAT32, optional=True),
         ),
         results=(Row("quantized", _FLOAT8), Row("scales", _FLOAT32)),
     ),

@@ -71,12 +71,37 @@ struct Mainloop {
     mma.add_out(steps.state.stage, storage.scale[steps.state.stage].value);
     steps.release();
     steps.skip(blocks.begin - storage.work[work_stage].blocks.begin);
+    if (params.value_mean != nullptr) add_value_mean(storage.work[work_stage].tile);
     // The epilogue's maximum is that of probabilities of at most 1.
     CUTLASS_PRAGMA_UNROLL
     for (int row = 0; row < kRowsPerThread; ++row) softmax.row_max[row] -= kMaxOffset;
   }
 
  private:
+  // O += row sum * mean, which becomes mean in the epilogue. The columns that V does not have are
+  // not stored.
+  CUTLASS_DEVICE void add_value_mean(TileCoord tile) const {
+    float const* const mean =
+        params.value_mean +
+        (int64_t{tile.batch} * params.num_heads_k + tile.head / params.group) * params.head_dim_v;
+    float sums[kRowsPerThread];
+    CUTLASS_PRAGMA_UNROLL
+    for (int row = 0; row < kRowsPerThread; ++row) {
+      sums[row] = quad_sum(softmax.row_sum[row]) * (1 / kOutScale);
+    }
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < size(mma.tOrO); i += 4) {
+      int const column = fragment_column(i) + thread_index() % 4 * 2;
+      if (column >= params.head_dim_v) break;
+      float2 const pair = __ldg(reinterpret_cast<float2 const*>(mean + column));
+      CUTLASS_PRAGMA_UNROLL
+      for (int row = 0; row < kRowsPerThread; ++row) {
+        mma.tOrO(i + 2 * row) += sums[row] * pair.x;
+        mma.tOrO(i + 2 * row + 1) += sums[row] * pair.y;
+      }
+    }
+  }
+
   // P V of block n + 1, S and softmax of block n. `last`: it is the tile's last S.
   template <bool kMasked>
   __device__ void step(int n_block, bool last) const {

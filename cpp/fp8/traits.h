@@ -16,6 +16,7 @@ struct Params : fwd::Params {
   float const* query_scale;                           // [b, ceil(t / kBlock), n]
   float const* key_scale;                             // [b, ceil(s / kBlock), k]
   float const* value_scale;                           // [b, ceil(s / kBlock), k]
+  float const* value_mean;                            // [b, k, v], or null
   int num_query_blocks, num_key_blocks, num_heads_k;  // blocks of kBlock rows
   bool out_fp16;                                      // else bf16, if out_fp32 is null
 };

@@ -13,10 +13,16 @@ from .. import _xla
 from .._operands import Operands
 from .._problem import Config, Masks
 from ._ffi import BLOCK
+from ._means import by_query_head
 
 
 def attention(
-    config: Config, dtype: np.dtype, tensors: Sequence[Array], scales: Sequence[Array], masks: Masks
+    config: Config,
+    dtype: np.dtype,
+    tensors: Sequence[Array],
+    scales: Sequence[Array],
+    masks: Masks,
+    value_mean: Array | None = None,
 ) -> tuple[Array, Array]:
     """What _ffi.fwd computes, in fp32 from the dequantized arrays; memory linear in T and S."""
     query, key, value = map(dequantized, tensors, scales)
@@ -26,6 +32,10 @@ def attention(
     key, value = jnp.where(bad, jnp.nan, key), jnp.where(bad, 0, value)
     with jax.default_matmul_precision("highest"):
         out, lse = _xla.attention(config, Operands(query, key, value), masks)
+    if value_mean is not None:
+        mean = by_query_head(value_mean, query.shape[2])[:, None]
+        sees = (lse != -jnp.inf).swapaxes(1, 2)[..., None]
+        out = jnp.where(sees, out + mean, out)
     return out.astype(dtype), lse
 
 

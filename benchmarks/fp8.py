@@ -53,9 +53,8 @@ def _fa3(point: Point, inputs: Arrays) -> Call:
     return Call(jax.jit(attention), inputs)
 
 
-def _cudnn(point: Point, inputs: Arrays) -> Call:
-    """JAX's private FP8 API. Its output is e4m3 as well, here in units of value's scale: attention
-    gives means of values, so nothing overflows."""
+def cudnn_parameters(inputs: Arrays) -> dict[str, jax.Array]:
+    """Scales of what `quantized` gave, for cudnn_fp8."""
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
     descale_q, descale_k, descale_v = (scale[:1, :1, :1, None] for scale in inputs[3:])
@@ -63,23 +62,27 @@ def _cudnn(point: Point, inputs: Arrays) -> Call:
     # All names must be there; the forward reads these six.
     params = dict.fromkeys(cudnn.fp8_params_keys, jnp.ones((1, 1, 1, 1)))
     params |= {"descale_q": descale_q, "descale_k": descale_k, "descale_v": descale_v}
-    params |= {"scale_s": scale_s, "descale_s": 1 / scale_s, "scale_o": 1 / descale_v}
-    mask = cudnn.MaskType.CAUSAL if point.is_causal else cudnn.MaskType.NO_MASK
+    return params | {"scale_s": scale_s, "descale_s": 1 / scale_s, "scale_o": 1 / descale_v}
 
-    @jax.jit
-    def attention(query, key, value, params):
-        results: Any = cudnn.dot_product_attention(
-            query,
-            key,
-            value,
-            scale=point.head_dim**-0.5,
-            mask_type=mask,
-            use_fp8=True,
-            fp8_params=params,
-        )
-        return results[0]  # beside the largest probability and the largest output
 
-    return Call(attention, (*inputs[:3], params))
+def cudnn_fp8(
+    query: jax.Array, key: jax.Array, value: jax.Array, params: Any, *, is_causal: bool = False
+) -> jax.Array:
+    """JAX's private FP8 API. Its output is e4m3 as well, here in units of value's scale: attention
+    gives means of values, so nothing overflows."""
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    mask = cudnn.MaskType.CAUSAL if is_causal else cudnn.MaskType.NO_MASK
+    scale = query.shape[-1] ** -0.5
+    results: Any = cudnn.dot_product_attention(
+        query, key, value, scale=scale, mask_type=mask, use_fp8=True, fp8_params=params
+    )
+    return results[0]  # beside the largest probability and the largest output
+
+
+def _cudnn(point: Point, inputs: Arrays) -> Call:
+    attention = jax.jit(partial(cudnn_fp8, is_causal=point.is_causal))
+    return Call(attention, (*inputs[:3], cudnn_parameters(inputs)))
 
 
 CONTENDERS = {"fa3 fp8": _fa3, "cudnn fp8": _cudnn}

@@ -4,12 +4,14 @@ the FlashAttention-3 paper (arXiv 2407.08608, section 4.3).
 Root mean square error against fp64 maths of the same fp16 inputs, the mean over seeds. The paper's
 inputs are N(0, 1) + N(0, 100) * Bernoulli(0.001): every number is normally distributed with standard
 deviation 1, and one in a thousand has another normal number added, of standard deviation 10. It does
-not say their shape.
+not say their shape. Other inputs (fp8_inputs.py) are like those of trained models: values with means,
+keys with constant channels, attention sinks; there cuDNN's FP8 is measured, too.
 """
 
 import dataclasses
 import fnmatch
 import functools
+import itertools
 import json
 import statistics
 from collections.abc import Callable, Iterable, Iterator
@@ -25,9 +27,13 @@ import jax_fa3
 from jax_fa3 import fp8
 
 from .check import WrongResult
+from .fp8 import cudnn_fp8, cudnn_parameters, quantized
+from .fp8_inputs import TITLES, VALUES, draw
 from .timing import environment
 
 HEAD_DIMS = (64, 128, 256)
+VALUE_HEAD_DIMS = (64, 128, 192, 256)
+VALUE_LENGTHS = (8192, 131072)
 LENGTHS = (1024, 8192, 32768, 131072)
 SCORES = 2**26  # of a head that are computed: of long sequences only the first queries attend
 SCORES_AT_ONCE = 2**23
@@ -37,7 +43,7 @@ SCORES_AT_ONCE = 2**23
 class ErrorPoint:
     """Full attention of one batch entry; `seqlen`, a power of two, is the number of keys."""
 
-    inputs: Literal["outliers", "spread"]
+    inputs: str  # of fp8_inputs.KINDS
     head_dim: int
     seqlen: int
     heads: int = 16
@@ -54,37 +60,11 @@ class ErrorPoint:
 
 
 def points(patterns: Iterable[str] = ("*",)) -> list[ErrorPoint]:
-    made = [
-        ErrorPoint(inputs, head_dim, seqlen)
-        for inputs in ("outliers", "spread")
-        for head_dim in HEAD_DIMS
-        for seqlen in LENGTHS
-    ]
+    grid = itertools.product
+    paper = [ErrorPoint(*x) for x in grid(("outliers", "spread"), HEAD_DIMS, LENGTHS)]
+    few = functools.partial(ErrorPoint, heads=4, seeds=2)
+    made = paper + [few(*x) for x in grid(VALUES, VALUE_HEAD_DIMS, VALUE_LENGTHS)]
     return [p for p in made if any(fnmatch.fnmatch(p.name, pattern) for pattern in patterns)]
-
-
-def _outliers(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """The paper's."""
-    normal, far, rare = jax.random.split(key, 3)
-    chosen = jax.random.bernoulli(rare, 0.001, shape)
-    return jax.random.normal(normal, shape) + 10 * jax.random.normal(far, shape) * chosen
-
-
-def _spread(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Normal numbers times a magnitude of each token, log-uniform from 0.01 to 1."""
-    normal, token = jax.random.split(key)
-    exponent = jax.random.uniform(token, (shape[0], shape[1], 1, 1), minval=-2, maxval=0)
-    return jax.random.normal(normal, shape) * 10**exponent
-
-
-@partial(jax.jit, static_argnums=1)
-def _draw(seed: int, p: ErrorPoint) -> tuple[jax.Array, ...]:
-    """query, key, value in fp16."""
-    draw = {"outliers": _outliers, "spread": _spread}[p.inputs]
-    keys = jax.random.split(jax.random.key(seed), 3)
-    lengths = p.rows, p.seqlen, p.seqlen
-    shapes = [(1, length, p.heads, p.head_dim) for length in lengths]
-    return tuple(draw(*x).astype(jnp.float16) for x in zip(keys, shapes, strict=True))
 
 
 def _standard(query: jax.Array, key: jax.Array, value: jax.Array, dtype: Any) -> jax.Array:
@@ -134,9 +114,39 @@ VARIANTS: dict[str, tuple[float | None, Callable[..., jax.Array]]] = {
 }
 
 
+def _one_scale(
+    query: jax.Array, key: jax.Array, value: jax.Array, *, implementation: str
+) -> jax.Array:
+    """Of arrays that are e4m3 already, by this library and others: a scale for each."""
+    arrays = quantized((query, key, value))
+    if implementation == "cudnn":
+        q8, k8, v8, *_ = arrays
+        out = cudnn_fp8(q8, k8, v8, cudnn_parameters(arrays))
+        return out.astype(jnp.float32) * arrays[5][0, 0, 0]
+    call: Any = fp8.quantized_dot_product_attention
+    return call(*arrays, dtype=jnp.float16, implementation=implementation)
+
+
+VALUE_VARIANTS: dict[str, tuple[float | None, Callable[..., jax.Array]]] = {
+    "fp16": VARIANTS["fp16"],
+    "FP8": VARIANTS["FP8"],
+    "FP8, means left": (None, partial(fp8.dot_product_attention, smooth_k=False, smooth_v=False)),
+    "FP8, e4m3 already": (None, _one_scale),
+    "cuDNN's FP8": (None, lambda *qkv, implementation: _one_scale(*qkv, implementation="cudnn")),
+}
+
+
+def variants_of(p: ErrorPoint) -> dict[str, tuple[float | None, Callable[..., jax.Array]]]:
+    if p.inputs not in VALUES:
+        return VARIANTS
+    here = p.implementation == "fa3"  # on a Hopper GPU
+    return {name: x for name, x in VALUE_VARIANTS.items() if here or "cuDNN" not in name}
+
+
 @functools.cache
 def _jitted(name: str, implementation: str) -> Callable[..., jax.Array]:
-    return _jit(partial(VARIANTS[name][1], implementation=implementation))
+    function = (VARIANTS | VALUE_VARIANTS)[name][1]
+    return _jit(partial(function, implementation=implementation))
 
 
 @jax.jit
@@ -146,11 +156,13 @@ def _rms(x: jax.Array) -> jax.Array:
 
 def measure(p: ErrorPoint) -> dict[str, Any]:
     """Errors of all variants. Raises WrongResult where one is not finite."""
-    errors: dict[str, list[float]] = {name: [] for name in VARIANTS}
+    variants = variants_of(p)
+    errors: dict[str, list[float]] = {name: [] for name in variants}
+    ratios: dict[str, list[float]] = {name: [] for name in variants}
     sizes = []
     for seed in range(p.seeds):
-        qkv = _draw(seed, p)
-        outs = {name: _jitted(name, p.implementation)(*qkv) for name in VARIANTS}
+        qkv = draw(seed, p.inputs, p.rows, p.seqlen, p.heads, p.head_dim)
+        outs = {name: _jitted(name, p.implementation)(*qkv) for name in variants}
         with jax.enable_x64(True):
             truth = _in_fp64(*qkv)
             sizes.append(float(_rms(truth)))
@@ -159,6 +171,7 @@ def measure(p: ErrorPoint) -> dict[str, Any]:
                 if not error < float("inf"):  # a NaN fails too
                     raise WrongResult(f"{p.name}, {name}: the error is {error}")
                 errors[name].append(error)
+                ratios[name].append(float(out.astype(jnp.float64).sum() / truth.sum()))
     return {
         **dataclasses.asdict(p),
         "name": p.name,
@@ -166,6 +179,8 @@ def measure(p: ErrorPoint) -> dict[str, Any]:
         "rms": statistics.mean(sizes),
         "rmse": {name: statistics.mean(found) for name, found in errors.items()},
         "rmse_by_seed": errors,
+        # Of the sums of all numbers: what is lost of values with a mean.
+        "found_over_true": {name: statistics.mean(found) for name, found in ratios.items()},
     }
 
 
@@ -191,6 +206,21 @@ def _lengths_table(results: list[dict[str, Any]]) -> Iterator[str]:
         yield f"| {r['head_dim']} | {r['seqlen']} | {' | '.join(errors)} | {_gain(r):.2f} |"
 
 
+def _values_table(results: list[dict[str, Any]]) -> Iterator[str]:
+    names = [name for name in VALUE_VARIANTS if name in results[0]["rmse"]]
+    mean = results[0]["inputs"] in ("mean0.5", "mean1", "mean2")  # else sums are near 0
+    titles = ["head dim", "keys", "RMS of the output", *names]
+    yield f"| {' | '.join(titles)} |"
+    yield "|---" * len(titles) + "|"
+    for r in results:
+        cells = [f"{r['rmse'][x]:.2e}" for x in names]
+        if mean:
+            cells = [
+                f"{x}; {r['found_over_true'][y]:.3f}" for x, y in zip(cells, names, strict=True)
+            ]
+        yield f"| {r['head_dim']} | {r['seqlen']} | {r['rms']:.2e} | {' | '.join(cells)} |"
+
+
 def markdown(report: dict[str, Any]) -> str:
     """The paper's table where its point was measured; then each kind of inputs by head dim, length."""
     results = report["points"]
@@ -199,14 +229,11 @@ def markdown(report: dict[str, Any]) -> str:
         if (r["inputs"], r["head_dim"], r["seqlen"]) == ("outliers", 128, 8192):
             intro = f"Inputs with outliers, head dim 128, 8,192 keys, mean of {r['seeds']} seeds:"
             blocks.append([intro, "", *_paper_table(r)])
-    kinds = {
-        "outliers": "Inputs with outliers: N(0, 1) + N(0, 100) · Bernoulli(0.001), of variance 100:",
-        "spread": "Inputs whose tokens' magnitudes spread a hundredfold, from 0.01 to 1:",
-    }
-    for kind, intro in kinds.items():
+    for kind, intro in TITLES.items():
         chosen = [r for r in results if r["inputs"] == kind]
         if chosen:
-            blocks.append([intro, "", *_lengths_table(chosen)])
+            table = _values_table if kind in VALUES else _lengths_table
+            blocks.append([intro, "", *table(chosen)])
     return "\n\n".join("\n".join(block) for block in blocks) + "\n"
 
 

@@ -34,6 +34,7 @@ ffi::Error fwd_fp8_impl(Stream stream, ffi::RemainingArgs operands, ffi::Remaini
   problem.query_scale = x.query_scale.floats();
   problem.key_scale = x.key_scale.floats();
   problem.value_scale = x.value_scale.floats();
+  problem.value_mean = x.value_mean.floats();
   problem.transposed_value = static_cast<uint8_t*>(x.transposed_value.data);
   if (x.out.is_absent()) return ffi::Error::Success();
   JAX_FA3_RETURN_IF_FAILED(check_device(stream));
@@ -68,6 +69,7 @@ ffi::Error quantize_impl(Stream stream, ffi::RemainingArgs operands, ffi::Remain
   problem.x = x.x.data;
   problem.signs = x.signs.floats();
   problem.lengths = x.lengths.ints();
+  problem.mean = x.mean.floats();
   problem.out = static_cast<uint8_t*>(x.quantized.data);
   problem.scales = x.scales.floats();
   return cuda_status(fp8::launch_quantize(problem, *stream));

@@ -31,14 +31,14 @@ struct Backward : Inputs {
 };
 
 struct Fp8Forward : Inputs {
-  Array query_scale, key_scale, value_scale;
+  Array query_scale, key_scale, value_scale, value_mean;
   Array sinks;
   Array out, lse;
   Array counters, transposed_value;
 };
 
 struct Quantization {
-  Array x, signs, lengths;
+  Array x, signs, lengths, mean;
   Array quantized, scales;
 };
 
@@ -143,6 +143,7 @@ inline Target<Fp8Forward> const kFwdFp8 = {
         JAX_FA3_ROW(Fp8Forward, query_scale, kFloat32, "bTn"),
         JAX_FA3_ROW(Fp8Forward, key_scale, kFloat32, "bSk"),
         JAX_FA3_ROW(Fp8Forward, value_scale, kFloat32, "bSk"),
+        JAX_FA3_ROW(Fp8Forward, value_mean, kFloat32, "bkv|0"),
         JAX_FA3_MASKS(Fp8Forward),
         JAX_FA3_ROW(Fp8Forward, sinks, kFloat32, "1n|bn|0"),
     },
@@ -160,6 +161,7 @@ inline Target<Quantization> const kQuantize = {
         JAX_FA3_ROW(Quantization, x, k16Bits, "btnh"),
         JAX_FA3_ROW(Quantization, signs, kFloat32, "h|0"),
         JAX_FA3_ROW(Quantization, lengths, kInt32, "b|0"),
+        JAX_FA3_ROW(Quantization, mean, kFloat32, "bnh|0"),
     },
     {
         JAX_FA3_ROW(Quantization, quantized, kFloat8E4M3, "btnh"),

@@ -75,6 +75,11 @@ def products(query: Array, key: Array) -> Array:
     return jnp.einsum("btnh,bsnh->bnts", query, key)
 
 
+def weighted(weights: Array, value: Array) -> Array:
+    """[B, N, T, V] of [B, N, T, S] and [B, S, N, V]."""
+    return jnp.einsum("bnts,bsnv->bntv", weights, value)
+
+
 class Rounding(NamedTuple):
     """What a kernel rounds, for the tolerance rule."""
 
@@ -82,6 +87,7 @@ class Rounding(NamedTuple):
     probabilities: Callable[[Array, Array], Array]  # from exp(score - row's top) and their sum
     out: Callable[[Array], Array]
     products: Callable[[Array, Array], Array] = products
+    weighted: Callable[[Array, Array], Array] = weighted
 
 
 def rounded(x: Array, dtype: DTypeLike) -> Array:
@@ -143,7 +149,7 @@ def attention(
     total = weights.sum(-1, keepdims=True) + jnp.exp(jnp.where(sees, sink - top, 0))
     total = jnp.where(sees, total, 1)  # [B, N, T, 1]
     probabilities = rounding.probabilities(weights, total)
-    out = rounding.out(jnp.einsum("bnts,bsnv->bntv", probabilities, value))
+    out = rounding.out(rounding.weighted(probabilities, value))
     lse = jnp.where(sees, top + jnp.log(total), -jnp.inf)[..., 0]
     # A broken row is NaN, and so is its gradient, but for a cotangent of 0; any other row that sees
     # nothing is 0, and so on.

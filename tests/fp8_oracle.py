@@ -68,73 +68,84 @@ def _exponent(x: Array) -> Array:
     return jnp.where(x == 0, -60, (lax.bitcast_convert_type(x, jnp.int32) >> 23 & 255) - 127)
 
 
-def _stepwise(weights: Array, value_scale: Array, head_dim: int) -> Array:
+def _stepwise(weights: Array) -> Array:
     """Weights as the kernel rounds them: from the last block of keys to the first, times 2^8 above a
-    maximum that is raised where it is exceeded by more than 2^0.75, and by V's scale in a unit that
-    follows the scales where one is more than twice as large or small. A tile of rows starts with
-    the last block that one of them sees."""
+    maximum that is raised where it is exceeded by more than 2^0.75."""
     if weights.size == 0:
         return weights
-    tile = 192 if head_dim <= 128 else 128
-    blocks = value_scale.shape[1]
     b, n, t, s = weights.shape
-    sizes = [(0, 0)] * 2 + [(0, -t % tile), (0, blocks * BLOCK - s)]
-    weights = jnp.pad(weights, sizes).reshape(b, n, -1, tile, blocks, BLOCK)
-    seen = (weights > 0).any((1, 3, 5))  # [B, tiles, blocks]
-    last = jnp.where(seen, jnp.arange(blocks), -1).max(-1)[:, None]
-    exponents = jnp.log2(value_scale).swapaxes(1, 2).repeat(n // value_scale.shape[2], 1)
+    blocks = -(-s // BLOCK)
+    padded = jnp.pad(weights, [(0, 0)] * 3 + [(0, blocks * BLOCK - s)])
+    by_block = jnp.moveaxis(padded.reshape(b, n, t, blocks, BLOCK), 3, 0)
 
-    def step(carry: Any, block: Any) -> Any:
-        unit, top = carry
-        index, exponent, of_block = block
-        exponent = exponent[..., None] - unit
-        changes = (abs(exponent) > 1 + 1e-4) & (index <= last)  # log2 may be inexact
-        unit = unit + jnp.where(changes, exponent, 0)
-        exponent = jnp.where(changes, 0, exponent)[..., None]  # [B, N, tiles, 1]
-        largest = jnp.log2(of_block.max(-1)) + exponent
+    def step(top: Any, of_block: Any) -> Any:
+        largest = jnp.log2(of_block.max(-1))
         top = jnp.where(largest > top + 0.75, largest, top)
-        factor = jnp.exp2(exponent - jnp.maximum(top, -100) + 8)[..., None]  # finite
-        return (unit, top), _reference.rounded(of_block * factor, jnp.float8_e4m3fn) / factor
+        factor = jnp.exp2(8 - jnp.maximum(top, -100))[..., None]  # finite
+        return top, _reference.rounded(of_block * factor, jnp.float8_e4m3fn) / factor
 
-    start = jnp.zeros(weights.shape[:3]), jnp.full(weights.shape[:4], -1e30)
-    steps = jnp.arange(blocks), jnp.moveaxis(exponents, 2, 0), jnp.moveaxis(weights, 4, 0)
-    result = jnp.moveaxis(lax.scan(step, start, steps, reverse=True)[1], 0, 4)
-    return result.reshape(b, n, -1, blocks * BLOCK)[:, :, :t, :s]
+    rounded = lax.scan(step, jnp.full((b, n, t), -1e30), by_block, reverse=True)[1]
+    return jnp.moveaxis(rounded, 0, 3).reshape(b, n, t, blocks * BLOCK)[..., :s]
 
 
-def rounding(dtype: DTypeLike, value_scale: Any = None, head_dim: int = 0) -> _reference.Rounding:
-    """What the kernel rounds: the scores' sums, the weights to e4m3, and out.
+def summed(x: Array, y: Array) -> Array:
+    """[..., C] and [..., C] to [...]: sums over C as FP8 WGMMA makes them, of products in fp32."""
+    total = jnp.zeros(jnp.broadcast_shapes(x.shape, y.shape)[:-1])
+    for i in range(0, x.shape[-1], WGMMA_COLUMNS):
+        columns = slice(i, i + WGMMA_COLUMNS)
+        a, b = x[..., columns], y[..., columns]
+        exponents = (_exponent(a) + _exponent(b)).max(-1)
+        unit = 2.0 ** (jnp.maximum(exponents, _exponent(total)) - WGMMA_BITS)
+        terms = jnp.trunc(a * b / unit[..., None]).sum(-1)
+        kept = lax.bitcast_convert_type((terms + jnp.trunc(total / unit)) * unit, jnp.int32)
+        total = lax.bitcast_convert_type(kept & (-1 << (23 - WGMMA_BITS)), jnp.float32)
+    return total
 
-    value_scale: [B, blocks, K]; without it, weights are rounded times 2^8.
-    """
+
+def weighted(weights: Array, value: Array) -> Array:
+    """[B, N, T, V] of [B, N, T, S] and [B, S, N, V]: products with each BLOCK of keys as FP8 WGMMA sums
+    them, from the last block to the first, added up in fp32."""
+    missing = -value.shape[1] % BLOCK
+    weights = jnp.pad(weights, [(0, 0)] * 3 + [(0, missing)])
+    value = jnp.pad(value, [(0, 0), (0, missing), (0, 0), (0, 0)])
+    weights = jnp.moveaxis(weights.reshape(*weights.shape[:3], -1, BLOCK), 3, 0)[:, :, :, :, None]
+    b, _, n, v = value.shape
+    value = value.reshape(b, -1, BLOCK, n, v).transpose(1, 0, 3, 4, 2)[:, :, :, None]
+
+    def step(out: Array, block: Any) -> Any:
+        return out + summed(*block), None
+
+    start = jnp.zeros((b, n, weights.shape[3], v))
+    return lax.scan(step, start, (weights, value), reverse=True)[0]
+
+
+def rounding(dtype: DTypeLike, stepwise: bool = False) -> _reference.Rounding:
+    """What the kernel rounds: the scores' sums, the weights to e4m3, and out. stepwise: its sums of
+    weights times values, too, and weights as it goes from block to block; else they are rounded times
+    2^8."""
 
     def products(query: Array, key: Array) -> Array:
         query, key = jnp.moveaxis(query, 1, 2)[:, :, :, None], jnp.moveaxis(key, 1, 2)[:, :, None]
-        total = jnp.zeros((*query.shape[:3], key.shape[3]))
-        for i in range(0, query.shape[-1], WGMMA_COLUMNS):
-            columns = slice(i, i + WGMMA_COLUMNS)
-            q, k = query[..., columns], key[..., columns]
-            exponents = (_exponent(q) + _exponent(k)).max(-1)
-            unit = 2.0 ** (jnp.maximum(exponents, _exponent(total)) - WGMMA_BITS)
-            terms = jnp.trunc(q * k / unit[..., None]).sum(-1)
-            kept = lax.bitcast_convert_type((terms + jnp.trunc(total / unit)) * unit, jnp.int32)
-            total = lax.bitcast_convert_type(kept & (-1 << (23 - WGMMA_BITS)), jnp.float32)
-        return total
+        return summed(query, key)
 
     def probabilities(weights: Array, total: Array) -> Array:
-        if value_scale is None:
-            return _reference.rounded(weights * 2**8, jnp.float8_e4m3fn) / 2**8 / total
-        return _stepwise(weights, jnp.asarray(value_scale), head_dim) / total
+        if stepwise:
+            return _stepwise(weights) / total
+        return _reference.rounded(weights * 2**8, jnp.float8_e4m3fn) / 2**8 / total
 
     return _reference.Rounding(
-        lambda scores: scores, probabilities, lambda x: _reference.rounded(x, dtype), products
+        lambda scores: scores,
+        probabilities,
+        lambda x: _reference.rounded(x, dtype),
+        products,
+        weighted if stepwise else _reference.weighted,
     )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 2))
-def oracle(case: Case, inputs: Any, dtype: Any = None, value_scale: Any = None) -> Results:
+@functools.partial(jax.jit, static_argnums=(0, 2, 3))
+def oracle(case: Case, inputs: Any, dtype: Any = None, stepwise: bool = False) -> Results:
     """Of fp32 query, key and value: exact, or rounded as the kernel does for results in dtype."""
-    round_to = None if dtype is None else rounding(dtype, value_scale, case.H)
+    round_to = None if dtype is None else rounding(dtype, stepwise)
     with jax.default_matmul_precision("highest"):
         return Results(*_reference.attention(*inputs, **case.arguments, round_to=round_to))
 
@@ -143,13 +154,16 @@ def all_dequantized(tensors: Any, scales: Any) -> list[Array]:
     return [jnp.asarray(dequantized(*pair)) for pair in zip(tensors, scales, strict=True)]
 
 
-def scaled(case: Case, seed: int = 0) -> tuple[Any, Any]:
+def scaled(case: Case, seed: int = 0, shifted: bool = False) -> tuple[Any, Any]:
     """e4m3 query, key and value of a case, NaN planted past the lengths if it says so, and scales
-    that differ from block to block. They are powers of two: then a sum is cut off at the same bit
+    that differ from block to block. shifted: values have mean 1 and standard deviation 0.3. They are powers of two: then a sum is cut off at the same bit
     whether its terms were scaled or not."""
     rng = np.random.default_rng(seed)
     plain = dataclasses.replace(case, planted=False)
-    pairs = [quantized(np.asarray(x)) for x in plain.inputs(jnp.float32, seed)]
+    query, key, value = map(np.asarray, plain.inputs(jnp.float32, seed))
+    if shifted:
+        value = 1 + np.float32(0.3) * value
+    pairs = [quantized(x) for x in (query, key, value)]
     tensors, scales = map(list, zip(*pairs, strict=True))
     scales = [2 ** np.round(np.log2(s) + rng.uniform(-2, 1, s.shape)) for s in scales]
     if case.planted:

@@ -159,12 +159,16 @@ def right_calls() -> dict[str, Call]:
             *(Struct((1, N), jnp.float32), qkv, *packed_rows),
         ),
         "bwd packed in parts": in_parts(packed_backward, qkv, masks, *packed_rows, low),
-        "fp8": recorded(fp8_forward(every), *fp8_operands(T, S, H), masks),
+        "fp8": recorded(
+            fp8_forward(every), *fp8_operands(T, S, H), masks, Struct((B, K, H), jnp.float32)
+        ),
         "fp8 with sinks": recorded(
-            fp8_forward(plain), *fp8_operands(T, S, 64), Masks(), Struct((1, N), jnp.float32)
+            fp8_forward(plain), *fp8_operands(T, S, 64), Masks(), None, Struct((1, N), jnp.float32)
         ),
         "fp8 without masks": recorded(fp8_forward(plain), *fp8_operands(T, S, 64), Masks()),
-        "quantize": recorded(_fp8.quantize, q, Struct((H,), jnp.float32), lengths),
+        "quantize": recorded(
+            _fp8.quantize, q, Struct((H,), jnp.float32), lengths, Struct((B, N, H), jnp.float32)
+        ),
         "quantize alone": recorded(lambda x: _fp8.quantize(x, None, None), q),
         "segment_intervals": recorded(_ffi.segment_intervals, *ids),
         **decode_calls(),

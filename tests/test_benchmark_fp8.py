@@ -15,7 +15,7 @@ from jax_fa3 import fp8 as library
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # behind an installed jax_fa3
 
-from benchmarks import contenders, fp8, fp8_error, plot, report, run, timing
+from benchmarks import contenders, fp8, fp8_error, fp8_inputs, plot, report, run, timing
 from benchmarks.check import WrongResult
 from benchmarks.points import point
 from benchmarks.suites import select
@@ -116,7 +116,7 @@ def test_kernels_are_what_is_timed(monkeypatch):
     text = lower(call.fn, *call.args)
     assert targets(text) == ["jax_fa3.quantize.v1"] * 3
     assert operations(text) - NO_WORK == {"custom_call"}
-    qkv = fp8_error._draw(0, fp8_error.ErrorPoint("outliers", 64, 128, heads=1))
+    qkv = fp8_inputs.draw(0, "outliers", 128, 128, 1, 64)
     for name, (_, variant) in fp8_error.VARIANTS.items():
         last = targets(lower(partial(variant, implementation="fa3"), *qkv))[-1:]
         wanted = {"fp16": ["jax_fa3.fwd.v1"], "fp16, standard attention": []}

@@ -28,10 +28,17 @@ def attention(*qkv: Any, **options: Any) -> Any:
     return fp8.dot_product_attention(*qkv, **{"return_residual": True} | options)
 
 
+def shifted(qkv: Any) -> list[Any]:
+    """Values around 1, and keys of which one channel is 20 everywhere."""
+    q, k, v = (x.astype(jnp.float32) for x in qkv)
+    return [x.astype(qkv[0].dtype) for x in (q, k.at[..., 3].add(20), 1 + 0.3 * v)]
+
+
 @pytest.mark.parametrize("quantization", ["block", "head", "tensor"])
 @pytest.mark.parametrize("key", [None, jax.random.key(5)], ids=["none", "key"])
-def test_is_made_of_its_parts(key, quantization):
-    qkv = [x.astype(jnp.float32) for x in QKV]
+@pytest.mark.parametrize("smooth", [True, False])
+def test_is_made_of_its_parts(key, quantization, smooth):
+    qkv = shifted([x.astype(jnp.float32) for x in QKV])
     lengths = {"query_seq_lengths": [140, 100], "key_value_seq_lengths": [250, 260]}
     signs = None if key is None else fp8.random_signs(key, 64)
     kinds = (
@@ -39,24 +46,35 @@ def test_is_made_of_its_parts(key, quantization):
         (signs, lengths["key_value_seq_lengths"]),
         (None, lengths["key_value_seq_lengths"]),
     )
+    means: Any = [None, None, None]
+    if smooth:
+        means[1:] = (fp8.token_mean(x, lengths=[250, 260]) for x in qkv[1:])
+        assert (abs(means[1][..., 3] - 20) < 1).all() and (abs(means[2] - 1) < 0.3).all()
     pairs = [
-        fp8.quantize(x, signs=s, lengths=n, quantization=quantization)
-        for x, (s, n) in zip(qkv, kinds, strict=True)
+        fp8.quantize(x, signs=s, lengths=n, mean=m, quantization=quantization)
+        for x, (s, n), m in zip(qkv, kinds, means, strict=True)
     ]
     options: Any = dict(CASE.mask) | lengths | {"return_residual": True}
     parts: Any = zip(*pairs, strict=True)
-    exact = fp8.quantized_dot_product_attention(
-        *(x for p in parts for x in p), dtype="float32", **options
+    out, lse = fp8.quantized_dot_product_attention(
+        *(x for p in parts for x in p), dtype="float32", value_mean=means[2], **options
     )
+    if smooth:
+        key_mean = jnp.repeat(means[1], 2, axis=1)
+        lse += jnp.einsum("btnh,bnh->btn", qkv[0], key_mean) * 64**-0.5
+    exact = out, lse
     options |= {"incoherent_key": key, "quantization": quantization}
+    options |= {"smooth_k": smooth, "smooth_v": smooth}
     found = fp8.dot_product_attention(*qkv, **options)
     assert_close(found, exact, 1e-5)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_error_is_that_of_quantization(dtype):
-    """By the tolerance rule, against attention of the arrays as they are."""
-    inputs = CASE.inputs(dtype)
+@pytest.mark.parametrize("kind", [list, shifted], ids=["mean 0", "shifted"])
+def test_error_is_that_of_quantization(dtype, kind):
+    """By the tolerance rule, against attention of the arrays as they are. What is taken out before they
+    are quantized leaves fewer errors."""
+    inputs = kind(CASE.inputs(dtype))
     out, lse = attention(*inputs, **CASE.mask)
     assert (out.dtype, lse.dtype) == (dtype, jnp.float32)
     wide = [np.asarray(x, np.float32) for x in inputs]
@@ -114,12 +132,15 @@ def structs(head_dim: int = 64, head_dim_v: int = 0, dtype: Any = jnp.bfloat16) 
 
 
 def test_lowers_to_the_calls_alone():
-    text = lower(lambda *x: fp8.dot_product_attention(*x, is_causal=True), *structs())
+    plain = {"smooth_k": False, "smooth_v": False}
+    text = lower(lambda *x: fp8.dot_product_attention(*x, is_causal=True, **plain), *structs())
     assert targets(text) == [QUANTIZE] * 3 + [FWD]
     assert operations(text) == {"custom_call", "broadcast_in_dim", "reshape"}
     assert text.count("tensor<1x64xf32>) -> tensor<64xf32>") == text.count("stablehlo.reshape") == 2
     ids = packed(documents(100, 40), documents(60, 200))
     ids = {k: np.repeat(x, 2, 0) for k, x in ids.items()}
+    text = lower(lambda *x: fp8.dot_product_attention(*x, is_causal=True), *structs())
+    assert targets(text) == [QUANTIZE] * 3 + [FWD]
     text = lower(lambda *x: attention(*x, **ids, quantization="head"), *structs())
     assert targets(text) == ["jax_fa3.segment_intervals.v1", FWD]
     for options, platform in (({}, "cpu"), ({"implementation": "xla"}, "cuda")):
@@ -154,6 +175,13 @@ BAD: list[tuple[Any, dict[str, Any], str]] = [
     (structs(40), {}, "query: got head dim 40, .* the Hadamard transform, or incoherent_key=None"),
     (structs(), {"incoherent_key": 0.5}, "key: got 0.5, wanted a static int"),
     (structs(), {"incoherent_key": KEYS}, r"key: got key<fry>\[2\], wanted an int, or one key of"),
+    (structs(), {"smooth_v": None}, "smooth_v: got None, wanted True or False"),
+    (structs(), {"smooth_k": 1}, "smooth_k: got 1, wanted True or False, or None"),
+    (
+        structs(),
+        {"smooth_k": True, "logits_soft_cap": 5.0},
+        "smooth_k: got True, wanted False or None beside logits_soft_cap",
+    ),
     (structs(), {"quantization": "row"}, "quantization: got 'row', wanted 'block', 'head' or"),
     (structs(), {"query_seq_lengths": [1]}, r"query_seq_lengths: got shape \(1,\)"),
 ]

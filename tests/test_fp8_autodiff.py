@@ -37,18 +37,22 @@ def weighted(call: Any, weights: Any = 1.0) -> Any:
     return loss
 
 
-def test_gradients_are_of_the_saved_arrays():
+SHIFTED = QKV[0], QKV[1].at[..., 3].add(20), 1 + QKV[2] * jnp.float16(0.3)
+
+
+@pytest.mark.parametrize("qkv", [QKV, SHIFTED], ids=["mean 0", "shifted"])
+def test_gradients_are_of_the_saved_arrays(qkv):
     """The 16-bit backward with the FP8 forward's out and log-sum-exp."""
     cotangents = CASE.cotangents(jnp.float16)
-    (out, lse), pullback = jax.vjp(functools.partial(attention, **CASE.mask), *QKV)
+    (out, lse), pullback = jax.vjp(functools.partial(attention, **CASE.mask), *qkv)
     found = pullback(cotangents)
     config = Config(64**-0.5, (None, 60), None, False, partial=True)
     dout, dlse = cotangents[0], cotangents[1].swapaxes(1, 2)
     rows = Rows(out, lse.swapaxes(1, 2), dout, dlse)
-    exact = _xla.backward(config, Operands(*QKV), Masks(), rows)
+    exact = _xla.backward(config, Operands(*qkv), Masks(), rows)
     assert_close(found, [x.astype(jnp.float16) for x in exact], 1e-3)
     plain = functools.partial(jax_fa3.dot_product_attention, return_residual=True, **CASE.mask)
-    for x, y in zip(found, jax.vjp(plain, *QKV)[1](cotangents), strict=True):
+    for x, y in zip(found, jax.vjp(plain, *qkv)[1](cotangents), strict=True):
         assert x.dtype == jnp.float16
         error, size = (np.linalg.norm(np.asarray(a, np.float64)) for a in (x - y, y))
         assert error < 0.06 * size

@@ -66,6 +66,22 @@ def test_quantize_transforms_without_rounding(dtype):
     np.testing.assert_allclose(*values, rtol=0.13, atol=2**-9)  # never more than one step
 
 
+@pytest.mark.parametrize("signs", [None, fp8_oracle.sylvester(H)[3]])
+@pytest.mark.parametrize("lengths", [None, [130, 0]])
+def test_quantize_without_the_mean(signs, lengths):
+    x, mean = spread() + 5, normal(B, N, H, seed=1) + 5
+    exact = x.astype(np.float64) - mean[:, None]
+    if signs is not None:
+        exact = fp8_oracle.transformed(exact, signs)
+    expected, scales = fp8_oracle.quantized(exact, lengths)
+    found, found_scales = fp8.quantize(x, lengths=lengths, signs=signs, mean=mean)
+    np.testing.assert_allclose(found_scales, scales, rtol=1e-5)
+    assert (bits(found) != bits(expected)).mean() < 2e-3
+    one = fp8.quantize(x[0], lengths=None if lengths is None else 130, signs=signs, mean=mean[0])
+    for a, b in zip(one, (found, found_scales), strict=True):
+        np.testing.assert_array_equal(bits(a), bits(b)[0])
+
+
 def test_rows_past_the_lengths_do_not_count():
     x, lengths = spread(), np.array([130, 7])
     planted = x.copy()
@@ -141,6 +157,11 @@ BAD: list[tuple[Any, dict[str, Any], str]] = [
     (jnp.zeros((B, T, N, H), E4M3), {}, "x: got dtype float8_e4m3fn, wanted 16 bits or more"),
     (jnp.zeros((B, T, N, H), jnp.float8_e5m2), {}, "x: got dtype float8_e5m2, wanted 16 bits"),
     (np.zeros((B, T, N, H)), {"quantization": "row"}, "quantization: got 'row', wanted 'block',"),
+    (
+        np.zeros((B, T, N, H)),
+        {"mean": np.zeros(H)},
+        r"mean: got float32\[64\], wanted float32\[2, 3, 64",
+    ),
     (np.zeros((B, T, N, H)), {"lengths": [1]}, r"lengths: got shape \(1,\), wanted \(2,\)"),
     (np.zeros((B, T, N, H)), {"signs": np.ones(8)}, r"signs: got shape \(8,\), wanted \(64,\)"),
     (np.zeros((B, T, N, H)), {"implementation": "fa2"}, "implementation: got 'fa2', wanted None"),
@@ -179,7 +200,9 @@ def test_lowers_to_the_call_alone():
     assert targets(text) == [QUANTIZE]
     assert operations(text) == {"custom_call", "broadcast_in_dim"}  # the latter: of no elements
     made = "-> (tensor<2x200x3x64xf8E4M3FN>, tensor<2x2x3xf32>)"
-    assert f": (tensor<2x200x3x64xbf16>, tensor<0xf32>, tensor<0xi32>) {made}" in text
+    assert (
+        f": (tensor<2x200x3x64xbf16>, tensor<0xf32>, tensor<0xi32>, tensor<0xf32>) {made}" in text
+    )
 
     def everything(x, signs, lengths):
         return fp8.quantize(x, signs=signs, lengths=lengths)
@@ -187,7 +210,9 @@ def test_lowers_to_the_call_alone():
     extra = jax.ShapeDtypeStruct((H,), jnp.float32), jax.ShapeDtypeStruct((B,), jnp.int32)
     text = lower(everything, struct(), *extra)
     assert operations(text) <= {"custom_call", "reshape", "broadcast_in_dim"}
-    assert f": (tensor<2x200x3x64xbf16>, tensor<64xf32>, tensor<2xi32>) {made}" in text
+    assert (
+        f": (tensor<2x200x3x64xbf16>, tensor<64xf32>, tensor<2xi32>, tensor<0xf32>) {made}" in text
+    )
     for quantization in ("head", "tensor"):
         function = functools.partial(fp8.quantize, quantization=quantization)
         assert targets(lower(function, struct())) == []

@@ -49,17 +49,18 @@ def _table() -> list[tuple[Case, Any]]:
     return [(case, (jnp.bfloat16, jnp.float16)[i // 5 % 2]) for i, case in enumerate(turned)]
 
 
+@pytest.mark.parametrize("shifted", [False, True], ids=["mean 0", "mean 1"])
 @pytest.mark.parametrize(("case", "dtype"), _table(), ids=str)
-def test_table(case: Case, dtype: Any):
-    """By the tolerance rule: weights rounded to e4m3, scores as FP8 WGMMA sums them."""
-    tensors, scales = fp8_oracle.scaled(case)
+def test_table(case: Case, dtype: Any, shifted: bool):
+    """By the tolerance rule: weights rounded to e4m3, scores and output as FP8 WGMMA sums them."""
+    tensors, scales = fp8_oracle.scaled(case, shifted=shifted)
     poison(case, dtype)
     call = functools.partial(quantized_attention, dtype=dtype, **case.arguments)
     out, lse = jax.jit(call)(*tensors, *scales)
     assert out.dtype == dtype and lse.dtype == jnp.float32
     inputs = fp8_oracle.all_dequantized(tensors, scales)
     exact = fp8_oracle.oracle(case, inputs)
-    rounded = fp8_oracle.oracle(case, inputs, dtype, scales[2])
+    rounded = fp8_oracle.oracle(case, inputs, dtype, stepwise=True)
     assert_rounded(Results(out, lse), exact, rounded, case, jnp.finfo(dtype).eps)
 
 
@@ -101,7 +102,7 @@ def test_signs_of_scores(head_dim: int, negative: str):
     out, lse = quantized_attention(*tensors, *scales, **case.arguments)
     inputs = fp8_oracle.all_dequantized(tensors, scales)
     exact = fp8_oracle.oracle(case, inputs)
-    rounded = fp8_oracle.oracle(case, inputs, jnp.bfloat16, scales[2])
+    rounded = fp8_oracle.oracle(case, inputs, jnp.bfloat16, stepwise=True)
     assert_rounded(Results(out, lse), exact, rounded, case, jnp.finfo(jnp.bfloat16).eps)
 
 
@@ -123,6 +124,27 @@ def test_sums_are_those_of_the_oracle(head_dim: int, octaves: int):
     wanted = np.asarray(fp8_oracle.rounding(jnp.bfloat16).products(*wide))[:, 0, :, 0]
     # Sums have 14 bits, so the nearest others are 6e-5 of them away.
     np.testing.assert_allclose(np.asarray(lse)[:, :, 0] / scale, wanted, rtol=1e-6, atol=0.02)
+
+
+@pytest.mark.parametrize("mean", [0.0, 1.0])
+@pytest.mark.parametrize("head_dim", DIMS)
+def test_sums_of_values_are_those_of_the_oracle(head_dim: int, mean: float):
+    """Likewise, with weights that are powers of two: exact in e4m3, and as exponentials."""
+    rng = np.random.default_rng(head_dim)
+    exponents = -rng.integers(0, 10, 1000)
+    exponents[-1] = 0  # the first block that the kernel sees has the maximum
+    query, key = np.zeros((1, 64, 1, head_dim)), np.zeros((1, 1000, 1, head_dim))
+    query[..., 0], key[0, :, 0, 0] = 1, exponents
+    value = (mean + 0.3 * rng.standard_normal(key.shape)) * 100
+    tensors = [jnp.asarray(x.astype(fp8_oracle.E4M3)) for x in (query, key, value)]
+    one: Any = np.ones((), np.float32)
+    options: Any = {"scale": np.log(2.0), "dtype": jnp.float32}
+    out, _ = quantized_attention(*tensors, one, one, one, **options)
+    weights = jnp.asarray(np.exp2(exponents), jnp.float32)
+    summed = fp8_oracle.weighted(weights[None, None, None], tensors[2].astype(jnp.float32))[0, 0]
+    wanted = np.broadcast_to(summed / weights.sum(), (64, head_dim))
+    # What one more or less cut off would change is 1e-4 of a block's sum.
+    np.testing.assert_allclose(np.asarray(out)[0, :, 0], wanted, rtol=3e-6, atol=1e-6 * 100)
 
 
 CAUSAL = Case("causal", 300, 450, 4, 2, 128, mask={"is_causal": True, "query_offset": 150})

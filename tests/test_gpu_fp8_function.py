@@ -25,12 +25,16 @@ FUNCTION = ["planted, causal", "planted, window", "documents, padding", "soft ca
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("name", [*FUNCTION, "long, causal"])
 @pytest.mark.parametrize("options", [{}, {"incoherent_key": None, "quantization": "head"}], ids=str)
-def test_function(name: str, dtype: Any, options: Any):
+@pytest.mark.parametrize("shifted", [False, True], ids=["mean 0", "shifted"])
+def test_function(name: str, dtype: Any, options: Any, shifted: bool):
     """Results and gradients, against 16-bit attention: errors are at most twice those of the oracle's
     out and log-sum-exp, and of the gradients of the same in plain JAX."""
     case = {case.name: case for case in [*TABLE, *LONG]}[name]
     case = dataclasses.replace(case, H=128, V=0)
     inputs, cotangents = case.inputs(dtype), case.cotangents(dtype)
+    if shifted:  # values around 1, and a constant channel of keys
+        q, k, v = inputs
+        inputs = q, k.at[..., 3].add(20), 1 + v * jnp.asarray(0.3, dtype)
 
     def results(implementation: str) -> Results:
         call = functools.partial(
@@ -45,12 +49,22 @@ def test_function(name: str, dtype: Any, options: Any):
     quantize = functools.partial(
         fp8.quantize, quantization=options.get("quantization", "block"), implementation="xla"
     )
+    taken: Any = [False, case.logits_soft_cap is None, True]
+    means = [
+        fp8.token_mean(x, lengths=n) if out else None
+        for x, n, out in zip(inputs, lengths, taken, strict=True)
+    ]
+    all_signs = signs, signs, None
     pairs = [
-        quantize(x, lengths=n, signs=s)
-        for x, n, s in zip(inputs, lengths, (signs, signs, None), strict=True)
+        quantize(x, lengths=n, signs=s, mean=m)
+        for x, n, s, m in zip(inputs, lengths, all_signs, means, strict=True)
     ]
     dequantized = fp8_oracle.all_dequantized(*zip(*pairs, strict=True))
-    rounded = fp8_oracle.oracle(case, dequantized, dtype, pairs[2][1])
+    for i, (mean, s) in enumerate(zip(means, all_signs, strict=True)):
+        if mean is not None:
+            mean = mean if s is None else fp8.hadamard_transform(mean, s)
+            dequantized[i] += mean[:, None]
+    rounded = fp8_oracle.oracle(case, dequantized, dtype, stepwise=True)
     rounded = rounded._replace(dq=plain.dq, dk=plain.dk, dv=plain.dv)
     assert found.out.dtype == found.dq.dtype == dtype
     assert_rounded(found, exact, rounded, case, jnp.finfo(dtype).eps)

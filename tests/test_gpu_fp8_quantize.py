@@ -51,6 +51,20 @@ def test_quantize(head_dim: int, dtype: Any, length: int):
 
 
 @DTYPES
+@pytest.mark.parametrize("head_dim", [64, 80, 128, 192, 256])
+def test_quantize_without_a_mean(head_dim: int, dtype: Any):
+    rng = np.random.default_rng(head_dim)
+    x = jnp.asarray(rng.standard_normal((2, 300, 3, head_dim)) + np.arange(head_dim) / 8, dtype)
+    lengths = np.array([300, 130], np.int32)
+    x = x.at[1, 130:].set(jnp.nan)
+    mean = fp8.token_mean(x, lengths=lengths)
+    for signs in (None, fp8.random_signs(1, head_dim)):
+        call = functools.partial(fp8.quantize, lengths=lengths, signs=signs, mean=mean)
+        found, exact = (call(x, implementation=how) for how in ("fa3", "xla"))
+        assert_quantized_alike(found, exact, 1 if signs is None else 8)
+
+
+@DTYPES
 def test_quantize_extremes(dtype: Any):
     """The greatest, the smallest and subnormal numbers of the dtype."""
     info = jnp.finfo(dtype)

@@ -20,11 +20,11 @@ CUTLASS_DEVICE void consume(Traits<kHeadDim>, Params const& params,
   bool last_tile;   // there is no tile: the CTA is done
   bool has_blocks;  // whether this warpgroup's rows see any block of keys
   float query_scale;
-  BlockScale block_scale;
+  float key_scale;
   Interval rows[kRowsPerThread];
   Softmax softmax;
-  Mainloop<Traits> const mainloop{params,      storage,     warpgroup, mma,    steps,
-                                  query_scale, block_scale, rows,      softmax};
+  Mainloop<Traits> const mainloop{params,      storage,   warpgroup, mma,    steps,
+                                  query_scale, key_scale, rows,      softmax};
   auto const work_stage = [&](int tile) { return tile % Traits::kWorkStages; };
 
   // Waits for the next tile and for its Q, and issues S of the last block that the warpgroup's rows
@@ -71,7 +71,7 @@ CUTLASS_DEVICE void consume(Traits<kHeadDim>, Params const& params,
     }
     warpgroup_wait<0>();
     warpgroup_fence_operand(mma.tSrS);
-    block_scale = storage.scale[steps.state.stage];
+    key_scale = storage.scale[steps.state.stage].key;
     if (has_blocks) steps.release();
   };
 

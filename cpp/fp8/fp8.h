@@ -21,6 +21,7 @@ struct Problem {
   float const* query_scale;  // [b, ceil(t / kBlock), n]
   float const* key_scale;    // [b, ceil(s / kBlock), k]
   float const* value_scale;  // [b, ceil(s / kBlock), k]
+  float const* value_mean;   // [b, k, v]: what was subtracted from each row of V, or null
   // Workspace. V^T (transpose.h), e4m3: [b, k, v, ceil(s / kBlock) * kBlock].
   uint8_t* transposed_value;
   // [2 + b * k * ceil(s / kBlock)]: forward.tile_counter, then Transpose's warp_tile_counter, then

@@ -41,6 +41,7 @@ cudaError_t make_params(Problem const& problem, Params* params) {
   params->query_scale = problem.query_scale;
   params->key_scale = problem.key_scale;
   params->value_scale = problem.value_scale;
+  params->value_mean = problem.value_mean;
   params->num_query_blocks = ceil_div(p.seqlen_q, kBlock);
   params->num_key_blocks = ceil_div(p.seqlen_k, kBlock);
   params->num_heads_k = p.num_heads_k;

@@ -8,7 +8,7 @@
 
 namespace jax_fa3::fp8 {
 
-// Gives the scales of a tile's blocks of keys, from the last block to the first. Those of the next
+// Gives the scales of a tile's steps, from the last block of keys to the first. Those of the next
 // block are read from global memory one call ahead, so that their latency is hidden.
 class ScaleLoader {
  public:
@@ -18,22 +18,16 @@ class ScaleLoader {
     fetch(n_block);
   }
 
-  // The scales of n_block, which must be the block fetched last; fetches those of the block before.
-  // If K's or V's scale is invalid, K's becomes NaN, and so do the block's scores. The consumers
-  // multiply by it before they mask: only the rows that see the block become NaN.
-  CUTLASS_DEVICE BlockScale next(int n_block) {
+  // Of the step that reads K of n_block, the block fetched last (-1: no block), and V of the block
+  // before it in this order. Fetches the scales of the next block. If K's or V's scale of a block
+  // is invalid, K's becomes NaN, and so do the block's scores. The consumers multiply by it before
+  // they mask: only the rows that see the block become NaN.
+  CUTLASS_DEVICE StepScale next(int n_block) {
     bool const valid = is_scale(value_);
-    float const key = valid && is_scale(key_) ? key_ : NAN;
-    float const value = valid ? value_ : out_scale_;
-    float log2_value = __log2f(value) - __log2f(out_scale_);
-    float out_rescale = 1.f;
-    if (fabsf(log2_value) > kOutScaleRange) {
-      out_rescale = fminf(exp2f(-log2_value), 0x1p127f);  // finite, for inf times an O of 0 is NaN
-      log2_value = 0.f;
-      out_scale_ = value;
-    }
+    StepScale const result{valid && is_scale(key_) ? key_ : NAN, last_value_};
+    last_value_ = valid ? value_ * (1 / kOutScale) : 0.f;
     if (n_block > 0) fetch(n_block - 1);
-    return {key, out_scale_, out_rescale, log2_value};
+    return result;
   }
 
  private:
@@ -46,7 +40,7 @@ class ScaleLoader {
   Params const& params_;
   int64_t first_;
   float key_, value_;
-  float out_scale_ = 1.f;
+  float last_value_ = 0.f;
 };
 
 // The two warps of the producer warpgroup that neither load nor schedule: they transpose V.
@@ -96,15 +90,14 @@ CUTLASS_DEVICE void load(Traits<kHeadDim>, Params const& params,
       FullBarrier& full = pipeline.full[state.stage];
       bool const has_key = key_block >= blocks.begin;
       bool const has_value = value_block < blocks.end;
-      BlockScale scale;
-      if (has_key) scale = scales.next(key_block);
+      StepScale const scale = scales.next(key_block);
       if constexpr (Traits::kTransposesInKernel) {
         if (has_value && params.transpose.num_done != nullptr) {
           wait_transposed<kHeadDim>(params.transpose, {value_block, head_k, batch});
         }
       }
       pipeline.empty[state.stage].wait(state.phase ^ 1);
-      if (has_key) storage.scale[state.stage] = scale;
+      storage.scale[state.stage] = scale;
       full.arrive_and_expect_tx((has_key + has_value) * Traits::kSizeK);
       if (has_key) {
         tma_load_rows<kBlockN, kHeadDim, Traits::kSlab>(params.key, full, kKeep,

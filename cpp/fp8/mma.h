@@ -4,13 +4,12 @@
 #pragma once
 
 #include "common/softmax.h"
-#include "fp8/promotion.h"
 #include "fp8/warpgroup_mma.h"
 
 namespace jax_fa3::fp8 {
 
 // A warp's position in the step pipeline. A stage holds what one step reads: K of block n, V of
-// block n + 1, and the scales of block n. A tile's first stage has no V, and its last one no K.
+// block n + 1, and their scales. A tile's first stage has no V, and its last one no K.
 template <class Traits>
 struct StepReader {
   Pipeline<Traits::kStages>& pipeline;
@@ -40,107 +39,95 @@ struct Mainloop {
   int const warpgroup;
   WarpgroupMma<Traits>& mma;
   StepReader<Traits>& steps;
-  float& query_scale;       // of the warpgroup's rows
-  BlockScale& block_scale;  // of the block whose scores are in tSrS
+  float& query_scale;  // of the warpgroup's rows
+  float& key_scale;    // of the block whose scores are in tSrS
   Interval (&rows)[kRowsPerThread];
   Softmax& softmax;
 
   // All of a tile but its first S, which is done already, and its epilogue.
-  __device__ void run(int work_stage) const {
+  CUTLASS_DEVICE void run(int work_stage) const {
     BlockRange const blocks = storage.warpgroup_blocks[work_stage][warpgroup];
-    [[maybe_unused]] bool promoted = false;  // whether a part of O is in shared memory
     if (!is_scale(query_scale)) query_scale = NAN;
     int n_block = blocks.end - 1;
+    clear(mma.tOrO);
     {
       bool const masked = n_block < blocks.full_begin || n_block >= blocks.full_end;
-      float const softmax_scale_log2 = update_max(n_block, masked);
-      softmax.template exponentiate<0, 1>(mma.tSrS, softmax_scale_log2, block_scale.log2_value);
       release_query(n_block == blocks.begin);
+      softmax.exponentiate(mma.tSrS, update_max(n_block, masked));
       mma.convert_scores();
     }
-    clear(mma.tOrO);
     --n_block;
     while (n_block >= blocks.begin) {
-      // Promotion ends an inner loop. A test for it in every step costs 4 %.
-      constexpr int kInterval = Traits::kPromoteInSmem ? Traits::kPromotionInterval : 1 << 30;
-      int const last = max(n_block / kInterval * kInterval, blocks.begin);
-      while (n_block >= last) {
-        if (n_block < blocks.full_end) {
-          for (int const end = max(last, blocks.full_begin); n_block >= end; --n_block) {
-            step<false>(n_block, n_block == blocks.begin);
-          }
-        }
-        if (n_block >= last) {
-          step<true>(n_block, n_block == blocks.begin);
-          --n_block;
-        }
+      if (n_block < blocks.full_end) {
+        for (; n_block >= blocks.full_begin; --n_block)
+          step<false>(n_block, n_block == blocks.begin);
       }
-      if constexpr (Traits::kPromoteInSmem) {
-        if (n_block >= blocks.begin) {
-          mma.rescale_out(softmax);
-          promote_out<Traits>(storage, warpgroup, softmax, mma.tOrO, promoted);
-        }
+      if (n_block >= blocks.begin) {
+        step<true>(n_block, n_block == blocks.begin);
+        --n_block;
       }
     }
-    mma.rescale_out(softmax);
     steps.wait();
-    mma.issue_out(steps.state.stage);
-    mma.finish_out(softmax);
+    mma.add_out(steps.state.stage, storage.scale[steps.state.stage].value);
     steps.release();
     steps.skip(blocks.begin - storage.work[work_stage].blocks.begin);
-    if constexpr (Traits::kPromoteInSmem) {
-      if (promoted) add_promoted<Traits>(storage, warpgroup, softmax, mma.tOrO);
-    }
+    if (params.value_mean != nullptr) add_value_mean(storage.work[work_stage].tile);
     // The epilogue's maximum is that of probabilities of at most 1.
     CUTLASS_PRAGMA_UNROLL
     for (int row = 0; row < kRowsPerThread; ++row) softmax.row_max[row] -= kMaxOffset;
   }
 
  private:
+  // O += row sum * mean, which becomes mean in the epilogue. The columns that V does not have are
+  // not stored.
+  CUTLASS_DEVICE void add_value_mean(TileCoord tile) const {
+    float const* const mean =
+        params.value_mean +
+        (int64_t{tile.batch} * params.num_heads_k + tile.head / params.group) * params.head_dim_v;
+    float sums[kRowsPerThread];
+    CUTLASS_PRAGMA_UNROLL
+    for (int row = 0; row < kRowsPerThread; ++row) {
+      sums[row] = quad_sum(softmax.row_sum[row]) * (1 / kOutScale);
+    }
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < size(mma.tOrO); i += 4) {
+      int const column = fragment_column(i) + thread_index() % 4 * 2;
+      if (column >= params.head_dim_v) break;
+      float2 const pair = __ldg(reinterpret_cast<float2 const*>(mean + column));
+      CUTLASS_PRAGMA_UNROLL
+      for (int row = 0; row < kRowsPerThread; ++row) {
+        mma.tOrO(i + 2 * row) += sums[row] * pair.x;
+        mma.tOrO(i + 2 * row + 1) += sums[row] * pair.y;
+      }
+    }
+  }
+
   // P V of block n + 1, S and softmax of block n. `last`: it is the tile's last S.
   template <bool kMasked>
   __device__ void step(int n_block, bool last) const {
-    mma.rescale_out(softmax);
     steps.wait();
-    block_scale = storage.scale[steps.state.stage];
-    if constexpr (Traits::kIntraWarpgroupOverlap) {
-      mma.issue_scores(steps.state.stage);
-      mma.issue_out(steps.state.stage);
-      warpgroup_wait<1>();
-    } else {
-      mma.issue_out(steps.state.stage);
-      mma.finish_out(softmax);
-      mma.issue_scores(steps.state.stage);
-      warpgroup_wait<0>();
-    }
+    StepScale const& scale = storage.scale[steps.state.stage];
+    mma.add_out(steps.state.stage, scale.value);
+    mma.issue_scores(steps.state.stage);
+    warpgroup_wait<0>();
     warpgroup_fence_operand(mma.tSrS);
-    if constexpr (!Traits::kIntraWarpgroupOverlap) steps.release();
-    float const softmax_scale_log2 = update_max(n_block, kMasked);
-    softmax.template exponentiate<0, 2>(mma.tSrS, softmax_scale_log2, block_scale.log2_value);
+    key_scale = scale.key;
+    steps.release();
     release_query(last);
-    if constexpr (Traits::kIntraWarpgroupOverlap) {
-      mma.finish_out(softmax);
-      steps.release();
-    }
-    softmax.template exponentiate<1, 2>(mma.tSrS, softmax_scale_log2, block_scale.log2_value);
+    softmax.exponentiate(mma.tSrS, update_max(n_block, kMasked));
     mma.convert_scores();
   }
 
-  // Masks the block's scores if need be, and raises the running maximum by them. Sets what O so far
-  // is to be multiplied by: both for the maximum and for the accumulator's scale. Returns the
-  // factor from what is in tSrS to exponents of base 2. Where no mask is needed it has the scales
-  // of Q and K in it; else mask_block() has multiplied the scores by those.
+  // Masks the block's scores if need be, and raises the running maximum by them. Returns the factor
+  // from what is in tSrS to exponents of base 2. Where no mask is needed it has the scales of Q and
+  // K in it; else mask_block() has multiplied the scores by those.
   __device__ float update_max(int n_block, bool masked) const {
-    float const score_scale = block_scale.key * query_scale;
+    float const score_scale = key_scale * query_scale;
     float const softmax_scale_log2 =
         params.exponents.softmax_scale_log2 * (masked ? 1.f : score_scale);
     if (masked) mask_block(n_block, score_scale);
-    softmax.update_max(mma.tSrS, softmax_scale_log2, block_scale.log2_value);
-    CUTLASS_PRAGMA_UNROLL
-    for (int row = 0; row < kRowsPerThread; ++row) {
-      softmax.rescale[row] *= block_scale.out_rescale;
-    }
-    softmax.out_scale = block_scale.out_scale;
+    softmax.update_max(mma.tSrS, softmax_scale_log2);
+    mma.rescale_out(softmax);
     return softmax_scale_log2;
   }
 
@@ -152,14 +139,9 @@ struct Mainloop {
     mask_scores(mma.tSrS, rows, n_block * Traits::kBlockN + thread_index() % 4 * 2);
   }
 
-  // After the tile's last S, the producer may overwrite Q. block_sum is a sum of exponentials and
-  // never negative, so the comparison is always true, but ptxas does not know that. It makes this
-  // arrive() depend on exponentials that are done by now; and as ptxas moves no wait for wgmma
-  // across the arrive(), the wait for P V that follows stays behind them, too.
+  // After the tile's last S, the producer may overwrite Q.
   __device__ void release_query(bool last) const {
-    if (steps.elected && last && !(softmax.block_sum[0] < 0.f)) {
-      storage.query_empty[warpgroup].arrive();
-    }
+    if (steps.elected && last) storage.query_empty[warpgroup].arrive();
   }
 };
 

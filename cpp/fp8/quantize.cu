@@ -155,14 +155,17 @@ struct Tiling {
     return first_column + columns_to(fragment) < p.head_dim &&
            coord.row + rows_to(fragment) < length;
   }
+  // Where rows of a batch entry begin not to count.
+  __device__ int length(int batch) const {
+    return p.lengths == nullptr ? p.seqlen : min(max(p.lengths[batch], 0), p.seqlen);
+  }
   __device__ uint4* slot(int stage, int fragment) const {
     return loaded + (stage * kFragments + fragment) * kThreads<kFragmentsPerRow> + threadIdx.x;
   }
 
   // Starts to load the thread's elements, rows past the length as 0.
   __device__ void load(Coord const& coord, int stage) const {
-    int length = p.seqlen;
-    if (p.lengths != nullptr) length = min(max(p.lengths[coord.batch], 0), p.seqlen);
+    int const length = this->length(coord.batch);
 #pragma unroll
     for (int fragment = 0; fragment < kFragments; ++fragment) {
       cutlass::arch::cp_async_zfill<16, cutlass::arch::CacheOperation::Global>(
@@ -220,6 +223,30 @@ __device__ __forceinline__ float max_of_cta(Tiling const& tiling, float largest,
   return largest;
 }
 
+// What is to be subtracted from transformed rows that are not yet multiplied by `norm`: the
+// transform of a mean, to shared memory. All threads call it.
+template <int kFragmentsPerRow>
+__device__ __forceinline__ void load_mean(Quantize const& p, int vector, float* mean) {
+  constexpr int kColumns = kFragmentsPerRow * kFragmentColumns;
+  static_assert(kThreads<kFragmentsPerRow> >= kColumns);
+  int const column = threadIdx.x;
+  __syncthreads();  // all have read the last one
+  float own = 0.f;
+  if (column < p.head_dim) own = __ldg(p.mean + int64_t{vector} * p.head_dim + column);
+  if (p.signs != nullptr && column < p.head_dim) own *= p.signs[column];
+  if (column < kColumns) mean[column] = own;
+  __syncthreads();
+  if (p.signs == nullptr) return;
+#pragma unroll 1
+  for (int step = 1; step < p.transform; step *= 2) {
+    float const other = column < kColumns ? mean[column ^ step] : 0.f;
+    __syncthreads();
+    own = (column & step) == 0 ? own + other : other - own;
+    if (column < kColumns) mean[column] = own;
+    __syncthreads();
+  }
+}
+
 // A CTA takes one block of rows of one head after the other. While it works on one, cp.async brings
 // the next one.
 //
@@ -231,6 +258,8 @@ __global__ void __launch_bounds__(kThreads<kFragmentsPerRow>,
     quantize_kernel(__grid_constant__ Quantize const p) {
   extern __shared__ uint4 loaded[];
   __shared__ uint4 signs[kFragmentsPerRow * 4];  // of 8 columns each
+  __shared__ alignas(16) float mean[kFragmentsPerRow * kFragmentColumns];
+  int mean_of = -1;  // what `mean` is of: batch entry * heads + head
   __shared__ float of_warp[2][kThreads<kFragmentsPerRow> / 32];
   Tiling<kFragmentsPerRow> const tiling{p, loaded};
 
@@ -279,6 +308,27 @@ __global__ void __launch_bounds__(kThreads<kFragmentsPerRow>,
         for (int i = 0; i < 8; ++i) x[fragment][i] = unpack<Element>(pairs[i / 2], i % 2);
       }
     }
+    if (p.mean != nullptr) {
+      int const vector = coord.batch * p.num_heads + block % p.num_heads;
+      if (vector != mean_of) {
+        load_mean<kFragmentsPerRow>(p, vector, mean);
+        mean_of = vector;
+      }
+      int const length = tiling.length(coord.batch);
+#pragma unroll
+      for (int across = 0; across < kFragmentsPerRow; ++across) {
+        float const* const columns = mean + tiling.first_column + tiling.columns_to(across);
+        float4 const low = *reinterpret_cast<float4 const*>(columns);
+        float4 const high = *reinterpret_cast<float4 const*>(columns + 4);
+        float const own[] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+#pragma unroll
+        for (int fragment = across; fragment < kFragments; fragment += kFragmentsPerRow) {
+          float const counts = coord.row + tiling.rows_to(fragment) < length ? 1.f : 0.f;
+#pragma unroll
+          for (int i = 0; i < 8; ++i) x[fragment][i] -= counts * own[i];
+        }
+      }
+    }
     MaxAbs max_abs;
 #pragma unroll
     for (int fragment = 0; fragment < kFragments; ++fragment) {
@@ -312,8 +362,9 @@ cudaError_t launch_size(Quantize problem, cudaStream_t stream) {
   int64_t const blocks =
       int64_t{ceil_div(problem.seqlen, kBlock)} * problem.num_heads * problem.batch;
   if (blocks == 0) return cudaSuccess;
-  int64_t const ctas =
-      std::min<int64_t>(blocks, num_sms * (kThreadsPerSm / kThreads<kFragmentsPerRow>));
+  int64_t ctas = std::min<int64_t>(blocks, num_sms * (kThreadsPerSm / kThreads<kFragmentsPerRow>));
+  // So that a CTA's blocks are of one head, and it loads that head's mean once for a batch entry.
+  if (problem.mean != nullptr && ctas > problem.num_heads) ctas -= ctas % problem.num_heads;
   int const bytes = 2 * kFragments * kThreads<kFragmentsPerRow> * static_cast<int>(sizeof(uint4));
   return launch_kernel(quantize_kernel<Element, kFragmentsPerRow>, ctas, kThreads<kFragmentsPerRow>,
                        bytes, problem, stream);

@@ -1,4 +1,5 @@
-// 16-bit rows to e4m3, one scale per block of rows and head, with a Hadamard transform before it.
+// 16-bit rows to e4m3, one scale per block of rows and head, with a vector per head
+// subtracted and a Hadamard transform before it.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -15,6 +16,7 @@ struct Quantize {
   void const* x;       // [b, t, n, h]
   float const* signs;  // [h], of +1 and -1 (their sign bit is read), or null: no transform
   int const* lengths;  // [b], or null: t. Rows from there on count as 0
+  float const* mean;   // [b, n, h], or null: subtracted before the transform from rows that count
   uint8_t* out;        // [b, t, n, h]
   float* scales;       // [b, ceil(t / kBlock), n]: x = scale * out, NaN where a row is not finite
 };

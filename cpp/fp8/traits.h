@@ -16,18 +16,15 @@ struct Params : fwd::Params {
   float const* query_scale;                           // [b, ceil(t / kBlock), n]
   float const* key_scale;                             // [b, ceil(s / kBlock), k]
   float const* value_scale;                           // [b, ceil(s / kBlock), k]
+  float const* value_mean;                            // [b, k, v], or null
   int num_query_blocks, num_key_blocks, num_heads_k;  // blocks of kBlock rows
   bool out_fp16;                                      // else bf16, if out_fp32 is null
 };
 
-// The scales of one block of keys, as the consumers use them. O is the accumulator times
-// `out_scale`, which is the value scale of this block or of an earlier one. So V's own scale is
-// taken into P: P is multiplied by value scale / out_scale, which is done in its exponent.
-struct BlockScale {
-  float key;          // of K
-  float out_scale;    // of the accumulator, from this block on
-  float out_rescale;  // the accumulator so far is multiplied by it: old out_scale / new one
-  float log2_value;   // log2(value scale / out_scale), at most kOutScaleRange in size
+// The scales of what a step reads, as the consumers use them.
+struct StepScale {
+  float key;    // of block n's K
+  float value;  // of block n + 1's V, divided by kOutScale
 };
 
 template <int kHeadDim_>
@@ -37,12 +34,10 @@ struct Traits {
   using Element = cutlass::float_e4m3_t;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kHeadDimV = kHeadDim_;
-  // With three consumer warpgroups each waits for P V of block n + 1 before it issues S of block n
-  // (P and S share their registers) and for that before its softmax: the tensor cores work for the
-  // other two meanwhile. At head dim 256 O leaves registers for two only. They have S of block n
-  // and P V of block n + 1 in flight together, and wait for P V amid the softmax of block n.
+  // A warpgroup waits for P V of block n + 1 before it issues S of block n (they share registers)
+  // and for that before its softmax: the tensor cores work for the others meanwhile. At head dim
+  // 256 O leaves registers for two only.
   static constexpr int kConsumerWarpgroups = kHeadDim <= 128 ? 3 : 2;
-  static constexpr bool kIntraWarpgroupOverlap = kConsumerWarpgroups == 2;
   static constexpr bool kPingPong = false;  // no gain (docs/kernel_notes/fp8.md)
   static constexpr int kBlockM = 64 * kConsumerWarpgroups;
   // One scale for the K and one for the V of a step. A warpgroup's 64 rows of Q have one, too.
@@ -50,7 +45,7 @@ struct Traits {
   static constexpr bool kOutOverValue = false;
   static constexpr bool kAccumulates = false;  // a ring's steps are in 16 bits
   static constexpr bool kHasLseLow = false;
-  static constexpr int kStages = kHeadDim <= 64 ? 4 : kHeadDim <= 128 ? 3 : 2;  // of K and V
+  static constexpr int kStages = kHeadDim <= 128 ? 4 : 2;  // of K and V
   // A tile's work slot is read until its output is stored; the next tile's first S is issued
   // before.
   static constexpr int kWorkStages = 2;
@@ -60,17 +55,10 @@ struct Traits {
   static_assert(kWorkStages == 2);
 
   // FP8 wgmma cuts each product and the sum so far off 13 bits behind the leading bit of the
-  // largest of them: over many keys O would lose what lies below. So sums of few keys are promoted,
-  // that is added to others in fp32 by FADD or FFMA:
-  // - in registers, P V of every step, where there are registers for a second accumulator;
-  // - in shared memory, the accumulator of O every kPromotionInterval blocks, where that has room.
-  // At head dim 256 there is room for neither: there the error grows with the number of keys.
-  static constexpr bool kPromoteInRegisters = kHeadDim <= 64;
-  static constexpr bool kPromoteInSmem = kHeadDim == 128;
-  static constexpr int kPromotionInterval = 32;
-  // O is rescaled where P V is added, by `rescale` of the softmax before. With the overlap, the
-  // next softmax would have overwritten that by then.
-  static_assert(!kPromoteInRegisters || !kIntraWarpgroupOverlap);
+  // largest of them: over many keys O would lose what lies below. So P V of a step is summed from
+  // 0, in the registers that S leaves free while P is in e4m3, and added to O by FFMA, which
+  // multiplies by V's scale: so many columns at a time.
+  static constexpr int kPartColumns = kHeadDim < kBlockN ? kHeadDim : kBlockN;
   // A warpgroup leaves out blocks of the tile that its own 64 rows do not see.
   static constexpr bool kBlocksByWarpgroup = true;
 
@@ -91,9 +79,9 @@ struct Traits {
       GMMA::ss_op_selector<Element, Element, float, Shape<_64, Int<kBlockN>, Int<kHeadDim>>>(),
       Warpgroups{}));
   using MmaPV = decltype(make_tiled_mma(
-      GMMA::rs_op_selector<Element, Element, float, Shape<_64, Int<kHeadDim>, Int<kBlockN>>>(),
+      GMMA::rs_op_selector<Element, Element, float, Shape<_64, Int<kPartColumns>, Int<kBlockN>>>(),
       Warpgroups{}));
-  static_assert(tile_size<1>(MmaQK{}) == kBlockN && tile_size<1>(MmaPV{}) == kHeadDim);
+  static_assert(tile_size<1>(MmaQK{}) == kBlockN && tile_size<1>(MmaPV{}) == kPartColumns);
 
   using LayoutQ = LayoutRows8<kBlockM, kHeadDim, 1>;
   using LayoutK = LayoutRows8<kBlockN, kHeadDim, kStages>;
@@ -107,14 +95,13 @@ struct Traits {
 
   static constexpr int kSizeQ = kBlockM * kHeadDim;
   static constexpr int kSizeK = kBlockN * kHeadDim;  // of one stage; and of V
-  // Bytes for a warpgroup's output, or for its promoted sums in fp32.
-  static constexpr int kSizeOut = 64 * kHeadDim * (kPromoteInSmem ? 4 : 2);
+  static constexpr int kSizeOut = 64 * kHeadDim;     // elements of a warpgroup's output
 
   struct SharedStorage {
     alignas(1024) uint8_t query[kSizeQ];
     alignas(1024) uint8_t key[kStages * kSizeK];
     alignas(1024) uint8_t value[kStages * kSizeK];
-    alignas(1024) uint8_t out_or_sums[kConsumerWarpgroups * kSizeOut];
+    alignas(1024) uint16_t out_rows[kConsumerWarpgroups * kSizeOut];
     FullBarrier query_full[kConsumerWarpgroups];
     EmptyBarrier query_empty[kConsumerWarpgroups];
     Pipeline<kStages> step_pipeline;  // K of block n and V of block n + 1: what a step reads
@@ -122,9 +109,7 @@ struct Traits {
     WorkTile work[kWorkStages];
     // Those of the tile's blocks that a warpgroup's 64 rows see.
     BlockRange warpgroup_blocks[kWorkStages][kConsumerWarpgroups];
-    BlockScale scale[kStages];  // of the block whose K is in the stage
-    float2
-        promoted_log2[kPromoteInSmem ? kConsumerThreads : 1];  // of a thread's rows (promotion.h)
+    StepScale scale[kStages];
 
     CUTLASS_DEVICE void init_barriers() {
       constexpr int kConsumerWarps = kConsumerWarpgroups * 4;
@@ -134,14 +119,8 @@ struct Traits {
       cutlass::arch::fence_barrier_init();
     }
 
-    // A warpgroup's 64 rows of the output; and in the same memory, before there is any, its
-    // promoted sums (kPromoteInSmem).
-    CUTLASS_DEVICE uint16_t* out(int warpgroup) {
-      return reinterpret_cast<uint16_t*>(out_or_sums + warpgroup * kSizeOut);
-    }
-    CUTLASS_DEVICE float4* promoted(int warpgroup) {
-      return reinterpret_cast<float4*>(out_or_sums + warpgroup * kSizeOut);
-    }
+    // A warpgroup's 64 rows of the output.
+    CUTLASS_DEVICE uint16_t* out(int warpgroup) { return out_rows + warpgroup * kSizeOut; }
   };
   static_assert(sizeof(SharedStorage) <= 227 * 1024);
 };

@@ -1,7 +1,5 @@
 // The two GEMMs of an FP8 consumer warpgroup: their operands and accumulators.
 //
-// Functions that the mainloop calls are plain __device__ ones here, in promotion.h and in mma.h,
-// which nvcc inlines as it does lambdas. __forceinline__ makes for another allocation of registers.
 #pragma once
 
 #include "common/gemm.h"
@@ -44,10 +42,10 @@ CUTLASS_DEVICE auto probability_operand() {
   Tensor P = make_tensor<Element>(Shape<Int<Traits::kBlockM>, Int<Traits::kBlockN>>{});
   return make_fragment_like<Element>(typename Traits::MmaPV{}.get_slice(0).partition_A(P));
 }
-template <class Traits>
+template <class Traits, int kColumns>
 CUTLASS_DEVICE auto out_accumulator() {
   return partition_fragment_C(typename Traits::MmaPV{},
-                              Shape<Int<Traits::kBlockM>, Int<Traits::kHeadDim>>{});
+                              Shape<Int<Traits::kBlockM>, Int<kColumns>>{});
 }
 
 template <class Traits>
@@ -59,8 +57,10 @@ struct WarpgroupMma {
   decltype(value_operand<Traits>(nullptr, 0)) tOrV;
   decltype(score_accumulator<Traits>()) tSrS;
   decltype(probability_operand<Traits>()) tOrP;
-  decltype(out_accumulator<Traits>()) tOrO;
-  decltype(out_accumulator<Traits>()) tOrPV;  // P V of one step (kPromoteInRegisters)
+  decltype(out_accumulator<Traits, Traits::kHeadDim>()) tOrO;
+  // P V of a step's part. Where it is as large as S it is summed in the registers of S instead.
+  decltype(out_accumulator<Traits, Traits::kPartColumns>()) tOrPV;
+  static constexpr bool kPartOverScores = Traits::kPartColumns == Traits::kBlockN;
   static_assert(decltype(size(tOrP))::value == decltype(size(tSrS))::value);
 
   __device__ WarpgroupMma(typename Traits::SharedStorage& storage, int warpgroup)
@@ -69,13 +69,13 @@ struct WarpgroupMma {
         tOrV(value_operand<Traits>(storage.value, warpgroup)) {}
 
   // S = Q K^T, of the key block in this stage.
-  __device__ void issue_scores(int stage) {
+  CUTLASS_DEVICE void issue_scores(int stage) {
     issue_gemm_zero(mma_qk, tSrQ, tSrK(_, _, _, stage), tSrS);
   }
 
   // P from fp32 to e4m3. Four elements of a register of the A operand come from two pairs of
   // columns of the accumulator: V's keys are ordered so that this is right (transpose.h).
-  __device__ void convert_scores() {
+  CUTLASS_DEVICE void convert_scores() {
     Tensor packed = recast<uint32_t>(tOrP);
     CUTLASS_PRAGMA_UNROLL
     for (int i = 0; i < size(packed); ++i) {  // [row, half of 32 keys, 32 keys]
@@ -84,35 +84,41 @@ struct WarpgroupMma {
     }
   }
 
-  // O += P V, of the value block in this stage. First rescale_out(), in the end finish_out().
-  __device__ void issue_out(int stage) {
-    if constexpr (Traits::kPromoteInRegisters) {
-      issue_gemm_zero(mma_pv, tOrP, tOrV(_, _, _, stage), tOrPV);
-    } else {
-      issue_gemm(mma_pv, tOrP, tOrV(_, _, _, stage), tOrO);
-    }
-  }
   // Unless no row of the warp needs it.
-  __device__ void rescale_out(Softmax const& softmax) {
-    if constexpr (!Traits::kPromoteInRegisters) {
-      bool const changes = softmax.rescale[0] != 1.f || softmax.rescale[1] != 1.f;
-      if (!__any_sync(~0u, changes)) return;
-      CUTLASS_PRAGMA_UNROLL
-      for (int i = 0; i < size(tOrO); ++i) tOrO(i) *= softmax.rescale[fragment_row(i)];
+  CUTLASS_DEVICE void rescale_out(Softmax const& softmax) {
+    bool const changes = softmax.rescale[0] != 1.f || softmax.rescale[1] != 1.f;
+    if (!__any_sync(~0u, changes)) return;
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < size(tOrO); ++i) tOrO(i) *= softmax.rescale[fragment_row(i)];
+  }
+
+  // O += value_scale * P V, of the value block in this stage. Waits for it.
+  CUTLASS_DEVICE void add_out(int stage, float const& value_scale) {
+    if constexpr (kPartOverScores) {
+      add_parts(stage, value_scale, tSrS);
+    } else {
+      add_parts(stage, value_scale, tOrPV);
     }
   }
-  // Waits for P V. kPromoteInRegisters: only here O is rescaled, in the FFMA that adds P V to it.
-  __device__ void finish_out(Softmax const& softmax) {
-    warpgroup_wait<0>();
-    if constexpr (Traits::kPromoteInRegisters) {
-      warpgroup_fence_operand(tOrPV);
+
+ private:
+  template <class Accumulator>
+  CUTLASS_DEVICE void add_parts(int stage, float const& value_scale, Accumulator& registers) {
+    constexpr int kSize = decltype(size(tOrPV))::value;
+    Tensor part_of_out = make_tensor(registers.data(), tOrPV.layout());
+    float scale;
+    for_each(make_seq<Traits::kHeadDim / Traits::kPartColumns>{}, [&](auto part) {
+      Tensor V = tOrV(_, _, _, stage)(_, part, _);
+      issue_gemm_zero(
+          mma_pv, tOrP,
+          make_tensor(V.data(), make_layout(get<0>(V.layout()), Layout<_1>{}, get<1>(V.layout()))),
+          part_of_out);
+      warpgroup_wait<0>();
+      warpgroup_fence_operand(part_of_out);
+      if constexpr (part == 0) scale = value_scale;
       CUTLASS_PRAGMA_UNROLL
-      for (int i = 0; i < size(tOrO); ++i) {
-        tOrO(i) = tOrO(i) * softmax.rescale[fragment_row(i)] + tOrPV(i);
-      }
-    } else {
-      warpgroup_fence_operand(tOrO);
-    }
+      for (int i = 0; i < kSize; ++i) tOrO(part * kSize + i) += part_of_out(i) * scale;
+    });
   }
 };
 

@@ -8,6 +8,7 @@ step is a kernel; everywhere else the same values are computed in plain JAX, in 
 
 from ._attention import dot_product_attention
 from ._hadamard import hadamard_transform, random_signs
+from ._means import token_mean
 from ._quantize import BLOCK, quantize
 from ._quantized import quantized_dot_product_attention
 
@@ -18,4 +19,5 @@ __all__ = [
     "quantize",
     "quantized_dot_product_attention",
     "random_signs",
+    "token_mean",
 ]

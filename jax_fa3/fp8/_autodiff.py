@@ -14,6 +14,7 @@ from .. import _autodiff, _dispatch
 from .._operands import Operands, Rows, batch_letters
 from .._problem import Config, Masks
 from . import _ffi, _quantize, _xla
+from ._means import log_sum_exp, mean_of
 from ._quantize import Quantization, Unquantized
 
 
@@ -29,6 +30,7 @@ class Attention(_autodiff.Method):
     """Of 16-bit arrays in FP8; `more` is a Preparation."""
 
     quantization: Quantization
+    smooth: tuple[bool, bool]  # whether key's and value's means are taken out
 
     def letters(self, more: Preparation) -> Any:
         return jax.tree.map(lambda x: "." * x.ndim, more)
@@ -38,7 +40,7 @@ class Attention(_autodiff.Method):
     ) -> tuple[Array, ...]:
         per_mask = batch_letters(masks, operands.sizes.batch)
         letters = operands.letters, self.letters(more), per_mask
-        functions, static = (_kernels, _plain), (self.quantization, self.config)
+        functions, static = (_kernels, _plain), (self.quantization, self.smooth, self.config)
         results = operands.result_letters
         call = self.implementation, *functions, static, letters, results
         return _dispatch.run(*call, operands, more, masks)
@@ -48,16 +50,20 @@ class Attention(_autodiff.Method):
 
 
 def by_operand(
-    operands: Operands, preparation: Preparation, masks: Masks
+    operands: Operands, preparation: Preparation, masks: Masks, smooth: tuple[bool, bool]
 ) -> tuple[Unquantized, Unquantized, Unquantized]:
     """Of query, key and value each."""
     query, key, value = operands.split()
     signs, tops = preparation.signs, preparation.tops or (None, None, None)
     key_lengths = masks.key_value_seq_lengths
+    key_mean, value_mean = (
+        mean_of(x, key_lengths) if wanted else None
+        for x, wanted in zip((key, value), smooth, strict=True)
+    )
     return (
         Unquantized(query, signs, masks.query_seq_lengths, tops[0]),
-        Unquantized(key, signs, key_lengths, tops[1]),
-        Unquantized(value, None, key_lengths, tops[2]),
+        Unquantized(key, signs, key_lengths, tops[1], key_mean),
+        Unquantized(value, None, key_lengths, tops[2], value_mean),
     )
 
 
@@ -65,14 +71,16 @@ def _quantize_and_attend(
     quantize: Callable[..., tuple[Array, Array]],
     attend: Callable[..., tuple[Array, Array]],
     quantization: Quantization,
+    smooth: tuple[bool, bool],
     config: Config,
     operands: Operands,
     preparation: Preparation,
     masks: Masks,
 ) -> tuple[Array, Array]:
-    each = by_operand(operands, preparation, masks)
+    query, key, value = each = by_operand(operands, preparation, masks, smooth)
     tensors, scales = zip(*(quantize(quantization, x) for x in each), strict=True)
-    return attend(config, operands.query.dtype, tensors, scales, masks, operands.sinks)
+    out, lse = attend(config, query.x.dtype, tensors, scales, masks, value.mean, operands.sinks)
+    return out, lse if key.mean is None else log_sum_exp(lse, config, query.x, key.mean)
 
 
 _kernels = functools.partial(_quantize_and_attend, _quantize.kernel, _ffi.fwd)

@@ -66,6 +66,16 @@ def checked_scale(name: str, x: Any, shape: tuple[int, ...], batched: bool) -> A
     return jnp.broadcast_to(scale.reshape((1,) * (3 - scale.ndim) + scale.shape), full)
 
 
+def checked_mean(name: str, mean: Any, shape: tuple[int, ...]) -> Array | None:
+    """mean as fp32, of an array of this shape, [B, T, N, H] or without B: its shape without T."""
+    if mean is None:
+        return None
+    mean, wanted = array(name, mean), (*shape[:-3], *shape[-2:])
+    if mean.shape != wanted or not jnp.issubdtype(mean.dtype, jnp.floating):
+        raise wrong(name, f"{mean.dtype}{list(mean.shape)}", f"float32{list(wanted)}")
+    return mean.astype(jnp.float32)
+
+
 def checked_result_dtype(dtype: Any) -> np.dtype:
     for allowed in (jnp.bfloat16, jnp.float16, jnp.float32):
         if dtype == np.dtype(allowed):

@@ -21,6 +21,7 @@ def fwd(
     tensors: tuple[Array, Array, Array],
     scales: tuple[Array, Array, Array],
     masks: Masks,
+    value_mean: Array | None = None,
     sinks: Array | None = None,
 ) -> tuple[Array, Array]:
     """The forward kernel: out [B, T, N, H] in dtype, and lse, fp32 [B, N, T].
@@ -29,6 +30,7 @@ def fwd(
         dtype: bf16, fp16 or fp32.
         tensors: query, key and value, e4m3 [B, T, N, H], [B, S, K, H], [B, S, K, H].
         scales: theirs, fp32 [B, blocks of T, N], [B, blocks of S, K] twice.
+        value_mean: fp32 [B, K, H], added to every row of value.
         sinks: fp32 [1 or B, N].
     """
     query, key, value = tensors
@@ -54,13 +56,16 @@ def fwd(
         query_scale=query_scale,
         key_scale=key_scale,
         value_scale=value_scale,
+        value_mean=value_mean,
         **masks._asdict(),
         sinks=sinks,
     )
     return found["out"], found["lse"]
 
 
-def quantize(x: Array, signs: Array | None, lengths: Array | None) -> tuple[Array, Array]:
+def quantize(
+    x: Array, signs: Array | None, lengths: Array | None, mean: Array | None = None
+) -> tuple[Array, Array]:
     """The kernel for _quantize.plain with one scale per block: e4m3 [B, T, N, H] and its scales, fp32
     [B, blocks of T, N].
 
@@ -68,13 +73,14 @@ def quantize(x: Array, signs: Array | None, lengths: Array | None) -> tuple[Arra
         x: bf16 or fp16 [B, T, N, H].
         signs: fp32 [H]; None for no Hadamard transform.
         lengths: int32 [B].
+        mean: fp32 [B, N, H].
     """
     batch, length, heads, _ = x.shape
     results = {
         "quantized": jax.ShapeDtypeStruct(x.shape, jnp.float8_e4m3fn),
         "scales": jax.ShapeDtypeStruct((batch, blocks(length), heads), jnp.float32),
     }
-    found = custom_call(QUANTIZE, results, {}, x=x, signs=signs, lengths=lengths)
+    found = custom_call(QUANTIZE, results, {}, x=x, signs=signs, lengths=lengths, mean=mean)
     return found["quantized"], found["scales"]
 
 

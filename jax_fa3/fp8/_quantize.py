@@ -15,7 +15,7 @@ from .._integers import clamped
 from .._jitted import jitted
 from .._problem import E4M3_MAX, Implementation, Implementations
 from . import _ffi
-from ._checks import check_not_quantized, refusal_of_head_dim
+from ._checks import check_not_quantized, checked_mean, refusal_of_head_dim
 from ._ffi import BLOCK, blocks
 from ._hadamard import check_head_dim, checked_signs, transform
 
@@ -29,6 +29,7 @@ class Unquantized(NamedTuple):
     signs: Array | None  # fp32 [1 or B, H], for a Hadamard transform before
     lengths: Array | None  # int32 [B]
     top: Array | None = None  # for "tensor" alone: the greatest magnitude of all, [1 or B, 1, 1]
+    mean: Array | None = None  # fp32 [B, N, H], subtracted from each row before
 
 
 def quantize(
@@ -37,6 +38,7 @@ def quantize(
     lengths: Integers | None = None,
     quantization: Quantization = "block",
     signs: ArrayLike | None = None,
+    mean: ArrayLike | None = None,
     implementation: Implementations | None = None,
 ) -> tuple[Array, Array]:
     """x as e4m3 numbers times fp32 scales: scale * quantized is x, rounded.
@@ -52,6 +54,9 @@ def quantize(
             head of one batch entry; "tensor", all of x.
         signs: [H] of +1 and -1: x is transformed first, as by `hadamard_transform` but without
             rounding in between; None for no transform.
+        mean: fp32 [B, N, H], or [N, H], subtracted from each row before all else, such as `token_mean`
+            gives. Without key's mean scores change by a constant of the row, query @ mean * scale, which
+            the log-sum-exp lacks; value's goes to `quantized_dot_product_attention`, which adds it again.
         implementation: "fa3", the kernel, "xla", plain JAX, or whichever
             `jax_fa3.dot_product_attention` would choose (None, or a sequence; plain JAX for "head"
             and "tensor").
@@ -78,7 +83,9 @@ def quantize(
     if flips is not None:
         check_head_dim("x", whole.shape[-1], ", or signs=None")
     batched = whole.ndim == 4
+    center = checked_mean("mean", mean, whole.shape)
     whole, counts = whole if batched else whole[None], None
+    center = center if batched or center is None else center[None]
     if lengths is not None:
         counts = clamped(integers("lengths", lengths, whole.shape[:1], batched))
     if quantization == "block":
@@ -88,7 +95,7 @@ def quantize(
         raise NotImplementedError(f"quantization: got {quantization!r}, {wanted}")
     else:
         chosen = "xla"
-    quantized, scales = _quantize(chosen, quantization, whole, flips, counts)
+    quantized, scales = _quantize(chosen, quantization, whole, flips, counts, center)
     return (quantized, scales) if batched else (quantized[0], scales[0])
 
 
@@ -99,13 +106,14 @@ def _quantize(
     x: Array,
     signs: Array | None,
     lengths: Array | None,
+    mean: Array | None,
 ) -> tuple[Array, Array]:
     x = _guards.quantized(x)
     signs = None if signs is None else _guards.quantized(signs)[None]
-    given = Unquantized(x, signs, lengths)
+    given = Unquantized(x, signs, lengths, mean=None if mean is None else _guards.quantized(mean))
     if quantization == "tensor":
         given = given._replace(top=whole_top(given))
-    all_letters = zip(given, ("b.n.", "..", "b", "..."), strict=True)
+    all_letters = zip(given, ("b.n.", "..", "b", "...", "bn."), strict=True)
     letters = tuple(None if x is None else dims for x, dims in all_letters)
     static = implementation, kernel, plain, (quantization,), (letters,), ("b.n.", "b.n")
     quantized, scales = _dispatch.run(*static, given)
@@ -116,10 +124,11 @@ def kernel(quantization: Quantization, given: Unquantized) -> tuple[Array, Array
     """`plain` by the kernel, where that does it."""
     if quantization != "block":
         return plain(quantization, given)
-    x, signs, lengths, _ = given
+    x, signs, lengths, _, mean = given
     if signs is not None and signs.shape[0] > 1:  # under vmap; the kernel takes the same for all
+        mean = None if mean is None else mean * signs[:, None]
         x, signs = x * signs[:, None, None].astype(x.dtype), jnp.ones_like(signs)
-    return _ffi.quantize(x, None if signs is None else signs[0], lengths)
+    return _ffi.quantize(x, None if signs is None else signs[0], lengths, mean)
 
 
 def plain(quantization: Quantization, given: Unquantized) -> tuple[Array, Array]:
@@ -154,8 +163,10 @@ def check_quantization(x: Any) -> None:
 
 
 def _prepared(given: Unquantized) -> Array:
-    """x in fp32, transformed, and 0 from the lengths on."""
+    """x in fp32, without its mean, transformed, and 0 from the lengths on."""
     x, signs, lengths = given.x.astype(jnp.float32), given.signs, given.lengths
+    if given.mean is not None:
+        x = x - given.mean[:, None]
     if lengths is not None:
         inside = jnp.arange(x.shape[1], dtype=jnp.int32)[None] < lengths[:, None]
         x = jnp.where(inside[..., None, None], x, 0)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any, Literal, Unpack, overload
 
 import jax
@@ -17,11 +19,13 @@ from .._checks import array, wrong
 from .._operands import Operands, batch_letters
 from .._problem import Masks
 from . import _ffi, _xla
-from ._checks import check_e4m3, checked_result_dtype, checked_scale, refusal
+from ._checks import check_e4m3, checked_mean, checked_result_dtype, checked_scale, refusal
+from ._means import refuse_smoothing
 
 
 class _Options(Options, total=False):
     dtype: DTypeLike
+    value_mean: ArrayLike | None
 
 
 # fmt: off
@@ -49,6 +53,7 @@ def quantized_dot_product_attention(
     value_scale: ArrayLike,
     *,
     dtype: DTypeLike = jnp.bfloat16,
+    value_mean: ArrayLike | None = None,
     **options: Any,
 ) -> Array | tuple[Array, Array]:
     """jax_fa3.dot_product_attention of quantized arrays: each e4m3 number times its block's scale.
@@ -64,8 +69,10 @@ def quantized_dot_product_attention(
             size may be 1, for all; so may the shape be (). They should be positive and finite, and not
             subnormal: a query row whose scale is not, or that sees a key whose scale or whose value's
             scale is not, gives NaN. Its log-sum-exp is NaN if the scale is query's or key's, and
-            means nothing if it is value's. Those of value may differ by a factor of 1e30.
+            means nothing if it is value's. Those of value should be 3e-36 or more.
         dtype: of the result; bfloat16, float16 or float32.
+        value_mean: [B, K, V], floating: what was subtracted from value before it was quantized
+            (`quantize`), for the result to have it again; None for nothing.
         options: those of jax_fa3.dot_product_attention except bias, mask,
             deterministic_backward, checkpoint_name and compute_dtype; scale is static.
 
@@ -82,6 +89,7 @@ def quantized_dot_product_attention(
         NotImplementedError: bias, mask, a traced scale, differentiation; with "fa3", what the kernel
             does not support, and other devices.
     """
+    refuse_smoothing(options)
     names = "query", "key", "value"
     tensors = [*map(array, names, (query, key, value))]
     for name, x in zip(names, tensors, strict=True):
@@ -102,23 +110,43 @@ def quantized_dot_product_attention(
         checked_scale("key_scale", key_scale, k.shape, call.batched),
         checked_scale("value_scale", value_scale, v.shape, call.batched),
     )
+    mean = checked_mean("value_mean", value_mean, v.shape if call.batched else v.shape[1:])
+    mean = mean if mean is None or call.batched else mean[None]
     result = checked_result_dtype(dtype)
-    operands, scales = jax.tree.map(_guards.quantized, (call.operands, scales))
+    more = (*scales, mean)
+    operands, more = jax.tree.map(_guards.quantized, (call.operands, more))
     implementation = _dispatch.choose(call.implementation, refusal(call), stacklevel=2)
     method = Quantized(implementation, call.config, dtype=result)
-    return compute(method, dataclasses.replace(call, operands=operands), scales)
+    return compute(method, dataclasses.replace(call, operands=operands), more)
 
 
 class Quantized(Method):
-    """Of e4m3 arrays; `more` is the scales of query, key and value."""
+    """Of e4m3 arrays; `more` is the scales of query, key and value, and value's mean."""
 
     def __call__(self, operands: Operands, masks: Masks, more: Any = None) -> tuple[Array, ...]:
         per_mask = batch_letters(masks, operands.sizes.batch)
         letters = operands.letters
         letters = letters.split(), self.letters(more), per_mask, letters.sinks
         static, results = (self.config, self.dtype), operands.result_letters
-        call = self.implementation, _ffi.fwd, _xla.attention, static, letters, results
+        call = self.implementation, _kernel, _plain, static, letters, results
         return _dispatch.run(*call, operands.split(), more, masks, operands.sinks)
 
     def letters(self, more: Any) -> Any:
-        return "b.n", "b.k", "b.k"
+        return "b.n", "b.k", "b.k", None if more[3] is None else "bk."
+
+
+def _with(
+    attend: Callable[..., Any],
+    config: Any,
+    dtype: Any,
+    tensors: Any,
+    more: Any,
+    masks: Any,
+    sinks: Any,
+) -> Any:
+    *scales, mean = more
+    return attend(config, dtype, tensors, tuple(scales), masks, mean, sinks)
+
+
+_kernel = functools.partial(_with, _ffi.fwd)
+_plain = functools.partial(_with, _xla.attention)

@@ -21,6 +21,7 @@ def attention(
     tensors: Sequence[Array],
     scales: Sequence[Array],
     masks: Masks,
+    value_mean: Array | None = None,
     sinks: Array | None = None,
 ) -> tuple[Array, Array]:
     """What _ffi.fwd computes, in fp32 from the dequantized arrays; memory linear in T and S."""
@@ -29,6 +30,7 @@ def attention(
     # that a row does not see are no part of any product.
     bad = _rows(jnp.isnan(_checked(scales[2])), value.shape[1])[..., None]
     key, value = jnp.where(bad, jnp.nan, key), jnp.where(bad, 0, value)
+    value += 0 if value_mean is None else value_mean[:, None]
     with jax.default_matmul_precision("highest"):
         out, lse = _xla.attention(config, Operands(query, key, value, sinks=sinks), masks)
     return out.astype(dtype), lse

@@ -1,0 +1,118 @@
+"""Vectors near the mean of all rows, which are subtracted before rows are quantized."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import ArrayLike
+
+from .._checks import Integers, array, integers, wrong
+from .._integers import clamped
+from .._problem import Config
+from ._checks import check_not_quantized
+
+# Rows that are read of a sequence, evenly spaced, in groups of neighbours: any vector will do, and 256
+# rows give a mean to a twelfth of the standard deviation.
+GROUPS, ROWS = 16, 16
+
+
+def token_mean(x: ArrayLike, *, lengths: Integers | None = None) -> Array:
+    """About the mean of x's rows, for `quantize` to subtract, after SageAttention (arXiv 2410.02367).
+
+    The median of the means of 16 groups of neighbours, together 256 rows, evenly spaced before the
+    length; 0 in columns where the middle half of the groups' means spreads farther than their median is
+    from 0. So without a mean nothing is subtracted, what is not finite does not count, and neither do
+    numbers of any magnitude in a few of the groups.
+
+    Args:
+        x: [B, T, N, H], or [T, N, H]; a floating dtype of 16 bits or more.
+        lengths: int32 [B]: rows from there on may hold anything.
+
+    Returns: fp32 [B, N, H], or [N, H]. It has no derivative: one of 0.
+
+    Raises ValueError: shapes or dtypes that mean nothing.
+    """
+    whole = array("x", x)
+    if whole.ndim not in (3, 4):
+        raise wrong("x", f"shape {whole.shape}", "(B, T, N, H), or (T, N, H)")
+    check_not_quantized("x", whole)
+    batched = whole.ndim == 4
+    whole, counts = whole if batched else whole[None], None
+    if lengths is not None:
+        counts = clamped(integers("lengths", lengths, whole.shape[:1], batched))
+    found = mean_of(lax.stop_gradient(whole), counts)
+    return found if batched else found[0]
+
+
+def mean_of(x: Array, lengths: Array | None) -> Array:
+    """fp32 [B, N, H] of [B, T, N, H] and int32 [B]."""
+    batch, length, heads, head_dim = x.shape
+    if length == 0:
+        return jnp.zeros((batch, heads, head_dim), jnp.float32)
+    count, i = GROUPS * ROWS, jnp.arange(GROUPS * ROWS, dtype=jnp.int32)[None]
+    given = jnp.full(batch, length, jnp.int32) if lengths is None else lengths
+    given = jnp.clip(given, 0, length)[:, None]
+    rows = given // count * i + given % count * i // count  # i * length / count without overflow
+    sample = jnp.take_along_axis(x, rows[..., None, None], axis=1, mode="clip").astype(jnp.float32)
+    counts = jnp.isfinite(sample) & (given > 0)[..., None, None]
+    grouped = batch, GROUPS, ROWS, heads, head_dim
+    total = jnp.where(counts, sample, 0).reshape(grouped).sum(2)
+    each = jnp.maximum(counts.astype(jnp.float32).reshape(grouped).sum(2), 1)
+    means = _sorted([total[:, i] / each[:, i] for i in range(GROUPS)])
+    median = (means[GROUPS // 2 - 1] + means[GROUPS // 2]) / 2
+    spread = means[GROUPS * 3 // 4 - 1] - means[GROUPS // 4]
+    return jnp.where(jnp.abs(median) > spread, median, 0)  # nor is a NaN greater
+
+
+def _sorted(x: list[Array]) -> list[Array]:
+    """Element by element, by Batcher's network: XLA fuses it, and sorts in a kernel of its own."""
+    part = 1
+    while part < len(x):
+        distance = part
+        while distance:
+            for i in range(len(x) - distance):
+                j = i + distance
+                if (i - distance % part) // distance % 2 == 0 and i // (2 * part) == j // (
+                    2 * part
+                ):
+                    x[i], x[j] = jnp.minimum(x[i], x[j]), jnp.maximum(x[i], x[j])
+            distance //= 2
+        part *= 2
+    return x
+
+
+def by_query_head(mean: Array, heads: int) -> Array:
+    """[B, N, H] of [B, K, H]."""
+    return jnp.repeat(mean, heads // max(mean.shape[1], 1), axis=1)
+
+
+def log_sum_exp(lse: Array, config: Config, query: Array, key_mean: Array) -> Array:
+    """Of the scores with key, [B, N, T], from that with key - key_mean; query: [B, T, N, H]."""
+    mean = by_query_head(key_mean, query.shape[2])
+    shift = jnp.einsum("btnh,bnh->bnt", query.astype(jnp.float32), mean, precision="highest")
+    # Query rows that see nothing may hold NaN.
+    return jnp.where(lse == -jnp.inf, lse, lse + config.scale * shift)
+
+
+def resolved(smooth_k: Any, smooth_v: Any, fixed: bool) -> tuple[bool, bool]:
+    """The options smooth_k and smooth_v of a call; fixed: a constant added to all scores of a row
+    changes its weights, for there is a soft cap, or a sink that does not have it."""
+    for name, x in (("smooth_k", smooth_k), ("smooth_v", smooth_v)):
+        if not (isinstance(x, bool) or (x is None and name == "smooth_k")):
+            raise wrong(
+                name, repr(x), "True or False" + (", or None" if name == "smooth_k" else "")
+            )
+    if smooth_k and fixed:
+        wanted = "False or None beside logits_soft_cap or sinks, for it adds a constant to a row's scores"
+        raise wrong("smooth_k", True, wanted)
+    return (not fixed if smooth_k is None else smooth_k), smooth_v
+
+
+def refuse_smoothing(options: dict[str, Any]) -> None:
+    """Of arrays that are quantized already."""
+    for name in ("smooth_k", "smooth_v"):
+        if name in options:
+            wanted = "nothing: jax_fa3.fp8.quantize(mean=) subtracts means before it quantizes"
+            raise wrong(name, repr(options[name]), wanted)

@@ -220,7 +220,7 @@ def plain_backward_by_rows(
     do not add up to 1."""
     config = dataclasses.replace(config, partial=True)
     sinks, tensors = operands.sinks, dataclasses.replace(operands, sinks=None)
-    grads = plain_backward(config, tensors, masks, rows)
-    pairs = zip(grads, jax.tree.leaves(tensors), strict=True)
-    found = tuple(dx.astype(x.dtype) for dx, x in pairs)
+    dtype = operands.query.dtype
+    dq, dk, dv = (x.astype(dtype) for x in _xla.backward(config, tensors, masks, rows))
+    found = vary_together((operands.joined(dq, dk, dv), tensors))[0]
     return found if sinks is None else (*found, _sinks.gradient(sinks, rows))

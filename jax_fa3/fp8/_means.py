@@ -74,7 +74,9 @@ def _sorted(x: list[Array]) -> list[Array]:
         while distance:
             for i in range(len(x) - distance):
                 j = i + distance
-                if (i - distance % part) // distance % 2 == 0 and i // (2 * part) == j // (2 * part):
+                if (i - distance % part) // distance % 2 == 0 and i // (2 * part) == j // (
+                    2 * part
+                ):
                     x[i], x[j] = jnp.minimum(x[i], x[j]), jnp.maximum(x[i], x[j])
             distance //= 2
         part *= 2

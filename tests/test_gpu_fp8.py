@@ -139,7 +139,7 @@ def test_sums_of_values_are_those_of_the_oracle(head_dim: int, mean: float):
     tensors = [jnp.asarray(x.astype(fp8_oracle.E4M3)) for x in (query, key, value)]
     one: Any = np.ones((), np.float32)
     options: Any = {"scale": np.log(2.0), "dtype": jnp.float32}
-    out, _ = quantized_attention(*tensors, one, one, one, **options)
+    out, _ = quantized_attention(*tensors, *[one] * 3, **options)
     weights = jnp.asarray(np.exp2(exponents), jnp.float32)
     summed = fp8_oracle.weighted(weights[None, None, None], tensors[2].astype(jnp.float32))[0, 0]
     wanted = np.broadcast_to(summed / weights.sum(), (64, head_dim))

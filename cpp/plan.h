@@ -92,6 +92,12 @@ constexpr int64_t heads_per_section(int64_t seqlen_k, int64_t head_dim, int64_t 
   return kv_heads * group;
 }
 
+// By how much longer sections are where each row says where its keys begin, as in documents packed
+// into a row. Tiles that run at the same time see just a few of the documents, so more heads fit
+// the cache; and the documents' lengths differ, so a section is not dealt out longest first: its
+// end costs, and must come seldom.
+constexpr int section_factor(Mask const& mask) { return mask.key_begin == nullptr ? 1 : 4; }
+
 struct Sizes {
   int batch, seqlen_q, seqlen_k, num_heads_q, num_heads_k, head_dim, head_dim_v;
 };
@@ -101,13 +107,14 @@ struct Sizes {
 // time. So they do without a mask where gradients are deterministic (`in_turn`): there the key
 // blocks of one head add to dQ one after the other, and would wait if they all started together.
 constexpr TileOrder bwd_order(Sizes const& p, int kernel_head_dim, int num_splits, bool masked,
-                              bool in_turn) {
+                              bool in_turn, int factor = 1) {
   int const heads = p.num_heads_k * num_splits;
   int const shared = ceil_div(p.num_heads_q / p.num_heads_k, num_splits);
   // Q, dO and the sum of dQ in fp32.
   int64_t section = masked || in_turn ? heads_per_section(int64_t{p.seqlen_q} * shared,
                                                           3 * p.head_dim, p.head_dim_v, 1)
                                       : num_splits;
+  if (!in_turn) section *= factor;
   int64_t const most = int64_t{heads} * p.batch;
   if (section > most) section = most;
   return {ceil_div(p.seqlen_k, bwd_tile(kernel_head_dim).block_n), heads, p.batch,

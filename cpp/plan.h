@@ -38,6 +38,9 @@ constexpr int bwd_width(int head_dim) { return bwd_tile(head_dim).head_dim; }
 
 constexpr int row_stats_of_block(int block_m) { return 3 * block_m + 4; }  // of bwd/params.h
 constexpr int kQueryBlockInts = 8;
+// Blocks of query rows, one for each lane of a warp, whose intervals have a hull together: the
+// backward passes over them at once.
+constexpr int kBlocksOfHull = 32;
 
 // Query rows over which dK and dV are summed in the accumulators: as it adds, wgmma cuts off what
 // does not fit, towards 0, so a longer sum drifts (0.04 % here, 4.9 % over 8 million rows of one
@@ -63,7 +66,7 @@ constexpr BwdWorkspace bwd_workspace(int64_t batch, int64_t seqlen_q, int64_t nu
       tile.fused ? rows : (partial_dq ? ceil_div(seqlen_q, kBwdQueryRows) * kBwdQueryRows : 0);
   return {heads * blocks * row_stats_of_block(tile.block_m),
           batch * rows * 2,
-          batch * blocks * kQueryBlockInts,
+          batch * (blocks + ceil_div(blocks, kBlocksOfHull)) * kQueryBlockInts,
           heads * summed_rows * tile.head_dim,
           tile.fused ? heads * blocks : 0,
           batch * num_heads_k * 3};

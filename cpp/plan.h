@@ -38,6 +38,9 @@ constexpr int bwd_width(int head_dim) { return bwd_tile(head_dim).head_dim; }
 
 constexpr int row_stats_of_block(int block_m) { return 3 * block_m + 4; }  // of bwd/params.h
 constexpr int kQueryBlockInts = 8;
+// Blocks of query rows, one for each lane of a warp, whose intervals have a hull together: the
+// backward passes over them at once.
+constexpr int kBlocksOfHull = 32;
 
 // Query rows over which dK and dV are summed in the accumulators: as it adds, wgmma cuts off what
 // does not fit, towards 0, so a longer sum drifts (0.04 % here, 4.9 % over 8 million rows of one
@@ -63,7 +66,7 @@ constexpr BwdWorkspace bwd_workspace(int64_t batch, int64_t seqlen_q, int64_t nu
       tile.fused ? rows : (partial_dq ? ceil_div(seqlen_q, kBwdQueryRows) * kBwdQueryRows : 0);
   return {heads * blocks * row_stats_of_block(tile.block_m),
           batch * rows * 2,
-          batch * blocks * kQueryBlockInts,
+          batch * (blocks + ceil_div(blocks, kBlocksOfHull)) * kQueryBlockInts,
           heads * summed_rows * tile.head_dim,
           tile.fused ? heads * blocks : 0,
           batch * num_heads_k * 3};
@@ -92,6 +95,12 @@ constexpr int64_t heads_per_section(int64_t seqlen_k, int64_t head_dim, int64_t 
   return kv_heads * group;
 }
 
+// By how much longer sections are where each row says where its keys begin, as in documents packed
+// into a row. Tiles that run at the same time see just a few of the documents, so more heads fit
+// the cache; and the documents' lengths differ, so a section is not dealt out longest first: its
+// end costs, and must come seldom.
+constexpr int section_factor(Mask const& mask) { return mask.key_begin == nullptr ? 1 : 4; }
+
 struct Sizes {
   int batch, seqlen_q, seqlen_k, num_heads_q, num_heads_k, head_dim, head_dim_v;
 };
@@ -101,13 +110,14 @@ struct Sizes {
 // time. So they do without a mask where gradients are deterministic (`in_turn`): there the key
 // blocks of one head add to dQ one after the other, and would wait if they all started together.
 constexpr TileOrder bwd_order(Sizes const& p, int kernel_head_dim, int num_splits, bool masked,
-                              bool in_turn) {
+                              bool in_turn, int factor = 1) {
   int const heads = p.num_heads_k * num_splits;
   int const shared = ceil_div(p.num_heads_q / p.num_heads_k, num_splits);
   // Q, dO and the sum of dQ in fp32.
   int64_t section = masked || in_turn ? heads_per_section(int64_t{p.seqlen_q} * shared,
                                                           3 * p.head_dim, p.head_dim_v, 1)
                                       : num_splits;
+  if (!in_turn) section *= factor;
   int64_t const most = int64_t{heads} * p.batch;
   if (section > most) section = most;
   return {ceil_div(p.seqlen_k, bwd_tile(kernel_head_dim).block_n), heads, p.batch,

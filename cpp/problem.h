@@ -85,7 +85,7 @@ struct BackwardProblem {
   // Workspace (plan.h). There are m blocks of bwd_tile().block_m query rows each.
   float* row_stats;    // [b, n, m, row_stats_of_block()]
   int* row_intervals;  // [b, m, block_m, 2]: key_begin, key_end
-  int* query_blocks;   // [b, m, kQueryBlockInts]
+  int* query_blocks;   // [b, m + m / kBlocksOfHull rounded up, kQueryBlockInts]
   int* ranges;         // [b, k, 3], where dtype is fp16: of dO, V and dlse
   // [num_splits, b, s, k, h + v]: dK and dV of each of the num_splits CTAs that share the query
   // rows of a block of keys. Null where one CTA has all of them, and they are few enough for one

@@ -50,7 +50,7 @@ def bwd_workspace(
     workspace = {
         "row_stats": jax.ShapeDtypeStruct((*per_block, 3 * BWD_FEWEST_ROWS + 4), jnp.float32),
         "row_intervals": jax.ShapeDtypeStruct((batch, rows, 2), jnp.int32),
-        "query_blocks": jax.ShapeDtypeStruct((batch, blocks, 8), jnp.int32),
+        "query_blocks": jax.ShapeDtypeStruct((batch, blocks + -(-blocks // 32), 8), jnp.int32),
         "dq_accum": dq_accum,
     }
     if config.deterministic_backward:

@@ -218,6 +218,9 @@ TABLE = [*_lengths(), *_head_dims(), *_heads(), *_closed_forms(), *_per_row()]
 def _long() -> list[Case]:
     """Many tiles a row: for the GPU, where whole tiles are skipped or left unmasked."""
     text = documents(300, 17, 700, 1, 640, 390)  # 2048 in all
+    texts = documents(300, 1700, 1, 1200, 1299)
+    begin = np.arange(4500, dtype=np.int32)[None, ::-1]
+    backwards = {"key_begin": begin, "key_end": begin + 70}
     masks = {
         "full": {},
         "causal": CAUSAL,
@@ -240,6 +243,10 @@ def _long() -> list[Case]:
         Case("long, 80", 2048, 2048, 8, 2, 80, B=1),
         Case("long, 80, documents", 2048, 2048, 8, 2, 80, B=1, mask=masks["documents"]),
         Case("long, 72, window", 1500, 2048, 4, 4, 72, B=1, mask=masks["window"]),
+        Case("longer, window", 4500, 4500, 2, 2, 128, B=1, mask=masks["window"]),
+        Case("longer, any intervals", 4500, 4500, 4, 2, 64, B=1, mask=scattered(1, 4500, 4500)),
+        Case("longer, backwards", 4500, 4500, 2, 2, 256, B=1, mask=backwards),
+        Case("longer, documents", 4500, 4500, 2, 1, 80, B=1, mask={**packed(texts), **CAUSAL}),
         Case("long, 96, causal", 2048, 2048, 8, 8, 96, B=1, mask=CAUSAL),
     ]
 

@@ -71,8 +71,7 @@ CUTLASS_DEVICE QueryBlock query_block(Params const& params, TileCoord tile) {
   for (int i = 0; i < kRecords; ++i) {
     int const record = tile.block * kRecords + i;
     if (record >= params.num_m_blocks) break;
-    QueryBlock const& part =
-        params.query_blocks[int64_t{tile.batch} * params.num_m_blocks + record];
+    QueryBlock const& part = params.blocks_of(tile.batch)[record];
     block.hull.merge(part.hull);
     for (int rows = 0; rows < kMasks; ++rows) {
       block.blind.bits[i * kMasks + rows] = part.blind.bits[rows];

@@ -86,8 +86,10 @@ cudaError_t make_params(BackwardProblem const& problem, Params* params) {
   params->turns = tile.fused ? problem.turns : nullptr;
   params->order = bwd_order(
       {p.batch, p.seqlen_q, p.seqlen_k, p.num_heads_q, p.num_heads_k, p.head_dim, p.head_dim_v},
-      Traits::kHeadDim, params->num_splits, masked, params->turns != nullptr);
-  int64_t const heads_q = heads_per_section(p.seqlen_k, p.head_dim, p.head_dim_v, group);
+      Traits::kHeadDim, params->num_splits, masked, params->turns != nullptr,
+      section_factor(p.mask));
+  int64_t const heads_q =
+      heads_per_section(p.seqlen_k, p.head_dim, p.head_dim_v, group) * section_factor(p.mask);
   params->dq_order = {
       ceil_div(p.seqlen_q, kBlockM), p.num_heads_q, p.batch,
       static_cast<int>(std::min(masked ? heads_q : group, int64_t{p.num_heads_q} * p.batch))};

@@ -28,8 +28,8 @@ CUTLASS_DEVICE void zero_rows(uint16_t* smem, RowSet const& rows) {
 // Loads a tile by TMA; the whole warp calls it. Rows in `zeroed` (past the length, or without keys)
 // may hold anything, and 0 * NaN is NaN. A tile with such rows lands on the barrier `staged`; this
 // warp zeroes them and only then completes `full`, for which consumers wait. `extra_bytes`: what
-// else is being loaded that `full` counts. kFourth: the tile lies in slabs of 32 columns, of which a
-// fourth begins at this one (traits.h).
+// else is being loaded that `full` counts. kFourth: the tile lies in slabs of 32 columns, of which
+// a fourth begins at this one (traits.h).
 template <int kRows, int kColumns, int kFourth = 0>
 CUTLASS_DEVICE void load_tile(CUtensorMap const& map, FullBarrier& full, FullBarrier& staged,
                               uint32_t& staged_phase, cute::TMA::CacheHintSm90 hint, uint16_t* smem,
@@ -77,7 +77,13 @@ CUTLASS_DEVICE void load(Params const& params, typename Traits::SharedStorage& s
     int const length_k = mask.length_k(batch);
     return RowSet::from(length_k < mask.seqlen_k ? length_k - first_key : kBlockN);
   };
-  QueryBlock const* const query_blocks = params.query_blocks + int64_t{batch} * params.num_m_blocks;
+  // In a register for the wide kernels, found anew each time for the fused ones: either has too few
+  // registers for the other.
+  QueryBlock const* const query_blocks = params.blocks_of(batch);
+  auto const query_block = [&](int index) -> QueryBlock const& {
+    if constexpr (Traits::kFused) return params.blocks_of(batch)[index];
+    return query_blocks[index];
+  };
 
   PipelineState<Traits::kStages> state;
   uint32_t staged_phase = 0;
@@ -114,7 +120,7 @@ CUTLASS_DEVICE void load(Params const& params, typename Traits::SharedStorage& s
                                           {step.m_block * kBlockM, step.head, batch}, blind);
   };
   auto const load_step = [&](Step step) {
-    RowSet const blind = query_blocks[step.m_block].blind;
+    RowSet const blind = query_block(step.m_block).blind;
     if (first) {
       load_tile<kBlockN, Traits::kHeadDim, Traits::kFourSlabs ? Traits::kFourthSlab : 0>(
           params.key, storage.key_full, storage.staged, staged_phase, kReadOnce, storage.key,
@@ -134,11 +140,28 @@ CUTLASS_DEVICE void load(Params const& params, typename Traits::SharedStorage& s
   // The steps of all splits are the blocks of query rows that see any of the CTA's keys, head by
   // head of the group. This split's are those of some heads, or an equal share of all in that
   // order.
+  auto const meets_keys = [&](IntervalHull const& hull) {
+    return hull.max_end > first_key && hull.min_begin < first_key + kBlockN;
+  };
   auto const sees_keys = [&](int m_block, bool* full) {
     if (m_block >= params.num_m_blocks) return false;
-    IntervalHull const hull = query_blocks[m_block].hull;
+    IntervalHull const hull = query_block(m_block).hull;
     *full = hull.max_begin <= first_key && hull.min_end >= first_key + kBlockN;
-    return hull.max_end > first_key && hull.min_begin < first_key + kBlockN;
+    return meets_keys(hull);
+  };
+  // Blocks are gone through in chunks of kBlocksOfHull, but only those whose hull meets the keys:
+  // else each CTA of a long sequence would look at every block. The next chunk from `chunk` on,
+  // which is given and returned as its first block.
+  static_assert(kBlocksOfHull == 32, "a lane for each block");
+  auto const next_chunk = [&](int chunk) {
+    for (; chunk < params.num_m_blocks; chunk += 32 * kBlocksOfHull) {
+      int const of_lane = chunk / kBlocksOfHull + lane;
+      bool const exists = of_lane * kBlocksOfHull < params.num_m_blocks;
+      uint32_t const met =
+          __ballot_sync(~0u, exists && meets_keys(query_block(params.num_m_blocks + of_lane).hull));
+      if (met != 0) return chunk + (__ffs(met) - 1) * kBlocksOfHull;
+    }
+    return chunk;
   };
   int first_member = 0;
   int last_member = params.group;
@@ -171,7 +194,8 @@ CUTLASS_DEVICE void load(Params const& params, typename Traits::SharedStorage& s
   int steps = 0;
   for (int member = first_member; member < last_member && count > 0; ++member) {
     int const head = tile.head_k * params.group + member;
-    for (int chunk = 0; chunk < params.num_m_blocks && count > 0; chunk += 32) {
+    for (int chunk = 0; count > 0 && (chunk = next_chunk(chunk)) < params.num_m_blocks;
+         chunk += kBlocksOfHull) {
       bool full = false;
       bool const visited = sees_keys(chunk + lane, &full);
       // The soft cap is applied where the mask is.

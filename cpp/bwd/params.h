@@ -43,19 +43,20 @@ struct Params {
   // [splits, b, s, k, h + v] or null: dK and dV of each split's query rows (partial.h). Null: the
   // main kernel writes them.
   float* dkv_partial;
-  int num_splits;            // CTAs that share the query rows of a block of keys
-  bool accumulates_dq;       // dq_accum holds the dQ of earlier calls
-  bool finishes_dq;          // dQ is complete after this call; else it stays in dq_accum
-  float const* lse;          // [b, n, t]
-  float const* lse_low;      // [b, n, t] or null
-  float const* dlse;         // [b, n, t]; where out.data is null the problem's neg_delta
-  float* row_stats;          // [b, n, m], RowStats
-  int2* row_intervals;       // [b, m, block_m]
-  QueryBlock* query_blocks;  // [b, m]
-  uint32_t* ranges;          // [b, k], Range, or null (range.h)
-  float* dq_accum;  // [b, n, m, block_m * kHeadDim], in the order of the accumulators; m and
-                    // block_m are the main kernel's where that is fused, else those of dQ's own
-  int* turns;       // [b, n, m] or null: key blocks add to dQ in any order
+  int num_splits;        // CTAs that share the query rows of a block of keys
+  bool accumulates_dq;   // dq_accum holds the dQ of earlier calls
+  bool finishes_dq;      // dQ is complete after this call; else it stays in dq_accum
+  float const* lse;      // [b, n, t]
+  float const* lse_low;  // [b, n, t] or null
+  float const* dlse;     // [b, n, t]; where out.data is null the problem's neg_delta
+  float* row_stats;      // [b, n, m], RowStats
+  int2* row_intervals;   // [b, m, block_m]
+  // [b, m + m / kBlocksOfHull]: behind an entry's blocks, hulls of kBlocksOfHull of them each.
+  QueryBlock* query_blocks;
+  uint32_t* ranges;  // [b, k], Range, or null (range.h)
+  float* dq_accum;   // [b, n, m, block_m * kHeadDim], in the order of the accumulators; m and
+                     // block_m are the main kernel's where that is fused, else those of dQ's own
+  int* turns;        // [b, n, m] or null: key blocks add to dQ in any order
   Mask mask;
   TileOrder order;     // of the main kernel: blocks of keys, KV heads times splits
   TileOrder dq_order;  // of dQ's own kernel: blocks of query rows, query heads
@@ -72,6 +73,10 @@ struct Params {
   float* dsinks;  // [b, n, dsinks_blocks]
   int dsinks_blocks;
 
+  CUTLASS_HOST_DEVICE QueryBlock* blocks_of(int batch) const {
+    int const hulls = ceil_div(num_m_blocks, kBlocksOfHull);
+    return query_blocks + int64_t{batch} * (num_m_blocks + hulls);
+  }
   CUTLASS_HOST_DEVICE int64_t m_block_index(int batch, int head, int m_block) const {
     return (int64_t{batch} * num_heads_q + head) * num_m_blocks + m_block;
   }

@@ -67,8 +67,22 @@ __global__ void __launch_bounds__(kPreprocessThreads)
           interval.empty() ? int2{0, 0} : int2{interval.begin, interval.end};
     }
     block.hull.reduce_warp();
+    if (threadIdx.x == 0) params.blocks_of(batch)[m_block] = block;
+  }
+  // The hull of this block and those after it: where it begins and ends.
+  if (head == 0 && m_block % kBlocksOfHull == 0) {
+    __shared__ Interval of_warps[kPreprocessThreads / 32];
+    IntervalHull hull;
+    int const rows = min(kBlocksOfHull * kBlockM, mask.seqlen_q - first_row);
+    for (int row = threadIdx.x; row < rows; row += kPreprocessThreads) {
+      hull.add(mask.row_interval(batch, first_row + row));
+    }
+    hull.reduce_warp();
+    if (threadIdx.x % 32 == 0) of_warps[threadIdx.x / 32] = {hull.min_begin, hull.max_end};
+    __syncthreads();
     if (threadIdx.x == 0) {
-      params.query_blocks[int64_t{batch} * params.num_m_blocks + m_block] = block;
+      for (Interval const& of_warp : of_warps) hull.add(of_warp);
+      params.blocks_of(batch)[params.num_m_blocks + m_block / kBlocksOfHull].hull = hull;
     }
   }
 

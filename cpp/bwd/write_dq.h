@@ -52,9 +52,7 @@ CUTLASS_DEVICE void write_dq(Params const& params, typename Traits::SharedStorag
       bool const in_turn = params.turns != nullptr && elected;
       int turn = 0;
       if (in_turn) {
-        int const end =
-            params.query_blocks[int64_t{tile.batch} * params.num_m_blocks + step.m_block]
-                .hull.max_end;
+        int const end = params.blocks_of(tile.batch)[step.m_block].hull.max_end;
         turn = (end - 1) / Traits::kBlockN - tile.n_block;  // key blocks behind this one
         wait_for_turn(params.turns + index, turn);
       }

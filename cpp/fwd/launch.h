@@ -27,9 +27,9 @@ inline void set_common(Problem const& p, int block_m, Params* params) {
   // Without a mask all tiles are equally long: they are dealt out in fixed rounds, head by head.
   bool const masked = p.mask.restricts();
   params->tile_counter = masked ? p.tile_counter : nullptr;
-  int64_t const section =
-      masked ? heads_per_section(p.seqlen_k, p.head_dim, p.head_dim_v, params->group)
-             : params->group;
+  int64_t section = masked ? heads_per_section(p.seqlen_k, p.head_dim, p.head_dim_v, params->group)
+                           : params->group;
+  section *= section_factor(p.mask);
   params->order = {ceil_div(p.seqlen_q, block_m), p.num_heads_q, p.batch,
                    static_cast<int>(std::min(section, int64_t{p.num_heads_q} * p.batch))};
   ScoreScale const scale = score_scale(p);

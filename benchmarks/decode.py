@@ -24,6 +24,8 @@ from jax_fa3 import kv_cache
 from .check import WrongResult
 from .timing import Call, device_time, environment, flusher, gpu_state
 
+attend: Any = kv_cache.dot_product_attention  # whose arguments are given in tuples here
+
 ROTATED_BYTES = 256 * 2**20  # several times Hopper's L2
 COPIED = 2**29  # fp32 numbers
 MOST_CALLS = 24  # of a program
@@ -106,7 +108,7 @@ class Inputs:
 
 def fa3(point: DecodePoint, inputs: Inputs, i: int, query: Any, caches: Any) -> jax.Array:
     window = None if point.window is None else (point.window - 1, 0)
-    return kv_cache.dot_product_attention(
+    return attend(
         query,
         *caches,
         inputs.lengths[i],
@@ -139,8 +141,8 @@ def microseconds(point: DecodePoint, inputs: Inputs, name: str, rounds: int) -> 
 
     def program(count: int) -> Any:
         def run(queries: Any, caches: Any) -> Any:
-            attend = functools.partial(CONTENDERS[name], point, inputs)
-            return [attend(i, queries[i], caches[i % inputs.count]) for i in range(count)]
+            call = functools.partial(CONTENDERS[name], point, inputs)
+            return [call(i, queries[i], caches[i % inputs.count]) for i in range(count)]
 
         compiled = jax.jit(run)
         jax.block_until_ready(compiled(inputs.queries, inputs.caches))
@@ -166,7 +168,7 @@ def check(point: DecodePoint, inputs: Inputs) -> float:
     wide = [x[:1].astype(jnp.float32) for x in (inputs.queries[0], *caches)]
     window = None if point.window is None else (point.window - 1, 0)
     with jax.default_matmul_precision("highest"):
-        wanted = kv_cache.dot_product_attention(
+        wanted = attend(
             *wide, inputs.lengths[0][:1], local_window_size=window, implementation="xla"
         )
     error = float(jnp.abs(found.astype(jnp.float32) - wanted).max())

@@ -23,7 +23,8 @@ namespace {
 // In the order of jax_fa3.kv_cache's LAYOUTS.
 enum KvLayout : int64_t { kNHD, kHND, kInterleaved, kLanes };
 
-constexpr int64_t kLongest = int64_t{1} << 30;  // positions (decode/sequences.h), and rows
+constexpr int64_t kLongest = int64_t{1} << 30;   // positions (decode/sequences.h)
+constexpr int64_t kMostRows = int64_t{1} << 29;  // with their heads
 
 struct Cache {
   int64_t num_pages, page_size;
@@ -110,9 +111,12 @@ ffi::Error to_sequences(Decoding const& x, Cache const& cache, Dims const& dims,
     return wrong(x.query_starts, "shape " + shape_of(x.query_starts),
                  "[" + std::to_string(batch + 1) + "]");
   }
-  if (rows > kLongest || batch >= kLongest || rows * dims('n') > INT32_MAX * int64_t{64} ||
-      (!ragged && rows % batch != 0)) {
-    return wrong(x.query, "shape " + shape_of(x.query), "fewer rows, as many for each sequence");
+  if (!ragged && rows % batch != 0) {
+    return wrong(x.query, "shape " + shape_of(x.query), "as many rows for each sequence");
+  }
+  if (rows > kMostRows || batch > kMostRows || dims('n') > kMostRows ||
+      rows * dims('n') > kMostRows) {
+    return wrong(x.query, "shape " + shape_of(x.query), "fewer rows and heads");
   }
   problem->num_pages = static_cast<int>(cache.num_pages);
   problem->page_size = static_cast<int>(cache.page_size);
@@ -165,10 +169,9 @@ ffi::Error decode_impl(Stream stream, ffi::RemainingArgs operands, ffi::Remainin
   problem.query = x.query.data;
   problem.key = cache.key;
   problem.value = cache.value;
-  // Far beyond every position, and sums of two fit.
-  static constexpr int64_t kFarthest = int64_t{1} << 40;
-  auto const bounded = [](int64_t side) { return std::clamp(side, -kFarthest, kFarthest); };
-  problem.window = {bounded(a.window_left), bounded(a.window_right)};
+  constexpr int64_t kFarthest = decode::Window::kFarthest;
+  problem.window = {static_cast<int>(std::clamp(a.window_left, -kFarthest, kFarthest)),
+                    static_cast<int>(std::clamp(a.window_right, -kFarthest, kFarthest))};
   problem.sinks = x.sinks.floats();
   problem.split_size = static_cast<int>(a.split_size);
   problem.out = x.out.data;

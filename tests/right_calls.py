@@ -179,18 +179,18 @@ def decode_calls() -> dict[str, Call]:
     """A ragged call of everything there is, on pages, and one of nothing but a cache, whose rows are
     the sequences' own."""
 
-    def ints(*shape: int) -> Struct:
+    def ints(*shape: int) -> Any:
         return Struct(shape, jnp.int32)
 
     layout = Layout("NHD", K, H, V)
     every = _xla.Config(layout, 0.5, (7, 3), 30.0, None)
     where = Where(ints(B), ints(B, 5), ints(B + 1), ints())
-    caches = tuple(Struct((9, 16, K, columns), jnp.bfloat16) for columns in (H, V))
-    sinks = Struct((N,), jnp.float32)
+    caches: Any = tuple(Struct((9, 16, K, columns), jnp.bfloat16) for columns in (H, V))
+    sinks: Any = Struct((N,), jnp.float32)
     operands = _xla.Operands(caches, where, ints(B), None, sinks)
     lanes = dataclasses.replace(every, layout=dataclasses.replace(layout, kind="lanes"))
-    together = (Struct((4, S, K, H + V), jnp.bfloat16),)
-    plain = _xla.Operands(together, Where(ints(4)))
+    shared: Any = (Struct((4, S, K, H + V), jnp.bfloat16),)
+    plain = _xla.Operands(shared, Where(ints(4)))
 
     def decode(config: _xla.Config, query: Struct, operands: _xla.Operands) -> Call:
         return recorded(lambda *x: _decode.attention(config, *x), query, operands)

@@ -14,7 +14,6 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))  # behind an instal
 from benchmarks import __main__ as command
 from benchmarks import decode
 from benchmarks.check import WrongResult
-from jax_fa3 import kv_cache
 
 SMALL = decode.DecodePoint(2, 48, 3, (4, 2), 16, 8, window=20)
 
@@ -23,7 +22,7 @@ def plain(point: decode.DecodePoint, inputs: Any, i: int, query: Any, caches: An
     window = None if point.window is None else (point.window - 1, 0)
     options: Any = {"page_table": inputs.table, "local_window_size": window}
     lengths = inputs.lengths[i]
-    return kv_cache.dot_product_attention(query, *caches, lengths, **options, implementation="xla")
+    return decode.attend(query, *caches, lengths, **options, implementation="xla")
 
 
 def test_measures_checks_and_prints(tmp_path, capsys, monkeypatch):

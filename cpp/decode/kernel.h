@@ -27,11 +27,11 @@ CUTLASS_DEVICE void consume(Params const& params, typename Traits::SharedStorage
     Interval rows[kRowsPerThread];
     CUTLASS_PRAGMA_UNROLL
     for (int i = 0; i < kRowsPerThread; ++i) {
-      int64_t const row = (int64_t{work.tile} * Traits::kBlockM + tile_row + i * 8) / group;
+      int const row = (work.tile * Traits::kBlockM + tile_row + i * 8) / group;
       rows[i] = {0, 0};
       if (row >= work.sequence.count || work.begin == work.end) continue;
       // Of what a row sees, the part that is in these blocks.
-      Interval const seen = params.tiles.window.of(work.sequence, static_cast<int>(row));
+      Interval const seen = params.tiles.window.of(work.sequence, row);
       rows[i] = {max(seen.begin, work.begin * Traits::kBlockN),
                  min(seen.end, work.end * Traits::kBlockN)};
     }
@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
     storage.init_barriers();
   }
   bool back = false;
-  int64_t const units = count_units<Traits>(params, storage, &back);  // and all threads meet
+  int const units = count_units<Traits>(params, storage, &back);  // and all threads meet
 
   cudaTriggerProgrammaticLaunchCompletion();  // the merging kernel's CTAs may come and wait
 

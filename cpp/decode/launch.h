@@ -38,8 +38,9 @@ cudaError_t make_params(Problem const& p, int num_ctas, Params* params) {
   params->lse = p.lse;
   params->sinks = p.sinks;
   params->sequences = p.sequences;
-  params->tiles = {p.window, p.num_heads_q / p.num_heads_k, Traits::kBlockM, Traits::kBlockN,
-                   p.split_size / Traits::kBlockN};
+  params->tiles = {p.window, p.num_heads_q / p.num_heads_k,
+                   cutlass::log2_down<Traits::kBlockM>::value,
+                   cutlass::log2_down<Traits::kBlockN>::value, p.split_size / Traits::kBlockN};
   params->page_table = p.page_table;
   params->pages_per_sequence = p.pages_per_sequence;
   params->num_pages = p.num_pages;

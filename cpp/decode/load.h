@@ -104,20 +104,19 @@ CUTLASS_DEVICE void load_query(Params const& params, typename Traits::SharedStor
   constexpr int kVectorsOfSlab = Traits::kSlab / 8;
   using Vector = cute::uint128_t;
   int const group = params.tiles.group;
-  int64_t const first = int64_t{work.tile} * Traits::kBlockM;
-  int64_t const rest = int64_t{work.sequence.count} * group - first;
-  int const rows = static_cast<int>(min(rest, int64_t{Traits::kBlockM}));
+  int const first = work.tile * Traits::kBlockM;
+  int const rows = min(work.sequence.count * group - first, Traits::kBlockM);
   auto* const smem = reinterpret_cast<Vector*>(storage.query);
   for (int i = threadIdx.x % 32; i < rows * kVectors; i += 32) {
     int const row = i / kVectors;
     int const vector = i % kVectors;
-    int64_t const query_row = work.sequence.first_row + (first + row) / group;
-    int64_t const head = int64_t{work.head} * group + (first + row) % group;
+    int const query_row = work.sequence.first_row + (first + row) / group;
+    int const head = work.head * group + (first + row) % group;
     int const swizzle = Traits::kSlab == 64 ? row % 8 : row / 2 % 4;  // as in stage_packed()
     int const target = vector / kVectorsOfSlab * (Traits::kBlockM * kVectorsOfSlab) +
                        row * kVectorsOfSlab + (vector % kVectorsOfSlab ^ swizzle);
     auto const* const source = static_cast<uint16_t const*>(params.query) +
-                               (query_row * params.num_heads_q + head) * params.head_dim +
+                               (int64_t{query_row} * params.num_heads_q + head) * params.head_dim +
                                vector * 8;
     bool const exists = vector * 8 < params.head_dim;
     SM80_CP_ASYNC_CACHEGLOBAL_ZFILL<Vector>::copy(
@@ -131,12 +130,12 @@ CUTLASS_DEVICE void load_query(Params const& params, typename Traits::SharedStor
 
 template <class Traits>
 CUTLASS_DEVICE void schedule(Params const& params, typename Traits::SharedStorage& storage,
-                             int64_t units, bool back) {
+                             int units, bool back) {
   int const lane = threadIdx.x % 32;
   int const cta = static_cast<int>(blockIdx.x);
   Piece const piece(units * params.num_heads_k, static_cast<int>(gridDim.x));
-  int64_t unit = piece.begin(cta);
-  int64_t const end = piece.begin(cta + 1);
+  int unit = piece.begin(cta);
+  int const end = piece.begin(cta + 1);
   Walk walk{params, back};
   if (unit < end) walk.start(unit);
 

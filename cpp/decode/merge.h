@@ -32,9 +32,9 @@ struct Parts {
     int slot = part > 0;
     if (params.tiles.split > 0 && part > 0) {
       Piece const piece(split.total, num_ctas);
-      int64_t const unit = split.behind + part - 1;
+      int const unit = split.behind + part - 1;
       in_cta = piece.cta(unit);
-      slot = 1 + static_cast<int>(unit - piece.begin(in_cta));
+      slot = 1 + unit - piece.begin(in_cta);
     }
     return (int64_t{in_cta} * params.slots + slot) * params.slot_rows + row;
   }

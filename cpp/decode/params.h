@@ -16,9 +16,8 @@ struct Split {
   int count;
   int head;  // of keys
   int tile;
-  int unused;
-  int64_t behind;  // the first unit of the next CTA
-  int64_t total;   // units
+  int behind;  // the first unit of the next CTA
+  int total;   // units
 };
 
 struct Params {

@@ -17,10 +17,10 @@ struct OutRow {
 
   // Of a tile's row: (row of query, query head) as one number; -1 if there is no such row.
   CUTLASS_DEVICE int64_t index(int tile_row, int block_m, int group, int num_heads_q) const {
-    int64_t const row = int64_t{tile} * block_m + tile_row;
-    int64_t const query_row = row / group;
+    int const row = tile * block_m + tile_row;
+    int const query_row = row / group;
     if (query_row >= count) return -1;
-    return (first_row + query_row) * num_heads_q + int64_t{head} * group + row % group;
+    return int64_t{first_row + query_row} * num_heads_q + head * group + row % group;
   }
 };
 

@@ -27,33 +27,30 @@ struct Work {
   static constexpr int kNone = -1;
 };
 
-// A CTA's piece of the line. If there is little to do, some have none.
+// A CTA's piece of the line: the first ones are longer by one. If there is little to do, some have
+// none.
 struct Piece {
-  int64_t total;
-  int num_ctas;
+  int total;
+  int length;
+  int longer;
 
-  CUTLASS_DEVICE Piece(int64_t total, int all_ctas)
-      : total(total), num_ctas(static_cast<int>(min(total, int64_t{all_ctas}))) {}
-  CUTLASS_DEVICE int64_t begin(int cta) const {
-    return cta >= num_ctas ? total : total * cta / num_ctas;
+  JAX_FA3_HOST_DEVICE Piece(int total, int num_ctas)
+      : total(total), length(total / num_ctas), longer(total % num_ctas) {}
+  JAX_FA3_HOST_DEVICE int begin(int cta) const {
+    return cta * length + (cta < longer ? cta : longer);
   }
   // Whose piece a unit is in.
-  CUTLASS_DEVICE int cta(int64_t unit) const {
-    return static_cast<int>(((unit + 1) * num_ctas - 1) / total);
+  JAX_FA3_HOST_DEVICE int cta(int unit) const {
+    int const in_longer = longer * (length + 1);
+    return unit < in_longer ? unit / (length + 1) : longer + (unit - in_longer) / length;
   }
 };
-
-CUTLASS_DEVICE int64_t warp_sum(int64_t x) {
-  CUTLASS_PRAGMA_UNROLL
-  for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(~0u, x, step);
-  return x;
-}
 
 // All threads of the CTA: the units of one KV head of all sequences, and whether any sequence goes
 // back.
 template <class Traits>
-CUTLASS_DEVICE int64_t count_units(Params const& params, typename Traits::SharedStorage& storage,
-                                   bool* back) {
+CUTLASS_DEVICE int count_units(Params const& params, typename Traits::SharedStorage& storage,
+                               bool* back) {
   Sequences const& sequences = params.sequences;
   bool own_back = false;
   if (sequences.query_starts != nullptr) {
@@ -62,14 +59,14 @@ CUTLASS_DEVICE int64_t count_units(Params const& params, typename Traits::Shared
     }
   }
   *back = __syncthreads_or(own_back);
-  int64_t units = 0;
+  int units = 0;
   for (int i = threadIdx.x; i < sequences.size(); i += Traits::kThreads) {
     units += params.tiles.units(sequences.at(i, *back));
   }
-  units = warp_sum(units);
+  units = __reduce_add_sync(~0u, units);
   if (threadIdx.x % 32 == 0) storage.warp_units[threadIdx.x / 32] = units;
   __syncthreads();
-  int64_t sum = 0;
+  int sum = 0;
   for (int warp = 0; warp < Traits::kThreads / 32; ++warp) sum += storage.warp_units[warp];
   return sum;
 }
@@ -92,18 +89,19 @@ class Walk {
   CUTLASS_DEVICE Walk(Params const& params, bool back) : params(params), back(back) {}
 
   // To a unit that there is.
-  CUTLASS_DEVICE void start(int64_t unit) {
+  CUTLASS_DEVICE void start(int unit) {
     int const lane = threadIdx.x % 32;
     for (int first = 0;; first += 32) {
       int const i = first + lane;
-      int64_t units = 0;
+      int of_head = 0;
       if (i < params.sequences.size()) {
-        units = params.tiles.units(params.sequences.at(i, back)) * params.num_heads_k;
+        of_head = params.tiles.units(params.sequences.at(i, back));
       }
-      int64_t sum = units;  // up to this lane
+      int const units = of_head * params.num_heads_k;
+      int sum = units;  // up to this lane
       CUTLASS_PRAGMA_UNROLL
       for (int step = 1; step < 32; step *= 2) {
-        int64_t const other = __shfl_up_sync(~0u, sum, step);
+        int const other = __shfl_up_sync(~0u, sum, step);
         if (lane >= step) sum += other;
       }
       unsigned const beyond = __ballot_sync(~0u, sum > unit);
@@ -114,11 +112,11 @@ class Walk {
       int const found = __ffs(static_cast<int>(beyond)) - 1;
       unit -= __shfl_sync(~0u, sum - units, found);
       enter(first + found);
-      int64_t const of_head = __shfl_sync(~0u, units, found) / params.num_heads_k;
-      head = static_cast<int>(unit / of_head);
-      int64_t rest = unit % of_head;
+      of_head = __shfl_sync(~0u, of_head, found);
+      head = unit / of_head;
+      int rest = unit - head * of_head;
       for (tile = 0; rest >= units_of_tile(); ++tile) rest -= units_of_tile();
-      skipped = static_cast<int>(rest);
+      skipped = rest;
       begun = skipped == 0;
       return;
     }
@@ -127,7 +125,7 @@ class Walk {
   CUTLASS_DEVICE int units_of_tile() const { return params.tiles.units(sequence, tile); }
 
   // The next work, of at most `units` units, from `unit` on.
-  CUTLASS_DEVICE Work next(int64_t unit, int64_t units, Piece const& piece, int* taken) {
+  CUTLASS_DEVICE Work next(int unit, int units, Piece const& piece, int* taken) {
     Tiles const& tiles = params.tiles;
     if (!checked && tiles.count(sequence) > 1) {
       Interval const seen = tiles.window.of(sequence, 0, sequence.count - 1);
@@ -143,28 +141,27 @@ class Walk {
     // Pages that lack leave the units as they are: all CTAs count alike.
     int const all = units_counted();
     int const most = tiles.split == 0 ? all : 1;
-    int const count = static_cast<int>(min(int64_t{min(all - skipped, most)}, units));
+    int const count = min(min(all - skipped, most), units);
     if (!work.positions.empty()) {
-      int const blocks = tiles.unit() / tiles.block_n;  // of a unit
-      int const first = work.positions.begin / tiles.unit() + skipped;
-      work.begin = max(first * blocks, work.positions.begin / tiles.block_n);
-      work.end =
-          min((first + count) * blocks, (work.positions.end + tiles.block_n - 1) / tiles.block_n);
-      work.full_begin =
-          (tiles.window.of(sequence, tiles.last_row(sequence, tile)).begin + tiles.block_n - 1) /
-          tiles.block_n;
-      work.full_end = tiles.window.of(sequence, tiles.first_row(tile)).end / tiles.block_n;
+      int const bits = tiles.block_bits;
+      int const blocks = max(tiles.split, 1);  // of a unit
+      int const first = tiles.unit_of(work.positions.begin) + skipped;
+      work.begin = max(first * blocks, work.positions.begin >> bits);
+      work.end = min((first + count) * blocks, ((work.positions.end - 1) >> bits) + 1);
+      int const last_begin = tiles.window.of(sequence, tiles.last_row(sequence, tile)).begin;
+      work.full_begin = ((min(last_begin, work.positions.end) - 1) >> bits) + 1;
+      work.full_end = tiles.window.of(sequence, tiles.first_row(tile)).end >> bits;
     }
     bool const is_end = skipped + count == all;
     work.slot = begun ? (is_end ? Work::kNone : 0) : 1 + pieces++;
     work.joins = begun && skipped > 0;
     if (begun && !is_end && count == units) {
-      int64_t const behind = unit + count;
+      int const behind = unit + count;
       int const rest = all - skipped - count;
       int const parts =
           tiles.split > 0 ? rest : piece.cta(behind + rest - 1) - static_cast<int>(blockIdx.x);
       if (threadIdx.x % 32 == 0) {
-        params.splits[blockIdx.x] = {1 + parts, sequence.first_row, sequence.count, head, tile, 0,
+        params.splits[blockIdx.x] = {1 + parts, sequence.first_row, sequence.count, head, tile,
                                      behind,    piece.total};
       }
     }

@@ -1,7 +1,9 @@
 // Which query rows belong to which sequence, which positions each of them sees, and how that makes
 // work: tiles of rows and blocks of positions. Twin of jax_fa3/kv_cache/_sequences.py.
 //
-// Everything is read on the device. Positions are below 2^30, so that sums of two are int32.
+// Everything is read on the device, in 32 bits: a CTA's way to its work is code that runs once, and
+// waits for its instructions more than for anything else. So positions are at most 2^30, and there
+// are limits to rows and work, which the handler checks.
 #pragma once
 
 #include <cstdint>
@@ -75,22 +77,20 @@ struct Sequences {
   }
 };
 
-// Row i sees positions from its own - left to its own + right.
+// Row i sees positions from its own - left to its own + right, both at most kFarthest.
 struct Window {
-  int64_t left;
-  int64_t right;
+  static constexpr int kFarthest = (1 << 30) - 1;
+  int left;
+  int right;
 
   // Of a row of a sequence. Beginnings and ends never decrease from row to row, and with neighbours
   // they leave no gap: so the first row's beginning and the last one's end are those of all.
   JAX_FA3_HOST_DEVICE Interval of(Sequence const& sequence, int row) const {
-    int64_t const position = int64_t{sequence.length} - sequence.count + row;
-    int64_t const first = position - left;
-    int64_t const last = position + right + 1;
-    int const begin = first > sequence.begin
-                          ? (first < sequence.length ? static_cast<int>(first) : sequence.length)
-                          : sequence.begin;
-    return {begin,
-            last < sequence.length ? (last > 0 ? static_cast<int>(last) : 0) : sequence.length};
+    int const position = sequence.length - sequence.count + row;
+    int const first = position - left;
+    int const last = position + right + 1;
+    return {first > sequence.begin ? first : sequence.begin,
+            last < sequence.length ? last : sequence.length};
   }
 
   JAX_FA3_HOST_DEVICE Interval of(Sequence const& sequence, int first_row, int last_row) const {
@@ -105,34 +105,37 @@ struct Window {
 struct Tiles {
   Window window;
   int group;
-  int block_m;
-  int block_n;
-  int split;  // blocks that are always summed by themselves, or 0
+  int row_bits;    // a tile has 2^row_bits rows
+  int block_bits;  // and a block 2^block_bits positions
+  int split;       // blocks that are always summed by themselves, or 0
 
   JAX_FA3_HOST_DEVICE int count(Sequence const& sequence) const {
-    return static_cast<int>((int64_t{sequence.count} * group + block_m - 1) / block_m);
+    return (sequence.count * group + (1 << row_bits) - 1) >> row_bits;
   }
   // What the rows of a tile see.
   JAX_FA3_HOST_DEVICE Interval positions(Sequence const& sequence, int tile) const {
     return window.of(sequence, first_row(tile), last_row(sequence, tile));
   }
   JAX_FA3_HOST_DEVICE int first_row(int tile) const {
-    return static_cast<int>(int64_t{tile} * block_m / group);
+    return tile == 0 ? 0 : (tile << row_bits) / group;
   }
   JAX_FA3_HOST_DEVICE int last_row(Sequence const& sequence, int tile) const {
-    int64_t const last = (int64_t{tile + 1} * block_m - 1) / group;
-    return last < sequence.count ? static_cast<int>(last) : sequence.count - 1;
+    int const behind = (tile + 1) << row_bits;
+    return behind < sequence.count * group ? (behind - 1) / group : sequence.count - 1;
   }
   // Work is counted in blocks of positions, or in splits; a tile that sees none still has rows to
   // be written.
-  JAX_FA3_HOST_DEVICE int unit() const { return split == 0 ? block_n : split * block_n; }
+  JAX_FA3_HOST_DEVICE int unit_of(int position) const {
+    int const block = position >> block_bits;
+    return split == 0 ? block : block / split;
+  }
   JAX_FA3_HOST_DEVICE int units(Sequence const& sequence, int tile) const {
     Interval const seen = positions(sequence, tile);
-    return seen.empty() ? 1 : (seen.end - 1) / unit() - seen.begin / unit() + 1;
+    return seen.empty() ? 1 : unit_of(seen.end - 1) - unit_of(seen.begin) + 1;
   }
   // Of one KV head.
-  JAX_FA3_HOST_DEVICE int64_t units(Sequence const& sequence) const {
-    int64_t sum = 0;
+  JAX_FA3_HOST_DEVICE int units(Sequence const& sequence) const {
+    int sum = 0;
     int const tiles = count(sequence);
     for (int tile = 0; tile < tiles; ++tile) sum += units(sequence, tile);
     return sum;

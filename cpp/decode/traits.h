@@ -79,7 +79,7 @@ struct Traits {
     Pipeline<kWorkStages> work_pipeline;
     Work work[kWorkStages];
     bool lacks_page[kWorkStages];  // a page that the work needs does not exist
-    int64_t warp_units[kThreads / 32];
+    int warp_units[kThreads / 32];
 
     CUTLASS_DEVICE void init_barriers() {
       query_full.init(1);

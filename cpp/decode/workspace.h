@@ -8,7 +8,7 @@
 
 namespace jax_fa3::decode {
 
-constexpr int kSplitInts = 10;  // of Split (params.h)
+constexpr int kSplitInts = 7;  // of Split (params.h)
 
 // Rows of a tile that there can be.
 inline int slot_rows(Sequences const& sequences, int group, int block_m) {
@@ -16,6 +16,13 @@ inline int slot_rows(Sequences const& sequences, int group, int block_m) {
   int64_t const rows = ragged ? sequences.rows : sequences.rows / sequences.batch;
   int64_t const most = rows * group;
   return static_cast<int>(most < block_m ? most : block_m);
+}
+
+// More than there can be of work, which is counted in 32 bits: tiles of 64 rows, blocks of 32
+// positions.
+inline double most_units(Sequences const& sequences, int group, int num_heads_k) {
+  double const tiles = double(sequences.rows) * group / 64 + sequences.batch + 2;
+  return tiles * num_heads_k * (double(sequences.capacity) / 32 + 2);
 }
 
 // Parts of tiles that a CTA may have to keep.

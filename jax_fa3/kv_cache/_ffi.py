@@ -18,16 +18,27 @@ from ._xla import Config, Operands
 # The workspace, as cpp/decode/workspace.h has it: two tiles for each CTA, of which an SM takes two.
 CTAS = 2 * 132
 TILE_ROWS = 64
-SPLIT_INTS = 10
+SPLIT_INTS = 7
 SPLIT_MULTIPLE = 128
 MOST_SPLITS = 64  # of a sequence: a CTA may have to keep a part of each
 
 
+def capacity(config: Config, operands: Operands) -> int:
+    """Positions that a sequence can have."""
+    table, page_size = operands.where.table, config.layout.page_size(operands.caches)
+    return min(page_size * (1 if table is None else table.shape[1]), LONGEST)
+
+
 def splits_of(config: Config, operands: Operands) -> int:
     """Splits that a sequence can have; 0 without split_size."""
-    table, page_size = operands.where.table, config.layout.page_size(operands.caches)
-    capacity = page_size * (1 if table is None else table.shape[1])
-    return -(-min(capacity, LONGEST) // config.split_size) if config.split_size else 0
+    return -(-capacity(config, operands) // config.split_size) if config.split_size else 0
+
+
+def fits(config: Config, query: Array, operands: Operands) -> bool:
+    """Whether the kernel counts its rows and its work in 32 bits, as cpp/decode/workspace.h has it."""
+    rows, batch = math.prod(query.shape[:-1]), operands.where.lengths.shape[0]
+    tiles = rows // 64 + (batch + 2) * max(config.layout.num_kv_heads, 1)
+    return rows <= 2**29 and tiles * (capacity(config, operands) // 32 + 3) < 2**31
 
 
 def attention(config: Config, query: Array, operands: Operands) -> tuple[Array, Array]:

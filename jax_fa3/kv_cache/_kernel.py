@@ -52,6 +52,9 @@ def refusal(config: Config, query: Array, operands: Operands) -> str | None:
     table, page_size = operands.where.table, layout.page_size(operands.caches)
     if table is not None and table.shape[1] > 1 and page_size % 8:
         return f"key_cache: got pages of {page_size}, wanted a multiple of 8, or {ELSEWHERE}"
+    if not _ffi.fits(config, query, operands):
+        found = f"shape {query.shape} on {_ffi.capacity(config, operands)} positions"
+        return f"query: got {found}, wanted fewer of either, or {ELSEWHERE}"
     return None
 
 

@@ -106,11 +106,14 @@ def weighted(weights: Array, value: Array) -> Array:
     """[B, N, T, V] of [B, N, T, S] and [B, S, N, V]: products with each BLOCK of keys as FP8 WGMMA sums
     them, from the last block to the first, added up in fp32."""
     missing = -value.shape[1] % BLOCK
+    blocks = (value.shape[1] + missing) // BLOCK
     weights = jnp.pad(weights, [(0, 0)] * 3 + [(0, missing)])
     value = jnp.pad(value, [(0, 0), (0, missing), (0, 0), (0, 0)])
-    weights = jnp.moveaxis(weights.reshape(*weights.shape[:3], -1, BLOCK), 3, 0)[:, :, :, :, None]
+    weights = jnp.moveaxis(weights.reshape(*weights.shape[:3], blocks, BLOCK), 3, 0)[
+        :, :, :, :, None
+    ]
     b, _, n, v = value.shape
-    value = value.reshape(b, -1, BLOCK, n, v).transpose(1, 0, 3, 4, 2)[:, :, :, None]
+    value = value.reshape(b, blocks, BLOCK, n, v).transpose(1, 0, 3, 4, 2)[:, :, :, None]
 
     def step(out: Array, block: Any) -> Any:
         return out + summed(*block), None

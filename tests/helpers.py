@@ -150,3 +150,18 @@ def _grouped(x: np.ndarray, rows: int) -> np.ndarray:
 
 def _largest(x: np.ndarray) -> np.ndarray:
     return np.abs(x).max((2, 4), initial=0)  # [B, T / ROWS, N]
+
+
+def beside_fp64(
+    case: Case, exact: Results, rounded: Results, cotangents: Any, inputs: Any
+) -> tuple[Results, Results]:
+    """The oracle in fp64, and off from it by what rounding and fp32 sums of scores make together."""
+    with jax.enable_x64(True):
+        wide = [x.astype(jnp.float64) for x in inputs], [x.astype(jnp.float64) for x in cotangents]
+        true = oracle(case, jnp.float64, *wide)
+        triples = [
+            [np.asarray(x, np.float64) for x in t] for t in zip(true, exact, rounded, strict=True)
+        ]
+    off: Any = [x + np.abs(z - y) + np.abs(y - x) for x, y, z in triples]
+    found: Any = [x for x, _, _ in triples]
+    return Results(*found), Results(*off)

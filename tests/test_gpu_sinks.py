@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import CAUSAL, Case
-from helpers import Results, assert_rounded, both_oracles, equal, poison
+from helpers import ROWS, Results, assert_rounded, beside_fp64, both_oracles, equal, poison
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from sinks import SINKS, assert_gradient, exact, inputs, with_gradients
@@ -35,7 +35,11 @@ def check(case: Case, arrays: Any, cotangents: Any, call: Any = attention, **opt
     assert results.out.dtype == results.dq.dtype == dtype and results.lse.dtype == jnp.float32
     assert_gradient(found, exact(case, arrays, cotangents), arrays[3], cotangents)
     wanted, rounded = oracles(case, dtype, arrays[:3], cotangents)
-    assert_rounded(results, wanted, rounded, case, jnp.finfo(dtype).eps)
+    rows = ROWS
+    if case.name == "large":  # as in test_gpu_values: fp32 has not digits enough for such scores
+        wanted, rounded = beside_fp64(case, wanted, rounded, cotangents, arrays[:3])
+        rows = case.T
+    assert_rounded(results, wanted, rounded, case, jnp.finfo(dtype).eps, rows)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bf16", "fp16"])
@@ -86,7 +90,7 @@ def test_fp8(case: Case, head_dim: int):
     found = jax.jit(functools.partial(call, implementation="fa3", return_residual=True))
     dequantized = fp8_oracle.all_dequantized(tensors, scales)
     wanted = fp8_oracle.oracle(case, dequantized)
-    rounded = fp8_oracle.oracle(case, dequantized, jnp.bfloat16, scales[2])
+    rounded = fp8_oracle.oracle(case, dequantized, jnp.bfloat16, stepwise=True)
     results = Results(*found(*tensors, *scales))
     assert_rounded(results, wanted, rounded, case, jnp.finfo(jnp.bfloat16).eps)
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import CAUSAL, Case
-from helpers import ROWS, Results, assert_rounded, both_oracles, oracle, with_gradients
+from helpers import ROWS, Results, assert_rounded, beside_fp64, both_oracles, with_gradients
 from jax import Array
 from masks import documents, ints, packed
 
@@ -43,21 +43,6 @@ VALUES = {
 def results(case: Case, cotangents: Any, *inputs: Array) -> Results:
     call = functools.partial(attention, **case.arguments)
     return jax.jit(functools.partial(with_gradients, call))(cotangents, *inputs)
-
-
-def beside_fp64(
-    case: Case, exact: Results, rounded: Results, cotangents: Any, inputs: Any
-) -> tuple[Results, Results]:
-    """The oracle in fp64, and off from it by what rounding and fp32 sums of scores make together."""
-    with jax.enable_x64(True):
-        wide = [x.astype(jnp.float64) for x in inputs], [x.astype(jnp.float64) for x in cotangents]
-        true = oracle(case, jnp.float64, *wide)
-        triples = [
-            [np.asarray(x, np.float64) for x in t] for t in zip(true, exact, rounded, strict=True)
-        ]
-    off: Any = [x + np.abs(z - y) + np.abs(y - x) for x, y, z in triples]
-    found: Any = [x for x, _, _ in triples]
-    return Results(*found), Results(*off)
 
 
 @DTYPES

@@ -14,6 +14,7 @@ from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from lowering import lower, operations, targets
+from test_ffi import needs_kernels
 
 import jax_fa3
 from jax_fa3 import _dense_mask, _dispatch, _targets, _xla
@@ -161,6 +162,7 @@ def test_gradients(name: str, kind: Any):
         assert_same(found, exact, rtol=1e-5)
 
 
+@needs_kernels
 def test_kernels_take_them():
     """The kernel, and beside it plain JAX; with "fa3" the kernel alone."""
     shapes = [

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
+from test_ffi import needs_kernels
 
 from jax_fa3 import kv_cache
 
@@ -164,6 +165,8 @@ NOT_IN_THE_KERNEL: list[tuple[dict[str, Any], str]] = [
     ({"split_size": 128, "page_table": np.zeros((B, 2000), int)}, "split_size: got 128, wanted a multiple of 128, for at most 64"),
     ({"scale": -1.0}, "scale: got -1.0, wanted a positive float32"),
     ({"logits_soft_cap": 1e-300}, "logits_soft_cap: got 1e-300, wanted a positive float32"),
+]  # fmt: skip
+BY_SIZE: list[tuple[dict[str, Any], str]] = [
     ({"key_cache": ODD, "value_cache": ODD}, "key_cache: got pages of 12, wanted a multiple of 8"),
     ({"query": QUERY[..., :12], **{name: CACHE[..., :12] for name in CACHES}}, r"query: got head dim 12 in a cache \(10, 8, 2, 12\), wanted multiples of 8"),
     ({"query": zeros(B, T, N, 264), **dict.fromkeys(CACHES, zeros(PAGES, PAGE, K, 264))}, "query: got head dims \\(264, 264\\) in bfloat16, wanted at most one of those built"),
@@ -172,5 +175,12 @@ NOT_IN_THE_KERNEL: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("changed", "message"), NOT_IN_THE_KERNEL)
 def test_what_the_kernel_does_not_take(changed: dict[str, Any], message: str):
+    with pytest.raises(NotImplementedError, match=f"^implementation='fa3': {message}.* use implementation='xla'"):  # fmt: skip
+        kv_cache.dot_product_attention(**(ATTEND | changed), implementation="fa3")
+
+
+@needs_kernels
+@pytest.mark.parametrize(("changed", "message"), BY_SIZE)
+def test_sizes_that_the_kernel_does_not_take(changed: dict[str, Any], message: str):
     with pytest.raises(NotImplementedError, match=f"^implementation='fa3': {message}.* use implementation='xla'"):  # fmt: skip
         kv_cache.dot_product_attention(**(ATTEND | changed), implementation="fa3")

@@ -15,6 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from lowering import lower, targets
 from sinks import SINKS, WithSinks, assert_gradient, exact, inputs, with_gradients
+from test_ffi import needs_kernels
 
 import jax_fa3
 from jax_fa3 import _reference, _targets, context_parallel, fp8
@@ -193,6 +194,7 @@ def test_fp8(implementation: Any):
     np.testing.assert_allclose(found.dsinks, in_16_bits.dsinks, rtol=0, atol=0.1 * scale)
 
 
+@needs_kernels
 def test_kernels_take_them():
     """As an operand of the forward; the backward's kernels need none, nor what the forward gave."""
     case = dataclasses.replace(SMALL, H=64)

@@ -11,8 +11,9 @@ import dataclasses
 import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from . import report as reports
 from .points import Point
@@ -148,20 +149,25 @@ def _scaling(args: argparse.Namespace) -> None:
         reports.write_section(PAGE, "benchmark-scaling", text)
 
 
+def _report(args: argparse.Namespace, points: Iterable[Any], measure: Callable[[], Any]) -> Any:
+    """What measure() gives, or the file that --table names; None if --list wants just the points' names."""
+    if args.list:
+        print("\n".join(p.name for p in points))
+        return None
+    if args.table:
+        return json.loads(Path(args.table).read_text(encoding="utf-8"))
+    with _measuring():
+        return measure()
+
+
 def _ring(args: argparse.Namespace) -> None:
     from . import ring
 
     points = ring.points(args.points.split(","))
-    if args.list:
-        print("\n".join(p.name for p in points))
-        return
-    if args.table:
-        report = json.loads(Path(args.table).read_text(encoding="utf-8"))
+    report = _report(args, points, lambda: ring.main(points, args.rounds, args.json))
+    if args.table and report is not None:
         print(ring.markdown(report), end="")
-    else:
-        with _measuring():
-            report = ring.main(points, args.rounds, args.json)
-    if args.write_docs:
+    if args.write_docs and report is not None:
         text = f"{reports.conditions(report)}.\n\n{ring.grid(report)}"
         reports.write_section(PAGE, "benchmark-ring", text)
 
@@ -170,14 +176,9 @@ def _fp8_error(args: argparse.Namespace) -> None:
     from . import fp8_error
 
     points = fp8_error.points(args.points.split(","))
-    if args.list:
-        print("\n".join(p.name for p in points))
+    report = _report(args, points, lambda: fp8_error.main(points, args.json))
+    if report is None:
         return
-    if args.table:
-        report = json.loads(Path(args.table).read_text(encoding="utf-8"))
-    else:
-        with _measuring():
-            report = fp8_error.main(points, args.json)
     text = fp8_error.markdown(report)
     print(text, end="")
     if args.write_docs:
@@ -188,15 +189,9 @@ def _decode(args: argparse.Namespace) -> None:
     from . import decode
 
     points = decode.points(args.points.split(","))
-    if args.list:
-        print("\n".join(p.name for p in points))
-        return
-    if args.table:
-        report = json.loads(Path(args.table).read_text(encoding="utf-8"))
-    else:
-        with _measuring():
-            report = decode.main(points, args.rounds, args.json)
-    print(decode.markdown(report), end="")
+    report = _report(args, points, lambda: decode.main(points, args.rounds, args.json))
+    if report is not None:
+        print(decode.markdown(report), end="")
 
 
 ALONE = {"scaling": _scaling, "ring": _ring, "fp8-error": _fp8_error, "decode": _decode}

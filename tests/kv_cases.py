@@ -102,6 +102,19 @@ class Inputs:
                 self.scale[i][self.pages[b]] = x[b] if x.ndim == 2 else x
         return {name: np.asarray(x, np.float32) for name, x in given.items()}
 
+    def chosen(self, arguments: dict[str, Any], order: list[int]) -> tuple[dict[str, Any], Any]:
+        """The arguments of a ragged call for these sequences alone, and which rows they are."""
+        counts = self.case.counts
+        starts = np.cumsum([0, *counts])
+        rows = np.concatenate([np.arange(starts[b], starts[b + 1]) for b in order])
+        fewer = {
+            "query": arguments["query"][rows],
+            "page_table": self.table[order],
+            "key_value_seq_lengths": np.array(self.case.lengths)[order],
+            "query_starts": np.cumsum([0, *(counts[b] for b in order)]),
+        }
+        return arguments | fewer, rows
+
     def caches(self) -> tuple[Any, Any]:
         return as_layout(self.key, self.value, self.case.layout, self.cache_dtype)
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from calls import CALLS, PLAIN, WITHOUT_DERIVATIVE
+from calls import CALLS, PLAIN
+from calls_without_derivative import WITHOUT_DERIVATIVE
 
 EVERY = CALLS | PLAIN | WITHOUT_DERIVATIVE
 _COMPILED = "/jax/core/compile/backend_compile_duration"

@@ -9,6 +9,20 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
+from call_operands import (
+    B,
+    H,
+    K,
+    N,
+    S,
+    Struct,
+    T,
+    V,
+    fp8_operands,
+    masks_of,
+    operands_of,
+    rows_of,
+)
 
 from jax_fa3 import _ffi, _plan
 from jax_fa3._operands import Operands, Rows
@@ -18,11 +32,6 @@ from jax_fa3.kv_cache import _ffi as _decode
 from jax_fa3.kv_cache import _xla
 from jax_fa3.kv_cache._layout import Layout
 from jax_fa3.kv_cache._sequences import Where
-
-# Whole blocks of every kernel, and 64 rows in those of the backward, by which its workspace is counted:
-# so that is exactly as large as it must be.
-B, T, S, N, K, H, V = 2, 128, 160, 4, 2, 128, 64
-Struct = jax.ShapeDtypeStruct
 
 
 def FORWARD(
@@ -230,44 +239,6 @@ def without_heads() -> dict[str, Call]:
         "bwd packed": recorded(packed_backward, qkv, *rows_of(heads=0, columns=H)),
         "fp8": recorded(fp8_forward(config), *fp8_operands(T, S, H, 0), Masks()),
     }
-
-
-def operands_of(
-    head_dim: int = H,
-    head_dim_v: int = V,
-    *,
-    batch: int = B,
-    length: int = T,
-    key_length: int = S,
-    heads: int = N,
-    dtype: Any = jnp.bfloat16,
-) -> tuple[Struct, Struct, Struct]:
-    q = Struct((batch, length, heads, head_dim), dtype)
-    k = Struct((batch, key_length, K, head_dim), dtype)
-    return q, k, Struct((batch, key_length, K, head_dim_v), dtype)
-
-
-def rows_of(
-    length: int = T, heads: int = N, columns: int = V, dtype: Any = jnp.bfloat16
-) -> tuple[Struct, ...]:
-    """out, lse and their cotangents."""
-    out = Struct((B, length, heads, columns), dtype)
-    lse = Struct((B, heads, length), jnp.float32)
-    return out, lse, out, lse
-
-
-def masks_of() -> Any:
-    shapes = [(1,), (B,), (B,), (B, T), (B, T)]
-    arrays: Any = [Struct(shape, jnp.int32) for shape in shapes]
-    return Masks(*arrays)
-
-
-def fp8_operands(length: int, key_length: int, columns: int, heads: int = N) -> Any:
-    dtype = jnp.float8_e4m3fn
-    kv = Struct((B, key_length, K, columns), dtype)
-    per_key = Struct((B, _fp8.blocks(key_length), K), jnp.float32)
-    per_row = Struct((B, _fp8.blocks(length), heads), jnp.float32)
-    return (Struct((B, length, heads, columns), dtype), kv, kv), (per_row, per_key, per_key)
 
 
 def fp8_forward(config: Config) -> Any:

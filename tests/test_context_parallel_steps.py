@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import LONG, TABLE, Case
+from cases import TABLE, Case
 from helpers import Results, assert_rounded, both_oracles, equal, poison
+from long_cases import LONG
 from masks import documents, packed
 from sequences import in_steps
 

@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import CAUSAL, LONG, TABLE, Case, key_lengths
+from cases import CAUSAL, TABLE, Case, key_lengths
 from helpers import equal, temporary_bytes, with_gradients
 from jax import Array
 from jax.test_util import check_grads
+from long_cases import LONG
 from masks import documents, ints, packed
 
 import jax_fa3

@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import LONG, TABLE, Case
+from cases import TABLE, Case
 from helpers import Results, assert_rounded, equal, poison
 from jax import Array
+from long_cases import LONG
 
 from jax_fa3 import fp8
 

@@ -8,8 +8,9 @@ import fp8_oracle
 import jax
 import jax.numpy as jnp
 import pytest
-from cases import LONG, TABLE, Case
+from cases import TABLE, Case
 from helpers import Results, assert_rounded, equal, oracle, with_gradients
+from long_cases import LONG
 
 import jax_fa3
 from jax_fa3 import fp8

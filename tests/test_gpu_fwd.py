@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import CAUSAL, LONG, TABLE, Case
+from cases import CAUSAL, TABLE, Case
 from helpers import (
     assert_rounded,
     both_oracles,
@@ -18,6 +18,7 @@ from helpers import (
     with_gradients,
 )
 from jax import Array
+from long_cases import LONG
 from masks import ints
 
 import jax_fa3

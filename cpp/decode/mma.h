@@ -66,13 +66,8 @@ CUTLASS_DEVICE void mma(Params const& params, typename Traits::SharedStorage& st
     params.score.apply(tSrS);
     mask_scores(tSrS, rows, n_block * kBlockN + lane_column);
   };
-  auto const convert = [&] {
-    Tensor packed = recast<uint32_t>(tOrP);
-    CUTLASS_PRAGMA_UNROLL
-    for (int i = 0; i < size(packed); ++i) {
-      packed(i) = pack<Element>(tSrS(2 * i), tSrS(2 * i + 1));
-    }
-  };
+  Tensor packed_p = recast<uint32_t>(tOrP);
+  auto const convert = [&] { copy(packed<Element>(tSrS), packed_p); };
   // The values of a block, ready to be multiplied.
   auto const wait_for_values = [&](int n_block) {
     ring.full[state.ring.stage].wait(state.ring.phase);

@@ -106,10 +106,14 @@ def check_forward(
     return worst
 
 
-@partial(jax.jit, static_argnames="dtype")
+# cuBLAS's first choice: to search for the fastest matmul takes longer than all of the check.
+_OPTIONS = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
+
+
+@partial(jax.jit, static_argnames="dtype", compiler_options=_OPTIONS)
 def _gradients(query, key, value, dout, begin, end, scale, exact, *, dtype):
-    """Of one head, fp32 on the device; scores, probabilities and gradients rounded to `dtype` unless
-    `exact`. Not all query rows at once: 128k of them would have 64 GiB of scores."""
+    """Of one head, fp32 on the device; scores, probabilities, out and gradients rounded to `dtype`
+    unless `exact`. Not all query rows at once: 128k of them would have 64 GiB of scores."""
 
     def rounded(x):
         # The barrier keeps XLA from dropping both conversions.
@@ -123,11 +127,10 @@ def _gradients(query, key, value, dout, begin, end, scale, exact, *, dtype):
         query, dout, begin, end = rows
         visible = (position >= begin[:, None]) & (position < end[:, None])
         scores = jnp.where(visible, rounded(query @ key.T * scale), -jnp.inf)
-        weights = jax.nn.softmax(scores, axis=1)
-        dweights = dout @ value.T
-        delta = (weights * dweights).sum(1, keepdims=True)
-        dscores = rounded(weights * (dweights - delta)) * scale
-        return (dk + dscores.T @ query, dv + rounded(weights).T @ dout), dscores @ key
+        weights = rounded(jax.nn.softmax(scores, axis=1))
+        delta = (dout * rounded(weights @ value)).sum(1, keepdims=True)
+        dscores = rounded(weights * (dout @ value.T - delta)) * scale
+        return (dk + dscores.T @ query, dv + weights.T @ dout), dscores @ key
 
     size = max(n for n in range(1, GRADIENT_ROWS + 1) if query.shape[0] % n == 0)
     blocks = [x.reshape(-1, size, *x.shape[1:]) for x in (query, dout, begin, end)]

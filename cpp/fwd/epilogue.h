@@ -17,10 +17,13 @@ struct Sink {
 
   CUTLASS_DEVICE bool is_none() const { return score == -INFINITY; }
 
-  // By how much it raises that of the other keys.
+  // By how much it raises that of the other keys: by this over the larger of the two,
+  CUTLASS_DEVICE float rise_over_larger(float lse) const {
+    return logf(1.f + exp2f(-fabsf(score - lse) * kLog2E));
+  }
+  // and in all.
   CUTLASS_DEVICE float rise(float lse) const {
-    float const above = score - lse;
-    return fmaxf(above, 0.f) + logf(1.f + exp2f(-fabsf(above) * kLog2E));
+    return fmaxf(score - lse, 0.f) + rise_over_larger(lse);
   }
 };
 
@@ -65,7 +68,8 @@ CUTLASS_DEVICE void find_lse(Interval const (&rows)[kRowsPerThread], float softm
   CUTLASS_PRAGMA_UNROLL
   for (int row = 0; row < kRowsPerThread; ++row) {
     lse[row] = lse_of_keys(softmax, softmax_scale, row);
-    if (!sink.is_none()) lse[row] += sink.rise(lse[row]);
+    // Not lse + rise(): a sink far above the keys would lose its last digits.
+    if (!sink.is_none()) lse[row] = fmaxf(sink.score, lse[row]) + sink.rise_over_larger(lse[row]);
     if (rows[row].empty()) lse[row] = rows[row].broken() ? NAN : -INFINITY;
   }
 }
@@ -191,10 +195,12 @@ CUTLASS_DEVICE void store(typename Traits::Params const& params,
       // What lse lost to its rounding, in base 2: at scores of 10^5 that is more than a
       // probability's rounding to 16 bits. The backward adds it where it counts.
       if (params.lse_low == nullptr) continue;
-      float low = softmax.max_exponent_less(__fmul_rn(lse[row], kLog2E), row) +
-                  softmax.log_sum(row) * kLog2E;
+      float const high = __fmul_rn(lse[row], kLog2E);
+      float low = softmax.max_exponent_less(high, row) + softmax.log_sum(row) * kLog2E;
       if (!sink.is_none()) {
-        low += sink.rise(lse_of_keys(softmax, params.softmax_scale, row)) * kLog2E;
+        float const of_keys = lse_of_keys(softmax, params.softmax_scale, row);
+        if (sink.score > of_keys) low = fmaf(sink.score, kLog2E, -high);
+        low += sink.rise_over_larger(of_keys) * kLog2E;
       }
       params.lse_low[index + row * 8] = rows[row].empty() ? 0.f : low;
     }

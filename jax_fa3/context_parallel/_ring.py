@@ -54,13 +54,14 @@ class Ring(Method):
     def backward(self, operands: Operands, masks: Masks, rows: Rows) -> Operands:
         config = dataclasses.replace(self.config, partial=True)
         layout, (query, key, value) = self.layout, operands.split()
-        assert rows.out is not None
-        row_terms = rows.dlse - row_sums(rows.dout, rows.out, rows.lse.dtype)
         part: Any = to_words(jnp.concatenate([key, value], axis=-1))
         # XLA may start to send as soon as there is something to send, and K and V are there from the
-        # start: while the forward's own parts travel. So both wait for what the forward gave.
-        part, row_terms = lax.optimization_barrier((part, row_terms))
-        rows = rows._replace(out=None, dlse=row_terms)
+        # start: while the forward's own parts travel. So they wait for what the forward gave. And
+        # what is summed here is what the kernels read: dO V' - row_terms is a small difference of
+        # large numbers, and XLA may leave out a rounding of dout to 16 bit that comes before.
+        part, dout, out = lax.optimization_barrier((part, rows.dout, rows.out))
+        row_terms = rows.dlse - row_sums(dout, out, rows.lse.dtype)
+        rows = rows._replace(dout=dout, out=None, dlse=row_terms)
         words = part.shape[-1]
         dquery: Any = None
         dpart: Any = None  # [B, S, K, H + V]

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-GUIDES = {"usage", "masks", "fp8", "flax", "sharding", "context_parallel", "migrating"}
+GUIDES = {"usage", "masks", "recipes", "fp8", "flax", "sharding", "context_parallel", "migrating"}
 
 
 def python_of(page: Path) -> str:

@@ -79,7 +79,7 @@ def test_gradient_on_cpu():
         warnings.simplefilter("error")
         found = gradient(None)(*qkv)
     for x, y in zip(*map(jax.tree.leaves, (found, gradient("xla")(*qkv))), strict=True):
-        np.testing.assert_allclose(*(np.asarray(a, np.float32) for a in (x, y)), 0.02, 0.02)
+        np.testing.assert_allclose(jnp.float32(x), jnp.float32(y), rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize("dims", [(584, 512), (8, 520)], ids=str)

@@ -111,14 +111,16 @@ NB_MODULE(_C, module) {
   });
   module.def("fwd_long_sums", [](int seqlen_k, int head_dim, int head_dim_v) {
     auto const kernel = jax_fa3::kernel_size(head_dim, head_dim_v);
-    if (seqlen_k <= jax_fa3::kMostKeysOfSum || kernel.head_dim == 0) return int64_t{0};
+    bool const has_long_sums = kernel.head_dim > 0 && !kernel.is_wide();
+    if (seqlen_k <= jax_fa3::kMostKeysOfSum || !has_long_sums) return int64_t{0};
     int const block_m = jax_fa3::fwd_tile(kernel.head_dim, kernel.head_dim_v, false).block_m;
     return jax_fa3::kMostCtas * jax_fa3::long_sums_of_cta(block_m, kernel.head_dim_v);
   });
   module.def("bwd_splits", [](std::tuple<int, int, int, int, int, int, int> const& sizes,
                               std::pair<int64_t, int64_t> window, bool masked, bool in_turn) {
     auto const [batch, seqlen_q, seqlen_k, heads_q, heads_k, head_dim, head_dim_v] = sizes;
-    int const kernel_head_dim = jax_fa3::kernel_size(head_dim, head_dim_v).head_dim;
+    auto const kernel = jax_fa3::kernel_size(head_dim, head_dim_v);
+    int const kernel_head_dim = kernel.is_wide() ? 0 : kernel.head_dim;  // none of the backward
     return jax_fa3::bwd_splits({batch, seqlen_q, seqlen_k, heads_q, heads_k, head_dim, head_dim_v},
                                kernel_head_dim, window.first, window.second, masked, in_turn);
   });

@@ -13,6 +13,7 @@
 #include "fwd/fwd.h"
 #include "kernel_sizes.h"
 #include "problem.h"
+#include "wide/wide.h"
 
 namespace jax_fa3 {
 
@@ -46,12 +47,12 @@ constexpr KernelSize kernel_size(int head_dim, int head_dim_v) {
 namespace detail {
 
 // Calls `launch` with the first kernel of this dtype that holds the problem, by types: its dtype
-// and the index of its size. False if none was built.
-template <DType kDType, class Problem, class Launch, std::size_t... kIndex>
+// and the index of its size. False if none was built. kWide: whether the pass has wide ones.
+template <DType kDType, bool kWide, class Problem, class Launch, std::size_t... kIndex>
 bool select_size(Problem const& problem, Launch const& launch, std::index_sequence<kIndex...>) {
   auto const launched = [&](auto index) {
     constexpr KernelSize kSize = kKernelSizes[decltype(index)::value];
-    if constexpr (has_kernel(kDType, kSize)) {
+    if constexpr (has_kernel(kDType, kSize) && (kWide || !kSize.is_wide())) {
       if (!kSize.holds(problem.head_dim, problem.head_dim_v)) return false;
       launch(std::integral_constant<DType, kDType>{}, index);
       return true;
@@ -61,38 +62,48 @@ bool select_size(Problem const& problem, Launch const& launch, std::index_sequen
   return (launched(std::integral_constant<std::size_t, kIndex>{}) || ...);
 }
 
-template <DType... kDTypes, class Problem, class Launch>
+template <bool kWide, DType... kDTypes, class Problem, class Launch>
 bool select(Problem const& problem, Launch const& launch) {
   constexpr auto kAll = std::make_index_sequence<std::size(kKernelSizes)>{};
-  return ((problem.dtype == kDTypes && select_size<kDTypes>(problem, launch, kAll)) || ...);
+  return ((problem.dtype == kDTypes && select_size<kDTypes, kWide>(problem, launch, kAll)) || ...);
+}
+
+template <bool kWide, class Problem, class Launch>
+bool select_16_bits(Problem const& problem, Launch const& launch) {
+  return select<kWide, DType::kBFloat16, DType::kFloat16>(problem, launch);
 }
 
 }  // namespace detail
 
 // Launch a pass; false if no built kernel holds the problem.
 inline bool launch_fwd(Problem const& problem, cudaStream_t stream, cudaError_t* error) {
-  return detail::select<DType::kBFloat16, DType::kFloat16>(problem, [&](auto dtype, auto index) {
+  return detail::select_16_bits<true>(problem, [&](auto dtype, auto index) {
     constexpr KernelSize kSize = kKernelSizes[decltype(index)::value];
-    *error = fwd::launch<decltype(dtype)::value, kSize.head_dim, kSize.head_dim_v>(problem, stream);
+    constexpr DType kDType = decltype(dtype)::value;
+    if constexpr (kSize.is_wide()) {
+      *error = wide::launch<kDType, kSize.head_dim, kSize.head_dim_v>(problem, stream);
+    } else {
+      *error = fwd::launch<kDType, kSize.head_dim, kSize.head_dim_v>(problem, stream);
+    }
   });
 }
 
 inline bool launch_bwd(BackwardProblem const& problem, cudaStream_t stream, cudaError_t* error) {
   Problem const& forward = problem.forward;
-  return detail::select<DType::kBFloat16, DType::kFloat16>(forward, [&](auto dtype, auto index) {
+  return detail::select_16_bits<false>(forward, [&](auto dtype, auto index) {
     constexpr KernelSize kSize = kKernelSizes[decltype(index)::value];
     *error = bwd::launch<decltype(dtype)::value, kSize.head_dim, kSize.head_dim_v>(problem, stream);
   });
 }
 
 inline bool launch_fp8(fp8::Problem const& problem, cudaStream_t stream, cudaError_t* error) {
-  return detail::select<DType::kFloat8E4M3>(problem.forward, [&](auto, auto index) {
+  return detail::select<false, DType::kFloat8E4M3>(problem.forward, [&](auto, auto index) {
     *error = fp8::launch_fwd<kKernelSizes[decltype(index)::value].head_dim>(problem, stream);
   });
 }
 
 inline bool launch_decode(decode::Problem const& problem, cudaStream_t stream, cudaError_t* error) {
-  return detail::select<DType::kBFloat16, DType::kFloat16>(problem, [&](auto dtype, auto index) {
+  return detail::select_16_bits<false>(problem, [&](auto dtype, auto index) {
     constexpr KernelSize kSize = kKernelSizes[decltype(index)::value];
     *error =
         decode::launch<decltype(dtype)::value, kSize.head_dim, kSize.head_dim_v>(problem, stream);

@@ -113,7 +113,8 @@ ffi::Error launch_backward(Stream stream, Backward const& x, Attributes const& a
   if (problem.accumulates_dq && x.summed_dq.data != x.dq_accum.data) {
     return invalid("the sum of dq must be continued where it is");
   }
-  if (!is_built(forward.dtype) || kernel_size(forward.head_dim, forward.head_dim_v).head_dim == 0) {
+  KernelSize const kernel = kernel_size(forward.head_dim, forward.head_dim_v);
+  if (!is_built(forward.dtype) || kernel.head_dim == 0 || kernel.is_wide()) {
     return not_built(forward);
   }
   bool const finishes_dq = !x.dquery.is_absent();

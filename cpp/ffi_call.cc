@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "kernel_sizes.h"
+
 namespace jax_fa3 {
 
 ffi::Error cuda_status(cudaError_t error) {
@@ -152,9 +154,10 @@ ffi::Error to_problem(Inputs const& inputs, Attributes const& attributes, Dims c
   JAX_FA3_RETURN_IF_FAILED(check_columns(key, 0, head_dim));
   JAX_FA3_RETURN_IF_FAILED(check_columns(value, attributes.first_column_v, head_dim_v));
   if (head_dim <= 0 || head_dim_v <= 0 || head_dim % 8 != 0 || head_dim_v % 8 != 0 ||
-      head_dim > 256 || head_dim_v > 256) {
-    return invalid("head dims must be positive multiples of 8 up to 256, found " +
-                   std::to_string(head_dim) + " and " + std::to_string(head_dim_v));
+      !kWidest.holds(head_dim, head_dim_v)) {
+    return invalid("head dims must be positive multiples of 8 up to " +
+                   std::to_string(kWidest.head_dim) + " and " + std::to_string(kWidest.head_dim_v) +
+                   ", found " + std::to_string(head_dim) + " and " + std::to_string(head_dim_v));
   }
   constexpr int64_t kMaxTiles = int64_t{1} << 30;  // tiles and rounds are counted in 32 bits
   int64_t const longest = std::max(dims('t'), dims('s'));

@@ -17,6 +17,8 @@ struct KernelSize {
   constexpr bool holds(int other, int other_v) const {
     return other <= head_dim && other_v <= head_dim_v;
   }
+  // O of 64 rows is too wide for one warpgroup: these have kernels of their own (wide/).
+  constexpr bool is_wide() const { return head_dim_v > 256; }
 };
 
 struct BwdTile {
@@ -58,6 +60,15 @@ constexpr KernelSize size_for(int head_dim, int head_dim_v) {
   }
   return found;
 }
+
+// Head dims that some kernel holds.
+inline constexpr KernelSize kWidest = [] {
+  KernelSize widest{};
+  for (KernelSize const& size : kKernelSizes) {
+    if (size.holds(widest.head_dim, widest.head_dim_v)) widest = size;
+  }
+  return widest;
+}();
 
 constexpr BwdTile bwd_tile(int head_dim) {
   BwdTile found{};

@@ -71,7 +71,8 @@ def dot_product_attention(
     Args:
         query, key, value: [B, T, N, H], [B, S, K, H], [B, S, K, V] of one floating dtype, or with
             compute_dtype; N is a multiple of K, and query head n reads key/value head n // (N // K).
-            The kernels take bfloat16 and float16, H and V multiples of 8 up to 256.
+            The kernels take bfloat16 and float16, H and V multiples of 8 up to 256; the
+            forward alone H up to 576 and V up to 512.
         bias, mask: added to the scaled scores, and bool with False for hidden; broadcastable to
             [B, N, T, S], for which they take memory. A bias runs on XLA only. A mask is looked at when
             the program runs: if each row of it is one interval of keys, the same for all heads, the

@@ -156,6 +156,7 @@ class Attention(Method):
         letters = operands.letters, batch_letters(masks, operands.sizes.batch)
         functions, results = (_ffi.fwd, _xla.attention), operands.result_letters
         if for_gradient:
+            with_gradient(self.implementation, operands)
             functions = _kernel_for_gradient, _plain_for_gradient
             results = *results, results[1]
         if operands.mask is not None:
@@ -164,7 +165,19 @@ class Attention(Method):
         return _dispatch.run(*static, operands, masks)
 
     def backward(self, operands: Operands, masks: Masks, rows: Rows) -> Operands:
-        return backward(self, plain_backward, operands, masks, rows)
+        implementation = with_gradient(self.implementation, operands)
+        method = dataclasses.replace(self, implementation=implementation)
+        return backward(method, plain_backward, operands, masks, rows)
+
+
+def with_gradient(
+    implementation: Implementation | None, operands: Operands
+) -> Implementation | None:
+    """The implementation of the backward: wide heads have a kernel for the forward alone."""
+    refused = _dispatch.refusal_of_gradient(operands)
+    if refused is None or implementation == "xla":
+        return implementation
+    return _dispatch.choose(implementation, refused)
 
 
 def backward(

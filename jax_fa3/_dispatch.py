@@ -18,11 +18,12 @@ from jax import Array, lax
 from . import _devices, _ffi, _guards, _sharding
 from ._checks import wrong
 from ._jitted import jitted
-from ._operands import Call
+from ._operands import Call, Operands
 from ._problem import Implementation
 
 FirstFa3 = tuple[Literal["fa3"], Literal["xla"]]  # None, but without its warning
 ELSEWHERE = "use implementation='xla'"
+MOST_KEYS = 2**18  # of wide heads, whose output is one sum, which drifts over more
 _NO_KERNELS = (
     "jax_fa3: got an install without CUDA kernels, wanted one with them: reinstall it on Linux (in a "
     f"checkout, whose folder jax_fa3 has none, start Python elsewhere), or {ELSEWHERE}"
@@ -45,8 +46,12 @@ def refusal(call: Call) -> str | None:
         return reason
     for name, dim in dims.items():
         if dim % 8:
-            wanted = "wanted a multiple of 8 up to 256: pad it with zeros"
+            wanted = "wanted a multiple of 8: pad it with zeros"
             return f"{name}: got head dim {dim}, {wanted}, or {ELSEWHERE}"
+    keys = sizes.key_length
+    if _ffi.is_wide(*sizes[-2:]) and not jax.export.is_symbolic_dim(keys) and keys > MOST_KEYS:
+        found, wanted = f"{keys} keys of head dims {sizes[-2:]}", f"wanted at most {MOST_KEYS}"
+        return f"{'key' if query == 'query' else 'qkv'}: got {found}, {wanted}, or {ELSEWHERE}"
     return None
 
 
@@ -69,15 +74,29 @@ def refusal_of_scales(scale: float, cap: float | None) -> str | None:
     return None
 
 
-def refusal_of_build(name: str, dtype: np.dtype, head_dim: int, head_dim_v: int) -> str | None:
-    """Why this install has no kernel for these; name: of the argument to blame."""
+def refusal_of_build(
+    name: str, dtype: np.dtype, head_dim: int, head_dim_v: int, *, wide: bool = True
+) -> str | None:
+    """Why this install has no kernel for these; name: of the argument to blame; wide: whether the
+    kernels for heads wider than 256 count."""
     if not _ffi.kernels():
         return _NO_KERNELS
     built = [(h, v) for kernel, h, v in _ffi.kernels() if kernel == dtype.name]
+    built = [dims for dims in built if wide or not _ffi.is_wide(*dims)]
     if not any(h >= head_dim and v >= head_dim_v for h, v in built):
         found = f"head dims ({head_dim}, {head_dim_v}) in {dtype}"
         return f"{name}: got {found}, wanted at most one of those built: {built}, or {ELSEWHERE}"
     return None
+
+
+def refusal_of_gradient(operands: Operands) -> str | None:
+    """Why the kernels have no gradient of these operands, though they have the forward."""
+    dims = operands.sizes[-2:]
+    if not _ffi.is_wide(*dims):
+        return None
+    name = "query" if operands.packed is None else "qkv"
+    found = f"a gradient at head dims {dims}"
+    return f"{name}: got {found}, wanted at most 256 there, or {ELSEWHERE}"
 
 
 def _is_positive_float32(x: float) -> bool:

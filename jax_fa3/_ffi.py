@@ -44,6 +44,11 @@ def kernels() -> list[tuple[str, int, int]]:
     return KERNELS if _C is None else _C.kernels()
 
 
+def is_wide(head_dim: int, head_dim_v: int) -> bool:
+    """Whether the kernel for them is one of cpp/wide: there is a forward, and nothing else."""
+    return max(head_dim, head_dim_v) > 256
+
+
 def cuda_versions() -> tuple[int, int]:
     """The newest CUDA that the NVIDIA driver runs, 0 without a driver, and the one that the kernels
     are linked with; such as 13000. Of an install with kernels."""

@@ -97,7 +97,9 @@ def test_hopper_gpu_left_unused(machine):
     with warned("runs this on XLA. query: got dtype float32, wanted bfloat16 or float16"):
         text = lower(attention(), *arguments(jnp.float32))
     assert targets(text) == []
-    with warned("runs this on XLA. qkv: got head dim 12, wanted a multiple of 8 up to 256"):
+    with warned(
+        "runs this on XLA. qkv: got head dim 12, wanted a multiple of 8: pad it with zeros"
+    ):
         jax.eval_shape(lambda x: jax_fa3.qkv_dot_product_attention(x, 1), arguments(head_dim=12)[0])
     assert targets(lower(attention("xla"), *arguments(jnp.float32))) == []  # asked for: no warning
 
@@ -181,11 +183,11 @@ def test_is_supported_on_a_hopper_elsewhere(machine, machines):
         assert (
             jax_fa3.is_supported(*arguments(head_dim=256), is_causal=True, device="sm_90") is None
         )
-        reason = jax_fa3.is_supported(*arguments(head_dim=512), device="sm_90")
+        reason = jax_fa3.is_supported(*arguments(head_dim=584), device="sm_90")
         assert reason is not None and reason.startswith(
-            "query: got head dims (512, 512) in bfloat16"
+            "query: got head dims (584, 584) in bfloat16"
         )
-        assert "(256, 256)]" in reason and "pad" not in reason
+        assert "(576, 512)]" in reason and "pad" not in reason
         assert jax_fa3.is_supported(*arguments(jnp.float32), device="sm_90") is not None
     machine(*machines)
     reason = jax_fa3.is_supported(*arguments(head_dim=256), device="sm_90")

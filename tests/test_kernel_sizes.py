@@ -7,6 +7,7 @@ from jax_fa3 import _ffi
 from jax_fa3 import _kernel_sizes as sizes
 
 ALL = [(64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256)]
+ALL += [(64, 512), (512, 512), (576, 512)]
 
 
 def test_kernels():

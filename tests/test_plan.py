@@ -169,6 +169,9 @@ TILES: list[Any] = [
     (192, 192, 128, 128, 96),
     (200, 8, 128, 128, 80),
     (256, 256, 128, 128, 80),
+    (264, 8, 128, 128, 128),
+    (64, 264, 128, 128, 128),
+    (576, 512, 128, 128, 128),
 ]
 
 
@@ -184,6 +187,9 @@ def test_fwd_long_sums(head_dim: int, head_dim_v: int, many: int, few: int, _: i
     """Room for a tile of every CTA, with 8 numbers more a row, from 2^18 keys on."""
     assert C.fwd_long_sums(0, head_dim, head_dim_v) == 0
     assert C.fwd_long_sums(2**18, head_dim, head_dim_v) == 0
+    if max(head_dim, head_dim_v) > 256:  # they take no more keys than that
+        assert C.fwd_long_sums(HIGH, head_dim, head_dim_v) == 0
+        return
     columns = next(v for h, v in KERNELS if h >= head_dim and v >= head_dim_v)
     for keys in (2**18 + 1, HIGH):
         found = C.fwd_long_sums(keys, head_dim, head_dim_v)
@@ -192,4 +198,4 @@ def test_fwd_long_sums(head_dim: int, head_dim_v: int, many: int, few: int, _: i
 
 @needs_kernels
 def test_no_long_sums_without_a_kernel():
-    assert C.fwd_long_sums(HIGH, 264, 64) == C.fwd_long_sums(HIGH, 64, 264) == 0
+    assert C.fwd_long_sums(HIGH, 584, 64) == C.fwd_long_sums(HIGH, 64, 520) == 0

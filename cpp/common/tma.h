@@ -93,11 +93,12 @@ CUTLASS_DEVICE void zero_rows_from(uint16_t* smem, int first) {
 
 // Stores one box of rows of such a tile.
 template <int kRows, int kColumns, int kSlab>
-CUTLASS_DEVICE void tma_store_rows(CUtensorMap const& map, uint16_t const* smem,
-                                   RowCoord const& to) {
+CUTLASS_DEVICE void tma_store_rows(CUtensorMap const& map, uint16_t const* smem, RowCoord const& to,
+                                   int first_column = 0) {
   CUTLASS_PRAGMA_UNROLL
   for (int column = 0; column < kColumns; column += kSlab) {
-    cute::SM90_TMA_STORE_4D::copy(&map, smem + column * kRows, column, to.row, to.head, to.batch);
+    cute::SM90_TMA_STORE_4D::copy(&map, smem + column * kRows, first_column + column, to.row,
+                                  to.head, to.batch);
   }
 }
 

@@ -17,7 +17,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
-from .._autodiff import Method
+from .._autodiff import Method, with_gradient
 from .._broken import row_sums
 from .._operands import Operands, Rows
 from .._problem import Masks
@@ -52,6 +52,7 @@ class Ring(Method):
         return total
 
     def backward(self, operands: Operands, masks: Masks, rows: Rows) -> Operands:
+        implementation = with_gradient(self.implementation, operands)
         config = dataclasses.replace(self.config, partial=True)
         layout, (query, key, value) = self.layout, operands.split()
         part: Any = to_words(jnp.concatenate([key, value], axis=-1))
@@ -74,7 +75,7 @@ class Ring(Method):
             arriving: Any = None if leaving is None else layout.send(leaving)
             keys = of_one_part(layout, masks, layout.device(step), key.shape[1])
             call = vary_together((Operands(query, part), keys, rows, dquery))
-            dquery, *dkv = _steps.backward(self.implementation, config, *call, is_last)
+            dquery, *dkv = _steps.backward(implementation, config, *call, is_last)
             if not is_last:
                 arriving, (dquery, dkv) = _when_done(arriving, (dquery, dkv))
             own = jnp.concatenate(dkv, axis=-1)

@@ -42,7 +42,7 @@ def refusal(config: Config, query: Array, operands: Operands) -> str | None:
         return reason
     dims = {"query": layout.head_dim, "value_cache": layout.head_dim_v}
     name = max(dims, key=dims.__getitem__)
-    reason = _dispatch.refusal_of_build(name, query.dtype, *dims.values())
+    reason = _dispatch.refusal_of_build(name, query.dtype, *dims.values(), wide=False)
     if reason is not None:
         return reason
     for name, dim in dims.items():

@@ -33,8 +33,8 @@ constexpr int64_t long_sums_of_cta(int block_m, int head_dim_v) {
 // CTAs that there is workspace for: an H100 or H200 has 132 SMs, of which each takes one.
 constexpr int kMostCtas = 132;
 
-// Whether there are kernels with a bias. Of wide heads the backward has no registers for one: its two
-// kernels spilled 4 to 28 bytes.
+// Whether there are kernels with a bias. Of wide heads the backward has no registers for one: its
+// two kernels spilled 4 to 28 bytes.
 constexpr bool takes_bias(int head_dim) { return bwd_tile(head_dim).fused; }
 
 // The backward's tile where there is a bias, whose slabs of 64 query rows need room.

@@ -111,9 +111,11 @@ def oracles(case: Case, arrays: Any, cotangents: Any) -> tuple[WithBias, WithBia
 
 
 def assert_right(
-    found: WithBias, exact: WithBias, rounded: WithBias, case: Case, eps: Any, rows: int = 64
+    found: WithBias, wanted: tuple[WithBias, WithBias], case: Case, eps: Any, rows: int = 64
 ) -> None:
+    """By the rule of tolerance; wanted: from oracles."""
+    exact, rounded = wanted
     assert_rounded(found.results, exact.results, rounded.results, case, eps, rows)
-    grads = [jnp.swapaxes(x.dbias, 1, 2) for x in (found, exact, rounded)]
-    of_bias: Any = [Results(x, None) for x in grads]
-    assert_rounded(*of_bias, case, eps, max(rows, 64))
+    nothing: Any = None
+    grads = [Results(jnp.swapaxes(x.dbias, 1, 2), nothing) for x in (found, exact, rounded)]
+    assert_rounded(grads[0], grads[1], grads[2], case, eps, max(rows, 64))

@@ -32,7 +32,7 @@ def check(one: BiasCase, arrays: Any, rows: int = 64, **options: Any) -> Any:
     poison(case, dtype)
     found = jax.jit(functools.partial(with_gradients, of(case, **options)))(cotangents, *arrays)
     assert found.dbias.dtype == arrays[3].dtype and found.dbias.shape == arrays[3].shape
-    assert_right(found, *both(case, arrays, cotangents), case, jnp.finfo(dtype).eps, rows)
+    assert_right(found, both(case, arrays, cotangents), case, jnp.finfo(dtype).eps, rows)
     return found
 
 
@@ -73,7 +73,7 @@ def test_packed():
 
     found = jax.jit(functools.partial(with_gradients, packed))(cotangents, q, k, v, bias)
     wanted = both(one.case, (q, k, v, bias), cotangents)
-    assert_right(found, *wanted, one.case, jnp.finfo(jnp.bfloat16).eps)
+    assert_right(found, wanted, one.case, jnp.finfo(jnp.bfloat16).eps)
 
 
 def test_other_dtype():
@@ -94,4 +94,4 @@ def test_under_vmap():
     for i, x in enumerate((q, -q)):
         entry = jax.tree.map(lambda y, i=i: y[i], found)
         wanted = both(one.case, (x, k, v, bias), cotangents)
-        assert_right(entry, *wanted, one.case, jnp.finfo(jnp.bfloat16).eps)
+        assert_right(entry, wanted, one.case, jnp.finfo(jnp.bfloat16).eps)

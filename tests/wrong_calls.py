@@ -142,6 +142,8 @@ _MAY_BE = {
     (_targets.QUANTIZE, "operands", 0): ("float16", "bfloat16"),
 }
 
+_BIAS = {(_targets.FWD, "operands", 11), (_targets.BWD, "operands", 15)}
+
 # Dimensions of any size, or of several: S, which this operand says; how many parts there are, or none;
 # sinks and bias of one or of each batch entry.
 _FREE = {
@@ -183,6 +185,7 @@ def _wrong_arrays(target: str, kind: str, place: int, x: Struct) -> Iterator[Str
     if len(x.shape) == 4 and not workspace:  # columns that are no whole vectors
         wider = (1, 4, 8) if x.dtype == jnp.float8_e4m3fn else (1, 4)
         wider = (1, 2) if x.dtype == jnp.uint32 else wider
+        wider = (1,) if (target, kind, place) in _BIAS else wider  # of which more are right
         shapes += [_with(x.shape, 3, x.shape[3] + n) for n in wider]
     yield from (Struct(shape, x.dtype) for shape in shapes)
     # Where XLA's binding knows the dtype, one other is enough.

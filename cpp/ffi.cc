@@ -39,6 +39,7 @@ ffi::Error fwd_impl(Stream stream, ffi::RemainingArgs operands, ffi::RemainingRe
       return invalid("what is merged with must be where the results are");
     }
     if (!x.lse_low.is_absent()) return wrong(x.lse_low, "one of merged results", "none");
+    if (!x.bias.is_absent()) return wrong(x.bias, "one beside results to merge with", "none");
     if (!x.sinks.is_absent()) return wrong(x.sinks, "some beside results to merge with", "none");
   }
   problem.out = to_operand(x.out);
@@ -49,6 +50,7 @@ ffi::Error fwd_impl(Stream stream, ffi::RemainingArgs operands, ffi::RemainingRe
   problem.long_sums = x.long_sums.floats();
   problem.long_sums_size = x.long_sums.size();
   set_sinks(x.sinks, &problem);
+  JAX_FA3_RETURN_IF_FAILED(set_bias(x.bias, &problem));
   if (x.out.is_absent()) return ffi::Error::Success();
   JAX_FA3_RETURN_IF_FAILED(check_device(stream));
   cudaError_t error = cudaSuccess;
@@ -57,8 +59,9 @@ ffi::Error fwd_impl(Stream stream, ffi::RemainingArgs operands, ffi::RemainingRe
 
 ffi::Error check_workspace(Problem const& p, bool sums_dq, Backward const& x) {
   int const head_dim = kernel_size(p.head_dim, p.head_dim_v).head_dim;
+  bool const has_bias = !x.bias.is_absent();
   BwdWorkspace const needed =
-      bwd_workspace(p.batch, p.seqlen_q, p.num_heads_q, p.num_heads_k, head_dim, sums_dq);
+      bwd_workspace(p.batch, p.seqlen_q, p.num_heads_q, p.num_heads_k, head_dim, sums_dq, has_bias);
   if (x.row_stats.size() < needed.row_stats || x.row_intervals.size() < needed.row_intervals ||
       x.query_blocks.size() < needed.query_blocks || x.dq_accum.size() < needed.dq_accum ||
       (!x.turns.is_absent() && x.turns.size() < needed.turns) ||
@@ -66,7 +69,7 @@ ffi::Error check_workspace(Problem const& p, bool sums_dq, Backward const& x) {
     return invalid("the workspace is too small: was this program exported for other kernels?");
   }
   // Without rows or heads there are no blocks, and what has no elements is absent.
-  int64_t const blocks = ceil_div(p.seqlen_q, bwd_tile(head_dim).block_m);
+  int64_t const blocks = ceil_div(p.seqlen_q, bwd_tile(head_dim, has_bias).block_m);
   int64_t const found = x.dsinks.is_absent() ? 0 : x.dsinks.dims[2];
   bool const is_right = x.sinks.is_absent() ? found == 0 : found >= blocks || p.batch == 0;
   if (!is_right) {
@@ -139,8 +142,17 @@ ffi::Error launch_backward(Stream stream, Backward const& x, Attributes const& a
   problem.dsinks = x.dsinks.floats();
   if (!x.dsinks.is_absent()) problem.dsinks_blocks = static_cast<int>(x.dsinks.dims[2]);
   if (!x.dkv_parts.is_absent()) problem.num_splits = static_cast<int>(x.dkv_parts.dims[0]);
+  JAX_FA3_RETURN_IF_FAILED(set_bias(x.bias, &forward));
+  if (x.dbias.dims.size() == 4 && !(x.dbias.dims == x.bias.dims)) {
+    return wrong(x.dbias, "shape " + shape_of(x.dbias), "that of bias, " + shape_of(x.bias));
+  }
+  problem.dbias = x.dbias.floats();
   if (forward.batch == 0 || forward.num_heads_k == 0) return ffi::Error::Success();
   JAX_FA3_RETURN_IF_FAILED(check_device(stream));
+  if (!x.dbias.is_absent()) {
+    cudaError_t const error = cudaMemsetAsync(x.dbias.data, 0, x.dbias.bytes, *stream);
+    if (error != cudaSuccess) return cuda_status(error);
+  }
   if (forward.num_heads_q == 0) return clear(x, *stream);
   cudaError_t error = cudaSuccess;
   return launch_bwd(problem, *stream, &error) ? cuda_status(error) : not_built(forward);

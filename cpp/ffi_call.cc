@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "kernel_sizes.h"
+#include "plan.h"
 
 namespace jax_fa3 {
 
@@ -137,6 +138,28 @@ Operand to_operand(Array const& x, int64_t first_head, int64_t first_column) {
 void set_sinks(Array const& sinks, Problem* problem) {
   problem->sinks = sinks.floats();
   problem->sinks_batch_stride = sinks.is_absent() || sinks.dims[0] == 1 ? 0 : problem->num_heads_q;
+}
+
+ffi::Error set_bias(Array const& bias, Problem* problem) {
+  if (bias.dims.size() != 4) return ffi::Error::Success();  // none
+  int64_t const rows = bias.dims[2];
+  int64_t const columns = bias.dims[3];
+  if (columns < problem->seqlen_k || columns > INT32_MAX / 2) {
+    return wrong(bias, "shape " + shape_of(bias),
+                 "at least " + std::to_string(problem->seqlen_k) + " columns, one for each key");
+  }
+  if (bias.is_absent()) return ffi::Error::Success();
+  if (!takes_bias(std::max(problem->head_dim, problem->head_dim_v))) {
+    return wrong(bias, "one beside so wide heads", "none");
+  }
+  if (problem->soft_cap != 0.f) return wrong(bias, "one beside a soft cap", "none");
+  problem->bias = {bias.data,
+                   bias.dims[0] == 1 ? 0 : bias.dims[1] * rows * columns,
+                   bias.dims[1] == 1 ? 0 : rows * columns,
+                   rows == 1 ? 0 : columns,
+                   static_cast<int>(columns),
+                   bias.dtype == ffi::DataType::F32};
+  return ffi::Error::Success();
 }
 
 ffi::Error to_problem(Inputs const& inputs, Attributes const& attributes, Dims const& dims,

@@ -37,6 +37,9 @@ Operand to_operand(Array const& x, int64_t first_head = 0, int64_t first_column 
 // The sinks, if there are any.
 void set_sinks(Array const& sinks, Problem* problem);
 
+// The bias, if there is one, checked.
+ffi::Error set_bias(Array const& bias, Problem* problem);
+
 struct Attributes {
   float scale;
   float soft_cap;

@@ -15,7 +15,7 @@ struct Inputs {
 
 struct Forward : Inputs {
   Array out_before, lse_before;  // the result for other keys
-  Array sinks;
+  Array sinks, bias;
   Array out, lse, lse_low;
   Array tile_counter, long_sums;
 };
@@ -24,10 +24,11 @@ struct Backward : Inputs {
   Array qkv;  // of a packed call, in place of query, key and value
   Array out, lse, dout, dlse, lse_low;
   Array summed_dq;  // dq_accum of the call before
-  Array sinks;
+  Array sinks, bias;
   Array dquery, dkey, dvalue, dqkv;
   Array row_stats, row_intervals, query_blocks, dq_accum, turns, ranges, dkv_parts;
   Array dsinks;  // of some rows each
+  Array dbias;
 };
 
 struct Fp8Forward : Inputs {
@@ -70,6 +71,7 @@ struct Decoding {
     JAX_FA3_ROW(Arrays, dout, k16Bits, "btnv"),        \
     JAX_FA3_ROW(Arrays, dlse, kFloat32, "bnt"),        \
     JAX_FA3_ROW(Arrays, lse_low, kFloat32, "bnt|0")
+#define JAX_FA3_OF_BIAS "bnt.|1nt.|b1t.|11t.|bn1.|1n1.|b11.|111.|0"
 #define JAX_FA3_BWD_WORKSPACE(Arrays)                  \
     JAX_FA3_ROW(Arrays, row_stats, kFloat32, "*"),     \
     JAX_FA3_ROW(Arrays, row_intervals, kInt32, "*"),   \
@@ -78,7 +80,8 @@ struct Decoding {
     JAX_FA3_ROW(Arrays, turns, kInt32, "*|0"),         \
     JAX_FA3_ROW(Arrays, ranges, kInt32, "*|0"),        \
     JAX_FA3_ROW(Arrays, dkv_parts, kFloat32, "*|0"),   \
-    JAX_FA3_ROW(Arrays, dsinks, kFloat32, "bn.|0")
+    JAX_FA3_ROW(Arrays, dsinks, kFloat32, "bn.|0"),   \
+    JAX_FA3_ROW(Arrays, dbias, kFloat32, JAX_FA3_OF_BIAS)
 // clang-format on
 
 inline Target<Forward> const kFwd = {
@@ -91,6 +94,7 @@ inline Target<Forward> const kFwd = {
         JAX_FA3_ROW(Forward, out_before, kFloat32, "btnv|0", "out"),
         JAX_FA3_ROW(Forward, lse_before, kFloat32, "bnt|0", "lse"),
         JAX_FA3_ROW(Forward, sinks, kFloat32, "1n|bn|0"),
+        JAX_FA3_ROW(Forward, bias, k16BitsOrFloat32, JAX_FA3_OF_BIAS),
     },
     {
         JAX_FA3_ROW(Forward, out, k16BitsOrFloat32, "btnv"),
@@ -111,6 +115,7 @@ inline Target<Backward> const kBwd = {
         JAX_FA3_COTANGENTS(Backward),
         JAX_FA3_ROW(Backward, summed_dq, kFloat32, "*|0", "dq_accum"),
         JAX_FA3_ROW(Backward, sinks, kFloat32, "1n|bn|0"),
+        JAX_FA3_ROW(Backward, bias, k16BitsOrFloat32, JAX_FA3_OF_BIAS),
     },
     {
         JAX_FA3_ROW(Backward, dquery, k16Bits, "btnh|0"),
@@ -127,6 +132,7 @@ inline Target<Backward> const kBwdPacked = {
         JAX_FA3_MASKS(Backward),
         JAX_FA3_COTANGENTS(Backward),
         JAX_FA3_ROW(Backward, sinks, kFloat32, "1n|bn|0"),
+        JAX_FA3_ROW(Backward, bias, k16BitsOrFloat32, JAX_FA3_OF_BIAS),
     },
     {
         JAX_FA3_ROW(Backward, dqkv, k16Bits, "btph"),
@@ -206,5 +212,6 @@ inline Target<Decoding> const kDecode = {
 #undef JAX_FA3_MASKS
 #undef JAX_FA3_COTANGENTS
 #undef JAX_FA3_BWD_WORKSPACE
+#undef JAX_FA3_OF_BIAS
 
 }  // namespace jax_fa3

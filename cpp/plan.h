@@ -33,6 +33,17 @@ constexpr int64_t long_sums_of_cta(int block_m, int head_dim_v) {
 // CTAs that there is workspace for: an H100 or H200 has 132 SMs, of which each takes one.
 constexpr int kMostCtas = 132;
 
+// Whether there are kernels with a bias. Of wide heads the backward has no registers for one: its
+// two kernels spilled 4 to 28 bytes.
+constexpr bool takes_bias(int head_dim) { return bwd_tile(head_dim).fused; }
+
+// The backward's tile where there is a bias, whose slabs of 64 query rows need room.
+constexpr BwdTile bwd_tile(int head_dim, bool has_bias) {
+  BwdTile tile = bwd_tile(head_dim);
+  if (has_bias) tile.block_m = 64;
+  return tile;
+}
+
 // The head dim that the backward kernel for `head_dim` computes with.
 constexpr int bwd_width(int head_dim) { return bwd_tile(head_dim).head_dim; }
 
@@ -57,8 +68,9 @@ struct BwdWorkspace {
 constexpr int kMostSplits = 1024;
 
 constexpr BwdWorkspace bwd_workspace(int64_t batch, int64_t seqlen_q, int64_t num_heads_q,
-                                     int64_t num_heads_k, int head_dim, bool partial_dq) {
-  BwdTile const tile = bwd_tile(head_dim);
+                                     int64_t num_heads_k, int head_dim, bool partial_dq,
+                                     bool has_bias = false) {
+  BwdTile const tile = bwd_tile(head_dim, has_bias);
   int64_t const blocks = ceil_div(seqlen_q, tile.block_m);
   int64_t const rows = blocks * tile.block_m;
   int64_t const heads = batch * num_heads_q;

@@ -24,6 +24,18 @@ struct Operand {
   int64_t head_stride;
 };
 
+// What is added to the scores, [1 or b, 1 or n, 1 or t, columns], in Problem's dtype or fp32;
+// strides in elements, 0 where it is broadcast. Rows are whole multiples of 16 bytes: there may be
+// more columns than keys.
+struct DenseBias {
+  void* data;  // or null: none
+  int64_t batch_stride;
+  int64_t head_stride;
+  int64_t row_stride;
+  int columns;
+  bool is_fp32;
+};
+
 struct Problem {
   int batch;
   int seqlen_q;
@@ -53,6 +65,9 @@ struct Problem {
   float const* sinks;
   int sinks_batch_stride;
   Mask mask;
+  // Where there is one, soft_cap is 0 and out_accum null. A row all of whose keys it hides, by -inf
+  // or a number below -1e37, sees nothing.
+  DenseBias bias;
 
   // Workspace.
   int* tile_counter;  // [1]
@@ -82,6 +97,8 @@ struct BackwardProblem {
   // rows what it adds to the gradient; behind the last block zeros.
   float* dsinks;
   int dsinks_blocks;
+  // Of forward.bias, fp32, with the same strides; null: its gradient is not wanted.
+  float* dbias;
   // Workspace (plan.h). There are m blocks of bwd_tile().block_m query rows each.
   float* row_stats;    // [b, n, m, row_stats_of_block()]
   int* row_intervals;  // [b, m, block_m, 2]: key_begin, key_end

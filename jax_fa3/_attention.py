@@ -73,10 +73,16 @@ def dot_product_attention(
             compute_dtype; N is a multiple of K, and query head n reads key/value head n // (N // K).
             The kernels take bfloat16 and float16, H and V multiples of 8 up to 256; the
             forward alone H up to 576 and V up to 512.
-        bias, mask: added to the scaled scores, and bool with False for hidden; broadcastable to
-            [B, N, T, S], for which they take memory. A bias runs on XLA only. A mask is looked at when
-            the program runs: if each row of it is one interval of keys, the same for all heads, the
-            kernels take it, else with "fa3" such rows give NaN, with None it runs on XLA.
+        bias: floating, added to the scaled scores, broadcastable to [B, N, T, S], differentiable. -inf,
+            and what is not above -1e37, hides a key. The kernels read float32 and query's dtype where
+            they are, without expanding what is broadcast, and sum its gradient over that in float32;
+            other dtypes, rows that are no multiple of 16 bytes, and what is broadcast over keys, are
+            copied first. They take none beside logits_soft_cap, head dims above 128 and more than
+            262,144 keys.
+        mask: bool, False for hidden, broadcastable to [B, N, T, S]. It is looked at when the program runs:
+            if each row of it is one interval of keys, the same for all heads, the kernels take that, else
+            they take it as a bias; where they take none, with "fa3" such rows give NaN, with None it runs
+            on XLA.
         scale: of the scores; default 1 / sqrt(H). The kernels take a static float > 0, or a scalar
             of JAX or NumPy whose value is known when it is traced; XLA any real scalar.
         is_causal: row i sees key j only if j <= i + query_offset. With query_offset 0 the masks are
@@ -100,7 +106,8 @@ def dot_product_attention(
             bias and masks. 0 or None: none.
         sinks: floating [N], differentiable: each row that sees a key sees one more, with this score
             and the value 0. The log-sum-exp has it in.
-        deterministic_backward: gradients that are equal bit by bit from run to run.
+        deterministic_backward: gradients that are equal bit by bit from run to run. A bias is expanded
+            over batch and heads for it, as is its gradient in float32.
         implementation: "fa3", the kernels, or "xla", plain JAX with memory linear in T and S; both
             without fallback. A sequence of "fa3", "xla" and None is tried in order: the first that can
             take the arguments on this machine, or the last one's error. None takes the kernels when lowered for CUDA if they can take the

@@ -14,7 +14,7 @@ import numpy as np
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
-from . import _dense_mask, _dispatch, _ffi, _guards, _mask, _sharding, _sinks, _xla
+from . import _bias, _dense_mask, _dispatch, _ffi, _guards, _mask, _sharding, _sinks, _xla
 from ._jitted import finite_in_debug_mode, jitted
 from ._operands import Call, Operands, Rows, batch_letters
 from ._problem import Config, Implementation, Masks, wide
@@ -187,8 +187,12 @@ def backward(
     kernel, wanted = _ffi.bwd, dataclasses.replace(operands.letters, mask=None)
     if operands.mask is not None:
         kernel, plain = with_dense_mask(method, kernel, _dense_mask.plain_backward)
+    elif operands.bias is not None:
+        plain = _dense_mask.plain_backward
     elif operands.sinks is not None:
         plain = plain_backward_by_rows
+    if operands.bias is not None:
+        wanted = dataclasses.replace(wanted, bias=_bias.result_letters(operands))
     if operands.sinks is not None:  # of each batch entry
         wanted = dataclasses.replace(wanted, sinks=operands.result_letters[1][:2])
     per_mask = batch_letters(masks, operands.sizes.batch)

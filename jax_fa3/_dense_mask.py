@@ -1,8 +1,9 @@
-"""A dense mask in which each row sees one interval of keys is that interval, and runs on the kernels.
+"""A dense mask in which each row sees one interval of keys is that interval; any other is read by the
+kernels as a bias of 0 and -inf is, between the first and the last key that a row sees.
 
-Whether it is one is known at run time: each device looks at its own part of the mask, once, and takes
-the kernels or, for any other mask, plain JAX. All batch entries that a device has go one way, under
-vmap too, so only one of the two ever runs.
+Which it is, is known at run time: each device looks at its own part of the mask, once. All batch entries
+that a device has go one way, under vmap too, so only one of the two ever runs. What the kernels cannot
+take beside a bias is left to plain JAX.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from . import _xla
+from . import _bias, _xla
 from ._broken import marked
 from ._mask import intersect
 from ._operands import Operands, Rows
@@ -45,8 +46,9 @@ def intervals(visible: Array) -> tuple[Array, Array, Array]:
 
 @functools.cache
 def by_intervals(kernel: Function, plain: Function | None) -> Function:
-    """kernel(config, operands, masks, ...), which knows no dense mask, of operands with one. For masks
-    that are no intervals it is plain; if that is None, their rows are broken and become NaN."""
+    """kernel(config, operands, masks, ...) of operands with a dense mask: without it where intervals say
+    the same. Where they do not, and it takes no bias, it is plain; if that is None, the rows that see
+    several intervals are broken and become NaN."""
     return functools.partial(_by_intervals, kernel, plain)
 
 
@@ -59,21 +61,28 @@ def _by_intervals(
     *rest: Any,
 ) -> tuple[Array, ...]:
     begin, end, broken = _rows(operands)
+    takes_bias = _bias.refusal(config, operands.sizes) is None
+    hull = begin, end
     if masks.key_begin is not None or masks.key_end is not None:
         before = jnp.zeros_like(begin), jnp.full_like(end, operands.sizes.key_length)
         given = zip((masks.key_begin, masks.key_end), before, strict=True)
         first, last = (y if x is None else x for x, y in given)
+        hull = intersect(hull, (first, last))
         found = intersect(marked(broken, begin, end), (first, last))
     else:
         found = marked(broken, begin, end)
     found = masks._replace(key_begin=found[0], key_end=found[1])
     whole = dataclasses.replace(operands, mask=None)
-    if plain is None:
+    if takes_bias:
+        other, masks = kernel, masks._replace(key_begin=hull[0], key_end=hull[1])
+    elif plain is None:
         return kernel(config, whole, found, *rest)
+    else:
+        other = plain
     arguments = vary_together((operands, masks, whole, found, rest))
 
     def general(operands: Operands, masks: Masks, _: Any, __: Any, rest: Any) -> tuple[Array, ...]:
-        return plain(config, operands, masks, *rest)
+        return other(config, operands, masks, *rest)
 
     def fast(_: Any, __: Any, whole: Operands, found: Masks, rest: Any) -> tuple[Array, ...]:
         return kernel(config, whole, found, *rest)
@@ -82,7 +91,8 @@ def _by_intervals(
 
 
 def _rows(operands: Operands) -> tuple[Array, Array, Array]:
-    """`intervals` of the mask, [B, T] each; rows of which heads see different keys are broken."""
+    """`intervals` of the mask, [B, T] each; rows of which heads see different keys are broken, and begin
+    and end are those of all heads."""
     assert operands.mask is not None
     mask, sizes = operands.mask, operands.sizes
     begin, end, broken = intervals(mask)  # [B or 1, N or 1, T or 1]
@@ -91,7 +101,10 @@ def _rows(operands: Operands) -> tuple[Array, Array, Array]:
     differ = (begin != begin[:, :1]) | (end != end[:, :1])
     broken = (broken | differ).any(1)
     shape = sizes.batch, sizes.query_length
-    rows = jnp.broadcast_to(begin[:, 0], shape), jnp.broadcast_to(end[:, 0], shape)
+    first = jnp.where(begin < end, begin, sizes.key_length).min(1)
+    last = end.max(1)
+    first = jnp.where(first < last, first, 0)
+    rows = jnp.broadcast_to(first, shape), jnp.broadcast_to(last, shape)
     return *rows, jnp.broadcast_to(broken, shape)
 
 

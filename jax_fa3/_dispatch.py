@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax import Array, lax
 
-from . import _devices, _ffi, _guards, _sharding
+from . import _bias, _devices, _ffi, _guards, _sharding
 from ._checks import wrong
 from ._jitted import jitted
 from ._operands import Call, Operands
@@ -58,7 +58,9 @@ def refusal(call: Call) -> str | None:
 def refusal_of_options(call: Call) -> str | None:
     """`refusal`, as far as it does not depend on dtype and head dims."""
     if call.operands.bias is not None:
-        return f"bias: got a dense array, wanted None, as the kernels take none; or {ELSEWHERE}"
+        reason = _bias.refusal(call.config, call.operands.sizes)
+        if reason is not None:
+            return f"{reason}, or {ELSEWHERE}"
     if call.operands.scale is not None:
         wanted = "wanted a static float: multiply query by it and pass scale=1.0"
         return f"scale: got a traced value, {wanted}, or {ELSEWHERE}"

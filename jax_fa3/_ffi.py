@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from . import _plan
+from . import _bias, _plan
 from ._custom_call import attributes_of, custom_call
 from ._kernel_sizes import BWD_ROWS, KERNELS, bwd_tile
 from ._operands import Operands, Rows
@@ -97,7 +97,7 @@ def fwd(
     fp32 [B, N, T]; with_lse_low also what lse lost to its rounding, for the backward.
 
     Args:
-        operands: bf16 or fp16.
+        operands: bf16 or fp16; with a mask as a bias is read, which has a copy then.
         before: fp32 results for other keys, to be joined with; they are overwritten.
     """
     batch, length, key_length, num_heads, _, head_dim, head_dim_v = operands.sizes
@@ -124,6 +124,7 @@ def fwd(
         out_before=out_before,
         lse_before=lse_before,
         sinks=operands.sinks,
+        bias=_bias.for_kernels(config, operands),
     )
     names = ("out", "lse", "lse_low") if with_lse_low else ("out", "lse")
     return tuple(found[name] for name in names)
@@ -139,7 +140,8 @@ def bwd(
     finish_dq: bool = True,
 ) -> tuple[Array, ...]:
     """The backward kernels: (dq, dk, dv), or the gradient of the packed array alone; in the operands'
-    dtype, but dk and dv in fp32 if config.partial. Behind them, if there are sinks, theirs: fp32 [B, N].
+    dtype, but dk and dv in fp32 if config.partial. Behind them, if there are sinks, theirs, fp32 [B, N],
+    and that of the bias.
 
     Args:
         operands: as for fwd. Key and value side by side may also be uint32 words of two numbers
@@ -158,17 +160,26 @@ def bwd(
     if not bwd_tile(width).fused and finish_dq and summed_dq is None:
         dq_accum = jax.ShapeDtypeStruct((*per_row, 0), jnp.float32)
     workspace = _plan.bwd_workspace(_C, config, masks, sizes, query.dtype, dq_accum)
-    common: dict[str, Any] = masks._asdict() | rows._asdict() | {"sinks": operands.sinks}
+    bias = _bias.for_kernels(config, operands)
+    if bias is not None:
+        if operands.bias is not None:
+            workspace |= _plan.dbias(config, bias, workspace)
+        # Rows of which it hides every key: their weights are to be 0.
+        rows = rows._replace(lse=jnp.where(rows.lse == -jnp.inf, jnp.inf, rows.lse))
+    common: dict[str, Any] = masks._asdict() | rows._asdict()
+    common |= {"sinks": operands.sinks, "bias": bias}
     if operands.sinks is not None:
         workspace["dsinks"] = _plan.dsinks(sizes, dq_accum)
 
-    def with_dsinks(*grads: Array) -> tuple[Array, ...]:
-        return grads if operands.sinks is None else (*grads, found["dsinks"].sum(-1))
+    def with_others(*grads: Array) -> tuple[Array, ...]:
+        dsinks = () if operands.sinks is None else (found["dsinks"].sum(-1),)
+        dbias = () if operands.bias is None else (_bias.gradient(found["dbias"], operands),)
+        return *grads, *dsinks, *dbias
 
     if operands.packed is not None:
         results = {"dqkv": jax.ShapeDtypeStruct(query.shape, query.dtype), **workspace}
         found = custom_call(BWD_PACKED, results, attributes, qkv=query, **common)
-        return with_dsinks(found["dqkv"].reshape(operands.query.shape))
+        return with_others(found["dqkv"].reshape(operands.query.shape))
     dkv_dtype = jnp.float32 if config.partial else query.dtype
     grads = {
         "dquery": jax.ShapeDtypeStruct(query.shape, query.dtype) if finish_dq else None,
@@ -186,7 +197,7 @@ def bwd(
         **common,
         summed_dq=summed_dq,
     )
-    return with_dsinks(found["dquery" if finish_dq else "dq_accum"], found["dkey"], found["dvalue"])
+    return with_others(found["dquery" if finish_dq else "dq_accum"], found["dkey"], found["dvalue"])
 
 
 def dq_sum_of(query: Array, num_heads: int, head_dim_v: int) -> jax.ShapeDtypeStruct:

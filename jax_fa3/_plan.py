@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from . import _bias
 from ._custom_call import window_attribute
 from ._kernel_sizes import BWD_FEWEST_ROWS
 from ._problem import Config, Masks, Sizes
@@ -68,6 +69,16 @@ def dsinks(sizes: Sizes, dq_accum: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct
     height, too."""
     blocks = dq_accum.shape[2] // BWD_FEWEST_ROWS
     return jax.ShapeDtypeStruct((sizes.batch, sizes.num_heads, blocks), jnp.float32)
+
+
+def dbias(config: Config, bias: jax.Array, workspace: Workspace) -> Workspace:
+    """No workspace either: the gradient of a bias, as the kernels write it. One that is the same for all
+    rows has a fixed order only where one CTA goes through them."""
+    found = {"dbias": _bias.gradient_of(bias)}
+    parts = workspace.get("dkv_parts")
+    if config.deterministic_backward and bias.shape[2] == 1 and parts is not None:
+        found["dkv_parts"] = jax.ShapeDtypeStruct((1, *parts.shape[1:]), parts.dtype)
+    return found
 
 
 def splits(library: ModuleType | None, config: Config, masks: Masks, sizes: Sizes) -> int:

@@ -12,6 +12,7 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import DTypeLike
 
+from ._bias import LEAST
 from ._broken import BROKEN_BEGIN, BROKEN_END, nan_rows
 
 
@@ -128,7 +129,7 @@ def attention(
     if mask is not None:
         visible = visible & mask
     if bias is not None:
-        visible = visible & (bias != -jnp.inf)
+        visible = visible & ~(bias.astype(query.dtype) <= LEAST)
     # What nobody sees may hold NaN, and 0 * NaN is NaN: it is taken out of the products.
     used = visible.any((1, 3)) | broken[:, 0]
     query = jnp.where(used[..., None, None], query, 0)

@@ -51,6 +51,7 @@ _COTANGENTS = (
     Row("dlse", _FLOAT32),
     Row("lse_low", _FLOAT32, optional=True),
 )
+_BIAS = Row("bias", _16_BITS_OR_FLOAT32, optional=True)
 _BWD_WORKSPACE = (
     Row("row_stats", _FLOAT32),
     Row("row_intervals", _INT32),
@@ -60,6 +61,7 @@ _BWD_WORKSPACE = (
     Row("ranges", _INT32, optional=True),
     Row("dkv_parts", _FLOAT32, optional=True),
     Row("dsinks", _FLOAT32, optional=True),
+    Row("dbias", _FLOAT32, optional=True),
 )
 
 TARGETS = {
@@ -72,6 +74,7 @@ TARGETS = {
             Row("out_before", _FLOAT32, optional=True),
             Row("lse_before", _FLOAT32, optional=True),
             Row("sinks", _FLOAT32, optional=True),
+            _BIAS,
         ),
         results=(
             Row("out", _16_BITS_OR_FLOAT32),
@@ -90,6 +93,7 @@ TARGETS = {
             *_COTANGENTS,
             Row("summed_dq", _FLOAT32, optional=True),
             Row("sinks", _FLOAT32, optional=True),
+            _BIAS,
         ),
         results=(
             Row("dquery", _16_BITS, optional=True),
@@ -104,6 +108,7 @@ TARGETS = {
             *_MASKS,
             *_COTANGENTS,
             Row("sinks", _FLOAT32, optional=True),
+            _BIAS,
         ),
         results=(Row("dqkv", _16_BITS), *_BWD_WORKSPACE),
     ),

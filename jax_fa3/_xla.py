@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from . import _bias
 from ._broken import nan_rows, row_sums, touched
 from ._mask import row_intervals
 from ._problem import wide
@@ -36,8 +37,8 @@ def attention(config: Config, operands: Operands, masks: Masks) -> tuple[Array, 
 
     Args:
         config: scale may have any sign; logits_soft_cap comes after scale and before bias.
-        operands: of any float dtype; scale takes the place of config's; a bias of -inf and a mask of
-            False hide a key; sinks are fp32, or fp64 for fp64 inputs.
+        operands: of any float dtype; scale takes the place of config's; a bias of -inf (of _bias.LEAST or less) and a mask
+            of False hide a key; sinks are fp32, or fp64 for fp64 inputs.
 
     Returns:
         out: [B, T, N, V] in query's dtype, or lse's if config.partial.
@@ -64,7 +65,7 @@ def attention(config: Config, operands: Operands, masks: Masks) -> tuple[Array, 
         visible = _visible(begin, end, key.shape[1])
         if "bias" in tensors:
             scores += tensors["bias"].astype(scores.dtype)
-            visible &= tensors["bias"] != -jnp.inf
+            visible &= ~(tensors["bias"].astype(scores.dtype) <= _bias.LEAST)  # NaN stays NaN
         if "mask" in tensors:
             visible &= tensors["mask"]
 

@@ -208,11 +208,11 @@ CALLS: dict[str, Callable[..., Any]] = {
     "nnx, decoding": _layer("nnx", ROTARY | {"decode": True}),
     "linen, decoding": _layer("linen", ROTARY | {"decode": True}),
     "attention_fn": _attention_fn,
+    "bias and mask": _dense,
 }
 
 # Those that the kernels do not take.
 PLAIN: dict[str, Callable[..., Any]] = {
-    "bias and mask": _dense,
     "array scale": _array_scale,
     "no query heads": _no_heads,
 }

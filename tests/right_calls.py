@@ -35,20 +35,28 @@ from jax_fa3.kv_cache._sequences import Where
 
 
 def FORWARD(
-    config: Config, *arrays: Any, packed: Any = None, sinks: Any = None, **options: Any
+    config: Config,
+    *arrays: Any,
+    packed: Any = None,
+    sinks: Any = None,
+    bias: Any = None,
+    **options: Any,
 ) -> Any:
     """_ffi.fwd of the arrays of operands, and masks."""
     *tensors, masks = arrays
-    return _ffi.fwd(config, Operands(*tensors, packed=packed, sinks=sinks), masks, **options)
+    operands = Operands(*tensors, packed=packed, sinks=sinks, bias=bias)
+    return _ffi.fwd(config, operands, masks, **options)
 
 
 def BACKWARD(config: Config, operands: Any, masks: Masks, *rows: Any, **options: Any) -> Any:
     return _ffi.bwd(config, operands, masks, Rows(*rows), **options)
 
 
-def backward_of_three(config: Config, *arrays: Any, sinks: Any = None, **options: Any) -> Any:
+def backward_of_three(
+    config: Config, *arrays: Any, sinks: Any = None, bias: Any = None, **options: Any
+) -> Any:
     """Of query, key, value, masks, and rows."""
-    return BACKWARD(config, Operands(*arrays[:3], sinks=sinks), *arrays[3:], **options)
+    return BACKWARD(config, Operands(*arrays[:3], sinks=sinks, bias=bias), *arrays[3:], **options)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +131,9 @@ def right_calls() -> dict[str, Call]:
     def with_sinks(config: Config) -> Any:
         return lambda *x: FORWARD(config, *x[:3], Masks(), sinks=x[3])
 
+    def with_bias(bias: Any, *x: Any) -> Any:
+        return FORWARD(plain, *x, Masks(), bias=bias)
+
     def joined(config: Config) -> Any:
         return lambda *x: FORWARD(config, *x[:3], Masks(), before=x[3:])
 
@@ -143,6 +154,10 @@ def right_calls() -> dict[str, Call]:
         "fwd with sinks of each entry": recorded(
             with_sinks(every), *operands, Struct((B, N), jnp.float32)
         ),
+        "fwd with bias": recorded(with_bias, Struct((1, N, T, S), q.dtype), *operands),
+        "fwd with bias of each entry": recorded(
+            with_bias, Struct((B, 1, 1, S), jnp.float32), *operands
+        ),
         "fwd of many keys": with_long_sums(
             recorded(lambda *x: FORWARD(plain, *x, Masks()), *operands)
         ),
@@ -155,6 +170,10 @@ def right_calls() -> dict[str, Call]:
         "bwd with sinks": recorded(
             lambda s, *x: backward_of_three(plain, *x[:3], Masks(), *x[3:], sinks=s),
             *(Struct((1, N), jnp.float32), *operands, *rows),
+        ),
+        "bwd with bias": recorded(
+            lambda bias, *x: backward_of_three(plain, *x[:3], Masks(), *x[3:], bias=bias),
+            *(Struct((1, N, T, S), q.dtype), *operands, *rows),
         ),
         "bwd in parts": in_parts(backward(plain), *operands, Masks(), *rows, low),
         "bwd of float16": recorded(backward(every), *half, masks, *half_rows, low),

@@ -158,7 +158,11 @@ def test_lowers_to_the_call_alone():
     text = lower(lambda *x: jax_fa3.dot_product_attention(*x, is_causal=True), *qkv)
     assert targets(text) == [FWD]
     assert operations(text) == {"custom_call", "broadcast_in_dim"}
-    assert sorted(re.findall(r"broadcast_in_dim.*-> tensor<(.*)>", text)) == ["0xf32", "0xi32"]
+    assert sorted(re.findall(r"broadcast_in_dim.*-> tensor<(.*)>", text)) == [
+        "0xbf16",
+        "0xf32",
+        "0xi32",
+    ]
     lengths = structs((B,), (B,), (B, T), (B, T), dtype=jnp.int32)
     names = "query_seq_lengths", "key_value_seq_lengths", "key_begin", "key_end"
 
@@ -193,7 +197,11 @@ def test_segments_lower_to_their_kernel():
     text = lower(function, qkv, ids)
     assert targets(text) == [SEGMENTS, FWD]
     assert operations(text) == {"custom_call", "broadcast_in_dim"}  # nothing between the two
-    assert sorted(re.findall(r"broadcast_in_dim.*-> tensor<(.*)>", text)) == ["0xf32", "0xi32"]
+    assert sorted(re.findall(r"broadcast_in_dim.*-> tensor<(.*)>", text)) == [
+        "0xbf16",
+        "0xf32",
+        "0xi32",
+    ]
     assert targets(lower(function, qkv, ids, platform="cpu")) == []
 
 

@@ -64,17 +64,17 @@ def operands(mask: Any, **more: Any) -> Operands:
 
 
 def kernel(config: Config, operands: Operands, masks: Masks) -> tuple[Array, ...]:
-    """Instead of a kernel, so that it runs here; to be told from plain JAX by its log-sum-exp."""
-    assert operands.mask is None and masks.key_begin is not None and masks.key_end is not None
+    """Instead of a kernel, so that it runs here; its log-sum-exp says that it was told intervals."""
+    assert masks.key_begin is not None and masks.key_end is not None
     out, lse = _xla.attention(config, operands, masks)
-    return out, lse + 1000
+    return out, lse + (1000 if operands.mask is None else 0)
 
 
 ON_CUDA = _dense_mask.by_intervals(kernel, _xla.attention)
 
 
 def attend(operands: Operands, masks: Masks = NO_MASKS) -> tuple[Array, Array, Array]:
-    """out, lse, and which entries the kernel computed; as the library does it on a GPU."""
+    """out, lse, and which entries were intervals to the kernel; as the library does it on a GPU."""
     per_mask = jax.tree.map(lambda x: "b" + "." * (x.ndim - 1), masks)
     letters, results = (operands.letters, per_mask), operands.result_letters
     static = None, ON_CUDA, ON_CUDA, (CONFIG,), letters, results
@@ -84,7 +84,7 @@ def attend(operands: Operands, masks: Masks = NO_MASKS) -> tuple[Array, Array, A
 
 
 @pytest.mark.parametrize("name", INTERVALS | OTHERS)
-def test_intervals_run_on_the_kernel_and_others_are_right(name: str):
+def test_intervals_are_told_from_others_and_both_are_right(name: str):
     """With the call's other masks, which may make an interval of nothing else."""
     given = operands((INTERVALS | OTHERS)[name])
     begin = jnp.tile(jnp.arange(T) % 4, (B, 1))
@@ -115,7 +115,7 @@ def test_under_vmap_all_entries_go_one_way():
 
 @pytest.mark.parametrize("heads", [1, N])
 def test_each_device_looks_at_its_own(heads: int):
-    """An entry that is none sends no other device's to plain JAX."""
+    """An entry that is none changes no other device's way."""
     mask = np.repeat(np.repeat(CAUSAL, B, 0), heads, 1)
     mask[1, :, :, 4] = False
     mesh = Mesh(np.array(jax.devices()[:2]), ("x",))
@@ -127,12 +127,18 @@ def test_each_device_looks_at_its_own(heads: int):
     np.testing.assert_allclose(out, exact[0], atol=1e-5)
 
 
-def test_without_fallback_others_are_nan():
+def test_others_beside_a_soft_cap():
+    """There the kernels take no bias: without fallback such rows are NaN."""
+    capped = dataclasses.replace(CONFIG, logits_soft_cap=3.0)
     rows = np.ones((B, 1, T, S), bool)
     rows[1, :, 3, 5] = False
-    found = _dense_mask.by_intervals(kernel, None)(CONFIG, operands(rows), Masks())
+    found = _dense_mask.by_intervals(kernel, None)(capped, operands(rows), Masks())
     assert np.isnan(found[0]).all((2, 3)).tolist() == [[False] * T, [i == 3 for i in range(T)]]
     assert np.isfinite(found[0][0]).all()
+    found = ON_CUDA(capped, operands(rows), Masks())
+    np.testing.assert_allclose(
+        found[0], _xla.attention(capped, operands(rows), Masks())[0], atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("kind", [None, AxisType.Explicit, AxisType.Auto], ids=str)
@@ -164,7 +170,7 @@ def test_gradients(name: str, kind: Any):
 
 @needs_kernels
 def test_kernels_take_them():
-    """The kernel, and beside it plain JAX; with "fa3" the kernel alone."""
+    """The kernel for either way, and no plain JAX."""
     shapes = [
         jax.ShapeDtypeStruct((B, n, k, 64), jnp.bfloat16) for n, k in ((T, N), (S, K), (S, K))
     ]
@@ -179,6 +185,6 @@ def test_kernels_take_them():
 
     for implementation in (None, "fa3"):
         text = lower(loss(implementation), *shapes, mask)
-        assert targets(text) == [_targets.FWD, _targets.BWD]
-        assert ("dot_general" in operations(text)) == (implementation is None)
+        assert targets(text) == [_targets.FWD] * 2 + [_targets.BWD] * 2
+        assert "dot_general" not in operations(text)
     assert jax_fa3.is_supported(*shapes, mask=mask, device="sm_90") is None

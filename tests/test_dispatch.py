@@ -171,7 +171,9 @@ def test_is_supported_takes_shapes_values_and_bad_arguments():
     scalar = jax.ShapeDtypeStruct((), jnp.float32)
     assert "scale: got a traced" in (jax_fa3.is_supported(query, key, value, scale=scalar) or "")
     bias = jax.ShapeDtypeStruct((16, 16), jnp.float32)
-    assert "bias: got a dense" in (jax_fa3.is_supported(query, key, value, bias=bias) or "")
+    assert jax_fa3.is_supported(query, key, value, bias=bias) == reason
+    found = jax_fa3.is_supported(query, key, value, bias=bias, logits_soft_cap=3.0)
+    assert "logits_soft_cap: got one beside a bias" in (found or "")
     assert "key: got shape" in (jax_fa3.is_supported(query, zeros[1:], value) or "")
 
 

@@ -1,4 +1,4 @@
-"""Dense masks on a Hopper GPU: those of one interval a row run on the kernels, all others are right too."""
+"""Dense masks on a Hopper GPU: as intervals where each row is one, else as a bias."""
 
 import dataclasses
 import functools
@@ -51,15 +51,15 @@ def test_is_right(name: str, head_dim: int):
         with_mask, dtype, inputs, cotangents
     )
     assert_rounded(found, exact, rounded, case, jnp.finfo(dtype).eps)
-    if name not in ("random", "heads differ"):  # and bit by bit what the kernels give
+    if head_dim <= 128 or name not in ("random", "heads differ"):  # and no other way
         fa3 = run(case, "fa3", dtype, cotangents, inputs, mask)
         assert equal(fa3[:2], found[:2])
 
 
 @pytest.mark.parametrize("name", ["random", "heads differ"])
-def test_fa3_never_falls_back(name: str):
-    """Rows of several intervals are NaN, as those of a broken segment."""
-    case = Case(name, T, S)
+def test_beside_a_soft_cap(name: str):
+    """There the kernels take intervals alone: rows of several are NaN, as those of a broken segment."""
+    case = Case(name, T, S, logits_soft_cap=3.0)
     inputs, cotangents = case.inputs(jnp.bfloat16), case.cotangents(jnp.bfloat16)
     found = run(case, "fa3", jnp.bfloat16, cotangents, inputs, MASKS[name])
     assert np.isnan(np.asarray(found.out, np.float32)).all()
@@ -79,11 +79,11 @@ def test_vmap():
 
 
 def test_only_one_of_the_two_runs():
-    """A conditional, under vmap too, with one kernel in it."""
+    """A conditional, under vmap too, with a kernel in each way."""
     q, k, v = Case("one", T, S).inputs(jnp.bfloat16)
     call = functools.partial(jax_fa3.dot_product_attention, q, k, v)
     for function in (lambda m: call(mask=m), jax.vmap(lambda m: call(mask=m))):
         masks = jnp.asarray(CAUSAL) if function.__name__ == "<lambda>" else jnp.stack([CAUSAL] * 2)
         text = jax.jit(function).lower(masks).compile().as_text()
         assert text is not None and " conditional(" in text
-        assert text.count('custom_call_target="jax_fa3.fwd.v1"') == 1
+        assert text.count('custom_call_target="jax_fa3.fwd.v1"') == 2

@@ -111,6 +111,17 @@ def wrong_throughout() -> Iterator[tuple[str, Call]]:
     sinks = Struct((1, N), jnp.float32)
     yield "fwd joined with sinks", recorded(with_sinks, sinks, *operands_of(), *before)
 
+    def with_bias(config: Config, **options: Any) -> Any:
+        return lambda bias, *x: FORWARD(config, *x[:3], Masks(), bias=bias, **options)
+
+    bias = Struct((1, N, T, S), jnp.bfloat16)
+    capped = dataclasses.replace(config, logits_soft_cap=30.0)
+    yield "fwd with bias and soft cap", recorded(with_bias(capped), bias, *operands_of())
+    right = recorded(with_bias(config), bias, *operands_of())
+    for place, shape in [(11, (1, N, T, S - 8)), (11, (1, N, T, 0)), (11, (2, 2, T, S))]:
+        operands = (*right.operands[:place], Struct(shape, bias.dtype), *right.operands[12:])
+        yield f"fwd with bias {shape}", dataclasses.replace(right, operands=operands)
+
     # Sizes beyond 32 bits, in arrays without elements.
     long = 2**31
     q, k, x = operands_of(batch=0, length=long)
@@ -124,14 +135,20 @@ def wrong_throughout() -> Iterator[tuple[str, Call]]:
 # Dtypes that an array, by its kind and place, may have as well.
 _MAY_BE = {
     (_targets.FWD, "results", 0): ("float32",),
+    (_targets.FWD, "operands", 11): ("float32",),  # bias
+    (_targets.BWD, "operands", 15): ("float32",),
+    (_targets.BWD_PACKED, "operands", 12): ("float32",),
     (_targets.FWD_FP8, "results", 0): ("float32", "float16", "bfloat16"),
     (_targets.QUANTIZE, "operands", 0): ("float16", "bfloat16"),
 }
 
+_BIAS = {(_targets.FWD, "operands", 11), (_targets.BWD, "operands", 15)}
+
 # Dimensions of any size, or of several: S, which this operand says; how many parts there are, or none;
-# sinks of one or of each batch entry.
+# sinks and bias of one or of each batch entry.
 _FREE = {
     (_targets.FWD, "operands", 10, 0),
+    (_targets.FWD, "operands", 11, 0),
     (_targets.SEGMENT_INTERVALS, "operands", 1, 1),
     (_targets.BWD, "results", 9, 0),
     (_targets.BWD_PACKED, "results", 7, 0),
@@ -168,6 +185,7 @@ def _wrong_arrays(target: str, kind: str, place: int, x: Struct) -> Iterator[Str
     if len(x.shape) == 4 and not workspace:  # columns that are no whole vectors
         wider = (1, 4, 8) if x.dtype == jnp.float8_e4m3fn else (1, 4)
         wider = (1, 2) if x.dtype == jnp.uint32 else wider
+        wider = (1,) if (target, kind, place) in _BIAS else wider  # of which more are right
         shapes += [_with(x.shape, 3, x.shape[3] + n) for n in wider]
     yield from (Struct(shape, x.dtype) for shape in shapes)
     # Where XLA's binding knows the dtype, one other is enough.

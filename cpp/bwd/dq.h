@@ -15,14 +15,17 @@ namespace jax_fa3::bwd {
 
 template <class Element_, int kHeadDim_, int kHeadDimV_>
 struct QueryTraits {
+  using Params = bwd::Params;
+  static constexpr bool kHasBias = false;
+  static constexpr BwdTile kTile = bwd_tile(kHeadDim_);  // of the main kernel
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kHeadDimV = kHeadDimV_;
   static constexpr int kBlockM = kBwdQueryRows;
   static constexpr int kBlockN = 64;
-  static constexpr int kStages = 2;                               // of K
-  static constexpr int kStagesV = kHeadDim > 192 ? 1 : 2;         // of V: there is no room for more
-  static constexpr int kRecordRows = bwd_tile(kHeadDim).block_m;  // of preprocess's records
+  static constexpr int kStages = 2;                        // of K
+  static constexpr int kStagesV = kHeadDim > 192 ? 1 : 2;  // of V: there is no room for more
+  static constexpr int kRecordRows = kTile.block_m;        // of preprocess's records
   static constexpr int kConsumerThreads = 256;
   static constexpr int kThreads = 128 + kConsumerThreads;
   static constexpr int kProducerRegisters = 24;

@@ -20,14 +20,18 @@ CUTLASS_DEVICE void init_barriers(typename Traits::SharedStorage& storage) {
   storage.key_full.init(1);
   storage.value_full.init(1);
   storage.staged.init(1);
-  storage.query_pipeline.init(kConsumerWarps + Traits::kWritersdQ);
+  storage.query_pipeline.init(kConsumerWarps + Traits::kWritersdQ + Traits::kHasBias);
+  if constexpr (Traits::kHasBias) {
+    for (auto& ring : storage.bias_rings) ring.init();
+  }
   storage.dout_pipeline.init(kConsumerWarps);
   cutlass::arch::fence_barrier_init();
 }
 
 template <class Traits>
-CUTLASS_DEVICE void consume_fused(Params const& params, typename Traits::SharedStorage& storage,
-                                  KeyTile const& tile, int warpgroup) {
+CUTLASS_DEVICE void consume_fused(typename Traits::Params const& params,
+                                  typename Traits::SharedStorage& storage, KeyTile const& tile,
+                                  int warpgroup) {
   using Element = typename Traits::Element;
   constexpr int kBlockN = Traits::kBlockN;
   Tensor tdK = partition_fragment_C(typename Traits::template MmaGrad<Traits::kHeadDim>{},
@@ -35,6 +39,7 @@ CUTLASS_DEVICE void consume_fused(Params const& params, typename Traits::SharedS
   Tensor tdV = partition_fragment_C(typename Traits::template MmaGrad<Traits::kHeadDimV>{},
                                     Shape<Int<kBlockN>, Int<Traits::kHeadDimV>>{});
   PipelineState<Traits::kStages> state;
+  PipelineState<Traits::kBiasStages> bias_state;
   float const scale = ds_scale<Element>(params, tile.batch, tile.head_k);
   float const scale_of_dk = params.softmax_scale / scale;
   GradRows const rows = rows_of_keys<Traits>(params, tile, warpgroup * 64);
@@ -43,7 +48,7 @@ CUTLASS_DEVICE void consume_fused(Params const& params, typename Traits::SharedS
   do {
     clear(tdK);
     clear(tdV);
-    ends = mma<Traits>(params, storage, tile, warpgroup, state, scale, tdK, tdV);
+    ends = mma<Traits>(params, storage, tile, warpgroup, state, bias_state, scale, tdK, tdV);
     scale_grad(tdK, scale_of_dk);
     if (params.dkv_partial == nullptr) break;
     accumulate_partial(tdV, dkv_partial(params, tile.split, true), rows, params.head_dim_v, first);
@@ -66,7 +71,7 @@ CUTLASS_DEVICE void consume_fused(Params const& params, typename Traits::SharedS
 
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, 1)
-    bwd_kernel(__grid_constant__ Params const params) {
+    bwd_kernel(__grid_constant__ typename Traits::Params const params) {
   extern __shared__ char memory[];
   auto& storage = *reinterpret_cast<typename Traits::SharedStorage*>(memory);
   int const warp = cutlass::canonical_warp_idx_sync();
@@ -89,6 +94,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
       load<Traits>(params, storage, tile);
     } else if (warp <= Traits::kWritersdQ) {
       if constexpr (Traits::kFused) write_dq<Traits>(params, storage, tile, warp - 1);
+    } else if (warp == 3) {
+      if constexpr (Traits::kHasBias) load_bias_of_steps<Traits>(params, storage, tile);
     }
   } else {
     cutlass::arch::warpgroup_reg_alloc<Traits::kConsumerRegisters>();

@@ -16,7 +16,7 @@ namespace jax_fa3::bwd {
 
 // Traits: of the kernel that is to be launched, whose tiles the descriptors load.
 template <class Traits>
-cudaError_t make_params(BackwardProblem const& problem, Params* params) {
+cudaError_t make_params(BackwardProblem const& problem, typename Traits::Params* params) {
   Problem const& p = problem.forward;
   constexpr int kSlabQ = slab(Traits::kHeadDim);
   constexpr int kSlabV = slab(Traits::kHeadDimV);
@@ -64,7 +64,7 @@ cudaError_t make_params(BackwardProblem const& problem, Params* params) {
   params->ranges = partial_dq ? nullptr : reinterpret_cast<uint32_t*>(problem.ranges);
   params->dq_accum = problem.dq_accum;
   params->mask = p.mask;
-  BwdTile const tile = bwd_tile(Traits::kHeadDim);
+  constexpr BwdTile tile = Traits::kTile;
   params->num_m_blocks = ceil_div(p.seqlen_q, tile.block_m);
   params->batch = p.batch;
   params->num_heads_q = p.num_heads_q;
@@ -93,25 +93,34 @@ cudaError_t make_params(BackwardProblem const& problem, Params* params) {
   params->dq_order = {
       ceil_div(p.seqlen_q, kBlockM), p.num_heads_q, p.batch,
       static_cast<int>(std::min(masked ? heads_q : group, int64_t{p.num_heads_q} * p.batch))};
+  if constexpr (Traits::kHasBias) {
+    params->softmax_scale_log2 = kLog2E;
+    params->dbias = problem.dbias;
+    params->dbias_batch_stride = p.bias.batch_stride;
+    params->dbias_head_stride = p.bias.head_stride;
+    params->dbias_row_stride = p.bias.row_stride;
+    return make_bias(&params->bias, p.bias, p.batch, p.num_heads_q, p.seqlen_q, p.softmax_scale);
+  }
   return cudaSuccess;
 }
 
-template <class Kernel>
-cudaError_t launch_if_any(Kernel kernel, int64_t num_ctas, int num_threads, int shared_bytes,
-                          Params& params, cudaStream_t stream) {
+template <class Params>
+cudaError_t launch_if_any(void (*kernel)(Params), int64_t num_ctas, int num_threads,
+                          int shared_bytes, Params& params, cudaStream_t stream) {
   if (num_ctas == 0) return cudaSuccess;
   return launch_kernel(kernel, num_ctas, num_threads, shared_bytes, params, stream);
 }
 
-template <DType kDType, int kHeadDim, int kHeadDimV>
-cudaError_t launch(BackwardProblem const& problem, cudaStream_t stream) {
+template <DType kDType, int kHeadDim, int kHeadDimV, bool kHasBias>
+cudaError_t launch_kernels(BackwardProblem const& problem, cudaStream_t stream) {
   using Element = ElementOf<kDType>;
   constexpr int kWidth = bwd_width(kHeadDim);
   constexpr int kWidthV = kHeadDimV == kHeadDim ? kWidth : kHeadDimV;
-  using Main = Traits<Element, kWidth, kWidthV>;
+  using Main = Traits<Element, kWidth, kWidthV, kHasBias>;
   if (problem.forward.seqlen_q == 0 && problem.forward.seqlen_k == 0) return cudaSuccess;
-  Params params{};
-  JAX_FA3_RETURN_IF_ERROR(make_params<Main>(problem, &params));
+  typename Main::Params of_main{};
+  JAX_FA3_RETURN_IF_ERROR(make_params<Main>(problem, &of_main));
+  Params& params = of_main;
   int64_t const blocks = int64_t{params.num_m_blocks} * params.num_heads_q * problem.forward.batch;
   if (params.ranges != nullptr && kDType == DType::kFloat16) {
     int const batch = problem.forward.batch;
@@ -128,7 +137,7 @@ cudaError_t launch(BackwardProblem const& problem, cudaStream_t stream) {
   JAX_FA3_RETURN_IF_ERROR(
       launch_if_any(kPreprocess, blocks, kPreprocessThreads, 0, params, stream));
   JAX_FA3_RETURN_IF_ERROR(launch_if_any(bwd_kernel<Main>, params.order.num_tiles(), Main::kThreads,
-                                        sizeof(typename Main::SharedStorage), params, stream));
+                                        sizeof(typename Main::SharedStorage), of_main, stream));
   if (params.dkv_partial != nullptr) {
     int64_t const vectors = int64_t{problem.forward.batch} * params.mask.seqlen_k *
                             params.num_heads_k * (params.head_dim + params.head_dim_v) / 8;
@@ -142,10 +151,21 @@ cudaError_t launch(BackwardProblem const& problem, cudaStream_t stream) {
                          stream);
   } else {
     using Query = QueryTraits<Element, kWidth, kWidthV>;
-    JAX_FA3_RETURN_IF_ERROR(make_params<Query>(problem, &params));
+    JAX_FA3_RETURN_IF_ERROR(make_params<Query>(problem, &of_main));
     return launch_if_any(dq_kernel<Query>, params.dq_order.num_tiles(), Query::kThreads,
-                         sizeof(typename Query::SharedStorage), params, stream);
+                         sizeof(typename Query::SharedStorage), of_main, stream);
   }
+}
+
+template <DType kDType, int kHeadDim, int kHeadDimV>
+cudaError_t launch(BackwardProblem const& problem, cudaStream_t stream) {
+  if (problem.forward.bias.data == nullptr) {
+    return launch_kernels<kDType, kHeadDim, kHeadDimV, false>(problem, stream);
+  }
+  if constexpr (takes_bias(kHeadDim)) {
+    return launch_kernels<kDType, kHeadDim, kHeadDimV, true>(problem, stream);
+  }
+  return cudaErrorNotSupported;  // the handlers have refused it
 }
 
 }  // namespace jax_fa3::bwd

@@ -6,17 +6,19 @@
 // cores work on dQ of the step before (head dim 64) or on dP (128, where registers are fewer).
 #pragma once
 
+#include "bwd/bias.h"
 #include "bwd/scores.h"
 #include "bwd/traits.h"
 #include "common/gemm.h"
 
 namespace jax_fa3::bwd {
 
-// S^T to P^T, once S^T is there. With a soft cap just to tanh, for dS takes both.
-template <class Records, class Scores>
+// S^T to P^T, once S^T is there. With a soft cap just to tanh, for dS takes both. There is none
+// where there is a bias.
+template <bool kHasBias, class Records, class Scores>
 CUTLASS_DEVICE void make_p(Params const& params, Records const& records, bool masked, Scores& tS) {
   warpgroup_fence_operand(tS);
-  if (params.score.cap_scale != 0.f) {
+  if (!kHasBias && params.score.cap_scale != 0.f) {
     params.score.cap_all(tS);
   } else if (masked) {
     probabilities<true>(params, records, tS);
@@ -26,11 +28,11 @@ CUTLASS_DEVICE void make_p(Params const& params, Records const& records, bool ma
 }
 
 // dP^T to dS^T, once dP^T is there; with a soft cap also what make_p() left to P^T.
-template <class Records, class Scores>
+template <bool kHasBias, class Records, class Scores>
 CUTLASS_DEVICE void make_ds(Params const& params, Records const& records, float scale, Scores& tS,
                             Scores& tdP) {
   warpgroup_fence_operand(tdP);
-  if (params.score.cap_scale != 0.f) {
+  if (!kHasBias && params.score.cap_scale != 0.f) {
     CUTLASS_PRAGMA_UNROLL
     for (int i = 0; i < size(tS); ++i) tdP(i) *= scale * Score::cap_grad(tS(i));
     CUTLASS_PRAGMA_UNROLL
@@ -79,10 +81,10 @@ CUTLASS_DEVICE void hand_over_dq(typename Traits::SharedStorage& storage, int wa
 
 // The steps of one sum of dK and dV in the accumulators (Step::last). Returns whether they are the
 // CTA's last.
-template <class Traits, class State, class dKey, class dValue>
-CUTLASS_DEVICE bool mma(Params const& params, typename Traits::SharedStorage& storage,
-                        KeyTile const& tile, int warpgroup, State& state, float scale, dKey& tdK,
-                        dValue& tdV) {
+template <class Traits, class State, class BiasState, class dKey, class dValue>
+CUTLASS_DEVICE bool mma(typename Traits::Params const& params,
+                        typename Traits::SharedStorage& storage, KeyTile const& tile, int warpgroup,
+                        State& state, BiasState& bias_state, float scale, dKey& tdK, dValue& tdV) {
   using Element = typename Traits::Element;
   constexpr int kBlockM = Traits::kBlockM;
   constexpr int kBlockN = Traits::kBlockN;
@@ -157,9 +159,20 @@ CUTLASS_DEVICE bool mma(Params const& params, typename Traits::SharedStorage& st
   };
   // P^T and dS^T as A operands of dV and dK.
   auto const make_operands = [&] {
-    make_ds(params, records(), scale, tS, tdP);
+    make_ds<Traits::kHasBias>(params, records(), scale, tS, tdP);
     copy(packed<Element>(tS), packed_p);
+    if constexpr (Traits::kHasBias) {
+      add_dbias(params, tile.batch, step.head, step.m_block * kBlockM, key, scale, tdP);
+    }
     copy(packed<Element>(tdP), packed_ds);
+  };
+  auto const make_probabilities = [&] {
+    if constexpr (Traits::kHasBias) {
+      warpgroup_fence_operand(tS);
+      add_bias_transposed<Element>(params.bias, storage.bias_rings[warpgroup],
+                                   storage.bias(warpgroup), bias_state, tS);
+    }
+    make_p<Traits::kHasBias>(params, records(), step.masked, tS);
   };
   auto const release_dout = [&](int stage) {
     warpgroup_fence_operand(tdV);
@@ -179,7 +192,7 @@ CUTLASS_DEVICE bool mma(Params const& params, typename Traits::SharedStorage& st
   storage.value_full.wait(0);
   issue_dp();
   warpgroup_wait<1>();
-  make_p(params, records(), step.masked, tS);
+  make_probabilities();
   warpgroup_wait<0>();
   make_operands();
   if constexpr (Traits::kNarrow) share_ds<Traits>(storage, warpgroup, state.stage, packed_ds);
@@ -199,7 +212,7 @@ CUTLASS_DEVICE bool mma(Params const& params, typename Traits::SharedStorage& st
       issue_dq(last_stage);
       warpgroup_wait<1>();
       release_query(last_stage);
-      make_p(params, records(), step.masked, tS);
+      make_probabilities();
       warpgroup_wait<0>();
       hand_over_dq<Traits>(storage, warpgroup, last_stage, tdQ);
       issue_dp();
@@ -219,7 +232,7 @@ CUTLASS_DEVICE bool mma(Params const& params, typename Traits::SharedStorage& st
       release_query(last_stage);
       issue_dp();
       warpgroup_wait<1>();
-      make_p(params, records(), step.masked, tS);
+      make_probabilities();
     }
     warpgroup_wait<0>();
     make_operands();

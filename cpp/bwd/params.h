@@ -3,6 +3,7 @@
 
 #include <cuda.h>
 
+#include "common/bias.h"
 #include "common/mask.h"
 #include "common/row_set.h"
 #include "common/score.h"
@@ -80,6 +81,14 @@ struct Params {
   CUTLASS_HOST_DEVICE int64_t m_block_index(int batch, int head, int m_block) const {
     return (int64_t{batch} * num_heads_q + head) * num_m_blocks + m_block;
   }
+};
+
+// With a bias `score` is the identity, and softmax_scale_log2 that of scores whose factor of q.k
+// Bias has.
+struct BiasParams : Params {
+  Bias bias;
+  float* dbias;  // or null
+  int64_t dbias_batch_stride, dbias_head_stride, dbias_row_stride;
 };
 
 }  // namespace jax_fa3::bwd

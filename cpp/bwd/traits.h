@@ -4,6 +4,7 @@
 #include <cute/tensor.hpp>
 
 #include "bwd/barriers.h"
+#include "bwd/params.h"
 #include "common/barriers.h"
 #include "common/layouts.h"
 #include "common/wgmma.h"
@@ -31,12 +32,14 @@ struct Step {
   bool ends;  // it is the CTA's last
 };
 
-template <class Element_, int kHeadDim_, int kHeadDimV_>
+template <class Element_, int kHeadDim_, int kHeadDimV_, bool kHasBias_ = false>
 struct Traits {
+  static constexpr bool kHasBias = kHasBias_;
+  using Params = std::conditional_t<kHasBias, BiasParams, bwd::Params>;
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kHeadDimV = kHeadDimV_;
-  static constexpr BwdTile kTile = bwd_tile(kHeadDim);
+  static constexpr BwdTile kTile = bwd_tile(kHeadDim, kHasBias);
   static constexpr int kBlockM = kTile.block_m;  // query rows of a step
   static constexpr int kBlockN = kTile.block_n;  // keys of the CTA
   static constexpr bool kFused = kTile.fused;
@@ -127,13 +130,17 @@ struct Traits {
   static constexpr int kSizedQ = kBlockM * kHeadDim;  // in fp32
   static constexpr int kSizedS = kBlockM * kBlockN;   // of one buffer
 
+  // The bias: each warpgroup that computes S has a ring of slabs, behind `exchange`.
+  static constexpr int kBiasStages = kHasBias ? 2 : 1;
+  static constexpr int kSizeBias = kHasBias ? kWarpgroupsN * kBiasStages * kBiasSlab : 0;
+
   struct SharedStorage {
     alignas(1024) uint16_t key[kSizeK];
     alignas(1024) uint16_t value[kSizeV];
     alignas(1024) uint16_t query[kStages * kSizeQ];
     alignas(1024) uint16_t dout[kStages * kSizedO];
     // Fused: dS for dQ. Wide: P, from one warpgroup to the other. Two buffers.
-    alignas(1024) uint16_t exchange[2 * kSizedS];
+    alignas(1024) uint16_t exchange[2 * kSizedS + kSizeBias];
     alignas(1024) float dquery[kFused ? kSizedQ : 1];
     alignas(128) float stats[kStages * row_stats_of_block(kBlockM)];
     alignas(128) int2 intervals[kStages * kBlockM];
@@ -143,6 +150,11 @@ struct Traits {
     FullBarrier staged;  // a tile with rows to be zeroed has landed
     Pipeline<kStages> query_pipeline;
     Pipeline<kStages> dout_pipeline;
+    BiasRing<kBiasStages> bias_rings[kWarpgroupsN];
+
+    CUTLASS_DEVICE uint16_t* bias(int warpgroup) {
+      return exchange + 2 * kSizedS + warpgroup * kBiasStages * kBiasSlab;
+    }
   };
   static_assert(sizeof(SharedStorage) <= 227 * 1024);
 };

@@ -4,6 +4,7 @@
 #include <cutlass/arch/reg_reconfig.h>
 #include <cutlass/cutlass.h>
 
+#include "fwd/bias.h"
 #include "fwd/epilogue.h"
 #include "fwd/load.h"
 #include "fwd/mma.h"
@@ -12,7 +13,8 @@ namespace jax_fa3::fwd {
 
 template <class Element, int kHeadDim, int kHeadDimV, Keys kKeys>
 CUTLASS_DEVICE void consume(
-    Traits<Element, kHeadDim, kHeadDimV, kKeys>, Params const& params,
+    Traits<Element, kHeadDim, kHeadDimV, kKeys>,
+    typename Traits<Element, kHeadDim, kHeadDimV, kKeys>::Params const& params,
     typename Traits<Element, kHeadDim, kHeadDimV, kKeys>::SharedStorage& storage, int warpgroup) {
   using Traits = Traits<Element, kHeadDim, kHeadDimV, kKeys>;
   Turns<Traits::kPingPong ? Traits::kConsumerWarpgroups : 1> const turns{warpgroup};
@@ -40,6 +42,7 @@ CUTLASS_DEVICE void consume(
     Softmax softmax{params.exponents};
     if (work.blocks.begin < work.blocks.end) {
       mma<Traits>(params, storage, state, turns, work, find_rows, rows, softmax, tOrO);
+      if constexpr (Traits::kHasBias) mark_hidden_rows(softmax, rows);
     } else {
       find_rows(rows);
     }
@@ -72,7 +75,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     } else if (warp == 1) {
       schedule<Traits>(params, storage);
     } else {
-      use_spare_warp(Traits{}, params);
+      use_spare_warp(Traits{}, params, storage, warp - 2);
     }
   } else {
     cutlass::arch::warpgroup_reg_alloc<Traits::kConsumerRegisters>();

@@ -41,7 +41,7 @@ inline void set_common(Problem const& p, int block_m, Params* params) {
 }
 
 template <class Traits>
-cudaError_t make_params(Problem const& problem, Params* params) {
+cudaError_t make_params(Problem const& problem, typename Traits::Params* params) {
   Problem const& p = problem;
   // Without keys nothing is read, but a descriptor must point somewhere.
   Operand key = p.key;
@@ -58,6 +58,12 @@ cudaError_t make_params(Problem const& problem, Params* params) {
                                             p.num_heads_q, p.batch, Traits::kSlabV, 64));
   }
   set_common(p, Traits::kBlockM, params);
+  if constexpr (Traits::kHasBias) {
+    float const factor = params->softmax_scale;
+    params->softmax_scale = 1.f;
+    params->exponents = exponents_of(kLog2E);
+    return make_bias(&params->bias, p.bias, p.batch, p.num_heads_q, p.seqlen_q, factor);
+  }
   return cudaSuccess;
 }
 
@@ -79,7 +85,7 @@ cudaError_t launch_persistent(typename Traits::Params& params, cudaStream_t stre
 
 template <class Traits>
 cudaError_t launch_tile(Problem const& problem, cudaStream_t stream) {
-  Params params{};
+  typename Traits::Params params{};
   JAX_FA3_RETURN_IF_ERROR(make_params<Traits>(problem, &params));
   JAX_FA3_RETURN_IF_ERROR(reset_counter(params, stream));
   int64_t most_ctas = INT_MAX;
@@ -95,6 +101,12 @@ cudaError_t launch(Problem const& problem, cudaStream_t stream) {
   using Element = ElementOf<kDType>;
   constexpr bool kTwoTiles =
       fwd_tile(kHeadDim, kHeadDimV, true).block_m != fwd_tile(kHeadDim, kHeadDimV, false).block_m;
+  if (problem.bias.data != nullptr) {
+    if constexpr (takes_bias(kHeadDim)) {
+      return launch_tile<Traits<Element, kHeadDim, kHeadDimV, Keys::kBias>>(problem, stream);
+    }
+    return cudaErrorNotSupported;  // the handlers have refused it
+  }
   if (problem.long_sums_size > 0 && !few_keys(problem.mask)) {
     return launch_tile<Traits<Element, kHeadDim, kHeadDimV, Keys::kMany>>(problem, stream);
   }

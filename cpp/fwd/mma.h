@@ -17,7 +17,8 @@ namespace jax_fa3::fwd {
 // last key block to the first. `find_rows` finds the intervals of the thread's rows; it is called
 // while the tensor cores compute the first S.
 template <class Traits, class Turns, class FindRows, class Out>
-CUTLASS_DEVICE void mma(Params const& params, typename Traits::SharedStorage& storage,
+CUTLASS_DEVICE void mma(typename Traits::Params const& params,
+                        typename Traits::SharedStorage& storage,
                         typename Traits::ConsumerState& state, Turns turns, WorkTile const& work,
                         FindRows const& find_rows, Interval (&rows)[kRowsPerThread],
                         Softmax& softmax, Out& tOrO) {
@@ -66,8 +67,16 @@ CUTLASS_DEVICE void mma(Params const& params, typename Traits::SharedStorage& st
   auto const release_query = [&](int n_block) {
     if (elected && n_block == blocks.begin) storage.query_empty[warpgroup].arrive();
   };
+  auto const take_scores = [&] {
+    warpgroup_fence_operand(tSrS);
+    release(keys, state.key);
+    if constexpr (Traits::kHasBias) {
+      add_bias<Element>(params.bias, storage.bias_rings[warpgroup], storage.bias(warpgroup),
+                        state.bias, tSrS);
+    }
+  };
   auto const mask_block = [&](int n_block) {
-    params.score.apply(tSrS);
+    if constexpr (!Traits::kHasBias) params.score.apply(tSrS);
     mask_scores(tSrS, rows, n_block * kBlockN + lane_column);
   };
   auto const convert = [&] {
@@ -89,8 +98,7 @@ CUTLASS_DEVICE void mma(Params const& params, typename Traits::SharedStorage& st
   clear(tOrO);
   find_rows(rows);
   warpgroup_wait<0>();
-  warpgroup_fence_operand(tSrS);
-  release(keys, state.key);
+  take_scores();
   if (n_block < blocks.full_begin || n_block >= blocks.full_end) mask_block(n_block);
   softmax.template update_max<Traits::kMaxOfThree>(tSrS);
   release_query(n_block);
@@ -108,8 +116,7 @@ CUTLASS_DEVICE void mma(Params const& params, typename Traits::SharedStorage& st
     issue_out();
     turns.pass();
     warpgroup_wait<1>();
-    warpgroup_fence_operand(tSrS);
-    release(keys, state.key);
+    take_scores();
     if constexpr (decltype(masked)::value) mask_block(n_block);
     softmax.template update_max<Traits::kMaxOfThree>(tSrS);
     // P V was issued right behind S and is done soon after. ptxas waits for it before most of the

@@ -3,6 +3,7 @@
 
 #include <cuda.h>
 
+#include "common/bias.h"
 #include "common/mask.h"
 #include "common/score.h"
 #include "common/softmax.h"
@@ -36,6 +37,11 @@ struct Params {
   Score score;
   float const* sinks;  // [1 or b, n] or null: a score, in base e, of one more key, whose value is 0
   int sinks_batch_stride;
+};
+
+// With a bias `score` is the identity, and softmax_scale 1: Bias has the factor of q.k.
+struct BiasParams : Params {
+  Bias bias;
 };
 
 }  // namespace jax_fa3::fwd

@@ -1,9 +1,12 @@
 // Shape of the machine code of one forward kernel: tile, warpgroups, registers, shared memory.
 #pragma once
 
+#include <algorithm>
 #include <cute/tensor.hpp>
+#include <type_traits>
 
 #include "common/barriers.h"
+#include "common/bias.h"
 #include "common/layouts.h"
 #include "common/mask.h"
 #include "common/softmax.h"
@@ -20,17 +23,21 @@ using namespace cute;
 // How many keys there are for a tile. With few of them tiles have fewer query rows; with many, O is
 // summed in memory, too (long_sums.h). That code is in a kernel of its own: though never run, it
 // costs a causal forward of 2,048 keys 2 %.
-enum class Keys { kFew, kUsual, kMany };
+//
+// kBias: with a dense bias (common/bias.h), whose slabs need memory, and registers: so two
+// consumers.
+enum class Keys { kFew, kUsual, kMany, kBias };
 
 template <class Element_, int kHeadDim_, int kHeadDimV_, Keys kKeys_>
 struct Traits {
-  using Params = fwd::Params;
+  static constexpr bool kHasBias = kKeys_ == Keys::kBias;
+  using Params = std::conditional_t<kHasBias, BiasParams, fwd::Params>;
   using Softmax = jax_fa3::Softmax;
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kHeadDimV = kHeadDimV_;
   static constexpr Keys kKeys = kKeys_;
-  static constexpr FwdTile kTile = fwd_tile(kHeadDim, kHeadDimV, kKeys == Keys::kFew);
+  static constexpr FwdTile kTile = fwd_tile(kHeadDim, kHeadDimV, kKeys == Keys::kFew || kHasBias);
   static constexpr int kBlockM = kTile.block_m;
   static constexpr int kBlockN = kTile.block_n;
   static constexpr bool kOutOverValue = kTile.out_over_value;
@@ -103,18 +110,29 @@ struct Traits {
   static constexpr int kSizeOut = kBlockM * kColumnsV;
   static constexpr int kOutRows = kBlockM;  // of a slab of the output
 
+  // A warpgroup's slabs of the bias: two blocks' worth, or what there is room for. They lie behind
+  // V.
+  static constexpr int kSmemOfTiles =
+      2 * (kSizeQ + kStages * (kSizeK + kSizeV) + (kOutOverValue ? 0 : kSizeOut)) + 1024;
+  static constexpr int kBiasStages =
+      kHasBias ? std::min(4, (227 * 1024 - kSmemOfTiles) / (kConsumerWarpgroups * kBiasSlabBytes))
+               : 1;
+  static_assert(kBiasStages > 0);
+  static constexpr int kSizeBias = kHasBias ? kConsumerWarpgroups * kBiasStages * kBiasSlab : 0;
+
   // A consumer's positions in the pipelines, kept from tile to tile.
   struct ConsumerState {
     PipelineState<kStages> key;
     PipelineState<kStages> value;
     PipelineState<kWorkStages> work;
+    PipelineState<kBiasStages> bias;
     uint32_t query_phase = 0;
   };
 
   struct SharedStorage {
     alignas(1024) uint16_t query[kSizeQ];
     alignas(1024) uint16_t key[kStages * kSizeK];
-    alignas(1024) uint16_t value[kStages * kSizeV];
+    alignas(1024) uint16_t value[kStages * kSizeV + kSizeBias];
     alignas(1024) uint16_t out_tile[kOutOverValue ? 1 : kSizeOut];
     FullBarrier query_full[kConsumerWarpgroups];  // each warpgroup's 64 rows by themselves
     EmptyBarrier query_empty[kConsumerWarpgroups];
@@ -124,6 +142,7 @@ struct Traits {
     Pipeline<kStages> value_pipeline;
     Pipeline<kWorkStages> work_pipeline;
     WorkTile work[kWorkStages];
+    BiasRing<kBiasStages> bias_rings[kHasBias ? kConsumerWarpgroups : 1];
 
     CUTLASS_DEVICE void init_barriers() {
       constexpr int kConsumerWarps = kConsumerWarpgroups * 4;
@@ -132,10 +151,16 @@ struct Traits {
       value_staged.init(1);
       key_pipeline.init(kConsumerWarps);
       value_pipeline.init(kConsumerWarps);
-      work_pipeline.init(kConsumerWarps + 1);  // and the loading warp
+      work_pipeline.init(kConsumerWarps + 1 + (kHasBias ? kConsumerWarpgroups : 0));  // and loaders
+      if constexpr (kHasBias) {
+        for (auto& ring : bias_rings) ring.init();
+      }
       cutlass::arch::fence_barrier_init();
     }
 
+    CUTLASS_DEVICE uint16_t* bias(int warpgroup) {
+      return value + kStages * kSizeV + warpgroup * kBiasStages * kBiasSlab;
+    }
     CUTLASS_DEVICE uint16_t* out(int warpgroup) {
       uint16_t* const tile = kOutOverValue ? value : out_tile;
       return tile + warpgroup * 64 * kSlabV;

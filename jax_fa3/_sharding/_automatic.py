@@ -20,7 +20,7 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from .. import _guards
-from ._letters import CONTEXT_PARALLEL, Axes, ByLetter, sizes, spec, split_kv_heads
+from ._letters import CONTEXT_PARALLEL, Axes, ByLetter, sizes, spec, split_kv_heads, summed
 
 
 def partitioned(
@@ -43,6 +43,8 @@ def partitioned(
         every = (*operands, *found)
         mesh, axes_of = _read([(x.sharding, len(x.shape)) for x in every])
         axes = _choose(axes_of, [*letters, *results])
+        if mesh.size < len(operands[0].sharding.device_set) and "+" in "".join(results):
+            axes = {}
         size = sizes(operands, letters)
         # Part of the devices only: the others' axes are manual, and collectives cannot name ours.
         partial = mesh.size < len(operands[0].sharding.device_set)
@@ -53,7 +55,7 @@ def partitioned(
             # On one device's part: the axes of a jax.set_mesh around the compilation mean nothing.
             with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
                 return tuple(
-                    _sum(x, shared) if shared and "k" in dims else x
+                    _sum(x, shared) if shared and "k" in dims else summed(x, dims, axes)
                     for x, dims in zip(function(*operands), results, strict=True)
                 )
 
@@ -88,8 +90,8 @@ def _sharding_rule(
         nonlocal dots
         factors = []
         for letter in dims:
-            dots += letter == "."
-            factors.append(f"dot{dots}" if letter == "." else names.get(letter, letter))
+            dots += letter in ".+"
+            factors.append(f"dot{dots}" if letter in ".+" else names.get(letter, letter))
         return " ".join(factors)
 
     sides = (", ".join(map(mapping, group)) for group in (letters, results))
@@ -153,7 +155,7 @@ def _choose(axes_of: Sequence[Sequence[Axes]], letters: Sequence[str]) -> ByLett
     for dims, axes in zip(letters, axes_of, strict=True):
         for letter, found in zip(dims.replace("k", "n"), axes, strict=True):
             taken = {axis for of in chosen.values() for axis in of}
-            if letter != "." and not chosen.get(letter) and not taken.intersection(found):
+            if letter not in ".+" and not chosen.get(letter) and not taken.intersection(found):
                 chosen[letter] = found
     return chosen
 

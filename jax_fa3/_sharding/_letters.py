@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 
-from jax import Array
+from jax import Array, lax
 from jax.sharding import PartitionSpec
 
 Axes = tuple[str, ...]
@@ -20,7 +20,8 @@ def sizes(operands: Iterable[Array], letters: Iterable[str]) -> dict[str, int]:
     """The size of each letter but the dot."""
     found = {}
     for x, dims in zip(operands, letters, strict=True):
-        found |= {letter: n for letter, n in zip(dims, x.shape, strict=True) if letter != "."}
+        pairs = zip(dims, x.shape, strict=True)
+        found |= {letter: n for letter, n in pairs if letter not in ".+"}
     return found
 
 
@@ -33,6 +34,14 @@ def split_kv_heads(
     while num_kv_heads % math.prod(axis_sizes[axis] for axis in axes[:count]):
         count -= 1
     return axes[:count], axes[count:]
+
+
+def summed(x: Array, dims: str, axes: Mapping[str, Axes]) -> Array:
+    """A device's part of a result, added up over those that split what its dimensions of + are sums
+    over: the first over the batch, the second over query heads."""
+    of = [axes.get(letter, ()) for letter, mark in zip("bn", dims, strict=False) if mark == "+"]
+    names = tuple(axis for axes in of for axis in axes)
+    return lax.psum(x.astype("float32"), names).astype(x.dtype) if names else x
 
 
 def undistinguished(dims: str) -> str:

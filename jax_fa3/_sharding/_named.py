@@ -24,6 +24,7 @@ from ._letters import (
     sizes,
     spec,
     split_kv_heads,
+    summed,
     undistinguished,
 )
 
@@ -71,7 +72,8 @@ def over_named_axes(
                     own_kv_heads(x, plan.shared, dims.index("k")) if "k" in dims else x
                     for x, dims in zip(operands, letters, strict=True)
                 )
-            return function(*operands)
+            found = function(*operands)
+            return tuple(summed(x, dims, plan.axes) for x, dims in zip(found, results, strict=True))
 
         out_specs = tuple(spec(dims, plan.axes) for dims in results)
         # Inside another shard_map JAX (0.10 to 0.12) differentiates one wrongly, and notices, unless

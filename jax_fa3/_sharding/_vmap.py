@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.custom_batching import custom_vmap
 
 from .._varying import vary_together
@@ -39,6 +39,9 @@ def folded_into_batch(
 
     @call.def_vmap
     def rule(_: int, in_batched: Any, *operands: Array) -> tuple[tuple[Array, ...], Any]:
+        if "+" in "".join(results):  # each entry has sums of its own
+            whole = folded_into_batch(function, letters, results)
+            return _one_by_one(whole, in_batched, operands)
         new = chr(ord("A") + results[0].index("b"))
         more = tuple(
             new + dims if batched else dims
@@ -48,6 +51,20 @@ def folded_into_batch(
         return call(*operands), tuple(True for _ in results)
 
     return call
+
+
+def _one_by_one(
+    call: Callable[..., tuple[Array, ...]], in_batched: Any, operands: tuple[Array, ...]
+) -> tuple[tuple[Array, ...], Any]:
+    mapped = [x for x, batched in zip(operands, in_batched, strict=True) if batched]
+
+    def entry(own: list[Array]) -> tuple[Array, ...]:
+        rest = iter(own)
+        pairs = zip(operands, in_batched, strict=True)
+        return call(*(next(rest) if batched else x for x, batched in pairs))
+
+    found = lax.map(entry, mapped)
+    return found, tuple(True for _ in found)
 
 
 def _folded(

@@ -1,0 +1,97 @@
+"""A dense bias on a Hopper GPU, and its gradient."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from biases import BIASES, BiasCase, assert_right, inputs, oracles, with_gradients
+from cases import CAUSAL, Case
+from helpers import equal, poison
+
+import jax_fa3
+
+pytestmark = pytest.mark.gpu
+
+attention = functools.partial(
+    jax_fa3.dot_product_attention, implementation="fa3", return_residual=True
+)
+both = jax.jit(oracles, static_argnums=0)
+
+
+def of(case: Case, **options: Any) -> Any:
+    """attention of four arrays."""
+    arguments = case.arguments | options
+    return functools.partial(lambda a, q, k, v, b: attention(q, k, v, b, **a), arguments)
+
+
+def check(one: BiasCase, arrays: Any, rows: int = 64, **options: Any) -> Any:
+    case, dtype = one.case, arrays[0].dtype
+    cotangents = case.cotangents(dtype)
+    poison(case, dtype)
+    found = jax.jit(functools.partial(with_gradients, of(case, **options)))(cotangents, *arrays)
+    assert found.dbias.dtype == arrays[3].dtype and found.dbias.shape == arrays[3].shape
+    assert_right(found, both(case, arrays, cotangents), case, jnp.finfo(dtype).eps, rows)
+    return found
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("one", BIASES, ids=str)
+def test_table(one: BiasCase, dtype: Any):
+    check(one, inputs(one, dtype))
+
+
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+@pytest.mark.parametrize("values", ["means", "small"])
+def test_values(values: str, head_dim: int):
+    one = BiasCase(Case(values, 300, 333, H=head_dim, mask=CAUSAL), "1nts")
+    change: Any = {"means": lambda x: 1 + 0.3 * x, "small": lambda x: 1e-3 * x}[values]
+    check(one, tuple(map(change, inputs(one, jnp.bfloat16))))
+
+
+@pytest.mark.parametrize("form", ["1nts", "bn1s", "111s"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_deterministic(form: str, head_dim: int):
+    one = BiasCase(Case("deterministic", 700, 513, 8, 2, H=head_dim, B=3, mask=CAUSAL), form)
+    arrays = inputs(one, jnp.bfloat16)
+    first = check(one, arrays, deterministic_backward=True)
+    call = functools.partial(with_gradients, of(one.case, deterministic_backward=True))
+    again = jax.jit(call)(one.case.cotangents(jnp.bfloat16), *arrays)
+    assert equal(first, again)
+
+
+def test_packed():
+    one = BiasCase(Case("packed", 200, 200, 4, 4, H=64, mask=CAUSAL), "1nts")
+    q, k, v, bias = inputs(one, jnp.bfloat16)
+    cotangents = one.case.cotangents(jnp.bfloat16)
+
+    def packed(q: Any, k: Any, v: Any, bias: Any) -> Any:
+        qkv = jnp.stack((q, k, v), 2)
+        options: Any = {"implementation": "fa3", "return_residual": True}
+        return jax_fa3.qkv_dot_product_attention(qkv, bias=bias, **CAUSAL, **options)
+
+    found = jax.jit(functools.partial(with_gradients, packed))(cotangents, q, k, v, bias)
+    wanted = both(one.case, (q, k, v, bias), cotangents)
+    assert_right(found, wanted, one.case, jnp.finfo(jnp.bfloat16).eps)
+
+
+def test_other_dtype():
+    """fp16 beside bfloat16: read as fp32."""
+    one = BiasCase(Case("other", H=64), "1nts")
+    *tensors, bias = inputs(one, jnp.bfloat16)
+    check(one, (*tensors, bias.astype(jnp.float16)))
+
+
+def test_under_vmap():
+    one = BiasCase(Case("vmap", 100, 130, H=64), "1nts")
+    q, k, v, bias = inputs(one, jnp.bfloat16)
+    call = functools.partial(with_gradients, of(one.case))
+    cotangents = one.case.cotangents(jnp.bfloat16)
+    found = jax.jit(jax.vmap(call, (None, 0, None, None, None)))(
+        cotangents, jnp.stack((q, -q)), k, v, bias
+    )
+    for i, x in enumerate((q, -q)):
+        entry = jax.tree.map(lambda y, i=i: y[i], found)
+        wanted = both(one.case, (x, k, v, bias), cotangents)
+        assert_right(entry, wanted, one.case, jnp.finfo(jnp.bfloat16).eps)

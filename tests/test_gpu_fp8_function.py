@@ -56,7 +56,7 @@ def test_function(name: str, dtype: Any, options: Any, shifted: bool):
     ]
     dequantized = fp8_oracle.all_dequantized(*zip(*pairs, strict=True))
     rounded = fp8_oracle.oracle(case, dequantized, jnp.float32, stepwise=True)
-    rounded = fp8_oracle.with_means(case, rounded, inputs[0], *means[1:], dtype)
+    rounded = fp8_oracle.with_means(case, rounded, inputs[0], means[1], means[2], dtype)
     rounded = fp8_oracle.with_backward(case, rounded, exact, inputs, cotangents, dtype)
     assert found.out.dtype == found.dq.dtype == dtype
     assert_rounded(found, exact, rounded, case, jnp.finfo(dtype).eps)

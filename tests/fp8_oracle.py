@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 from cases import Case
 from helpers import Results
+from helpers import oracle as exact_oracle
 from jax import Array, lax
 from jax.typing import DTypeLike
 
@@ -153,14 +154,46 @@ def oracle(case: Case, inputs: Any, dtype: Any = None, stepwise: bool = False) -
         return Results(*_reference.attention(*inputs, **case.arguments, round_to=round_to))
 
 
+def with_means(
+    case: Case, rounded: Results, query: Array, key_mean: Any, value_mean: Any, dtype: DTypeLike
+) -> Results:
+    """out in dtype and lse of whole keys and values, from those of what is left without their means,
+    [B, K, H] or None, in fp32: the kernel sees only that."""
+    out, lse = rounded.out, rounded.lse
+    sees = lse > -jnp.inf
+    if value_mean is not None:
+        mean = value_mean.repeat(case.N // case.K, axis=1)[:, None]
+        out = jnp.where(sees[..., None], out + mean, out)
+    if key_mean is not None:
+        mean = key_mean.repeat(case.N // case.K, axis=1)
+        shift = jnp.einsum("btnh,bnh->btn", query.astype(jnp.float32), mean, precision="highest")
+        lse = jnp.where(
+            sees, lse + shift * (case.H**-0.5 if case.scale is None else case.scale), lse
+        )
+    return Results(_reference.rounded(out, dtype), lse)
+
+
+def with_backward(
+    case: Case, rounded: Results, exact: Results, inputs: Any, cotangents: Any, dtype: DTypeLike
+) -> Results:
+    """rounded, and the gradients of 16-bit attention that go by its out and lse: their weights are the
+    exact ones times a factor of the row, and the row's sum of dout * out is of this out."""
+    dout, dlse = (x.astype(jnp.float32) for x in cotangents)
+    factor = jnp.where(jnp.isfinite(rounded.lse), jnp.exp(exact.lse - rounded.lse), 1)
+    change = jnp.nan_to_num(dout) * jnp.nan_to_num(rounded.out.astype(jnp.float32) - exact.out)
+    changed = factor[..., None] * dout, factor * (dlse - change.sum(-1))
+    grads = exact_oracle(case, jnp.float32, inputs, changed)[2:]
+    return Results(*rounded[:2], *(_reference.rounded(x, dtype) for x in grads))
+
+
 def all_dequantized(tensors: Any, scales: Any) -> list[Array]:
     return [jnp.asarray(dequantized(*pair)) for pair in zip(tensors, scales, strict=True)]
 
 
 def scaled(case: Case, seed: int = 0, shifted: bool = False) -> tuple[Any, Any]:
     """e4m3 query, key and value of a case, NaN planted past the lengths if it says so, and scales
-    that differ from block to block. shifted: values have mean 1 and standard deviation 0.3. They are powers of two: then a sum is cut off at the same bit
-    whether its terms were scaled or not."""
+    that differ from block to block. They are powers of two: then a sum is cut off at the same bit
+    whether its terms were scaled or not. shifted: values have mean 1 and standard deviation 0.3."""
     rng = np.random.default_rng(seed)
     plain = dataclasses.replace(case, planted=False)
     query, key, value = map(np.asarray, plain.inputs(jnp.float32, seed))

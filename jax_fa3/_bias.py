@@ -17,6 +17,7 @@ from ._problem import Config, Sizes
 
 LEAST = -1e37  # what is not above hides its key, as -inf does; the kernels' softmax knows no less
 MOST_KEYS = 2**18  # of which one sum of the forward's kernel with a bias does not drift
+_NOT_RUN = range(65, 97)  # head dims whose kernels with a bias no GPU has run yet
 _VECTOR = 16  # bytes of which a row is a multiple
 
 
@@ -27,6 +28,8 @@ def refusal(config: Config, sizes: Sizes) -> str | None:
     width = max(sizes.head_dim, sizes.head_dim_v)
     if not bwd_tile(width).fused:
         return f"bias: got one beside head dim {width}, wanted none beside more than 128"
+    if width in _NOT_RUN:
+        return f"bias: got one beside head dim {width}, wanted none beside 65 to 96"
     keys = sizes.key_length
     if not jax.export.is_symbolic_dim(keys) and keys > MOST_KEYS:
         return f"bias: got {keys} keys, wanted at most {MOST_KEYS} beside it"

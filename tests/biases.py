@@ -35,7 +35,7 @@ def _cases() -> list[BiasCase]:
     sinks = (0.0, -2.0, 3.0, 1.5)
     broken = packed(documents(50, 40, 60, 50, ids=(0, 1, 0, 2)))
     forms = ["bnts", "1nts", "b1ts", "11ts", "bn1s", "1n1s", "b11s", "111s", "1nt1"]
-    dims = [64, 128, 96, 80, 72]
+    dims = [64, 128, 104, 120, 112]
     table = [
         BiasCase(Case("causal", H=128, mask=CAUSAL), "1nts"),
         BiasCase(Case("odd", 199, 261, H=128), "1nts", hides=True),

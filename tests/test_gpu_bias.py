@@ -42,7 +42,7 @@ def test_table(one: BiasCase, dtype: Any):
     check(one, inputs(one, dtype))
 
 
-@pytest.mark.parametrize("head_dim", [64, 96, 128])
+@pytest.mark.parametrize("head_dim", [64, 104, 128])
 @pytest.mark.parametrize("values", ["means", "small"])
 def test_values(values: str, head_dim: int):
     one = BiasCase(Case(values, 300, 333, H=head_dim, mask=CAUSAL), "1nts")

@@ -34,6 +34,10 @@ def step(caches: Any, lengths: Any = LENGTHS, table: Any = TABLE, layout: str = 
     return out, tuple(found[: len(caches)])
 
 
+def _zeros(caches: Any) -> jax.Array:
+    return jnp.zeros((B, T, N, H), caches[0].dtype)
+
+
 def donated(caches: Any, layout: str) -> Any:
     return step(caches, layout=layout)
 
@@ -52,7 +56,7 @@ def fori_loop(caches: Any, layout: str) -> Any:
         out, caches = step(carry[1], LENGTHS + i, layout=layout)
         return carry[0] + out, caches
 
-    return lax.fori_loop(0, 4, body, (jnp.zeros((B, T, N, H)), caches))
+    return lax.fori_loop(0, 4, body, (_zeros(caches), caches))
 
 
 def while_loop(caches: Any, layout: str) -> Any:
@@ -65,13 +69,13 @@ def while_loop(caches: Any, layout: str) -> Any:
         out, caches = step(carry[1], LENGTHS + carry[2], layout=layout)
         return out, caches, carry[2] + 1
 
-    out, caches, _ = lax.while_loop(more, body, (jnp.zeros((B, T, N, H)), caches, jnp.int32(0)))
+    out, caches, _ = lax.while_loop(more, body, (_zeros(caches), caches, jnp.int32(0)))
     return out, caches
 
 
 def cond(caches: Any, layout: str) -> Any:
     def other(caches: Any) -> Any:
-        return jnp.zeros((B, T, N, H)), caches
+        return _zeros(caches), caches
 
     return lax.cond(
         caches[0][0, 0, 0, 0] < 5, functools.partial(donated, layout=layout), other, caches
@@ -96,7 +100,7 @@ def decoding(caches: Any, layout: str) -> Any:
         out, caches = pool(carry[1], layout)
         return carry[0] + out, caches
 
-    return lax.fori_loop(0, 4, body, (jnp.zeros((LAYERS, B, T, N, H)), caches))
+    return lax.fori_loop(0, 4, body, (jnp.stack([_zeros(caches)] * LAYERS), caches))
 
 
 def copies(text: str, shape: tuple[int, ...]) -> list[str]:
@@ -120,9 +124,9 @@ def in_place(function: Any, caches: Any) -> None:
     assert all(x.is_deleted() for x in leaves)
 
 
-def caches_of(layout: str, dtype: Any = jnp.float32) -> Any:
+def caches_of(layout: str, dtype: Any = jnp.float32, factor: int = 8) -> Any:
     """As large as needed to be larger than the numbers of one block."""
-    return tuple(jnp.zeros((8 * P, *shape[1:]), dtype) for shape in SHAPES[layout])
+    return tuple(jnp.zeros((factor * P, *shape[1:]), dtype) for shape in SHAPES[layout])
 
 
 FORMS = [donated, scan, fori_loop, while_loop, cond, pool, decoding]

@@ -35,7 +35,8 @@ inline TensorMapEncoder tensor_map_encoder() {
 // `box_rows` rows of one slab. Rows and columns outside the array read as 0 and are not written.
 template <class Element = uint16_t>
 cudaError_t make_tensor_map(CUtensorMap* map, Operand const& operand, int head_dim, int seqlen,
-                            int heads, int batch, int slab, int box_rows) {
+                            int heads, int batch, int slab, int box_rows,
+                            CUtensorMapL2promotion promotion = CU_TENSOR_MAP_L2_PROMOTION_L2_256B) {
   constexpr int kBytes = sizeof(Element);
   auto const encode = tensor_map_encoder();
   if (encode == nullptr) return cudaErrorNotSupported;
@@ -50,7 +51,7 @@ cudaError_t make_tensor_map(CUtensorMap* map, Operand const& operand, int head_d
       encode(map, kBytes == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_UINT16, 4,
              operand.data, sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
              slab * kBytes == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
-             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+             promotion, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 

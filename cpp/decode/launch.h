@@ -28,11 +28,14 @@ cudaError_t make_params(Problem const& p, int num_ctas, Params* params) {
   Operand key = p.key;
   Operand value = p.value;
   if (p.num_pages == 0) key.data = value.data = const_cast<void*>(p.query);
+  // Promoted to 256 bytes in the L2, loads alone take 260 us for 1 GiB on an H200, and 243 without.
+  constexpr auto kPromotion = CU_TENSOR_MAP_L2_PROMOTION_NONE;
   JAX_FA3_RETURN_IF_ERROR(make_tensor_map(&params->key, key, p.head_dim, p.page_size, p.num_heads_k,
-                                          p.num_pages, Traits::kSlab, params->box_rows));
+                                          p.num_pages, Traits::kSlab, params->box_rows,
+                                          kPromotion));
   JAX_FA3_RETURN_IF_ERROR(make_tensor_map(&params->value, value, p.head_dim_v, p.page_size,
                                           p.num_heads_k, p.num_pages, Traits::kSlabV,
-                                          params->box_rows));
+                                          params->box_rows, kPromotion));
   params->query = p.query;
   params->out = p.out;
   params->lse = p.lse;

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
+from jax.core import eval_jaxpr
 from jax.custom_derivatives import SymbolicZero
 from jax.interpreters import ad, batching, mlir
 
@@ -51,7 +52,7 @@ def _with_rest(method: Any, operands: Operands, masks: Masks) -> Results:
     return method.forward(operands, masks, None, for_gradient=True)
 
 
-def _rule(method: Any, primals: Any, tangents: Any) -> tuple[Results, Results]:
+def _rule(method: Any, primals: Any, tangents: Any) -> tuple[Results, tuple[Any, ...]]:
     # Differentiable again: a derivative of the results that were computed in forward mode.
     results = tuple(map(checkpoint_name, _with_rest(method, *primals), RESIDUAL_NAMES))
     out, lse, *rest = named(method.config, results)
@@ -65,7 +66,7 @@ def _rule(method: Any, primals: Any, tangents: Any) -> tuple[Results, Results]:
     return (out, lse, *rest), (*found, *(SymbolicZero(jax.typeof(x)) for x in rest))
 
 
-def _primal_rule(method: Any, primals: Any, tangents: Any) -> tuple[Results, Results]:
+def _primal_rule(method: Any, primals: Any, tangents: Any) -> tuple[Results, tuple[Any, ...]]:
     results, along = _rule(method, primals, tangents)
     return results[:2], along[:2]
 
@@ -101,7 +102,8 @@ class _Tangent:
 
     def bind(self, *arrays: Array) -> list[Array]:
         # Traced here, where the mesh is known, and not when it is lowered.
-        jaxpr = jax.make_jaxpr(jax.jit(self.tangent))(*arrays)
+        with jax.disable_jit(False):
+            jaxpr = jax.make_jaxpr(_traced, static_argnums=0)(self, *arrays)
         return _tangent.bind(*arrays, function=self, jaxpr=jaxpr)
 
     def tangent(self, *arrays: Array) -> Results:
@@ -174,12 +176,15 @@ class _Tangent:
         return jax.tree.unflatten(tree, [next(given) if moves else None for moves in self.moving])
 
 
+# Once for calls that are alike, as the layers of a model are.
+_traced = jax.jit(lambda function, *arrays: function.tangent(*arrays), static_argnums=0)
+
 _tangent = Primitive("jax_fa3_tangent")
 _tangent.multiple_results = True
 
 
 def _evaluate(*arrays: Array, function: _Tangent, jaxpr: Any) -> list[Array]:
-    return jax.core.eval_jaxpr(jaxpr.jaxpr, jaxpr.consts, *arrays)
+    return eval_jaxpr(jaxpr.jaxpr, jaxpr.consts, *arrays)
 
 
 def _jvp(primals: Any, tangents: Any, *, function: _Tangent, jaxpr: Any) -> tuple[Any, Any]:

@@ -212,14 +212,13 @@ def test_refused():
             lower(derivative, *QKV)
 
 
-MESH = {"dp": 2, "tp": 2}
 SPEC = P("dp", None, "tp", None)
 
 
 @pytest.mark.parametrize("way", ["explicit", "automatic", "argument", "shard_map"])
 def test_meshes(way):
     """Each device has its own batch entries and heads, in both modes."""
-    mesh = make_mesh(AxisType.Explicit if way == "explicit" else AxisType.Auto, **MESH)
+    mesh = make_mesh(AxisType.Explicit if way == "explicit" else AxisType.Auto, dp=2, tp=2)
     exact = pushed(attention("xla", is_causal=True))(*QKV, *ALONG)
     placed = [jax.device_put(x, NamedSharding(mesh, SPEC)) for x in (*QKV, *ALONG)]
     options: Any = {"sharding": NamedSharding(mesh, SPEC)} if way == "argument" else {}

@@ -4,7 +4,7 @@ from jax.export import DisabledSafetyCheck as _DisabledSafetyCheck
 
 from . import _ffi, _targets, context_parallel
 from ._attention import dot_product_attention, qkv_dot_product_attention
-from ._autodiff import RESIDUAL_NAMES
+from ._forward_mode import RESIDUAL_NAMES
 from ._mask import key_intervals
 from ._sharding import own_kv_heads
 from ._supported import is_supported

@@ -1,5 +1,5 @@
 """From a checked call to its results, with derivatives: functions whose derivative is written out
-stand under the one custom_vjp, plain JAX as it is."""
+stand under the one custom_vjp, or with both modes under _forward_mode's custom_jvp; plain JAX as it is."""
 
 from __future__ import annotations
 
@@ -14,15 +14,24 @@ import numpy as np
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
-from . import _bias, _dense_mask, _dispatch, _ffi, _guards, _mask, _sharding, _sinks, _xla
+from . import (
+    _bias,
+    _dense_mask,
+    _dispatch,
+    _ffi,
+    _forward_mode,
+    _guards,
+    _mask,
+    _sharding,
+    _sinks,
+    _tangent,
+    _xla,
+)
+from ._forward_mode import RESIDUAL_NAMES, named
 from ._jitted import finite_in_debug_mode, jitted
 from ._operands import Call, Operands, Rows, batch_letters
 from ._problem import Config, Implementation, Masks, wide
 from ._varying import vary_together
-
-# What the forward leaves for the backward besides its arguments. With the jax.checkpoint policy
-# save_only_these_names(*RESIDUAL_NAMES) the forward kernel runs once, not twice.
-RESIDUAL_NAMES = ("jax_fa3_out", "jax_fa3_lse", "jax_fa3_lse_low")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,15 +130,6 @@ def _forward(
     return (out, lse), (operands, masks, out, finite_in_debug_mode(lse), low)
 
 
-def named(config: Config, results: tuple[Array, ...]) -> tuple[Array, ...]:
-    """The forward's results with the user's names. A policy sees every name of an array that has
-    several: it saves the first that it knows, and the others cost nothing."""
-    if config.checkpoint_names is None:
-        return results
-    of_out, of_lse = config.checkpoint_names
-    return tuple(map(checkpoint_name, results, (of_out, of_lse, of_lse)))
-
-
 def _backward(
     method: Method, residuals: Any, cotangents: tuple[Array, Array]
 ) -> tuple[Operands, None, None]:
@@ -148,7 +148,7 @@ class Attention(Method):
     def __call__(self, operands: Operands, masks: Masks, more: Any = None) -> tuple[Array, ...]:
         if self.implementation == "xla":  # which has every derivative, and takes dense operands
             return named(self.config, _xla.attention(self.config, operands, masks))
-        return differentiable(self, operands, masks)
+        return _forward_mode.differentiable(self, operands, masks)
 
     def forward(
         self, operands: Operands, masks: Masks, more: Any, for_gradient: bool
@@ -168,6 +168,19 @@ class Attention(Method):
         implementation = with_gradient(self.implementation, operands)
         method = dataclasses.replace(self, implementation=implementation)
         return backward(method, plain_backward, operands, masks, rows)
+
+    def tangent(
+        self, operands: Operands, masks: Masks, rows: Rows, tangents: Operands
+    ) -> tuple[Array, ...]:
+        """The tangents of out and lse, by those of operands: None where one does not move."""
+        call = self.implementation, self.config, operands, masks, rows, tangents
+        return _tangent.of_results(*call)
+
+    def plain_tangent(
+        self, operands: Operands, masks: Masks, tangents: Operands
+    ) -> tuple[Array, ...]:
+        """The same in plain JAX, as a function with derivatives."""
+        return _tangent.plain(self.config, operands, masks, None, tangents)
 
 
 def with_gradient(

@@ -16,9 +16,10 @@ from jax.sharding import AbstractMesh
 Primitive = type(lax.add_p)
 
 _ONLY_REVERSE = (
-    "jax_fa3's kernels, jax_fa3.fp8 and jax_fa3.context_parallel have first derivatives in reverse "
-    "mode only (jax.grad, jax.vjp); for forward mode (jax.jvp, jax.jacfwd, jax.linearize) and second "
-    "derivatives use implementation='xla', outside jax_fa3.fp8 and jax_fa3.context_parallel"
+    "jax_fa3's kernels have first derivatives only; jax_fa3.fp8 and jax_fa3.context_parallel have first "
+    "derivatives in reverse mode only (jax.grad, jax.vjp): for second derivatives, and there for forward "
+    "mode (jax.jvp, jax.jacfwd, jax.linearize), use implementation='xla', outside jax_fa3.fp8 and "
+    "jax_fa3.context_parallel"
 )
 _QUANTIZED = (
     "jax_fa3.fp8: what is quantized has no derivative: differentiate "
@@ -91,7 +92,7 @@ _partitionable = _identity("partitionable")
 mlir.register_lowering(_partitionable, _check_partitioning)
 partitionable = _partitionable.bind
 
-# Cannot be differentiated: stands inside the custom_vjp's forward, so it meets the second order.
+# Cannot be differentiated: stands where the first derivative is written out, so it meets the second.
 _constant = _identity("not_differentiable")
 ad.primitive_jvps[_constant] = _refuse_derivative
 not_differentiable = _constant.bind

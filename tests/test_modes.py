@@ -20,7 +20,7 @@ from modes import EVERY, compiled_in_third_call, debug, results, strict
 import jax_fa3
 
 # One unit in the last place of bfloat16: op by op, Flax's layers round in other places. (In bfloat16
-# implementation=None is the kernels' custom_vjp, with plain JAX inside; in fp32 it is plain JAX.)
+# implementation=None is the kernels' custom_jvp, with plain JAX inside; in fp32 it is plain JAX.)
 ULP = 2**-7
 
 

@@ -41,5 +41,6 @@ def plain(
         chosen = (x if t is None else next(rest) for x, t in zip(leaves, along, strict=True))
         return _xla.attention(config, jax.tree.unflatten(tree, chosen), masks)
 
-    _, found = jax.jvp(attention, *zip(*pairs, strict=True))
+    primals, directions = zip(*pairs, strict=True)
+    _, found = jax.jvp(attention, primals, directions)
     return vary_together((found, operands))[0]  # without elements they are constants

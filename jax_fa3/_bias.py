@@ -69,8 +69,10 @@ def gradient(found: Array, operands: Operands) -> Array:
     """Of operands.bias, by what the kernels wrote."""
     bias = operands.bias
     assert bias is not None
+    if 0 in (operands.sizes.batch, operands.sizes.num_heads):
+        return jnp.zeros_like(bias)  # nothing was launched
     found = found[..., : operands.sizes.key_length]
-    axes = tuple(i for i in range(4) if bias.shape[i] == 1 and found.shape[i] > 1)
+    axes = tuple(i for i in range(4) if bias.shape[i] == 1 and found.shape[i] != 1)
     return found.sum(axes, keepdims=True).astype(bias.dtype)
 
 
@@ -79,7 +81,7 @@ def result_letters(operands: Operands) -> str:
     bias, letters = operands.bias, operands.letters.bias
     assert bias is not None
     sums = "".join(
-        "+" if bias.shape[i] == 1 and n > 1 else letters[i]
+        "+" if bias.shape[i] == 1 and n != 1 else letters[i]
         for i, n in enumerate((operands.sizes.batch, operands.sizes.num_heads))
     )
     return sums + letters[2:]

@@ -15,6 +15,7 @@ from jax_fa3 import _reference
 
 WINDOW: dict[str, Any] = {"local_window_size": (40, 3)}
 PAST: dict[str, Any] = {"query_seq_lengths": ints(77, 200, 0), **key_lengths(250, 129, 9), **CAUSAL}
+LONG: dict[str, Any] = {"query_seq_lengths": ints(77, 200, 0)}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -42,6 +43,9 @@ def _cases() -> list[BiasCase]:
         BiasCase(Case("odd", 77, 133, H=64, mask=CAUSAL), "bnts", wide=True, hides=True),
         BiasCase(Case("planted", B=3, H=64, mask=PAST, planted=True), "1nts"),
         BiasCase(Case("planted", B=3, H=128, mask=PAST, planted=True), "bnts", wide=True),
+        # Not causal: blocks of keys that every row sees, but those past the length.
+        BiasCase(Case("planted, full", 300, 384, B=3, H=64, mask=LONG, planted=True), "bnts"),
+        BiasCase(Case("planted, full", 300, 384, B=3, H=128, mask=LONG, planted=True), "1nts"),
         BiasCase(Case("window", 300, 333, H=128, mask=WINDOW), "1n1s", hides=True),
         BiasCase(Case("broken run", 200, 200, B=1, H=128, mask=broken), "1nts"),
         BiasCase(Case("sinks", H=128, mask=CAUSAL, sinks=sinks), "1nts", hides=True),

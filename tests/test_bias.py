@@ -141,6 +141,27 @@ def test_refusals_name_the_argument(change: dict[str, Any], found: str):
     assert found in (reason or "") and "implementation='xla'" in (reason or "")
 
 
+def test_exported_for_any_batch():
+    """One bias for all of a batch whose size is not known yet."""
+    (batch,) = jax.export.symbolic_shape("b")
+    shapes = (batch, T, N, H), (batch, S, K, H), (batch, S, K, H), (1, N, T, S)
+    structs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+
+    def grads(*arrays: Array) -> Any:
+        return jax.grad(lambda *x: attention(*x)[0].sum(), (0, 1, 2, 3))(*arrays)
+
+    exported = jax.export.export(jax.jit(grads), platforms=("cpu",))(*structs)
+    arrays = inputs((1, N, T, S))
+    assert_close(exported.call(*arrays), grads(*arrays), 1e-5)
+
+
+def test_of_no_batch():
+    bias = normal(1, N, T, S)
+    q, k = jnp.ones((0, T, N, H)), jnp.ones((0, S, K, H))
+    (found,) = jax.vjp(lambda bias: attention(q, k, k, bias)[0], bias)[1](jnp.ones((0, T, N, H)))
+    np.testing.assert_array_equal(found, jnp.zeros_like(bias))
+
+
 @needs_kernels
 def test_kernels_take_it():
     q, k = (jax.ShapeDtypeStruct((B, n, N, 64), jnp.bfloat16) for n in (T, S))

@@ -83,6 +83,22 @@ def test_other_dtype():
     check(one, (*tensors, bias.astype(jnp.float16)))
 
 
+@pytest.mark.parametrize("form", ["1nts", "1n1s"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_numbers_that_are_not_finite_stay_where_they_are(form: str, head_dim: int):
+    """An infinite cotangent of the first head's last row, whose gradient lies before the second head's;
+    an infinite key of the second, whose query rows end in the middle of a block."""
+    case = Case("infinite", 201, 261, 2, 2, B=1, H=head_dim)
+    q, k, v, bias = inputs(BiasCase(case, form), jnp.bfloat16)
+    dout, dlse = case.cotangents(jnp.bfloat16)
+    call = jax.jit(functools.partial(with_gradients, of(case, deterministic_backward=True)))
+    usual = call((dout, dlse), q, k, v, bias).dbias
+    first = call((dout.at[:, -1, 0].set(jnp.inf), dlse), q, k, v, bias).dbias
+    assert equal(first[:, 1], usual[:, 1])
+    second = call((dout, dlse), q, k.at[:, 0, 1].set(jnp.inf), v, bias).dbias
+    assert equal(second[:, 0], usual[:, 0])
+
+
 def test_under_vmap():
     one = BiasCase(Case("vmap", 100, 130, H=64), "1nts")
     q, k, v, bias = inputs(one, jnp.bfloat16)

@@ -42,7 +42,8 @@ CUTLASS_DEVICE void add_dbias(BiasParams const& params, int batch, int head, int
   float const factor = 1.f / scale;
   float* const column =
       params.dbias + batch * params.dbias_batch_stride + head * params.dbias_head_stride + key;
-  // Outside the mask, and so outside the array, dS is 0.
+  // Outside the array dS is 0, but 0 * NaN where a row's dO or a key is not finite.
+  bool const exists[kRowsPerThread] = {key < params.mask.seqlen_k, key + 8 < params.mask.seqlen_k};
   if (params.dbias_row_stride == 0) {
     float sum[kRowsPerThread] = {0.f, 0.f};
     CUTLASS_PRAGMA_UNROLL
@@ -50,17 +51,22 @@ CUTLASS_DEVICE void add_dbias(BiasParams const& params, int batch, int head, int
     CUTLASS_PRAGMA_UNROLL
     for (int r = 0; r < kRowsPerThread; ++r) {
       sum[r] = quad_sum(sum[r]);
-      if (threadIdx.x % 4 == 0 && sum[r] != 0.f) atomicAdd(column + r * 8, sum[r] * factor);
+      if (threadIdx.x % 4 == 0 && exists[r] && sum[r] != 0.f) {
+        atomicAdd(column + r * 8, sum[r] * factor);
+      }
     }
     return;
   }
+  int const rows = params.mask.seqlen_q - first_row - threadIdx.x % 4 * 2;  // from this thread's on
   float* row = column + (first_row + threadIdx.x % 4 * 2) * params.dbias_row_stride;
   CUTLASS_PRAGMA_UNROLL
   for (int i = 0; i < size(ds); i += 4) {  // two query rows of 8
     CUTLASS_PRAGMA_UNROLL
     for (int e = 0; e < 4; ++e) {
       float* const place = row + e % 2 * params.dbias_row_stride + fragment_row(e) * 8;
-      if (ds(i + e) != 0.f) atomicAdd(place, ds(i + e) * factor);
+      if (i / 4 * 8 + e % 2 < rows && exists[fragment_row(e)] && ds(i + e) != 0.f) {
+        atomicAdd(place, ds(i + e) * factor);
+      }
     }
     row += 8 * params.dbias_row_stride;
   }

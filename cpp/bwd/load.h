@@ -147,6 +147,8 @@ CUTLASS_DEVICE void load(Params const& params, typename Traits::SharedStorage& s
     if (m_block >= params.num_m_blocks) return false;
     IntervalHull const hull = query_block(m_block).hull;
     *full = hull.max_begin <= first_key && hull.min_end >= first_key + kBlockN;
+    // The bias of rows that see nothing may be NaN: they are to be masked.
+    if constexpr (Traits::kHasBias) *full = *full && !query_block(m_block).blind.any();
     return meets_keys(hull);
   };
   // Blocks are gone through in chunks of kBlocksOfHull, but only those whose hull meets the keys:

@@ -35,6 +35,7 @@ cudaError_t make_params(Problem const& p, fwd::Params* params) {
 template <DType kDType, int kHeadDim, int kHeadDimV>
 cudaError_t launch(Problem const& problem, cudaStream_t stream) {
   using Traits = Traits<ElementOf<kDType>, kHeadDim, kHeadDimV>;
+  if (problem.bias.data != nullptr) return cudaErrorNotSupported;
   fwd::Params params{};
   JAX_FA3_RETURN_IF_ERROR(wide::make_params<Traits>(problem, &params));
   return launch_kernel(fwd_kernel<Traits>, int64_t{kClusterSize} * params.order.num_tiles(),

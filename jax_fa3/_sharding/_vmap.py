@@ -1,5 +1,5 @@
-"""vmap of a call: one call of more batch entries, or of more query heads, with no loop and no
-collective."""
+"""vmap of a call: one call of more batch entries, or of more query heads, with no collective; and with no
+loop, but where a gradient of a bias is shared."""
 
 from __future__ import annotations
 

@@ -31,8 +31,8 @@ def make_attention_fn(
 
     Args:
         mask_to_intervals: runs the layer's `mask` through `jax_fa3.flax.mask_to_intervals`; a row of it
-            that is not one interval of keys gives NaN. False passes it on as it is: with implementation
-            None other masks then run on XLA, and the program has both.
+            that is not one interval of keys gives NaN. False passes it on as it is, as the function's
+            own `mask`.
         options: of `jax_fa3.dot_product_attention`. compute_dtype=jnp.bfloat16 for layers with
             dtype=None, which pass on float32: without it nothing is ever cast down, and the kernels
             take 16 bits only. Masks, such as is_causal=True, instead of the layer's. Arrays

@@ -28,7 +28,7 @@ class Attention:
 
     Args:
         implementation: of `jax_fa3.dot_product_attention`. With "fa3", what the kernels do not run
-            (no Hopper GPU, float32, dense bias and masks, ...) is refused, and tokamax takes the
+            (no Hopper GPU, float32, a bias beside some head dims, ...) is refused, and tokamax takes the
             next implementation of the list; with None it runs on this library's XLA path.
         deterministic_backward: as there.
 

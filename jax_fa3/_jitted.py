@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
 
 _Result = TypeVar("_Result")
 
@@ -34,7 +35,8 @@ def jitted(static: int) -> Callable[[Callable[..., _Result]], Callable[..., _Res
         def call(*arguments: Any) -> _Result:
             config: Any = jax.config  # whose attributes type checkers do not know
             debug_infs = config.jax_debug_infs
-            with jax.disable_jit(False):
+            # A Python float that is too large for fp32 is inf there: NumPy need not warn.
+            with jax.disable_jit(False), np.errstate(over="ignore"):
                 return compiled(debug_infs, *arguments)
 
         return call

@@ -11,12 +11,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from ._kernel_sizes import bwd_tile
+from ._kernel_sizes import MOST_KEYS_OF_SUM, bwd_tile
 from ._operands import Operands
 from ._problem import Config, Sizes
 
 LEAST = -1e37  # what is not above hides its key, as -inf does; the kernels' softmax knows no less
-MOST_KEYS = 2**18  # of which one sum of the forward's kernel with a bias does not drift
 _NOT_RUN = range(65, 97)  # head dims whose kernels with a bias no GPU has run yet
 _VECTOR = 16  # bytes of which a row is a multiple
 
@@ -31,8 +30,8 @@ def refusal(config: Config, sizes: Sizes) -> str | None:
     if width in _NOT_RUN:
         return f"bias: got one beside head dim {width}, wanted none beside 65 to 96"
     keys = sizes.key_length
-    if not jax.export.is_symbolic_dim(keys) and keys > MOST_KEYS:
-        return f"bias: got {keys} keys, wanted at most {MOST_KEYS} beside it"
+    if not jax.export.is_symbolic_dim(keys) and keys > MOST_KEYS_OF_SUM:
+        return f"bias: got {keys} keys, wanted at most {MOST_KEYS_OF_SUM} beside it"
     return None
 
 

@@ -18,12 +18,12 @@ from jax import Array, lax
 from . import _bias, _devices, _ffi, _guards, _sharding
 from ._checks import wrong
 from ._jitted import jitted
+from ._kernel_sizes import MOST_KEYS_OF_SUM
 from ._operands import Call, Operands
 from ._problem import Implementation
 
 FirstFa3 = tuple[Literal["fa3"], Literal["xla"]]  # None, but without its warning
 ELSEWHERE = "use implementation='xla'"
-MOST_KEYS = 2**18  # of wide heads, whose output is one sum, which drifts over more
 _NO_KERNELS = (
     "jax_fa3: got an install without CUDA kernels, wanted one with them: reinstall it on Linux (in a "
     f"checkout, whose folder jax_fa3 has none, start Python elsewhere), or {ELSEWHERE}"
@@ -49,8 +49,12 @@ def refusal(call: Call) -> str | None:
             wanted = "wanted a multiple of 8: pad it with zeros"
             return f"{name}: got head dim {dim}, {wanted}, or {ELSEWHERE}"
     keys = sizes.key_length
-    if _ffi.is_wide(*sizes[-2:]) and not jax.export.is_symbolic_dim(keys) and keys > MOST_KEYS:
-        found, wanted = f"{keys} keys of head dims {sizes[-2:]}", f"wanted at most {MOST_KEYS}"
+    known = not jax.export.is_symbolic_dim(keys)
+    if known and keys > MOST_KEYS_OF_SUM and _ffi.is_wide(*sizes[-2:]):
+        found, wanted = (
+            f"{keys} keys of head dims {sizes[-2:]}",
+            f"wanted at most {MOST_KEYS_OF_SUM}",
+        )
         return f"{'key' if query == 'query' else 'qkv'}: got {found}, {wanted}, or {ELSEWHERE}"
     return None
 

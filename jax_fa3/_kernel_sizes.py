@@ -7,6 +7,10 @@ import pathlib
 import re
 from typing import NamedTuple
 
+# Keys over which one sum in a forward's accumulators does not drift (twin of kMostKeysOfSum). Only the
+# kernels without a bias, of heads up to 256, have sums in parts for more.
+MOST_KEYS_OF_SUM = 2**18
+
 
 class BwdTile(NamedTuple):
     head_dim: int  # that the kernel computes with, for all up to it

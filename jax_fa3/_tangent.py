@@ -6,32 +6,19 @@ import jax
 from jax import Array
 
 from . import _xla
-from ._operands import Operands, Rows
-from ._problem import Config, Implementation, Masks
+from ._operands import Operands
+from ._problem import Config, Masks
 from ._varying import vary_together
 
 
 def of_results(
-    implementation: Implementation | None,
-    config: Config,
-    operands: Operands,
-    masks: Masks,
-    rows: Rows,
-    tangents: Operands,
-) -> tuple[Array, ...]:
-    """The tangents of out [B, T, N, V] and lse [B, N, T].
+    config: Config, operands: Operands, masks: Masks, tangents: Operands
+) -> tuple[Array, Array]:
+    """The tangents of out [B, T, N, V] and lse [B, N, T], with derivatives of their own.
 
     Args:
-        rows: the forward's results.
         tangents: like operands, with None for what does not move.
     """
-    return plain(config, operands, masks, rows, tangents)
-
-
-def plain(
-    config: Config, operands: Operands, masks: Masks, rows: Rows | None, tangents: Operands
-) -> tuple[Array, Array]:
-    """The same in plain JAX, from the operands alone; with derivatives of its own."""
     leaves, tree = jax.tree.flatten(operands)
     along = tree.flatten_up_to(tangents)
     pairs = vary_together([(x, t) for x, t in zip(leaves, along, strict=True) if t is not None])

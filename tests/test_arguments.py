@@ -109,10 +109,7 @@ INVALID: list[tuple[dict[str, Any], str]] = [
 
 # What only the kernels cannot take.
 UNSUPPORTED: list[tuple[dict[str, Any], str]] = [
-    (
-        {"bias": zeros(1, 1, T, S), "logits_soft_cap": 2.0},
-        "logits_soft_cap: got one beside a bias, wanted one of the two",
-    ),
+    ({"bias": zeros(S), "logits_soft_cap": 2.0}, "logits_soft_cap: got one beside a bias, wanted one"),
     (
         {name: x.astype(jnp.float32) for name, x in GOOD.items()},
         "query: got dtype float32, wanted bfloat16 or float16: cast it, as compute_dtype=jnp.bfloat16",

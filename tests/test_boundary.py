@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from right_calls import all_recorded, right_calls, without_heads
+from recorded_calls import all_recorded
+from right_calls import right_calls, without_heads
 from wrong_calls import REFUSED, outcome, wrong_calls, wrong_throughout
 
 import jax_fa3

@@ -8,23 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from right_calls import (
-    FORWARD,
-    B,
-    Call,
-    K,
-    N,
-    S,
-    Struct,
-    T,
-    V,
-    backward_of_three,
-    fp8_forward,
-    fp8_operands,
-    operands_of,
-    recorded,
-    rows_of,
-)
+from call_operands import B, K, N, S, Struct, T, V, fp8_operands, operands_of, rows_of
+from recorded_calls import Call, recorded
+from right_calls import FORWARD, backward_of_three, fp8_forward
 
 from jax_fa3 import _targets
 from jax_fa3._problem import Config, Masks

@@ -2,9 +2,9 @@
 
 A call is described by one string per operand and result, with one letter per dimension: `b` batch,
 `n` query heads, `k` key/value heads, `.` everything else, which must be whole on each device; `t` and
-`h` are such dimensions of the first operand, query's sequence and head dim, that results have too. A `+` in a result is a dimension of size 1
-that was summed: the first over batch entries, the second over query heads. JAX's
-transformations and meshes reach it in this order:
+`h` are such dimensions of the first operand, query's sequence and head dim, that results have too. A `+`
+in a result is a dimension of size 1 that was summed: the first over batch entries, the second over query
+heads. JAX's transformations and meshes reach it in this order:
 
     _vmap       vmap: one more batch letter, folded into the batch on each device
     _named      explicit axes, and those of the argument `sharding`: jax.shard_map over them

@@ -43,11 +43,11 @@ def partitioned(
         every = (*operands, *found)
         mesh, axes_of = _read([(x.sharding, len(x.shape)) for x in every])
         axes = _choose(axes_of, [*letters, *results])
-        if mesh.size < len(operands[0].sharding.device_set) and "+" in "".join(results):
-            axes = {}
         size = sizes(operands, letters)
         # Part of the devices only: the others' axes are manual, and collectives cannot name ours.
         partial = mesh.size < len(operands[0].sharding.device_set)
+        if partial and "+" in "".join(results):
+            axes = {}
         axes, shared = _fit_heads(axes, mesh, size, sums=not (partial and "k" in "".join(results)))
         _warn_of_gathers(axes_of[: len(letters)], letters, axes)
 

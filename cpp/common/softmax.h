@@ -55,13 +55,14 @@ struct Exponents {
   float softmax_scale_log2;
   float power_of_2;  // 4 to 8 times that
   float huge;        // scores from this on take power_of_2
-  float lowest;      // the maximum of no keys: finite, for -inf - -inf would be NaN
+  float lowest;      // the maximum of no keys: finite, for -inf - -inf would be NaN; a power of 2,
+                     // so that its products are not rounded
 };
 
 inline Exponents exponents_of(float scale_log2) {
   float const power_of_2 = std::exp2(std::floor(std::log2(scale_log2)) + 3.f);
   return {scale_log2, power_of_2, 268435456.f / scale_log2,
-          -std::min(FLT_MAX / 4, FLT_MAX / 4 / power_of_2)};
+          -std::exp2(std::floor(std::log2(std::min(FLT_MAX / 4, FLT_MAX / 4 / power_of_2))))};
 }
 
 struct Softmax {
@@ -74,25 +75,38 @@ struct Softmax {
   static constexpr float out_scale =
       1.f;  // O is to be multiplied by it at the end (FP8: V's scale)
 
-  // Takes the scores of one more block into the running maximum. kThreeAtOnce: by an instruction
-  // for three numbers, which pays where there are three warpgroups.
+  // Takes the scores of one more block into the running maximum, which becomes what exponents are
+  // relative to. kThreeAtOnce: by an instruction for three numbers.
   template <bool kThreeAtOnce = false, class Scores>
   CUTLASS_DEVICE void update_max(Scores const& scores) {
     raise_max<kThreeAtOnce>(scores);
     CUTLASS_PRAGMA_UNROLL
     for (int row = 0; row < kRowsPerThread; ++row) {
-      float const previous = offset[row];
       row_max[row] = quad_max(row_max[row]);
-      // Both products, then the choice: the exponentials wait for this.
-      float const by_scale = __fmul_rn(row_max[row], exponents.softmax_scale_log2);
-      float const by_power = __fmul_rn(row_max[row], exponents.power_of_2);
-      offset[row] = is_huge(row) ? by_power : by_scale;
-      // If the factor is another than before, the new offset is so much greater that this is 0.
-      rescale[row] = exp2f(previous - offset[row]);
-      row_sum[row] *= rescale[row];
-      // Kept: with the choice made again for the exponentials, head dim 128 is 2 % slower.
-      factor[row] = is_huge(row) ? exponents.power_of_2 : exponents.softmax_scale_log2;
+      take_offset(row);
     }
+  }
+
+  // The same, but exponents stay relative to what they were relative to while none is above kSlack:
+  // no sum is rescaled, and row_max is of this thread's columns only. Returns whether a row of the
+  // warp has another offset now: then O is to be rescaled.
+  template <bool kThreeAtOnce = false, class Scores>
+  CUTLASS_DEVICE bool raise_offset(Scores const& scores) {
+    raise_max<kThreeAtOnce>(scores);
+    if (!__any_sync(~0u, is_above(0) || is_above(1))) return false;
+    CUTLASS_PRAGMA_UNROLL
+    for (int row = 0; row < kRowsPerThread; ++row) {
+      row_max[row] = quad_max(row_max[row]);
+      rescale[row] = 1.f;
+      if (is_above(row)) take_offset(row);  // no other: sum_of_rounded() needs its largest weight
+    }
+    return true;
+  }
+
+  // After raise_offset(), once there are no more scores.
+  CUTLASS_DEVICE void join_max() {
+    CUTLASS_PRAGMA_UNROLL
+    for (int row = 0; row < kRowsPerThread; ++row) row_max[row] = quad_max(row_max[row]);
   }
 
   // One of kParts equal parts of the scores becomes probabilities relative to the running maximum.
@@ -116,15 +130,14 @@ struct Softmax {
   // The natural logarithm of the sum of exp(score - maximum), once row_sum is of all threads.
   CUTLASS_DEVICE float log_sum(int row) const {
     constexpr float kLn2 = 0.693147181f;
-    return logf(row_sum[row]) - kLn2 * fmaf(row_max[row], factor[row], -offset[row]);
+    return logf(row_sum[row]) - kLn2 * excess(row);
   }
 
   // The sum of a row's weights, with the largest of them as it was rounded to Element. Where that
   // one is nearly all there is, O divided by this sum is its value, however it was rounded.
   template <class Element>
   CUTLASS_DEVICE float sum_of_rounded(int row) const {
-    if (fabsf(offset[row]) < kExactBelow) return row_sum[row];
-    float const largest = exp2f(row_max[row] * factor[row] - offset[row]);
+    float const largest = exp2f(excess(row));
     return row_sum[row] + (unpack<Element>(pack<Element>(largest, 0.f), 0) - largest);
   }
 
@@ -177,8 +190,29 @@ struct Softmax {
     }
   }
 
-  // So small an offset is so little rounded that the largest weight is 1 in 16 bits.
-  static constexpr float kExactBelow = 2048.f;
+  // A weight may be up to 2^kSlack: below fp16's largest number, and fp32 has as many digits there.
+  // Less than 2^4 times 4, by which huge scores of two keys differ.
+  static constexpr float kSlack = 8.f;
+
+  // The exponent of the largest weight.
+  CUTLASS_DEVICE float excess(int row) const {
+    return fmaf(row_max[row], factor[row], -offset[row]);
+  }
+  CUTLASS_DEVICE bool is_above(int row) const { return excess(row) > kSlack; }
+
+  // Makes the exponents of a row relative to its maximum.
+  CUTLASS_DEVICE void take_offset(int row) {
+    float const previous = offset[row];
+    // Both products, then the choice: the exponentials wait for this.
+    float const by_scale = __fmul_rn(row_max[row], exponents.softmax_scale_log2);
+    float const by_power = __fmul_rn(row_max[row], exponents.power_of_2);
+    offset[row] = is_huge(row) ? by_power : by_scale;
+    // If the factor is another than before, the new offset is so much greater that this is 0.
+    rescale[row] = exp2f(previous - offset[row]);
+    row_sum[row] *= rescale[row];
+    // Kept: with the choice made again for the exponentials, head dim 128 is 2 % slower.
+    factor[row] = is_huge(row) ? exponents.power_of_2 : exponents.softmax_scale_log2;
+  }
 
   CUTLASS_DEVICE bool is_huge(int row) const { return fabsf(row_max[row]) >= exponents.huge; }
 };

@@ -25,9 +25,6 @@ CUTLASS_DEVICE void mma(typename Traits::Params const& params,
   using Element = typename Traits::Element;
   BlockRange const& blocks = work.blocks;
   constexpr int kBlockN = Traits::kBlockN;
-  // A wide O is rescaled while the tensor cores compute this warpgroup's S; a narrow one at the end
-  // of the step, while they work for the other warpgroups.
-  constexpr bool kRescaleDuringS = Traits::kHeadDimV > 128;
 
   typename Traits::MmaQK mma_qk;
   typename Traits::MmaPV mma_pv;
@@ -107,28 +104,36 @@ CUTLASS_DEVICE void mma(typename Traits::Params const& params,
   --n_block;
 
   // S of block n, while the tensor cores also compute P V of block n + 1.
+  bool key_is_there = false;  // asked for amid the exponentials: an answer takes 90 clocks
   auto const step = [&](auto masked) {
-    keys.full[state.key.stage].wait(state.key.phase);
+    if (!key_is_there) keys.full[state.key.stage].wait(state.key.phase);
     turns.wait();
     issue_scores();
-    if constexpr (kRescaleDuringS) softmax.rescale_out(tOrO);
     values.full[state.value.stage].wait(state.value.phase);
     issue_out();
     turns.pass();
     warpgroup_wait<1>();
     take_scores();
     if constexpr (decltype(masked)::value) mask_block(n_block);
-    softmax.template update_max<Traits::kMaxOfThree>(tSrS);
+    bool rescales = true;
+    if constexpr (Traits::kKeepsOffset) {
+      rescales = softmax.template raise_offset<Traits::kMaxOfThree>(tSrS);
+    } else {
+      softmax.template update_max<Traits::kMaxOfThree>(tSrS);
+    }
     // P V was issued right behind S and is done soon after. ptxas waits for it before most of the
-    // exponentials, in whose latency O is then rescaled; pinned further back it is slower.
+    // exponentials; pinned further back it is slower.
     softmax.template exponentiate<0, 2>(tSrS);
     release_query(n_block);
+    if constexpr (Traits::kKeepsOffset) {
+      key_is_there = keys.full[state.key.stage].test_wait(state.key.phase);
+    }
     warpgroup_wait<0>();
     warpgroup_fence_operand(tOrO);
     release(values, state.value);
     softmax.template exponentiate<1, 2>(tSrS);
     convert();
-    if constexpr (!kRescaleDuringS) softmax.rescale_out(tOrO);
+    if (rescales) softmax.rescale_out(tOrO);
   };
   LongSums<Traits> long_sums{params, warpgroup, blocks.end};
   while (n_block >= blocks.begin) {
@@ -137,7 +142,6 @@ CUTLASS_DEVICE void mma(typename Traits::Params const& params,
       for (; n_block >= first; --n_block) step(false_type{});
     }
     if (long_sums.is_full(n_block)) {
-      if constexpr (kRescaleDuringS) softmax.rescale_out(tOrO);
       long_sums.accumulate(softmax, tOrO);
     } else if (n_block >= blocks.begin) {
       step(true_type{});
@@ -145,7 +149,7 @@ CUTLASS_DEVICE void mma(typename Traits::Params const& params,
     }
   }
 
-  if constexpr (kRescaleDuringS) softmax.rescale_out(tOrO);
+  if constexpr (Traits::kKeepsOffset) softmax.join_max();
   values.full[state.value.stage].wait(state.value.phase);
   issue_out();
   warpgroup_wait<0>();

@@ -32,7 +32,7 @@ GPUS = (2, 4, 8)
 LENGTHS = (2**15, 2**17, 2**19, 2**20)
 CALLS = 3  # in a row
 BUDGET_MS = 20e3  # of a point's rounds; and one round always
-LONG_MS = 2e3  # a call that takes longer is by itself, and of one GPU alone not run again
+LONG_MS = 1e3  # a call that takes longer is by itself, and of one GPU alone not run again
 CHECKED_ROWS = 2048
 # Of a row of out and of a whole gradient: how far two right results in bf16 may be apart, as a share
 # of the norm, with room for luck.

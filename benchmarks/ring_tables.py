@@ -47,7 +47,7 @@ def grid(report: dict[str, Any]) -> str:
             strategy, devices = key.split()
             if strategy == ALONE:
                 continue
-            name = "heads over 2, `\"ring\"`" if strategy == TWO_LEVEL else f'`"{strategy}"`'
+            name = 'heads over 2, `"ring"`' if strategy == TWO_LEVEL else f'`"{strategy}"`'
             column = f"{devices} GPUs, {result['seqlen'] // 1024}k"
             row = rows.setdefault(f"{TITLES[result['pass_name']]}, {name}", {})
             row[column] = f"{record['tflops_per_gpu']:.0f} ({record['of_ideal']:.2f})"
@@ -57,6 +57,6 @@ def grid(report: dict[str, Any]) -> str:
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
     lines = [" | ".join(["| TFLOP/s per GPU (of ideal)", *columns]) + " |"]
     lines.append("|---" * (len(columns) + 1) + "|")
-    for name, row in (rows | ({"the bar" : bars} if bars else {})).items():
+    for name, row in (rows | ({"the bar": bars} if bars else {})).items():
         lines.append(" | ".join([f"| {name}", *(row.get(x, "–") for x in columns)]) + " |")
     return "\n".join(lines) + "\n"

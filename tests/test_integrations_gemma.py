@@ -28,7 +28,9 @@ def layer(version: int, kv_heads: int = 2, sliding: bool = False, **options: Any
     kinds = module.AttentionType
     options |= {"attn_type": kinds.LOCAL_SLIDING if sliding else kinds.GLOBAL}
     options |= {"sliding_window_size": 7} if sliding else {}
-    options |= {"head_dim": 16, "query_pre_attn_scalar": 0.2} if version == 3 else {"key_size": 16}
+    newest = {"key_size": 16, "rope_proportion": 1.0}
+    own = {"head_dim": 16, "query_pre_attn_scalar": 0.2} if version == 3 else newest
+    options = own | options
     return module.Attention(num_heads=4, num_kv_heads=kv_heads, features=D, **options)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -60,7 +61,7 @@ def install(
             )
 
         def forward_native(self, query: Any, key: Any, value: Any, **arguments: Any) -> Any:
-            out = _attend(self, options, query, key, value, **arguments)
+            out = _attend(self, options, (query, key, value), arguments)
             return operations.AttentionOutput(attention_outputs=out)
 
         forward_cpu = forward_gpu = forward_cuda = forward_native
@@ -69,50 +70,49 @@ def install(
     operations.OperationRegistry.register(Attention)
 
 
+# Those of EasyDeL's arguments that are looked at. Others are about its own kernels.
+_DEFAULTS: dict[str, Any] = {
+    "mask_info": None,
+    "bias": None,
+    "init_bias": None,
+    "deterministic": True,
+    "softmax_aux": None,
+    "softmax_scale": None,
+    "logits_soft_cap": None,
+    "dropout_prob": 0.0,
+    "causal": False,
+    "sliding_window": None,
+    "normalize_output": True,
+    "cum_seqlens_q": None,
+    "cum_seqlens_k": None,
+}
+
+
 def _attend(
-    self: Any,
-    options: dict[str, Any],
-    query: Array,
-    key: Array,
-    value: Array,
-    *,
-    mask_info: Any = None,
-    bias: Array | None = None,
-    init_bias: Any = None,
-    deterministic: bool = True,
-    softmax_aux: Array | None = None,
-    softmax_scale: float | None = None,
-    logits_soft_cap: float | None = None,
-    dropout_prob: float = 0.0,
-    causal: bool = False,
-    sliding_window: int | tuple[int, int] | None = None,
-    normalize_output: bool = True,
-    cum_seqlens_q: Any = None,
-    cum_seqlens_k: Any = None,
-    **_: Any,
+    self: Any, options: dict[str, Any], tensors: tuple[Array, ...], arguments: dict[str, Any]
 ) -> Array:
+    call, (query, key, _) = SimpleNamespace(**_DEFAULTS | arguments), tensors
     refuse_given(
-        dropout_prob=0 if deterministic else dropout_prob,
-        cum_seqlens_q=cum_seqlens_q,
-        cum_seqlens_k=cum_seqlens_k,
-        unnormalized_output=not normalize_output,
+        dropout_prob=0 if call.deterministic else call.dropout_prob,
+        cum_seqlens_q=call.cum_seqlens_q,
+        cum_seqlens_k=call.cum_seqlens_k,
+        unnormalized_output=not call.normalize_output,
     )
-    if mask_info is None and bias is None and init_bias is not None:
-        bias = init_bias()
+    bias, mask_info = call.bias, call.mask_info
+    if mask_info is None and bias is None and call.init_bias is not None:
+        bias = call.init_bias()
     if mask_info is not None and bias is not None:
         raise refuse("bias", "it beside mask_info", "one of the two")
-    sinks = None if softmax_aux is None else _joined_sinks(softmax_aux, query, key)
+    aux = call.softmax_aux
     return dot_product_attention(
-        query,
-        key,
-        value,
+        *tensors,
         bias=bias,
-        scale=softmax_scale,
+        scale=call.softmax_scale,
         # One row decodes: its cache's mask says what it sees.
-        is_causal=causal and query.shape[1] != 1,
-        local_window_size=sliding_window,
-        logits_soft_cap=logits_soft_cap,
-        sinks=sinks,
+        is_causal=call.causal and query.shape[1] != 1,
+        local_window_size=call.sliding_window,
+        logits_soft_cap=call.logits_soft_cap,
+        sinks=None if aux is None else _joined_sinks(aux, query, key),
         compute_dtype=self.metadata.runtime_dtype,
         sharding=_sharding(self, query),
         **_masks(mask_info, query.shape[1], key.shape[1]),

@@ -74,7 +74,8 @@ class Layout:
     def put(self, x: jax.Array) -> jax.Array:
         """A whole array in natural order."""
         if self.strategy == ALONE:
-            copies = [jax.device_put(x, device) for device in self.sharding.mesh.devices.flat]
+            devices = jax.devices()[: self.devices]
+            copies = [jax.device_put(x, device) for device in devices]
             shape = self.devices, *x.shape[1:]
             return jax.make_array_from_single_device_arrays(shape, self.sharding, copies)
         return jax.device_put(

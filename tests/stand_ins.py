@@ -106,7 +106,7 @@ class SlidingWindowAttentionBias(MaskFnAttentionBias):
         def seen(row: Any, key: Any) -> Any:
             return (row >= key) & (row - key <= size)
 
-        return MaskFnAttentionBias.bool_value(self.replace(mask=seen))
+        return MaskFnAttentionBias.bool_value(dataclasses.replace(self, mask=seen))
 
 
 @struct.dataclass

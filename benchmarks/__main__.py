@@ -161,14 +161,15 @@ def _report(args: argparse.Namespace, points: Iterable[Any], measure: Callable[[
 
 
 def _ring(args: argparse.Namespace) -> None:
-    from . import ring
+    from . import ring, ring_tables
 
     points = ring.points(args.points.split(","))
-    report = _report(args, points, lambda: ring.main(points, args.rounds, args.json))
+    wanted = args.contenders.split(",") if args.contenders else ring.STRATEGIES
+    report = _report(args, points, lambda: ring.main(points, args.rounds, args.json, wanted))
     if args.table and report is not None:
-        print(ring.markdown(report), end="")
+        print(ring_tables.markdown(report), end="")
     if args.write_docs and report is not None:
-        text = f"{reports.conditions(report)}.\n\n{ring.grid(report)}"
+        text = f"{ring_tables.setting(report)}.\n\n{ring_tables.grid(report)}"
         reports.write_section(PAGE, "benchmark-ring", text)
 
 

@@ -66,8 +66,9 @@ def check_forward(
     inputs: tuple[jax.Array, ...],
     out: jax.Array,
     rounding: Rounding | None = None,
+    rows: int = ROWS,
 ) -> float:
-    """Compares three groups of 64 rows, of the first and last head of the first and last batch entry.
+    """Compares three groups of `rows` rows, of the first and last head of the first and last batch entry.
 
     `rounding`: default of everything to the point's dtype.
     Returns the worst error as a share of what is allowed. Raises WrongResult above 1, or at a NaN.
@@ -80,7 +81,7 @@ def check_forward(
     begin, end = point.intervals()
     scale = point.head_dim**-0.5
     group = point.num_heads_q // point.num_heads_k
-    rows = min(ROWS, point.seqlen)
+    rows = min(rows, point.seqlen)
     starts = sorted({0, (point.seqlen - rows) // 2, point.seqlen - rows})
     worst = 0.0
     for b in sorted({0, point.batch - 1}):

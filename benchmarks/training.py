@@ -1,8 +1,10 @@
 """`python -m benchmarks.training`: whole training steps of examples/train_transformer.py.
 
 Speed: one step of each contender in turn, wall time, the same plain causal model and batch with each
-implementation, and with packed documents by this library. `--curves` trains one model after the
-other instead, on the same batches from the same parameters, and draws the losses in one plot.
+implementation, and with packed documents by this library. `--mesh 2x4` splits batches over 2 GPUs and
+heads over 4; with `--heads 8 --kv-heads 2` over more of them than there are key/value heads. `--curves`
+trains one model after the other instead, on the same batches from the same parameters, and draws the
+losses in one plot.
 """
 
 import argparse
@@ -21,6 +23,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
 import train_transformer as example  # pyright: ignore[reportMissingImports]
 
 from . import report as reports
+from . import training_mesh
 from .__main__ import NO_GPU, PAGE, why_not_here
 
 Contender = tuple[str, Any]  # its name and its example.Config
@@ -34,14 +37,17 @@ def contenders(size: str, implementations: list[str], **changes: Any) -> list[Co
     return plain + [(name, x) for name, x in packed if x.implementation != "cudnn"][:1]
 
 
-def time_steps(models: list[Contender], rounds: int) -> dict[str, dict[str, Any]]:
+def time_steps(models: list[Contender], rounds: int, mesh: Any = None) -> dict[str, dict[str, Any]]:
     """Seconds of each round's step, and the operations of one, after a step to compile and one more."""
     text = example.Text(models[0][1])
     states = {name: example.initialize(config) for name, config in models}
+    if mesh is not None:
+        states = {name: training_mesh.put_state(mesh, x) for name, x in states.items()}
     results: dict[str, dict[str, Any]] = {name: {"seconds": []} for name, _ in models}
     for step in range(-2, rounds):
         for name, config in models:
-            batch = jax.device_put(text.batch(config, step + 2))
+            batch: Any = text.batch(config, step + 2)
+            batch = training_mesh.put_batch(mesh, batch) if mesh else jax.device_put(batch)
             jax.block_until_ready((batch, states[name]))
             start = time.perf_counter()
             states[name], loss, flops = example.train_step(config, states[name], *batch)
@@ -113,16 +119,23 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--write-docs", action="store_true", help="put the table of speeds into docs/benchmarks.md"
     )
-    for name in ("steps", "length", "rows"):
-        parser.add_argument(f"--{name}", type=int, help="instead of the size's own")
+    parser.add_argument("--mesh", help="GPUs for batches x GPUs for heads, such as 2x4")
+    numbers = ("steps", "length", "rows", "heads", "kv_heads")
+    for name in numbers:
+        option = f"--{name.replace('_', '-')}"
+        parser.add_argument(option, type=int, help="instead of the size's own")
     args = parser.parse_args(argv)
-    changes = {x: getattr(args, x) for x in ("steps", "length", "rows") if getattr(args, x)}
+    changes = {x: getattr(args, x) for x in numbers if getattr(args, x)}
     default = "fa3,fp8,xla" if args.curves else "fa3,cudnn"
     names = str(args.implementations or default).split(",")
     if {"fa3", "cudnn"} & set(names) and (reason := why_not_here()):
         parser.exit(NO_GPU, f"{reason}\n")
     models = contenders(args.size, names, **changes)
+    mesh = training_mesh.make_mesh(args.mesh) if args.mesh else None
+    if mesh:
+        example.ATTENTION["cudnn"] = training_mesh.cudnn(mesh.shape["model"])
     report: dict[str, Any] = {
+        "mesh": args.mesh,
         "gpu": jax.devices()[0].device_kind,
         "size": args.size,
         "versions": {"jax": jax.__version__, "jax_fa3": example.jax_fa3.__version__},
@@ -136,9 +149,10 @@ def main(argv: list[str] | None = None) -> None:
         if args.plot:
             plot(report["losses"], args.plot)
     else:
-        report["steps"] = time_steps(models, args.rounds)
+        report["steps"] = time_steps(models, args.rounds, mesh)
         text = table(models, report["steps"])
-        print(f"{report['gpu']}, {args.size}: {models[0][1]}\n\n{text}")
+        on = f"mesh {args.mesh}, " if mesh else ""
+        print(f"{report['gpu']}, {on}{args.size}: {models[0][1]}\n\n{text}")
         if args.write_docs:
             reports.write_section(PAGE, "benchmark-training", f"{text}\n")
     if args.json:

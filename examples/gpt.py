@@ -38,6 +38,7 @@ class Config:
     learning_rate: float
     implementation: str | None = None
     packed: bool = True
+    kv_heads: int | None = None  # None: as many as heads
 
 
 SIZES = {
@@ -60,6 +61,7 @@ class Block(nn.Module):
         dense = functools.partial(nn.Dense, use_bias=False, dtype=jnp.bfloat16)
         x += MultiHeadAttention(
             self.config.heads,
+            num_kv_heads=self.config.kv_heads,
             is_causal=True,
             rotary_base=10000.0,
             use_bias=False,

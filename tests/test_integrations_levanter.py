@@ -3,6 +3,7 @@
 import importlib
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,6 +14,10 @@ from integrations import (
     inputs,
     project,
 )
+from lowering import lower, targets
+
+import jax_fa3
+from jax_fa3 import _ffi
 
 lv, hax = project("marin-levanter", "levanter.layers.attention", "haliax")
 pytestmark = [
@@ -109,3 +114,21 @@ REFUSED = {
 def test_refused_by_name(message):
     with pytest.raises(NotImplementedError, match=message):
         attention("nvte", **REFUSED[message])(*inputs(SHAPES, jnp.float32))
+
+
+@pytest.mark.parametrize(
+    ("policy", "forwards"),
+    [("save_all", 1), ("full", 2), (list(jax_fa3.RESIDUAL_NAMES), 1), (["another"], 2)],
+    ids=str,
+)
+def test_policies_that_save_the_residuals_run_the_forward_once(policy, forwards):
+    """Levanter's own, by their names, and by a list of what a block shall save."""
+    scan: Any = importlib.import_module("levanter.layers.scan_checkpoint").ScanCheckpointPolicy
+    if isinstance(policy, list):
+        made = scan(save_carries=False, save_inputs=False, save_block_internals=policy)
+    else:
+        made = scan.from_bool_or_str(policy)
+    call = attention("nvte", mask=Mask.causal())
+    function = made.checkpoint("carry", "inputs", lambda *x: jnp.sin(call(*x)).sum())
+    found = targets(lower(jax.value_and_grad(function), *inputs(SHAPES, jnp.bfloat16)))
+    assert (found.count(_ffi.FWD), found.count(_ffi.BWD)) == (forwards, 1)

@@ -2,7 +2,7 @@
 
 import importlib
 import os
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +18,9 @@ from integrations import (
     inputs,
     project,
 )
+from lowering import lower, targets
+
+from jax_fa3 import _ffi
 
 maxtext, attention_op = project("maxtext", "maxtext", "maxtext.layers.attention_op")
 pytestmark = [
@@ -210,3 +213,27 @@ def test_other_kernels_are_left_alone(monkeypatch):
     wrapped = attention("dot_product")(*found)
     monkeypatch.setattr(attention_op.AttentionOp, "apply_attention", wrapper.__wrapped__)
     np.testing.assert_array_equal(wrapped, attention("dot_product")(*found))
+
+
+POLICIES = {
+    "minimal_with_context": 1,
+    "save_dot_with_context_except_mlp": 1,
+    "minimal": 2,
+    "save_dot_except_mlp": 2,
+    "full": 2,
+}
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_policies_that_save_the_context_run_the_forward_once(name):
+    """MaxText's own policies, by their names."""
+    decoder: Any = importlib.import_module("maxtext.layers.nnx_decoders").NNXDecoder
+    settings = SimpleNamespace(remat_policy=name, scan_layers=False)
+    layer = SimpleNamespace(config=settings)
+    layer.minimal_policy = partial(decoder.minimal_policy, layer)
+    policy = decoder.get_remat_policy(layer)
+    call = attention("jax_fa3")
+    function = jax.checkpoint(lambda *x: jnp.sin(call(*x)).sum(), policy=policy)
+    found = targets(lower(jax.value_and_grad(function), *inputs(SHAPES, jnp.bfloat16)))
+    assert found.count(_ffi.FWD) == POLICIES[name]
+    assert found.count(_ffi.BWD) == 1

@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from .._checks import wrong
 from .._problem import Sizes
+from .._varying import varying
 from ._layout import Layout
 
 
@@ -51,7 +52,7 @@ def check_lengths(layout: Layout, sizes: Sizes, *, devices: int = 1) -> None:
 def check_replication(layout: Layout, tensors: tuple[Array, ...]) -> None:
     """That not some of query, key and value are known, by check_vma, to be the same everywhere."""
     names = "query", "key", "value"
-    varies = [layout.axis_name in jax.typeof(x).manual_axis_type.varying for x in tensors]
+    varies = [layout.axis_name in varying(x) for x in tensors]
     if any(varies) and not all(varies):
         split, same = names[varies.index(True)], names[varies.index(False)]
         found = (

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+import inspect
+from types import SimpleNamespace
 from typing import Any
 
 import jax.numpy as jnp
@@ -39,43 +42,32 @@ def install(
         "deterministic_backward": deterministic_backward,
     }
 
+    original = inspect.unwrap(module._te_flash_attention)
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
     def attend(*args: Any, **kwargs: Any) -> Any:
-        return _attend(module, options, *args, **kwargs)
+        call = signature.bind(*args, **kwargs)
+        call.apply_defaults()
+        return _attend(module, options, SimpleNamespace(**call.arguments))
 
     module._te_flash_attention = attend
 
 
-def _attend(
-    levanter: Any,
-    options: dict[str, Any],
-    QPos: Any,
-    KPos: Any,
-    Key: Any,
-    query: Any,
-    key: Any,
-    value: Any,
-    mask: Any = None,
-    bias: Any = None,
-    dropout: float = 0.0,
-    inference: bool = False,
-    *,
-    prng: Any = None,
-    attention_dtype: Any = None,
-    precision: Any = None,
-    block_size: int | None = None,
-    scaling_factor: float,
-    logits_soft_cap: float | None = None,
-) -> Any:
-    del prng, precision, block_size  # products of 16-bit numbers are exact, and summed in fp32
-    refuse_given(bias=bias, dropout=0 if inference else dropout)
+def _attend(levanter: Any, options: dict[str, Any], call: Any) -> Any:
+    """Of the hook's arguments, by name. Its precision means nothing here: products of 16-bit numbers are
+    exact, and summed in fp32."""
+    QPos, KPos, Key, mask = call.QPos, call.KPos, call.Key, call.mask
+    query, key, value = named = call.query, call.key, call.value
+    refuse_given(bias=call.bias, dropout=0 if call.inference else call.dropout)
     if not (mask is None or isinstance(mask, levanter.AttentionMask)):
         raise refuse("mask", type(mask).__name__, "an AttentionMask")
     if query.resolve_axis(Key) not in value.axes:
         raise refuse("value", f"axes {value.axes}", f"{Key} among them")
-    classes = levanter._bin_and_group_axes_by_function(query, key, value, QPos, KPos, Key)
+    classes = levanter._bin_and_group_axes_by_function(*named, QPos, KPos, Key)
     q, k, v = (
         levanter._reshape_axes_for_bshd_bins(x, axes).array
-        for x, axes in zip((query, key, value), classes, strict=True)
+        for x, axes in zip(named, classes, strict=True)
     )
     batch = tuple(classes[0]["B"])
     masks = (
@@ -84,22 +76,21 @@ def _attend(
         else _masks(mask, batch, query.resolve_axis(QPos), key.resolve_axis(KPos))
     )
     out = dot_product_attention(
-        *(x.astype(_narrower(q.dtype, attention_dtype)) for x in (q, k, v)),
-        scale=scaling_factor,
-        logits_soft_cap=logits_soft_cap,
+        *(x.astype(_narrower(q.dtype, call.attention_dtype)) for x in (q, k, v)),
+        scale=call.scaling_factor,
+        logits_soft_cap=call.logits_soft_cap,
         **masks,
         **options,
     )
     like = levanter.eqx.filter_eval_shape(
         levanter.simple_attention_with_dropout,
-        *(QPos, KPos, Key, query, key, value, mask),
+        *(QPos, KPos, Key, *named, mask),
         inference=True,
-        attention_dtype=attention_dtype,
+        attention_dtype=call.attention_dtype,
     )
-    named = levanter._unflatten_bshd(
-        levanter.haliax.named(out, ("B", "S", "H", "D")), classes[0], classes[2]
-    )
-    return named.rearrange(like.axes).astype(like.dtype)
+    out = levanter.haliax.named(out, ("B", "S", "H", "D"))
+    out = levanter._unflatten_bshd(out, classes[0], classes[2])
+    return out.rearrange(like.axes).astype(like.dtype)
 
 
 def _narrower(dtype: Any, attention_dtype: Any) -> Any:

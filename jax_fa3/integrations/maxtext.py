@@ -12,6 +12,7 @@ import importlib
 import inspect
 import runpy
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import jax.numpy as jnp
@@ -63,7 +64,7 @@ def install(
         call.apply_defaults()
         if call.arguments["model_mode"] == "autoregressive":
             return _decode(original, **call.arguments)
-        return _attend(options, **call.arguments), None, None
+        return _attend(options, SimpleNamespace(**call.arguments)), None, None
 
     module.AttentionOp.apply_attention = apply_attention
 
@@ -77,35 +78,21 @@ def _decode(original: Any, self: Any, use_ragged_attention: bool, **arguments: A
     return self.apply_attention_dot(**{k: x for k, x in arguments.items() if k in known})
 
 
-def _attend(
-    options: dict[str, Any],
-    self: Any,
-    query: Array,
-    key: Any,
-    value: Any,
-    decoder_segment_ids: Array | None,
-    segment_positions: Array | None,
-    previous_chunk: Any,
-    bidirectional_mask: Array | None,
-    decoder_segment_ids_kv: Array | None,
-    sinks: Array | None,
-    indexer_mask: Array | None,
-    compressed_mask: Array | None,
-    record_max_logits: bool,
-    **_: Any,
-) -> Array:
-    """[B, T, N, V]; query is scaled already."""
+def _attend(options: dict[str, Any], call: Any) -> Array:
+    """[B, T, N, V] of the arguments of apply_attention, by name; query is scaled already."""
+    self, query, previous_chunk = call.self, call.query, call.previous_chunk
+    image = call.bidirectional_mask
     refuse_given(
-        indexer_mask=indexer_mask,
-        compressed_mask=compressed_mask,
-        record_max_logits=record_max_logits,
+        indexer_mask=call.indexer_mask,
+        compressed_mask=call.compressed_mask,
+        record_max_logits=call.record_max_logits,
         moba=self.config.moba,
         dropout_rate=self.dropout_rate,
     )
     kind = self.attention_type.value
     if kind not in ("global", "local_sliding", "chunk", "full", "mla"):
         raise refuse("attention_type", kind, "global, local_sliding, chunk, full or mla")
-    key, value = (x.dequant() if hasattr(x, "dequant") else x for x in (key, value))
+    key, value = (x.dequant() if hasattr(x, "dequant") else x for x in (call.key, call.value))
     self.check_attention_inputs(query, key, value)
 
     parts, zigzag = self._context_parallel_size(), self._load_balanced_context_parallel()
@@ -118,25 +105,26 @@ def _attend(
         where = context_parallel.zigzag_positions(rows, parts) if zigzag else jnp.arange(rows)
         where = jnp.broadcast_to(where + offset, query.shape[:2])
         # Reordered sequences have chunks that count from the start of each document, as in MaxText.
-        counted = segment_positions if zigzag and segment_positions is not None else where
+        starts = call.segment_positions
+        counted = starts if zigzag and starts is not None else where
         masks["key_begin"] = where - counted % self.chunk_attn_window_size
-    if decoder_segment_ids is not None:
-        ids = decoder_segment_ids[:, offset : offset + rows]
-        key_ids = decoder_segment_ids if decoder_segment_ids_kv is None else decoder_segment_ids_kv
-        masks |= {"query_segment_ids": ids, "key_value_segment_ids": key_ids}
+    ids, key_ids = call.decoder_segment_ids, call.decoder_segment_ids_kv
+    if ids is not None:
+        masks["query_segment_ids"] = ids[:, offset : offset + rows]
+        masks["key_value_segment_ids"] = ids if key_ids is None else key_ids
         masks["padding_segment_id"] = _PADDING
     options = options | {"scale": 1.0, "logits_soft_cap": self.attn_logits_soft_cap}
-    options["sinks"] = sinks
+    options["sinks"] = call.sinks
     options["checkpoint_name"] = "context"  # by which MaxText's remat policies save attention
     if parts > 1:
-        _check_context_parallel(self, zigzag, previous_chunk, bidirectional_mask)
+        _check_context_parallel(self, zigzag, previous_chunk, image)
         return context_parallel.dot_product_attention(
             query, key, value, **_split(self), zigzag=zigzag, **masks, **options
         )
-    if bidirectional_mask is not None:
+    if image is not None:
         refuse_given(previous_chunk=previous_chunk)
         begin, end = key_intervals(rows, keys, **masks)
-        begin, end = _with_blocks(begin, end, bidirectional_mask)
+        begin, end = _with_blocks(begin, end, image)
         masks = {"key_begin": begin, "key_end": end}
     return dot_product_attention(query, key, value, **masks, **options)
 

@@ -98,7 +98,7 @@ def append(
         raise NotImplementedError(_NO_KERNEL)
     x = checked_rows("key", key, "K, H", e4m3=True)
     where = page_table, cache_rows, query_starts, num_sequences
-    call = checked_call("key", x, key_cache, value_cache, kv_layout, key_value_seq_lengths, *where)
+    call = checked_call("key", x, (key_cache, value_cache, kv_layout), key_value_seq_lengths, where)
     layout = call.layout
     if x.shape[-2] != layout.num_kv_heads:
         raise wrong("key", f"{x.shape[-2]} heads", f"the {layout.num_kv_heads} that the cache has")

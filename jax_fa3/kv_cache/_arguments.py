@@ -46,17 +46,19 @@ def checked_rows(name: str, x: Any, last: str, *, e4m3: bool = False) -> Array:
 def checked_call(
     name: str,
     rows: Array,
-    key_cache: Any,
-    value_cache: Any,
-    kv_layout: KvLayout | Layout,
+    given: tuple[Any, Any, KvLayout | Layout],
     key_value_seq_lengths: Integers,
-    page_table: Integers | None,
-    cache_rows: Integers | None,
-    query_starts: Integers | None,
-    num_sequences: Integers | None,
+    places: tuple[Integers | None, ...],
 ) -> Call:
-    """name: of rows, query or key; their last axis is the keys'."""
-    caches, layout = _checked_caches(name, rows, key_cache, value_cache, kv_layout)
+    """The user's arguments, checked.
+
+    Args:
+        name: of rows, query or key; their last axis is the keys'.
+        given: key_cache, value_cache, kv_layout.
+        places: page_table, cache_rows, query_starts, num_sequences.
+    """
+    page_table, cache_rows, query_starts, num_sequences = places
+    caches, layout = _checked_caches(name, rows, *given)
     page_size, (*shape, _, _) = layout.page_size(caches), rows.shape
     if page_size < 1:
         found = f"shape {caches[0].shape}"

@@ -125,7 +125,7 @@ def dot_product_attention(
     x = checked_rows("query", query, "N, H")
     where = page_table, cache_rows, query_starts, num_sequences
     call = checked_call(
-        "query", x, key_cache, value_cache, kv_layout, key_value_seq_lengths, *where
+        "query", x, (key_cache, value_cache, kv_layout), key_value_seq_lengths, where
     )
     checked_heads(x, call)
     causal = static_bool("is_causal", is_causal)

@@ -1,0 +1,84 @@
+"""benchmarks/layers.py without a GPU: it measures, refuses what is wrong, and its table is the page's."""
+
+import functools
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+from integrations import project
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT))  # behind an installed jax_fa3
+
+from benchmarks import layers
+from benchmarks import report as reports
+from benchmarks.timing import Timing
+
+XLA = functools.partial(jax.nn.dot_product_attention, is_causal=True)
+SIZES = 1, 64, 4, 2, 16
+
+
+def measured(layer: Any) -> list[dict[str, Any]]:
+    def timer(call: Any) -> Timing:
+        call()
+        return Timing(2.0, ())
+
+    return list(layers.measure(layer, 2, lambda: None, timer))
+
+
+def test_measures():
+    found = measured(("a layer", SIZES, {"jax_fa3": XLA, "default": XLA}))
+    assert [(x["pass"], x["by"]) for x in found] == [
+        ("forward", "jax_fa3"),
+        ("forward", "default"),
+        ("forward and backward", "jax_fa3"),
+        ("forward and backward", "default"),
+    ]
+    assert found[1]["faster"] == 1 and found[1]["times_ms"] == [2.0, 2.0]
+
+
+def test_others_that_differ_are_refused():
+    wrong = {"jax_fa3": XLA, "default": jax.nn.dot_product_attention}
+    with pytest.raises(ValueError, match=r"a layer, forward: default and jax_fa3 differ by \d"):
+        measured(("a layer", SIZES, wrong))
+
+
+def test_the_page_has_the_table(tmp_path, monkeypatch, capsys):
+    text = layers.PAGE.read_text(encoding="utf-8")
+    begin, end = reports.markers("benchmark-layers")
+    before, rest = text.split(begin)
+    page = tmp_path / "integrations.md"
+    page.write_text(before + begin + end + rest.split(end)[1], encoding="utf-8")
+    monkeypatch.setattr(layers, "PAGE", page)
+    file = ROOT / "benchmarks" / "results" / "layers.json"
+    layers.main(["--table", str(file), "--write-docs"])
+    assert page.read_text(encoding="utf-8") == text
+    assert capsys.readouterr().out.count("| tokamax, ") == 6
+    assert {x["case"].split(",")[0] for x in json.loads(file.read_text())["results"]} == {
+        *layers.PROJECTS
+    }
+
+
+def test_needs_a_gpu(monkeypatch, capsys):
+    monkeypatch.setattr(layers, "why_not_here", lambda: "no GPU")
+    with pytest.raises(SystemExit) as stopped:
+        layers.main([])
+    assert stopped.value.code == layers.NO_GPU and capsys.readouterr().err == "no GPU\n"
+
+
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize(
+    ("name", "modules"),
+    [("tokamax", ("tokamax",)), ("Levanter", ("levanter.layers.attention", "haliax"))],
+)
+@pytest.mark.filterwarnings("default")  # Levanter's own
+def test_projects(name, modules, monkeypatch):
+    """Tiny, by this library's XLA path."""
+    project(name, *modules)
+    monkeypatch.setattr(layers, "SIZES", SIZES)
+    monkeypatch.setattr(layers, "CAP_SIZES", SIZES)
+    made = list(layers.PROJECTS[name](None))
+    assert all(measured(layer) for layer in made) and made[0][0] == f"{name}, causal"

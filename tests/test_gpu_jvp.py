@@ -65,6 +65,7 @@ def test_table(case: Case, dtype: Any):
 VALUES = {
     "mean": lambda x: 1 + 0.3 * x,
     "1e-3": lambda x: 1e-3 * x,
+    "30": lambda x: 30 * x,
     "one sign": jnp.abs,
 }
 
@@ -81,7 +82,8 @@ def test_values(values: str, head_dim: int, dtype: Any):
         query, key, value = (x.astype(jnp.float32) for x in case.inputs(dtype, seed))
         return tuple(x.astype(dtype) for x in (change(query), change(key), value))
 
-    check(case, dtype, changed(0), changed(1))
+    # At scale 30 few rows see more than one key that counts, and so have any error.
+    check(case, dtype, changed(0), changed(1), case.T if values == "30" else ROWS)
 
 
 def test_finite_differences():

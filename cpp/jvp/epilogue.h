@@ -23,14 +23,18 @@ CUTLASS_DEVICE void store(Params const& params, TileCoord tile, int first_row,
   for (int r = 0; r < kRowsPerThread; ++r) {
     int const row = first_row + r * 8;
     // The weights of keys add up to 1, but for that of the sink, whose tangent is not known here.
-    float less = quad_sum(rows.sum[r]);
+    float of_lse = quad_sum(rows.sum[r]) + rows.center[r];
+    float of_out = quad_sum(rows.sum_of_rounded[r]);
     if (!sink.is_none()) {
-      less -= rows.center[r] * exp2f(sink.score * kLog2E - rows.lse[r] - rows.lse_low[r]);
+      float const less =
+          rows.center[r] * exp2f(sink.score * kLog2E - rows.lse[r] - rows.lse_low[r]);
+      of_lse -= less;
+      of_out -= less;
     }
     if (row >= seqlen_q) continue;
     bool const empty = intervals[r].empty();
     float const nothing = intervals[r].broken() ? NAN : 0.f;
-    if (threadIdx.x % 4 == 0) params.lse_dot[index + row] = empty ? nothing : less + rows.center[r];
+    if (threadIdx.x % 4 == 0) params.lse_dot[index + row] = empty ? nothing : of_lse;
     uint16_t const* const out = row_of(params.out_rows, row);
     uint16_t* const out_dot = row_of(params.out_dot, row);
     CUTLASS_PRAGMA_UNROLL
@@ -38,8 +42,8 @@ CUTLASS_DEVICE void store(Params const& params, TileCoord tile, int first_row,
       int const column = fragment_column(i) + threadIdx.x % 4 * 2;
       if (column >= params.head_dim_v) continue;
       uint32_t const pair = *reinterpret_cast<uint32_t const*>(out + column);
-      float const low = tOrO(i) - less * unpack<Element>(pair, 0);
-      float const high = tOrO(i + 1) - less * unpack<Element>(pair, 1);
+      float const low = tOrO(i) - of_out * unpack<Element>(pair, 0);
+      float const high = tOrO(i + 1) - of_out * unpack<Element>(pair, 1);
       *reinterpret_cast<uint32_t*>(out_dot + column) =
           pack<Element>(empty ? nothing : low, empty ? nothing : high);
     }

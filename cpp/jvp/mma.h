@@ -82,6 +82,7 @@ CUTLASS_DEVICE void mma(Params const& params, typename Traits::SharedStorage& st
     for (int i = 0; i < size(both); ++i) {
       both(i) = pack<Element>(tSdS(2 * i), tSdS(2 * i + 1));
     }
+    rows.add_rounded<Element>(both);
   };
 
   // The last block: nothing to overlap with.

@@ -12,13 +12,14 @@ namespace jax_fa3::jvp {
 // H is P times the score's tangent less `center`, any number that is the same for a whole row: that
 // takes center * out from P dV + H V, and center from the sum of H. So chosen that tangents are
 // near it, H is small where a common part of them, which moves no weight, would be large and
-// rounded.
+// rounded. What rounding is left is in `sum_of_rounded`, too: of a row with one large weight, whose
+// out is that key's value, it cancels.
 struct Rows {
   float lse[kRowsPerThread];      // in base 2; inf where the row sees nothing, so that P is 0
   float lse_low[kRowsPerThread];  // what it lost to its rounding
-  float center[kRowsPerThread] = {0.f, 0.f};
-  bool is_centered[kRowsPerThread] = {false, false};
-  float sum[kRowsPerThread] = {0.f, 0.f};  // of H, of this thread's columns only
+  float center[kRowsPerThread] = {0.f, 0.f};  // 0: not found yet
+  float sum[kRowsPerThread] = {0.f, 0.f};     // of H, of this thread's columns only
+  float sum_of_rounded[kRowsPerThread] = {0.f, 0.f};
 
   // P in place of the scores.
   template <class Scores>
@@ -42,6 +43,16 @@ struct Rows {
     }
   }
 
+  // H as the second half of an A operand.
+  template <class Element, class Packed>
+  CUTLASS_DEVICE void add_rounded(Packed const& packed) {
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = size(packed) / 2; i < size(packed); ++i) {
+      sum_of_rounded[fragment_row(2 * i)] +=
+          unpack<Element>(packed(i), 0) + unpack<Element>(packed(i), 1);
+    }
+  }
+
   // The weighted mean of the tangents of the first block in which a row has any weight: what was
   // summed before with another center is next to nothing.
   template <class Scores>
@@ -58,9 +69,9 @@ struct Rows {
     for (int row = 0; row < kRowsPerThread; ++row) {
       float const all = quad_sum(weight[row]);
       float const mean = quad_sum(total[row]) * params.score_dot_scale / all;
-      bool const found = !is_centered[row] && all > kLeast;
-      center[row] = found ? mean : center[row];
-      is_centered[row] = is_centered[row] || found;
+      bool const found = center[row] == 0.f && all > kLeast;
+      // Never 0, or a later block would be taken for the first one.
+      center[row] = found ? (mean == 0.f ? FLT_MIN : mean) : center[row];
     }
   }
 

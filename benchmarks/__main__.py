@@ -35,7 +35,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         "--suite",
         default="paper",
         help=f"comma-separated: {', '.join(SUITES)}, or all (default: paper); or one of these alone: "
-        "fp8-error, decode; on several GPUs: scaling, ring",
+        "fp8-error, decode, forward-mode; on several GPUs: scaling, ring",
     )
     add(
         "--points",
@@ -195,7 +195,25 @@ def _decode(args: argparse.Namespace) -> None:
         print(decode.markdown(report), end="")
 
 
-ALONE = {"scaling": _scaling, "ring": _ring, "fp8-error": _fp8_error, "decode": _decode}
+def _forward_mode(args: argparse.Namespace) -> None:
+    from . import forward_mode
+
+    points = forward_mode.points(args.points.split(","))
+    report = _report(args, points, lambda: forward_mode.main(points, args.rounds, args.json))
+    if args.table and report is not None:
+        print(forward_mode.markdown(report), end="")
+    if args.write_docs and report is not None:
+        text = f"{reports.conditions(report)}.\n\n{forward_mode.markdown(report)}"
+        reports.write_section(PAGE, "benchmark-forward-mode", text)
+
+
+ALONE = {
+    "scaling": _scaling,
+    "ring": _ring,
+    "fp8-error": _fp8_error,
+    "decode": _decode,
+    "forward-mode": _forward_mode,
+}
 
 
 def _suites(args: argparse.Namespace) -> None:

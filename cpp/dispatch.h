@@ -11,6 +11,7 @@
 #include "decode/decode.h"
 #include "fp8/fp8.h"
 #include "fwd/fwd.h"
+#include "jvp/jvp.h"
 #include "kernel_sizes.h"
 #include "problem.h"
 #include "wide/wide.h"
@@ -100,6 +101,34 @@ inline bool launch_fp8(fp8::Problem const& problem, cudaStream_t stream, cudaErr
   return detail::select<false, DType::kFloat8E4M3>(problem.forward, [&](auto, auto index) {
     *error = fp8::launch_fwd<kKernelSizes[decltype(index)::value].head_dim>(problem, stream);
   });
+}
+
+namespace detail {
+
+template <DType kDType, std::size_t... kIndex>
+bool select_jvp(jvp::Problem const& problem, cudaStream_t stream, cudaError_t* error,
+                std::index_sequence<kIndex...>) {
+  auto const launched = [&](auto index) {
+    constexpr int kHeadDim = kJvpTiles[decltype(index)::value].head_dim;
+    constexpr KernelSize kSize = size_for(kHeadDim, kHeadDim);
+    if constexpr (has_kernel(kDType, kSize)) {
+      if (!kSize.holds(problem.forward.head_dim, problem.forward.head_dim_v)) return false;
+      *error = jvp::launch<kDType, kHeadDim>(problem, stream);
+      return true;
+    }
+    return false;
+  };
+  return (launched(std::integral_constant<std::size_t, kIndex>{}) || ...);
+}
+
+}  // namespace detail
+
+inline bool launch_jvp(jvp::Problem const& problem, cudaStream_t stream, cudaError_t* error) {
+  constexpr auto kAll = std::make_index_sequence<std::size(kJvpTiles)>{};
+  if (problem.forward.dtype == DType::kBFloat16) {
+    return detail::select_jvp<DType::kBFloat16>(problem, stream, error, kAll);
+  }
+  return detail::select_jvp<DType::kFloat16>(problem, stream, error, kAll);
 }
 
 inline bool launch_decode(decode::Problem const& problem, cudaStream_t stream, cudaError_t* error) {

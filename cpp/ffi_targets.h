@@ -48,6 +48,15 @@ struct Segments {
   Array key_begin, key_end;
 };
 
+// Results are tangents; out, lse and lse_low are the forward's results.
+struct Tangent : Inputs {
+  Array query_dot, key_dot, value_dot;
+  Array out, lse, lse_low;
+  Array sinks;
+  Array out_dot, lse_dot;
+  Array tile_counter;
+};
+
 // r rows of n heads, h columns; b sequences. Caches are of any layout that attributes describe.
 struct Decoding {
   Array query, key_cache, value_cache;
@@ -205,6 +214,28 @@ inline Target<Decoding> const kDecode = {
         JAX_FA3_ROW(Decoding, lse, kFloat32, "rn"),
         JAX_FA3_ROW(Decoding, partials, kFloat32, "*"),
         JAX_FA3_ROW(Decoding, splits, kInt32, "*"),
+    },
+};
+
+inline Target<Tangent> const kJvp = {
+    "jax_fa3.jvp.v1",
+    {
+        JAX_FA3_ROW(Tangent, query, k16Bits, "bt.h"),
+        JAX_FA3_ROW(Tangent, key, k16Bits, "bs.."),
+        JAX_FA3_ROW(Tangent, value, k16Bits, "bs.."),
+        JAX_FA3_MASKS(Tangent),
+        JAX_FA3_ROW(Tangent, query_dot, k16Bits, "bt.h"),
+        JAX_FA3_ROW(Tangent, key_dot, k16Bits, "bs.."),
+        JAX_FA3_ROW(Tangent, value_dot, k16Bits, "bs.."),
+        JAX_FA3_ROW(Tangent, out, k16Bits, "btnv"),
+        JAX_FA3_ROW(Tangent, lse, kFloat32, "bnt"),
+        JAX_FA3_ROW(Tangent, lse_low, kFloat32, "bnt|0"),
+        JAX_FA3_ROW(Tangent, sinks, kFloat32, "1n|bn|0"),
+    },
+    {
+        JAX_FA3_ROW(Tangent, out_dot, k16Bits, "btnv"),
+        JAX_FA3_ROW(Tangent, lse_dot, kFloat32, "bnt"),
+        JAX_FA3_ROW(Tangent, tile_counter, kInt32, "1"),
     },
 };
 

@@ -28,6 +28,17 @@ struct BwdTile {
   bool fused;
 };
 
+struct JvpTile {
+  int head_dim;  // of query, key and value
+  int block_m;
+  int block_n;
+  int stages;
+
+  constexpr bool holds(int other, int other_v) const {
+    return other <= head_dim && other_v <= head_dim;
+  }
+};
+
 struct DTypeName {
   char const* name;
   DType dtype;
@@ -45,6 +56,11 @@ inline constexpr KernelSize kKernelSizes[] = {
 
 inline constexpr BwdTile kBwdTiles[] = {
 #define BWD_TILE(...) {__VA_ARGS__},
+#include "../jax_fa3/kernel_sizes.def"
+};
+
+inline constexpr JvpTile kJvpTiles[] = {
+#define JVP_TILE(...) {__VA_ARGS__},
 #include "../jax_fa3/kernel_sizes.def"
 };
 
@@ -77,6 +93,14 @@ constexpr BwdTile bwd_tile(int head_dim) {
     if (head_dim <= tile.head_dim) break;
   }
   return found;
+}
+
+// That of the tangent kernel for this head dim, which is one of those listed.
+constexpr JvpTile jvp_tile(int head_dim) {
+  for (JvpTile const& tile : kJvpTiles) {
+    if (tile.head_dim == head_dim) return tile;
+  }
+  return {};
 }
 
 }  // namespace jax_fa3

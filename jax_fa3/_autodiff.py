@@ -169,9 +169,18 @@ class Attention(Method):
         method = dataclasses.replace(self, implementation=implementation)
         return backward(method, plain_backward, operands, masks, rows)
 
-    def tangent(self, operands: Operands, masks: Masks, tangents: Operands) -> tuple[Array, ...]:
+    def tangent(
+        self, operands: Operands, masks: Masks, rows: Rows, tangents: Operands
+    ) -> tuple[Array, ...]:
         """The tangents of out and lse, by those of operands: None where one does not move."""
-        return _tangent.of_results(self.config, operands, masks, tangents)
+        call = self.implementation, self.config, operands, masks, rows, tangents
+        return _tangent.of_results(*call)
+
+    def plain_tangent(
+        self, operands: Operands, masks: Masks, tangents: Operands
+    ) -> tuple[Array, ...]:
+        """The same in plain JAX, as a function with derivatives."""
+        return _tangent.plain(self.config, operands, masks, None, tangents)
 
 
 def with_gradient(

@@ -45,23 +45,28 @@ def intervals(visible: Array) -> tuple[Array, Array, Array]:
 
 
 @functools.cache
-def by_intervals(kernel: Function, plain: Function | None) -> Function:
+def by_intervals(kernel: Function, plain: Function | None, takes_bias: bool = True) -> Function:
     """kernel(config, operands, masks, ...) of operands with a dense mask: without it where intervals say
     the same. Where they do not, and it takes no bias, it is plain; if that is None, the rows that see
-    several intervals are broken and become NaN."""
-    return functools.partial(_by_intervals, kernel, plain)
+    several intervals are broken and become NaN.
+
+    Args:
+        takes_bias: whether the kernel does where _bias lets it.
+    """
+    return functools.partial(_by_intervals, kernel, plain, takes_bias)
 
 
 def _by_intervals(
     kernel: Function,
     plain: Function | None,
+    takes_bias: bool,
     config: Config,
     operands: Operands,
     masks: Masks,
     *rest: Any,
 ) -> tuple[Array, ...]:
     begin, end, broken = _rows(operands)
-    takes_bias = _bias.refusal(config, operands.sizes) is None
+    takes_bias = takes_bias and _bias.refusal(config, operands.sizes) is None
     hull = begin, end
     if masks.key_begin is not None or masks.key_end is not None:
         before = jnp.zeros_like(begin), jnp.full_like(end, operands.sizes.key_length)

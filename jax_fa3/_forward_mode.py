@@ -1,5 +1,5 @@
 """Both modes of differentiation through one custom_jvp: the tangent of a call is a linear function of
-the operands' tangents, a primitive of our own. Evaluated it is XLA's, transposed the
+the operands' tangents, a primitive of our own. Evaluated it is the tangent kernel, transposed the
 backward kernel; jax.grad transposes it and never evaluates it.
 
 A custom_vjp cannot be pushed forward, and JAX's linear_call knows neither vmap nor what it is beside
@@ -140,8 +140,11 @@ class _Tangent:
         return jax.tree.unflatten(self.structure, arrays[:count]), arrays[count:]
 
     def _tangent_of_one(self, *arrays: Array) -> Results:
-        (operands, masks, *_), linear = self._split(arrays)
-        return self.method.tangent(operands, masks, self._with_leaves(operands, linear))
+        (operands, masks, out, lse, *low), linear = self._split(arrays)
+        # The rows' cotangents are none: nobody asks for them.
+        rows = Rows(out, lse, None, None, *low)  # pyright: ignore[reportArgumentType]
+        tangents = self._with_leaves(operands, linear)
+        return self.method.tangent(operands, masks, rows, tangents)
 
     def _transposed_of_one(self, *arrays: Array) -> Results:
         (operands, masks, out, lse, *low), cotangents = self._split(arrays)
@@ -161,7 +164,8 @@ class _Tangent:
             rest = iter(varied)
             chosen = (next(rest) if m else x for x, m in zip(leaves, along, strict=True))
             operands = jax.tree.unflatten(tree, chosen)
-            return self.method.tangent(operands, masks, self._with_leaves(operands, linear))
+            tangents = self._with_leaves(operands, linear)
+            return self.method.plain_tangent(operands, masks, tangents)
 
         varied, tangents = vary_together((tuple(varied), tuple(tangents)))
         return jax.jvp(function, varied, tangents)[1]

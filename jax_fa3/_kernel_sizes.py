@@ -34,6 +34,9 @@ KERNELS = [
     (dtype, h, v) for dtype in _DTYPES for h, v, fp8 in _SIZES if fp8 or dtype != "float8_e4m3fn"
 ]
 
+# Of query, key and value: the tangent kernels, in the order of choice.
+JVP_HEAD_DIMS = [int(h) for h, *_ in _entries("JVP_TILE")]
+
 BWD_TILES = [
     BwdTile(int(h), int(m), int(n), fused == "true") for h, m, n, fused in _entries("BWD_TILE")
 ]

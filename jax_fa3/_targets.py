@@ -16,6 +16,7 @@ FWD_FP8 = "jax_fa3.fwd_fp8.v1"
 QUANTIZE = "jax_fa3.quantize.v1"
 SEGMENT_INTERVALS = "jax_fa3.segment_intervals.v1"
 DECODE = "jax_fa3.decode.v1"
+JVP = "jax_fa3.jvp.v1"
 
 
 class Row(NamedTuple):
@@ -161,6 +162,26 @@ TARGETS = {
             Row("lse", _FLOAT32),
             Row("partials", _FLOAT32),
             Row("splits", _INT32),
+        ),
+    ),
+    JVP: Target(
+        operands=(
+            Row("query", _16_BITS),
+            Row("key", _16_BITS),
+            Row("value", _16_BITS),
+            *_MASKS,
+            Row("query_dot", _16_BITS),
+            Row("key_dot", _16_BITS),
+            Row("value_dot", _16_BITS),
+            Row("out", _16_BITS),
+            Row("lse", _FLOAT32),
+            Row("lse_low", _FLOAT32, optional=True),
+            Row("sinks", _FLOAT32, optional=True),
+        ),
+        results=(
+            Row("out_dot", _16_BITS),
+            Row("lse_dot", _FLOAT32),
+            Row("tile_counter", _INT32),
         ),
     ),
 }

@@ -22,7 +22,7 @@ from call_operands import (
 )
 from recorded_calls import Call, recorded
 
-from jax_fa3 import _ffi, _plan
+from jax_fa3 import _ffi, _plan, _tangent
 from jax_fa3._operands import Operands, Rows
 from jax_fa3._problem import Config, Masks
 from jax_fa3.fp8 import _ffi as _fp8
@@ -97,6 +97,15 @@ def right_calls() -> dict[str, Call]:
         options: Any = {"summed_dq": x[-1], "finish_dq": False}
         return backward_of_three(partial, *x[:3], Masks(), *x[3:-1], **options)
 
+    def tangent(config: Config) -> Any:
+        def call(q: Any, k: Any, v: Any, masks: Masks, out: Any, lse: Any, sinks: Any) -> Any:
+            low = None if sinks is None else lse
+            rows: Any = Rows(out, lse, None, None, low)  # pyright: ignore[reportArgumentType]
+            operands = Operands(q, k, v, sinks=sinks)
+            return _tangent.custom_call_of(config, operands, masks, rows, Operands(q, k, v))
+
+        return call
+
     def of_words(q: Any, words: Any, *rows: Any) -> Any:
         return BACKWARD(partial, Operands(q, words), Masks(), None, *rows, finish_dq=False)
 
@@ -154,6 +163,8 @@ def right_calls() -> dict[str, Call]:
             _fp8.quantize, q, Struct((H,), jnp.float32), lengths, Struct((B, N, H), jnp.float32)
         ),
         "quantize alone": recorded(lambda x: _fp8.quantize(x, None, None), q),
+        "jvp": recorded(tangent(every), *operands, masks, *rows[:2], Struct((1, N), jnp.float32)),
+        "jvp without masks": recorded(tangent(plain), *operands, Masks(), *rows[:2], None),
         "segment_intervals": recorded(_ffi.segment_intervals, *ids),
         **decode_calls(),
     }

@@ -22,8 +22,14 @@ SECTIONS = {
     "benchmark-scaling": "scaling",
     "benchmark-ring": "ring",
     "benchmark-models": "models",
+    "benchmark-forward-mode": "forward_mode",
 }
-ALONE = {"fp8_error": "fp8-error", "scaling": "scaling", "ring": "ring"}
+ALONE = {
+    "fp8_error": "fp8-error",
+    "scaling": "scaling",
+    "ring": "ring",
+    "forward_mode": "forward-mode",
+}
 
 
 @pytest.mark.parametrize("section", SECTIONS)

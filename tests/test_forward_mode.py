@@ -17,7 +17,7 @@ from meshes import make_mesh
 import jax_fa3
 
 B, T, S, N, K, H, V = 2, 10, 14, 4, 2, 16, 8
-FWD, BWD = "jax_fa3.fwd.v1", "jax_fa3.bwd.v1"
+FWD, BWD, JVP = "jax_fa3.fwd.v1", "jax_fa3.bwd.v1", "jax_fa3.jvp.v1"
 MASKS: list[dict[str, Any]] = [
     {},
     {"is_causal": True, "query_offset": jnp.array([4, -3]), "logits_soft_cap": 2.0},
@@ -237,6 +237,54 @@ def test_meshes(way):
     assert results[1][0].sharding.spec[0] == "dp"
     sums = lambda *x: attention("xla", is_causal=True)(*x)[0].astype(jnp.float32).sum()
     assert_alike(grads, jax.grad(sums, (0, 1))(*QKV))
+
+
+def lowered(function: Any, *shapes: tuple[int, ...], sharding: Any = None) -> str:
+    """Of a jvp along all operands, for CUDA."""
+    structs = [jax.ShapeDtypeStruct(x, jnp.bfloat16, sharding=sharding) for x in (*shapes, *shapes)]
+    return lower(pushed(function), *structs)
+
+
+@pytest.mark.parametrize(
+    ("dims", "options", "kernels"),
+    [
+        ((64, 64), {"is_causal": True, "sinks": jnp.ones(N), "logits_soft_cap": 2.0}, [FWD, JVP]),
+        ((72, 128), {}, [FWD, JVP]),
+        ((256, 192), {}, [FWD, JVP]),
+        # One where each row sees one interval, and else the forward's alone, which reads it as a bias.
+        ((64, 64), {"mask": MASKS[-1]["mask"]}, [FWD, FWD, JVP]),
+        ((64, 64), {"bias": jnp.ones((T, S))}, [FWD]),
+    ],
+)
+def test_which_tangents_have_a_kernel(dims, options, kernels):
+    shapes = (B, T, N, dims[0]), (B, S, K, dims[0]), (B, S, K, dims[1])
+    assert targets(lowered(attention("fa3", **options), *shapes)) == kernels
+
+
+def test_very_many_keys_have_none():
+    """One accumulator would lose what it cuts off."""
+    shapes = (1, 16, 1, 64), (1, 2**18 + 1, 1, 64), (1, 2**18 + 1, 1, 64)
+    assert targets(lowered(attention("fa3"), *shapes)) == [FWD]
+
+
+@pytest.mark.parametrize("way", ["explicit", "shard_map"])
+def test_the_kernel_has_a_devices_part(way):
+    mesh = make_mesh(AxisType.Explicit if way == "explicit" else AxisType.Auto, dp=2, tp=2)
+    function = attention("fa3", is_causal=True)
+    if way == "shard_map":
+        out_specs = SPEC, P("dp", None, "tp")
+        function = jax.shard_map(function, mesh=mesh, in_specs=(SPEC,) * 3, out_specs=out_specs)
+    with jax.set_mesh(mesh):
+        text = lowered(function, *(x.shape for x in QKV), sharding=NamedSharding(mesh, SPEC))
+    (line,) = (x for x in text.splitlines() if JVP in x and "custom_call" in x)
+    operands = line.split(" : (")[1]
+    assert operands.startswith(f"tensor<1x{T}x{N // 2}x{H}xbf16>, tensor<1x{S}x{K // 2}x{H}xbf16>")
+
+
+def test_vmapped_calls_are_one():
+    text = lowered(jax.vmap(attention("fa3")), *((3, *x.shape) for x in QKV))
+    assert targets(text) == [FWD, JVP]
+    assert f"tensor<{3 * B}x{T}x{N}x{H}xbf16>" in text
 
 
 def test_reverse_mode_is_as_it_was():

@@ -145,7 +145,7 @@ _MAY_BE_NONE = {(_targets.BWD, "results", 8), (_targets.BWD_PACKED, "results", 6
 
 # Results before the workspace, which may be larger and of any rank.
 _RESULTS = {_targets.FWD: 4, _targets.BWD: 3, _targets.BWD_PACKED: 1, _targets.FWD_FP8: 2}
-_RESULTS[_targets.DECODE] = 2
+_RESULTS |= {_targets.DECODE: 2, _targets.JVP: 2}
 
 
 def _wrong_arrays(target: str, kind: str, place: int, x: Struct) -> Iterator[Struct]:

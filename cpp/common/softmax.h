@@ -107,6 +107,32 @@ struct Softmax {
     }
   }
 
+  // The scores become probabilities relative to the maximum of the blocks before. `sum` is of this
+  // block alone: take() adds it once are_small() has said that no weight is too large.
+  template <class Scores>
+  CUTLASS_DEVICE void exponentiate_ahead(Scores& scores, float (&sum)[kRowsPerThread]) const {
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < size(scores); ++i) {
+      int const row = fragment_row(i);
+      scores(i) = exp2f(scores(i) * factor[row] - offset[row]);
+      sum[row] += scores(i);
+    }
+  }
+  // Whether weights of these sums fit into 16 bits. Never where the largest is to be 1 at the end
+  // (sum_of_rounded), nor of rows that have not seen a key yet; nor if any is NaN.
+  CUTLASS_DEVICE bool are_small(float const (&sum)[kRowsPerThread]) const {
+    bool small = true;
+    CUTLASS_PRAGMA_UNROLL
+    for (int row = 0; row < kRowsPerThread; ++row) {
+      small = small && sum[row] < kMostAhead && fabsf(offset[row]) < kExactBelow;
+    }
+    return small;
+  }
+  CUTLASS_DEVICE void take(float const (&sum)[kRowsPerThread]) {
+    CUTLASS_PRAGMA_UNROLL
+    for (int row = 0; row < kRowsPerThread; ++row) row_sum[row] += sum[row];
+  }
+
   template <class Out>
   CUTLASS_DEVICE void rescale_out(Out& out) const {
     CUTLASS_PRAGMA_UNROLL
@@ -179,6 +205,7 @@ struct Softmax {
 
   // So small an offset is so little rounded that the largest weight is 1 in 16 bits.
   static constexpr float kExactBelow = 2048.f;
+  static constexpr float kMostAhead = 32768.f;  // half of what fp16 has
 
   CUTLASS_DEVICE bool is_huge(int row) const { return fabsf(row_max[row]) >= exponents.huge; }
 };

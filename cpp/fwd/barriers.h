@@ -10,7 +10,9 @@ enum class NamedBarrier : uint32_t {
   kTurnOfWarpgroup0,  // ping-pong: this warpgroup may issue its GEMMs
   kTurnOfWarpgroup1,
   kTurnOfWarpgroup2,
-  kOutOfWarpgroup0,  // the threads of one warpgroup, around its output tile in shared memory
+  // The threads of one warpgroup, around its output tile in shared memory and in
+  // any_of_warpgroup().
+  kOutOfWarpgroup0,
   kOutOfWarpgroup1,
   kOutOfWarpgroup2,
   kValuesRead,  // every consumer warpgroup has read V: its memory may hold the output
@@ -18,6 +20,25 @@ enum class NamedBarrier : uint32_t {
 
 CUTLASS_DEVICE uint32_t barrier_id(NamedBarrier first, int offset = 0) {
   return static_cast<uint32_t>(first) + offset;
+}
+
+// Whether something is true of any thread of a warpgroup, all of whose threads call this.
+CUTLASS_DEVICE bool any_of_warpgroup(int warpgroup, bool of_thread) {
+  uint32_t const barrier =
+      barrier_id(NamedBarrier::kOutOfWarpgroup0, warpgroup) +
+      static_cast<uint32_t>(cutlass::arch::ReservedNamedBarriers::FirstUserBarrier);
+  uint32_t any;
+  asm volatile(
+      "{\n"
+      ".reg .pred of_thread, any;\n"
+      "setp.ne.u32 of_thread, %1, 0;\n"
+      "barrier.cta.red.or.pred any, %2, 128, of_thread;\n"
+      "selp.u32 %0, 1, 0, any;\n"
+      "}\n"
+      : "=r"(any)
+      : "r"(static_cast<uint32_t>(of_thread)), "r"(barrier)
+      : "memory");
+  return any != 0;
 }
 
 // Ping-pong: the consumer warpgroups issue their GEMMs in turn, so that the softmax of one runs

@@ -130,11 +130,48 @@ CUTLASS_DEVICE void mma(typename Traits::Params const& params,
     convert();
     if constexpr (!kRescaleDuringS) softmax.rescale_out(tOrO);
   };
+  // The same where no score is masked, but the exponentials do not wait for this block's maximum,
+  // for they are relative to that of the blocks before: so it need not be found, nor O rescaled.
+  // Where a weight becomes too large, which is rare, S is computed again and the maximum raised.
+  auto const step_ahead = [&] {
+    keys.full[state.key.stage].wait(state.key.phase);
+    turns.wait();
+    issue_scores();
+    values.full[state.value.stage].wait(state.value.phase);
+    issue_out();
+    turns.pass();
+    warpgroup_wait<1>();
+    warpgroup_fence_operand(tSrS);
+    float sum[kRowsPerThread] = {0.f, 0.f};
+    softmax.exponentiate_ahead(tSrS, sum);
+    warpgroup_wait<0>();
+    warpgroup_fence_operand(tOrO);
+    release(values, state.value);
+    if (any_of_warpgroup(warpgroup, !softmax.are_small(sum))) {
+      issue_scores();
+      warpgroup_wait<0>();
+      warpgroup_fence_operand(tSrS);
+      softmax.template update_max<Traits::kMaxOfThree>(tSrS);
+      softmax.template exponentiate<0, 1>(tSrS);
+      softmax.rescale_out(tOrO);
+    } else {
+      softmax.take(sum);
+    }
+    release(keys, state.key);
+    release_query(n_block);
+    convert();
+  };
   LongSums<Traits> long_sums{params, warpgroup, blocks.end};
   while (n_block >= blocks.begin) {
     if (n_block < blocks.full_end) {
       int const first = long_sums.first_block(blocks.full_begin);
-      for (; n_block >= first; --n_block) step(false_type{});
+      for (; n_block >= first; --n_block) {
+        if constexpr (Traits::kAhead) {
+          step_ahead();
+        } else {
+          step(false_type{});
+        }
+      }
     }
     if (long_sums.is_full(n_block)) {
       if constexpr (kRescaleDuringS) softmax.rescale_out(tOrO);

@@ -53,6 +53,9 @@ struct Traits {
   static constexpr bool kPingPong = true;
   // Faster where three warpgroups share the SM; with two it is the same, or spills.
   static constexpr bool kMaxOfThree = kConsumerWarpgroups == 3;
+  // Exponentials do not wait for their block's maximum (mma.h): 3 % of long sequences. With three
+  // warpgroups, or a wide O, the way back for weights that are too large spills.
+  static constexpr bool kAhead = kHeadDim == 128 && !kHasBias;
   static constexpr bool kBlocksByWarpgroup = false;  // each visits all blocks of the tile
   static constexpr int kConsumerThreads = kConsumerWarpgroups * 128;
   static constexpr int kThreads = 128 + kConsumerThreads;

@@ -66,6 +66,21 @@ def test_values(values: str, head_dim: int, dtype: Any):
 
 @DTYPES
 @HEAD_DIMS
+@pytest.mark.parametrize("growth", [1, 3, 6, 12])
+def test_maxima_that_rise(growth: int, head_dim: int, dtype: Any):
+    """The kernels go from the last key to the first: of these, weights relative to the maximum so far are
+    beyond 16 bits in no, some or most rows."""
+    case = Case(f"rising {growth}", 700, 900, 4, 2, head_dim, mask=CAUSAL)
+    query, key, value = case.inputs(dtype)
+    inputs = query, key.at[:, :300, 1:].multiply(growth), value
+    cotangents = case.cotangents(dtype)
+    exact, rounded = oracles(case, dtype, inputs, cotangents)
+    found = results(case, cotangents, *inputs)
+    assert_rounded(found, exact, rounded, case, jnp.finfo(dtype).eps)
+
+
+@DTYPES
+@HEAD_DIMS
 @pytest.mark.parametrize("values", ["mean", "1e-3", "30", "one sign", "outliers"])
 def test_values_of_value_and_cotangent(values: str, head_dim: int, dtype: Any):
     case = Case(f"value {values}", 300, 333, 4, 2, head_dim)

@@ -77,7 +77,7 @@ def dot_product_attention(
             and what is not above -1e37, hides a key. The kernels read float32 and query's dtype where
             they are, without expanding what is broadcast, and sum its gradient over that in float32;
             other dtypes, rows that are no multiple of 16 bytes, and what is broadcast over keys, are
-            copied first. They take none beside logits_soft_cap, head dims of 65 to 96 and above 128,
+            copied first. They take none beside logits_soft_cap, head dims above 128,
             and more than 262,144 keys.
         mask: bool, False for hidden, broadcastable to [B, N, T, S]. It is looked at when the program runs:
             if each row of it is one interval of keys, the same for all heads, the kernels take that, else

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 import jax_fa3
 
-from . import check, fp8
+from . import check, features, fp8
 from .points import Point
 from .rivals import ATTENTIONS, Attention, Refused, window
 from .timing import Call
@@ -56,11 +56,17 @@ CONTENDERS: dict[str, Callable[[Point], Attention]] = {
     "fa3 full": _fa3,  # the same shapes with no mask: see `problem`
     "fa3 deterministic": partial(_fa3, deterministic_backward=True),
     **ATTENTIONS,
+    **features.CONTENDERS,
 }
 
 
 def problem(point: Point, name: str) -> Point:
-    """What the contender computes: the point's problem, or the same one without its mask."""
+    """What the contender computes: the point's problem, the same one without its mask, or in place of what
+    has no closed form one that does."""
+    if name == "fa3" and point.blocks:  # of as many scores
+        return dataclasses.replace(point, blocks=False, is_causal=True)
+    if name == "fa3":
+        return dataclasses.replace(point, first_keys=0)
     if name != "fa3 full":
         return point
     return dataclasses.replace(point, documents=None, is_causal=False, window=None)
@@ -113,7 +119,9 @@ def _backward(point: Point, name: str, inputs: tuple[jax.Array, ...]) -> Call:
     """The vjp outside of jit leaves its residuals behind, so the call is the backward alone."""
     attention = CONTENDERS[name](point)
     *qkv, dout = inputs
-    _, pullback = jax.vjp(lambda *qkv: attention.fn(*qkv, *attention.masks), *qkv)
+    moving = attention.masks if attention.derivative else ()
+    fixed = attention.masks[len(moving) :]
+    _, pullback = jax.vjp(lambda *x: attention.fn(*x, *fixed), *qkv, *moving)
     return Call(jax.jit(lambda pullback, dout: pullback(dout)), (pullback, dout))
 
 

@@ -6,6 +6,7 @@ import numpy as np
 
 TOKENS = 16384  # tokens of one call, and
 WIDTH = 2048  # heads * head_dim: the shapes of the FlashAttention-3 paper (arXiv 2407.08608, section 4.1)
+BLOCK = 128  # rows and keys of Point.blocks
 RIVALS = ("cudnn", "pallas", "flash-attn3-jax", "dew")
 
 
@@ -16,6 +17,8 @@ class Point:
     `model` says whose shape it is, where it is somebody's. `seqlen_k` None: as many keys as queries.
     `window` is the number of keys that a row sees to its left besides its own (with is_causal);
     `documents` are the lengths of the documents packed into each row, None for one sequence.
+    `blocks`: of all blocks of 128 rows and keys every second one is seen, by the draw; `first_keys`: so
+    many are seen by every row besides, as far as they are not behind it.
     `contenders[0]` is the one that the figure is about, `baseline` the one it is divided by.
     Passes: "fwd"; "bwd", the gradients alone, from what the forward left behind; "fwd+bwd";
     "intervals", the conversion of segment ids to key intervals alone; "fp8", the forward on inputs
@@ -34,6 +37,8 @@ class Point:
     is_causal: bool = False
     window: int | None = None
     documents: tuple[int, ...] | None = None
+    blocks: bool = False
+    first_keys: int = 0
     seqlen_k: int | None = None
     model: str = ""
     pass_name: str = "fwd"
@@ -50,6 +55,8 @@ class Point:
             "packed" if self.documents else "",
             "causal" if self.is_causal else "",
             f"window {self.window}" if self.window is not None else "",
+            "blocks" if self.blocks else "",
+            f"first {self.first_keys}" if self.first_keys else "",
         ]
         return " ".join(filter(None, parts)) or "full"
 
@@ -73,6 +80,20 @@ class Point:
             begin = np.maximum(begin, row - self.window)
         return begin, end
 
+    def visible(self, rows: slice) -> np.ndarray:
+        """bool [rows, keys]: which keys these rows see."""
+        begin, end = (x[rows, None] for x in self.intervals())
+        key = np.arange(self.keys)
+        visible = (key >= begin) & (key < end)
+        if self.first_keys:
+            visible |= (key < self.first_keys) & (key < end)
+        if self.blocks:
+            shape = -(-self.seqlen // BLOCK), -(-self.keys // BLOCK)
+            drawn = np.random.default_rng(0).permutation(np.arange(shape[0] * shape[1]) % 2 == 0)
+            row = np.arange(self.seqlen)[rows]
+            visible &= drawn.reshape(shape)[row[:, None] // BLOCK, key // BLOCK]
+        return visible
+
     def flops(self) -> float:
         """Of one call: 4*b*h*sq*sk*d for the full mask, half of it for the plain causal one (as the
         FlashAttention papers count), and the pairs that are really seen for every other mask; the
@@ -81,6 +102,8 @@ class Point:
             return 0.0
         begin, end = self.intervals()
         pairs = float(np.sum(end.astype(np.int64) - begin))
+        if self.blocks or self.first_keys:
+            pairs = float(np.count_nonzero(self.visible(slice(None))))
         if self.mask == "causal" and self.keys == self.seqlen:
             pairs = self.seqlen**2 / 2
         forwards = {"fwd": 1.0, "fp8": 1.0, "bwd": 2.5, "fwd+bwd": 3.5}[self.pass_name]

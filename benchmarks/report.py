@@ -8,7 +8,7 @@ from typing import Any
 from . import models_report, records
 
 COLUMN = 22
-OWN_SECTION = ("fp8", "masks", "deterministic", "models")  # the other suites share one
+OWN_SECTION = ("fp8", "masks", "deterministic", "models", "features")  # the other suites share one
 
 
 def _cell(result: dict[str, Any], name: str) -> str:
@@ -122,6 +122,30 @@ def _list(results: Iterable[dict[str, Any]]) -> list[str]:
     return lines
 
 
+_FEATURES = (
+    "Against the closed form: of a dense mask that is causal and of random blocks of 128 × 128, half of them "
+    "hidden, `is_causal`; of a window and the first keys the window alone; of sinks none. A bias is "
+    "`[1, N, T, S]` in bf16, its gradient computed, too. TFLOP/s by what is visible:"
+)
+
+
+def _beside(results: Iterable[dict[str, Any]]) -> list[str]:
+    """One row per point, with its baseline's speed."""
+    lines = ["| point | time | TFLOP/s | against | its TFLOP/s | share |", "|---" * 6 + "|"]
+    for result in results:
+        name, record = result["baseline"], records.ours(result)
+        other = result["results"].get(name, {})
+        cells = [result["name"], "–", "–", name, "–", "–"]
+        if "ms" in record:
+            cells[1:3] = records.duration(record["ms"]), f"{record['tflops']:.0f}"
+        if "ms" in other:
+            cells[4] = f"{other['tflops']:.0f}"
+        if "ms" in record and "ms" in other:
+            cells[5] = f"{record['tflops'] / other['tflops']:.2f}"
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
 def conditions(report: dict[str, Any]) -> str:
     """The machine, and its state before and after."""
     env = report["environment"]
@@ -170,6 +194,8 @@ def markdown(report: dict[str, Any]) -> str:
             blocks.append("\n".join([intro, "", *_grid(results)]))
         elif suite == "models":
             blocks.append(models_report.markdown(results))
+        elif suite == "features":
+            blocks.append("\n".join([_FEATURES, "", *_beside(results)]))
         elif suite == "fp8":
             intro = (
                 "TFLOP/s of the attention alone, on inputs that are e4m3 already; in brackets times "

@@ -23,6 +23,7 @@ class Attention(NamedTuple):
     masks: tuple[jax.Array, ...] = ()
     dtype: str | None = None  # None: the point's
     query_scale: float = 1.0  # multiplied into query beforehand, where a contender knows no scale
+    derivative: bool = False  # the backward has that of the masks, too
 
 
 def window(point: Point) -> tuple[int, int] | None:

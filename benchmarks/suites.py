@@ -1,8 +1,9 @@
-"""What is measured: the points of the tables. Nothing here needs JAX or a GPU."""
+"""What is measured: the points of the tables. Nothing here needs a GPU."""
 
 import fnmatch
 from collections.abc import Iterable
 
+from . import features
 from .models import models
 from .points import RIVALS, TOKENS, Point, point
 
@@ -152,6 +153,7 @@ SUITES = {
     "wide": _wide,
     "fp8": _fp8,
     "models": models,
+    features.SUITE: features.points,
 }
 
 

@@ -34,6 +34,7 @@ void for_each_target(F const& f) {
   f(jax_fa3::kSegmentIntervals, jax_fa3_segment_intervals);
   f(jax_fa3::kDecode, jax_fa3_decode);
   f(jax_fa3::kJvp, jax_fa3_jvp);
+  f(jax_fa3::kMaskBits, jax_fa3_mask_bits);
 }
 
 nb::dict ffi_targets() {

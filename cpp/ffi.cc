@@ -40,6 +40,9 @@ ffi::Error fwd_impl(Stream stream, ffi::RemainingArgs operands, ffi::RemainingRe
     }
     if (!x.lse_low.is_absent()) return wrong(x.lse_low, "one of merged results", "none");
     if (!x.bias.is_absent()) return wrong(x.bias, "one beside results to merge with", "none");
+    if (!x.mask_bits.is_absent()) {
+      return wrong(x.mask_bits, "some beside results to merge with", "none");
+    }
     if (!x.sinks.is_absent()) return wrong(x.sinks, "some beside results to merge with", "none");
   }
   problem.out = to_operand(x.out);
@@ -51,6 +54,8 @@ ffi::Error fwd_impl(Stream stream, ffi::RemainingArgs operands, ffi::RemainingRe
   problem.long_sums_size = x.long_sums.size();
   set_sinks(x.sinks, &problem);
   JAX_FA3_RETURN_IF_FAILED(set_bias(x.bias, &problem));
+  JAX_FA3_RETURN_IF_FAILED(set_mask_bits(x.mask_bits, x.mask_blocks, problem.seqlen_q,
+                                         problem.seqlen_k, kMaskBlock, &problem));
   if (x.out.is_absent()) return ffi::Error::Success();
   JAX_FA3_RETURN_IF_FAILED(check_device(stream));
   cudaError_t error = cudaSuccess;
@@ -147,6 +152,15 @@ ffi::Error launch_backward(Stream stream, Backward const& x, Attributes const& a
     return wrong(x.dbias, "shape " + shape_of(x.dbias), "that of bias, " + shape_of(x.bias));
   }
   problem.dbias = x.dbias.floats();
+  int const block_m = bwd_tile(kernel.head_dim).block_m;
+  JAX_FA3_RETURN_IF_FAILED(set_mask_bits(x.mask_bits, x.mask_blocks, forward.seqlen_k,
+                                         forward.seqlen_q, block_m, &forward));
+  int64_t const splits = problem.num_splits;
+  if (forward.mask_bits.blocks_of_head != 0 && splits > 1 &&
+      forward.num_heads_q / forward.num_heads_k % splits != 0) {
+    return wrong(x.dkv_parts, std::to_string(splits) + " splits beside a mask of each head",
+                 "a divisor of the query heads of a key head");
+  }
   if (forward.batch == 0 || forward.num_heads_k == 0) return ffi::Error::Success();
   JAX_FA3_RETURN_IF_FAILED(check_device(stream));
   if (!x.dbias.is_absent()) {

@@ -21,6 +21,7 @@ constexpr NamedDType kNamedDTypes[] = {
     {ffi::DataType::S32, kInt32, "int32"},
     {ffi::DataType::U32, kUInt32, "uint32"},
     {ffi::DataType::U8, kUInt8, "uint8"},
+    {ffi::DataType::PRED, kBool, "bool"},
 };
 
 // Calls f with each of the shapes that the spec has to choose from, until it says true.

@@ -33,6 +33,7 @@ enum DTypes : unsigned {
   kInt32 = 16,
   kUInt32 = 32,
   kUInt8 = 64,
+  kBool = 128,
   k16Bits = kBFloat16 | kFloat16,
   k16BitsOrWords = k16Bits | kUInt32,  // a word is two numbers of 16 bits
   k16BitsOrFloat32 = k16Bits | kFloat32,

@@ -162,6 +162,49 @@ ffi::Error set_bias(Array const& bias, Problem* problem) {
   return ffi::Error::Success();
 }
 
+ffi::Error set_mask_bits(Array const& bits, Array const& blocks, int rows, int columns,
+                         int columns_per_block, Problem* problem) {
+  if (bits.is_absent() != blocks.is_absent()) {
+    return wrong(blocks, "shape " + shape_of(blocks), "one that goes with mask_bits");
+  }
+  if (bits.is_absent()) return ffi::Error::Success();
+  if (!takes_mask_bits(std::max(problem->head_dim, problem->head_dim_v))) {
+    return wrong(bits, "some beside so wide heads", "none");
+  }
+  if (problem->bias.data != nullptr) return wrong(bits, "some beside a bias", "none");
+  int64_t const chunks = bits.dims[3] / 4;
+  int64_t const row_blocks = blocks.dims[2];
+  int64_t const words = blocks.dims[3];
+  int64_t const least_blocks = ceil_div(rows, kMaskBlock);
+  int64_t const least_words = ceil_div(ceil_div(columns, columns_per_block), 32);
+  bool const rows_are_right =
+      bits.dims[2] == 1 ? row_blocks == 1
+                        : bits.dims[2] >= least_blocks * kMaskBlock && row_blocks >= least_blocks;
+  bool const columns_are_right =
+      chunks == 1 ? words == 1 : chunks >= ceil_div(columns, kMaskBlock) && words >= least_words;
+  if (!rows_are_right || !columns_are_right || bits.dims[3] % 4 != 0 || blocks.dims[4] != 2 ||
+      bits.dims[0] != blocks.dims[0] || bits.dims[1] != blocks.dims[1]) {
+    return wrong(bits, "shapes " + shape_of(bits) + " and " + shape_of(blocks),
+                 "those of a mask of " + std::to_string(rows) + " x " + std::to_string(columns));
+  }
+  bool const of_batch = bits.dims[0] != 1;
+  bool const of_head = bits.dims[1] != 1;
+  bool const of_row = bits.dims[2] != 1;
+  MaskBits& mask = problem->mask_bits;
+  mask.bits = static_cast<uint32_t const*>(bits.data);
+  mask.blocks = static_cast<uint32_t const*>(blocks.data);
+  int64_t const bits_of_head = bits.dims[2] * bits.dims[3];
+  mask.bits_of_batch = of_batch ? bits.dims[1] * bits_of_head : 0;
+  mask.bits_of_head = of_head ? bits_of_head : 0;
+  mask.bits_of_row = of_row ? bits.dims[3] : 0;
+  mask.bits_of_chunk = chunks == 1 ? 0 : 4;
+  mask.blocks_of_batch = of_batch ? blocks.dims[1] * row_blocks * words : 0;
+  mask.blocks_of_head = of_head ? row_blocks * words : 0;
+  mask.blocks_of_row = row_blocks == 1 ? 0 : words;
+  mask.blocks_of_word = words == 1 ? 0 : 1;
+  return ffi::Error::Success();
+}
+
 ffi::Error to_problem(Inputs const& inputs, Attributes const& attributes, Dims const& dims,
                       Problem* problem) {
   Array const& query = inputs.query;

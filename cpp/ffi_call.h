@@ -40,6 +40,10 @@ void set_sinks(Array const& sinks, Problem* problem);
 // The bias, if there is one, checked.
 ffi::Error set_bias(Array const& bias, Problem* problem);
 
+// A dense mask's bits, if there is one, checked; of so many rows and columns.
+ffi::Error set_mask_bits(Array const& bits, Array const& blocks, int rows, int columns,
+                         int columns_per_block, Problem* problem);
+
 struct Attributes {
   float scale;
   float soft_cap;

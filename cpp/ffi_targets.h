@@ -16,6 +16,7 @@ struct Inputs {
 struct Forward : Inputs {
   Array out_before, lse_before;  // the result for other keys
   Array sinks, bias;
+  Array mask_bits, mask_blocks;
   Array out, lse, lse_low;
   Array tile_counter, long_sums;
 };
@@ -25,6 +26,7 @@ struct Backward : Inputs {
   Array out, lse, dout, dlse, lse_low;
   Array summed_dq;  // dq_accum of the call before
   Array sinks, bias;
+  Array mask_bits, mask_blocks;
   Array dquery, dkey, dvalue, dqkv;
   Array row_stats, row_intervals, query_blocks, dq_accum, turns, ranges, dkv_parts;
   Array dsinks;  // of some rows each
@@ -41,6 +43,12 @@ struct Fp8Forward : Inputs {
 struct Quantization {
   Array x, signs, lengths, mean;
   Array quantized, scales;
+};
+
+struct BitsOfMask {
+  Array mask;       // [1 or b, 1 or n, 1 or t, 1 or s], or
+  Array intervals;  // [1 or b, 1, t, 2 m]
+  Array bits, blocks;
 };
 
 struct Segments {
@@ -81,6 +89,10 @@ struct Decoding {
     JAX_FA3_ROW(Arrays, dlse, kFloat32, "bnt"),        \
     JAX_FA3_ROW(Arrays, lse_low, kFloat32, "bnt|0")
 #define JAX_FA3_OF_BIAS "bnt.|1nt.|b1t.|11t.|bn1.|1n1.|b11.|111.|0"
+// A dense mask (problem.h).
+#define JAX_FA3_BITS(Arrays)                                                        \
+    JAX_FA3_ROW(Arrays, mask_bits, kUInt32, "bn..|1n..|b1..|11..|0"),               \
+    JAX_FA3_ROW(Arrays, mask_blocks, kUInt32, "bn...|1n...|b1...|11...|0")
 #define JAX_FA3_BWD_WORKSPACE(Arrays)                  \
     JAX_FA3_ROW(Arrays, row_stats, kFloat32, "*"),     \
     JAX_FA3_ROW(Arrays, row_intervals, kInt32, "*"),   \
@@ -104,6 +116,7 @@ inline Target<Forward> const kFwd = {
         JAX_FA3_ROW(Forward, lse_before, kFloat32, "bnt|0", "lse"),
         JAX_FA3_ROW(Forward, sinks, kFloat32, "1n|bn|0"),
         JAX_FA3_ROW(Forward, bias, k16BitsOrFloat32, JAX_FA3_OF_BIAS),
+        JAX_FA3_BITS(Forward),
     },
     {
         JAX_FA3_ROW(Forward, out, k16BitsOrFloat32, "btnv"),
@@ -125,6 +138,7 @@ inline Target<Backward> const kBwd = {
         JAX_FA3_ROW(Backward, summed_dq, kFloat32, "*|0", "dq_accum"),
         JAX_FA3_ROW(Backward, sinks, kFloat32, "1n|bn|0"),
         JAX_FA3_ROW(Backward, bias, k16BitsOrFloat32, JAX_FA3_OF_BIAS),
+        JAX_FA3_BITS(Backward),
     },
     {
         JAX_FA3_ROW(Backward, dquery, k16Bits, "btnh|0"),
@@ -142,6 +156,7 @@ inline Target<Backward> const kBwdPacked = {
         JAX_FA3_COTANGENTS(Backward),
         JAX_FA3_ROW(Backward, sinks, kFloat32, "1n|bn|0"),
         JAX_FA3_ROW(Backward, bias, k16BitsOrFloat32, JAX_FA3_OF_BIAS),
+        JAX_FA3_BITS(Backward),
     },
     {
         JAX_FA3_ROW(Backward, dqkv, k16Bits, "btph"),
@@ -196,6 +211,18 @@ inline Target<Segments> const kSegmentIntervals = {
     },
 };
 
+inline Target<BitsOfMask> const kMaskBits = {
+    "jax_fa3.mask_bits.v1",
+    {
+        JAX_FA3_ROW(BitsOfMask, mask, kBool, "*|0"),
+        JAX_FA3_ROW(BitsOfMask, intervals, kInt32, "*|0"),
+    },
+    {
+        JAX_FA3_ROW(BitsOfMask, bits, kUInt32, "*"),
+        JAX_FA3_ROW(BitsOfMask, blocks, kUInt32, "*"),
+    },
+};
+
 inline Target<Decoding> const kDecode = {
     "jax_fa3.decode.v1",
     {
@@ -244,5 +271,6 @@ inline Target<Tangent> const kJvp = {
 #undef JAX_FA3_COTANGENTS
 #undef JAX_FA3_BWD_WORKSPACE
 #undef JAX_FA3_OF_BIAS
+#undef JAX_FA3_BITS
 
 }  // namespace jax_fa3

@@ -37,6 +37,11 @@ constexpr int kMostCtas = 132;
 // two kernels spilled 4 to 28 bytes.
 constexpr bool takes_bias(int head_dim) { return bwd_tile(head_dim).fused; }
 
+// Query rows and keys of a block that a dense mask hides or shows as a whole; in the backward it
+// has the query rows of the tile. Where keys are in tiles of others there are no kernels with one.
+constexpr int kMaskBlock = 128;
+constexpr bool takes_mask_bits(int head_dim) { return bwd_tile(head_dim).fused; }
+
 // The backward's tile where there is a bias, whose slabs of 64 query rows need room.
 constexpr BwdTile bwd_tile(int head_dim, bool has_bias) {
   BwdTile tile = bwd_tile(head_dim);

@@ -36,6 +36,17 @@ struct DenseBias {
   bool is_fp32;
 };
 
+// A dense mask (common/mask_bits.h): rows of query and columns of keys, in the backward the other
+// way round. Strides are 0 where it is the same for all.
+struct MaskBits {
+  uint32_t const* bits;    // [1 or b, 1 or n, 1 or rows, chunks of 128 columns, 4], or null: none
+  uint32_t const* blocks;  // [1 or b, 1 or n, blocks of 128 rows, words, 2]: any, full
+  int64_t bits_of_batch, bits_of_head, bits_of_row;  // in words
+  int bits_of_chunk;
+  int64_t blocks_of_batch, blocks_of_head, blocks_of_row;  // in pairs of words
+  int blocks_of_word;
+};
+
 struct Problem {
   int batch;
   int seqlen_q;
@@ -68,6 +79,8 @@ struct Problem {
   // Where there is one, soft_cap is 0 and out_accum null. A row all of whose keys it hides, by -inf
   // or a number below -1e37, sees nothing.
   DenseBias bias;
+  // Where there is one, out_accum and bias are null.
+  MaskBits mask_bits;
 
   // Workspace.
   int* tile_counter;  // [1]

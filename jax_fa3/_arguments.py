@@ -19,6 +19,7 @@ from ._checks import Integers, check_names, integers, refuse_dense, static_bool,
 from ._dispatch import checked_implementation
 from ._integers import clamped, offset_and_window
 from ._integers import segment_ids as known_to_fit
+from ._mask_bits import as_bool
 from ._operands import Call, Operands
 from ._problem import Config, Implementations, Masks, SegmentIds, Sizes, Window, fold_window, wide
 from ._tensors import separate
@@ -30,6 +31,7 @@ from ._values import (
     offset_of,
     per_head,
     score_scale,
+    several_intervals,
     soft_cap,
     static_sharding,
     window_size,
@@ -88,15 +90,19 @@ def parse(
     own_dtype, operands = operands.query.dtype, _in_one_dtype(operands, compute_dtype)
     sizes, names = operands.sizes, options.keys() & MaskArguments.__annotations__
     arguments: Any = {name: options.pop(name) for name in names}
+    intervals = several_intervals(sizes, batched, arguments)
     masks, window, segment_ids = parse_masks(sizes, batched, **arguments)
     config, scale = _config(window, sizes.head_dim, **options)
     full = sizes.batch, sizes.num_heads, sizes.query_length, sizes.key_length
     score = per_head("sinks", sinks, sizes.num_heads)
+    given = dense("mask", mask, full)
+    if given is not None and intervals is not None:
+        given &= as_bool(intervals, sizes.key_length)
     operands = dataclasses.replace(
         operands,
         sinks=None if score is None else score[None].astype(wide(operands.query.dtype)),
         bias=dense("bias", bias, full),
-        mask=dense("mask", mask, full),
+        mask=intervals if given is None else given,
         scale=scale,
     )
     where = static_sharding("sharding", sharding, batched)
@@ -126,6 +132,9 @@ def parse_without_dense(
     no dense bias or mask, and no traced scale."""
     refuse_dense(options, who)
     call = parse(*separate(*tensors), **options)
+    if call.operands.mask is not None:
+        wanted = f"wanted one: jax_fa3.dot_product_attention alone takes more, not {who}"
+        raise NotImplementedError(f"key_begin: got several intervals a row, {wanted}")
     if call.operands.scale is not None:
         wanted = f"wanted a static float: multiply {instead_of_scale} by it and pass scale=1.0"
         raise NotImplementedError(f"scale: got an array, {wanted}")

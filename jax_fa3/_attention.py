@@ -77,12 +77,13 @@ def dot_product_attention(
             and what is not above -1e37, hides a key. The kernels read float32 and query's dtype where
             they are, without expanding what is broadcast, and sum its gradient over that in float32;
             other dtypes, rows that are no multiple of 16 bytes, and what is broadcast over keys, are
-            copied first. They take none beside logits_soft_cap, head dims of 65 to 96 and above 128,
+            copied first. They take none beside logits_soft_cap, head dims above 128,
             and more than 262,144 keys.
-        mask: bool, False for hidden, broadcastable to [B, N, T, S]. It is looked at when the program runs:
-            if each row of it is one interval of keys, the same for all heads, the kernels take that, else
-            they take it as a bias; where they take none, with "fa3" such rows give NaN, with None it runs
-            on XLA.
+        mask: bool, False for hidden, broadcastable to [B, N, T, S]. The kernels read it as bits, which are
+            made in one pass over it, and leave out the blocks that it hides. In float16, beside a bias, and
+            for head dims above 128, they take it if each row of it is one interval of keys, the same for all
+            heads, which is found out when the program runs; if not, it is taken as a bias; where they take
+            none such rows give NaN with "fa3", and with None it runs on XLA.
         scale: of the scores; default 1 / sqrt(H). The kernels take a static float > 0, or a scalar
             of JAX or NumPy whose value is known when it is traced; XLA any real scalar.
         is_causal: row i sees key j only if j <= i + query_offset. With query_offset 0 the masks are
@@ -101,7 +102,8 @@ def dot_product_attention(
         padding_segment_id: a static int, an id that is padding as the negative ones are: 0 where
             padding has segment id 0. None: only they are.
         key_begin, key_end: int32 [B, T]: row i sees keys in [key_begin[i], key_end[i]); either may
-            be left out. `key_intervals` turns all of the mask arguments into these two.
+            be left out. `key_intervals` turns all of the mask arguments into these two. Or [B, T, M],
+            M <= 4, both: row i sees the keys of any of its M intervals; on the kernels in bfloat16 and for head dims up to 128.
         logits_soft_cap: static float c > 0: the scaled scores become c * tanh(scores / c), before
             bias and masks. 0 or None: none.
         sinks: floating [N], differentiable: each row that sees a key sees one more, with this score

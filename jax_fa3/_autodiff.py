@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -160,14 +159,16 @@ class Attention(Method):
             functions = _kernel_for_gradient, _plain_for_gradient
             results = *results, results[1]
         if operands.mask is not None:
-            functions = with_dense_mask(self, *functions)
+            functions = _dense_mask.taken(self.implementation, *functions)
         static = self.implementation, *functions, (self.config,), letters, results
         return _dispatch.run(*static, operands, masks)
 
-    def backward(self, operands: Operands, masks: Masks, rows: Rows) -> Operands:
+    def backward(
+        self, operands: Operands, masks: Masks, rows: Rows, with_dbias: bool = True
+    ) -> Operands:
         implementation = with_gradient(self.implementation, operands)
         method = dataclasses.replace(self, implementation=implementation)
-        return backward(method, plain_backward, operands, masks, rows)
+        return backward(method, plain_backward, operands, masks, rows, with_dbias)
 
     def tangent(
         self, operands: Operands, masks: Masks, rows: Rows, tangents: Operands
@@ -194,18 +195,26 @@ def with_gradient(
 
 
 def backward(
-    method: Method, plain: Callable[..., Any], operands: Operands, masks: Masks, rows: Rows
+    method: Method,
+    plain: Any,
+    operands: Operands,
+    masks: Masks,
+    rows: Rows,
+    with_dbias: bool = True,
 ) -> Operands:
-    """The gradient of operands, by the 16-bit kernels or by a function as plain_backward."""
-    kernel, wanted = _ffi.bwd, dataclasses.replace(operands.letters, mask=None)
-    if operands.mask is not None:
-        kernel, plain = with_dense_mask(method, kernel, _dense_mask.plain_backward)
+    """The gradient of operands, of a bias with_dbias alone; by the 16-bit kernels or `plain`."""
+    kernel, wanted = _ffi.bwd, dataclasses.replace(operands.letters, bias=None, mask=None)
+    if operands.bias is not None and with_dbias:
+        wanted = dataclasses.replace(wanted, bias=_bias.result_letters(operands))
+        plain = _dense_mask.plain_backward
     elif operands.bias is not None:
+        kernel, plain = _kernel_without_dbias, _plain_without_dbias
+    elif operands.mask is not None:
         plain = _dense_mask.plain_backward
     elif operands.sinks is not None:
         plain = plain_backward_by_rows
-    if operands.bias is not None:
-        wanted = dataclasses.replace(wanted, bias=_bias.result_letters(operands))
+    if operands.mask is not None:
+        kernel, plain = _dense_mask.taken(method.implementation, kernel, plain)
     if operands.sinks is not None:  # of each batch entry
         wanted = dataclasses.replace(wanted, sinks=operands.result_letters[1][:2])
     per_mask = batch_letters(masks, operands.sizes.batch)
@@ -219,15 +228,9 @@ def backward(
     return found
 
 
-def with_dense_mask(
-    method: Method, kernel: Callable[..., Any], plain: Callable[..., Any]
-) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Both, for operands with a dense mask. "fa3" never falls back: see _dense_mask.by_intervals."""
-    general = None if method.implementation == "fa3" else plain
-    return _dense_mask.by_intervals(kernel, general), plain
-
-
 _kernel_for_gradient = functools.partial(_ffi.fwd, with_lse_low=True)
+_kernel_without_dbias = functools.partial(_ffi.bwd, with_dbias=False)
+_plain_without_dbias = functools.partial(_dense_mask.plain_backward, with_dbias=False)
 
 
 def _plain_for_gradient(config: Config, operands: Operands, masks: Masks) -> tuple[Array, ...]:

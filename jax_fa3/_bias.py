@@ -16,7 +16,6 @@ from ._operands import Operands
 from ._problem import Config, Sizes
 
 LEAST = -1e37  # what is not above hides its key, as -inf does; the kernels' softmax knows no less
-_NOT_RUN = range(65, 97)  # head dims whose kernels with a bias no GPU has run yet
 _VECTOR = 16  # bytes of which a row is a multiple
 
 
@@ -27,8 +26,6 @@ def refusal(config: Config, sizes: Sizes) -> str | None:
     width = max(sizes.head_dim, sizes.head_dim_v)
     if not bwd_tile(width).fused:
         return f"bias: got one beside head dim {width}, wanted none beside more than 128"
-    if width in _NOT_RUN:
-        return f"bias: got one beside head dim {width}, wanted none beside 65 to 96"
     keys = sizes.key_length
     if not jax.export.is_symbolic_dim(keys) and keys > MOST_KEYS_OF_SUM:
         return f"bias: got {keys} keys, wanted at most {MOST_KEYS_OF_SUM} beside it"

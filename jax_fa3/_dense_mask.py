@@ -1,5 +1,7 @@
-"""A dense mask in which each row sees one interval of keys is that interval; any other is read by the
-kernels as a bias of 0 and -inf is, between the first and the last key that a row sees.
+"""A dense mask where the kernels do not take it as bits (_mask_bits.py): beside a bias, of wide heads.
+
+If each row of it sees one interval of keys, it is that interval; any other is read by the kernels as a
+bias of 0 and -inf is, between the first and the last key that a row sees.
 
 Which it is, is known at run time: each device looks at its own part of the mask, once. All batch entries
 that a device has go one way, under vmap too, so only one of the two ever runs. What the kernels cannot
@@ -17,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from . import _bias, _xla
+from . import _bias, _mask_bits, _xla
 from ._broken import marked
 from ._mask import intersect
 from ._operands import Operands, Rows
@@ -44,29 +46,40 @@ def intervals(visible: Array) -> tuple[Array, Array, Array]:
     return jnp.where(count > 0, begin, 0), end, broken
 
 
+def taken(implementation: Any, kernel: Function, plain: Function) -> tuple[Function, Function]:
+    """Both, for operands with a dense mask. "fa3" never falls back."""
+    return by_intervals(kernel, None if implementation == "fa3" else plain), plain
+
+
 @functools.cache
-def by_intervals(kernel: Function, plain: Function | None, takes_bias: bool = True) -> Function:
-    """kernel(config, operands, masks, ...) of operands with a dense mask: without it where intervals say
-    the same. Where they do not, and it takes no bias, it is plain; if that is None, the rows that see
-    several intervals are broken and become NaN.
+def by_intervals(kernel: Function, plain: Function | None, takes_dense: bool = True) -> Function:
+    """kernel(config, operands, masks, ...) of operands with a dense mask, which it takes as bits; if it does
+    not, without the mask where intervals say the same. Where they do not, and it takes no bias, it is plain;
+    if that is None, the rows that see several intervals are broken and become NaN.
 
     Args:
-        takes_bias: whether the kernel does where _bias lets it.
+        takes_dense: whether the kernel takes bits where _mask_bits lets it, and a bias where _bias does.
     """
-    return functools.partial(_by_intervals, kernel, plain, takes_bias)
+    return functools.partial(_by_intervals, kernel, plain, takes_dense)
 
 
 def _by_intervals(
     kernel: Function,
     plain: Function | None,
-    takes_bias: bool,
+    takes_dense: bool,
     config: Config,
     operands: Operands,
     masks: Masks,
     *rest: Any,
 ) -> tuple[Array, ...]:
+    if takes_dense and operands.bias is None and _mask_bits.refusal(operands) is None:
+        return kernel(config, operands, masks, *rest)
+    assert operands.mask is not None
+    operands = dataclasses.replace(
+        operands, mask=_mask_bits.as_bool(operands.mask, operands.sizes.key_length)
+    )
     begin, end, broken = _rows(operands)
-    takes_bias = takes_bias and _bias.refusal(config, operands.sizes) is None
+    takes_dense = takes_dense and _bias.refusal(config, operands.sizes) is None
     hull = begin, end
     if masks.key_begin is not None or masks.key_end is not None:
         before = jnp.zeros_like(begin), jnp.full_like(end, operands.sizes.key_length)
@@ -78,7 +91,7 @@ def _by_intervals(
         found = marked(broken, begin, end)
     found = masks._replace(key_begin=found[0], key_end=found[1])
     whole = dataclasses.replace(operands, mask=None)
-    if takes_bias:
+    if takes_dense:
         other, masks = kernel, masks._replace(key_begin=hull[0], key_end=hull[1])
     elif plain is None:
         return kernel(config, whole, found, *rest)
@@ -114,16 +127,19 @@ def _rows(operands: Operands) -> tuple[Array, Array, Array]:
 
 
 def plain_backward(
-    config: Config, operands: Operands, masks: Masks, rows: Rows
+    config: Config, operands: Operands, masks: Masks, rows: Rows, *, with_dbias: bool = True
 ) -> tuple[Array, ...]:
     """The gradients of operands, those of sinks [B, N], by JAX's derivative: for any mask."""
-    tensors = dataclasses.replace(operands, mask=None)
+    others: dict[str, Any] = {"mask": operands.mask}
+    if not with_dbias:
+        others["bias"] = operands.bias
+    tensors = dataclasses.replace(operands, **dict.fromkeys(others))
     if operands.sinks is not None:
         of_each = operands.sizes.batch, operands.sinks.shape[1]
         tensors = dataclasses.replace(tensors, sinks=jnp.broadcast_to(operands.sinks, of_each))
 
     def forward(tensors: Operands) -> tuple[Array, Array]:
-        return _xla.attention(config, dataclasses.replace(tensors, mask=operands.mask), masks)
+        return _xla.attention(config, dataclasses.replace(tensors, **others), masks)
 
     (found,) = jax.vjp(forward, tensors)[1]((rows.dout, rows.dlse))
     return tuple(jax.tree.leaves(found))

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from . import _bias, _plan
+from . import _bias, _mask_bits, _plan
 from ._custom_call import attributes_of, custom_call
-from ._kernel_sizes import BWD_ROWS, KERNELS, bwd_tile
+from ._kernel_sizes import BWD_ROWS, KERNELS, BwdTile, bwd_tile
 from ._operands import Operands, Rows
 from ._problem import Config, Masks
 from ._targets import BWD, BWD_PACKED, FWD, SEGMENT_INTERVALS
@@ -97,7 +97,7 @@ def fwd(
     fp32 [B, N, T]; with_lse_low also what lse lost to its rounding, for the backward.
 
     Args:
-        operands: bf16 or fp16; with a mask as a bias is read, which has a copy then.
+        operands: bf16 or fp16; a mask is read as bits, and beside a bias as one, which has a copy then.
         before: fp32 results for other keys, to be joined with; they are overwritten.
     """
     batch, length, key_length, num_heads, _, head_dim, head_dim_v = operands.sizes
@@ -124,7 +124,7 @@ def fwd(
         out_before=out_before,
         lse_before=lse_before,
         sinks=operands.sinks,
-        bias=_bias.for_kernels(config, operands),
+        **_dense(config, operands),
     )
     names = ("out", "lse", "lse_low") if with_lse_low else ("out", "lse")
     return tuple(found[name] for name in names)
@@ -138,6 +138,7 @@ def bwd(
     summed_dq: Array | None = None,
     *,
     finish_dq: bool = True,
+    with_dbias: bool = True,
 ) -> tuple[Array, ...]:
     """The backward kernels: (dq, dk, dv), or the gradient of the packed array alone; in the operands'
     dtype, but dk and dv in fp32 if config.partial. Behind them, if there are sinks, theirs, fp32 [B, N],
@@ -149,6 +150,7 @@ def bwd(
         rows: without lse_low gradients at scores of 1e4 and more are less exact.
         summed_dq: what calls with other keys gave for dq without finish_dq; it is overwritten.
         finish_dq: False for a sum of dq, as dq_sum_of says, which only such calls can read.
+        with_dbias: False: no gradient of a bias.
     """
     arrays, first_heads, first_column = operands.located()
     query, key, value = (arrays[name] for name in ("query", "key", "value"))
@@ -156,24 +158,30 @@ def bwd(
     head_dim, head_dim_v = sizes.head_dim, sizes.head_dim_v
     attributes = attributes_of(config, operands.heads, first_heads, head_dim_v, first_column)
     dq_accum = dq_sum_of(query, sizes.num_heads, head_dim_v)
+    dense = _dense(config, operands, bwd_tile(_bwd_kernel(query, head_dim_v)))
+    if "mask_bits" in dense:
+        masks = _mask_bits.without_blind_rows(masks, rows.lse, sizes.key_length)
     *per_row, width = dq_accum.shape
     if not bwd_tile(width).fused and finish_dq and summed_dq is None:
         dq_accum = jax.ShapeDtypeStruct((*per_row, 0), jnp.float32)
     workspace = _plan.bwd_workspace(_C, config, masks, sizes, query.dtype, dq_accum)
-    bias = _bias.for_kernels(config, operands)
-    if bias is not None:
-        if operands.bias is not None:
-            workspace |= _plan.dbias(config, bias, workspace)
+    with_dbias = with_dbias and operands.bias is not None
+    if with_dbias:
+        workspace |= _plan.dbias(config, dense["bias"], workspace)
+    if "mask_bits" in dense:
+        assert operands.mask is not None
+        workspace |= _plan.with_mask(operands.mask, sizes, workspace)
+    if operands.bias is not None or operands.mask is not None:
         # Rows of which it hides every key: their weights are to be 0.
         rows = rows._replace(lse=jnp.where(rows.lse == -jnp.inf, jnp.inf, rows.lse))
     common: dict[str, Any] = masks._asdict() | rows._asdict()
-    common |= {"sinks": operands.sinks, "bias": bias}
+    common |= {"sinks": operands.sinks, **dense}
     if operands.sinks is not None:
         workspace["dsinks"] = _plan.dsinks(sizes, dq_accum)
 
     def with_others(*grads: Array) -> tuple[Array, ...]:
         dsinks = () if operands.sinks is None else (found["dsinks"].sum(-1),)
-        dbias = () if operands.bias is None else (_bias.gradient(found["dbias"], operands),)
+        dbias = () if not with_dbias else (_bias.gradient(found["dbias"], operands),)
         return *grads, *dsinks, *dbias
 
     if operands.packed is not None:
@@ -200,13 +208,27 @@ def bwd(
     return with_others(found["dquery" if finish_dq else "dq_accum"], found["dkey"], found["dvalue"])
 
 
+def _dense(config: Config, operands: Operands, tile: BwdTile | None = None) -> dict[str, Any]:
+    """The bias or the mask of operands, as operands of the calls; tile: the backward's."""
+    mask = operands.mask
+    if mask is None or operands.bias is not None or _mask_bits.refusal(operands) is not None:
+        return {"bias": _bias.for_kernels(config, operands)}
+    return _mask_bits.for_kernels(mask, operands.sizes.key_length, tile)
+
+
+def _bwd_kernel(query: Array, head_dim_v: int) -> int:
+    """Its head dim."""
+    head_dim = query.shape[3]
+    built = [x[1:] for x in kernels() if x[0] == query.dtype.name]
+    fits = (h for h, v in built if h >= head_dim and v >= head_dim_v)
+    return next(fits, max(head_dim, head_dim_v))  # an install without kernels can lower, too
+
+
 def dq_sum_of(query: Array, num_heads: int, head_dim_v: int) -> jax.ShapeDtypeStruct:
     """The fp32 sum of dq in global memory, in an order of the kernel's own: [B, N, rows of whole
     tiles, of whichever height, the head dim that the kernel computes with]."""
-    batch, length, _, head_dim = query.shape
-    built = [x[1:] for x in kernels() if x[0] == query.dtype.name]
-    fits = (h for h, v in built if h >= head_dim and v >= head_dim_v)
-    kernel = next(fits, max(head_dim, head_dim_v))  # an install without kernels can lower, too
+    batch, length, *_ = query.shape
+    kernel = _bwd_kernel(query, head_dim_v)
     rows = (length + BWD_ROWS - 1) // BWD_ROWS * BWD_ROWS
     width = max(bwd_tile(kernel).head_dim, kernel)
     return jax.ShapeDtypeStruct((batch, num_heads, rows, width), jnp.float32)

@@ -149,7 +149,9 @@ class _Tangent:
     def _transposed_of_one(self, *arrays: Array) -> Results:
         (operands, masks, out, lse, *low), cotangents = self._split(arrays)
         operands = jax.tree.map(not_differentiable, operands)
-        grads = self.method.backward(operands, masks, Rows(out, lse, *cotangents, *low))
+        moves = jax.tree.unflatten(jax.tree.structure(operands), self.moving)
+        rows = Rows(out, lse, *cotangents, *low)
+        grads = self.method.backward(operands, masks, rows, with_dbias=bool(moves.bias))
         found = jax.tree.structure(operands).flatten_up_to(grads)
         return tuple(x for x, moves in zip(found, self.moving, strict=True) if moves)
 

@@ -32,7 +32,7 @@ class Operands:
     _: dataclasses.KW_ONLY
     sinks: Array | None = None  # [1 or B, N], fp32 (fp64)
     bias: Array | None = None  # [B or 1, N or 1, T or 1, S or 1], and so is mask
-    mask: Array | None = None  # the kernels get intervals or a bias for it (_dense_mask.py)
+    mask: Array | None = None  # or intervals, int32 [B, 1, T, 2 M] (_mask_bits.py)
     scale: Any = None  # [], in place of Config's; plain JAX alone takes it
     # (N, K) of a packed array; of the whole array, while `heads` is of a device's part of it.
     packed: tuple[int, int] | None = dataclasses.field(default=None, metadata={"static": True})

@@ -81,6 +81,15 @@ def dbias(config: Config, bias: jax.Array, workspace: Workspace) -> Workspace:
     return found
 
 
+def with_mask(mask: jax.Array, sizes: Sizes, workspace: Workspace) -> Workspace:
+    """Workspace that is other with a dense mask. Where it is of each head, heads have different numbers of
+    steps, which the kernels do not share out."""
+    parts, group = workspace.get("dkv_parts"), sizes.num_heads // max(sizes.num_kv_heads, 1)
+    if parts is None or mask.shape[1] == 1 or group % parts.shape[0] == 0:
+        return {}
+    return {"dkv_parts": jax.ShapeDtypeStruct((1, *parts.shape[1:]), parts.dtype)}
+
+
 def splits(library: ModuleType | None, config: Config, masks: Masks, sizes: Sizes) -> int:
     """How many CTAs share the query rows of a block of keys in the backward; 0 if it is one, which
     sums over them in one go."""

@@ -51,6 +51,11 @@ def visible_keys(
         visible &= (ahead >= -left).astype(bool) & (ahead <= right).astype(bool)
     if masks.key_value_seq_lengths is not None:
         visible &= j < np.reshape(masks.key_value_seq_lengths, (-1, 1, 1))
+    several = np.ndim(key_begin) == 3  # [B, T, M], of a call with a batch axis
+    if several:
+        begin, end = (np.asarray(x)[..., None] for x in (key_begin, key_end))
+        visible &= ((j >= begin) & (j < end)).any(2)
+        key_begin = key_end = None
     if key_begin is not None:
         visible &= j >= np.asarray(key_begin)[..., None]
     if key_end is not None:

@@ -17,6 +17,7 @@ QUANTIZE = "jax_fa3.quantize.v1"
 SEGMENT_INTERVALS = "jax_fa3.segment_intervals.v1"
 DECODE = "jax_fa3.decode.v1"
 JVP = "jax_fa3.jvp.v1"
+MASK_BITS = "jax_fa3.mask_bits.v1"
 
 
 class Row(NamedTuple):
@@ -53,6 +54,10 @@ _COTANGENTS = (
     Row("lse_low", _FLOAT32, optional=True),
 )
 _BIAS = Row("bias", _16_BITS_OR_FLOAT32, optional=True)
+_BITS = (
+    Row("mask_bits", ("uint32",), optional=True),
+    Row("mask_blocks", ("uint32",), optional=True),
+)
 _BWD_WORKSPACE = (
     Row("row_stats", _FLOAT32),
     Row("row_intervals", _INT32),
@@ -76,6 +81,7 @@ TARGETS = {
             Row("lse_before", _FLOAT32, optional=True),
             Row("sinks", _FLOAT32, optional=True),
             _BIAS,
+            *_BITS,
         ),
         results=(
             Row("out", _16_BITS_OR_FLOAT32),
@@ -95,6 +101,7 @@ TARGETS = {
             Row("summed_dq", _FLOAT32, optional=True),
             Row("sinks", _FLOAT32, optional=True),
             _BIAS,
+            *_BITS,
         ),
         results=(
             Row("dquery", _16_BITS, optional=True),
@@ -110,6 +117,7 @@ TARGETS = {
             *_COTANGENTS,
             Row("sinks", _FLOAT32, optional=True),
             _BIAS,
+            *_BITS,
         ),
         results=(Row("dqkv", _16_BITS), *_BWD_WORKSPACE),
     ),
@@ -144,6 +152,10 @@ TARGETS = {
     SEGMENT_INTERVALS: Target(
         operands=(Row("query_segment_ids", _INT32), Row("key_value_segment_ids", _INT32)),
         results=(Row("key_begin", _INT32), Row("key_end", _INT32)),
+    ),
+    MASK_BITS: Target(
+        operands=(Row("mask", ("bool",), optional=True), Row("intervals", _INT32, optional=True)),
+        results=(Row("bits", ("uint32",)), Row("blocks", ("uint32",))),
     ),
     DECODE: Target(
         operands=(

@@ -13,7 +13,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
 from ._checks import array, check_floating, integer, integers, static_float, wrong
-from ._problem import Window
+from ._integers import clamped
+from ._problem import Sizes, Window
 
 
 def checked_segment_ids(
@@ -120,6 +121,40 @@ def dense(name: str, x: ArrayLike | None, full: tuple[int, ...]) -> Array | None
     if x.ndim > 4 or any(n not in (1, m) for n, m in zip(shape, full, strict=True)):
         raise wrong(name, f"shape {x.shape}", f"one that broadcasts to (B, N, T, S) = {full}")
     return x.reshape(shape)
+
+
+MOST_INTERVALS = 4
+
+
+def several_intervals(sizes: Sizes, batched: bool, arguments: dict[str, Any]) -> Array | None:
+    """key_begin and key_end [B, T, M], taken out of the arguments, as Operands.mask has them; None if
+    they are one interval a row."""
+    batch, length = sizes[:2]
+    names = "key_begin", "key_end"
+    given = {name: arguments[name] for name in names if arguments.get(name) is not None}
+    shapes = [_shape(x) for x in given.values()]
+    if not any(len(x) == 3 or (len(x) == 2 and not batched and x[0] != 1) for x in shapes):
+        return None
+    count = shapes[0][-1]
+    for name in names:
+        if name not in given:
+            raise wrong(name, None, f"{count} for each row, as the other has, or no more than one")
+    if not 0 < count <= MOST_INTERVALS:
+        raise wrong("key_begin", f"{count} intervals a row", f"at most {MOST_INTERVALS}")
+    both = [integers(name, x, (batch, length, count), batched) for name, x in given.items()]
+    for name in names:
+        del arguments[name]
+    return jnp.concatenate([clamped(x) for x in both], axis=-1)[:, None]
+
+
+def _shape(x: Any) -> tuple[int, ...]:
+    try:
+        return tuple(np.shape(x))
+    except (
+        TypeError,
+        ValueError,
+    ):  # lists of tracers, or of unequal lengths, which integers() refuses
+        return ()
 
 
 def per_head(name: str, x: ArrayLike | None, heads: int) -> Array | None:

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from . import _bias
+from . import _bias, _mask_bits
 from ._broken import nan_rows, row_sums, touched
 from ._mask import row_intervals
 from ._problem import wide
@@ -67,7 +67,7 @@ def attention(config: Config, operands: Operands, masks: Masks) -> tuple[Array, 
             scores += tensors["bias"].astype(scores.dtype)
             visible &= ~(tensors["bias"].astype(scores.dtype) <= _bias.LEAST)  # NaN stays NaN
         if "mask" in tensors:
-            visible &= tensors["mask"]
+            visible &= _mask_bits.as_bool(tensors["mask"], key.shape[1])
 
         sees = visible.any(-1, keepdims=True)  # not top > -inf: a NaN that is seen stays a NaN
         top = jnp.max(scores, -1, keepdims=True, initial=-jnp.inf, where=visible)

@@ -36,7 +36,7 @@ def _cases() -> list[BiasCase]:
     sinks = (0.0, -2.0, 3.0, 1.5)
     broken = packed(documents(50, 40, 60, 50, ids=(0, 1, 0, 2)))
     forms = ["bnts", "1nts", "b1ts", "11ts", "bn1s", "1n1s", "b11s", "111s", "1nt1"]
-    dims = [64, 128, 104, 120, 112]
+    dims = [64, 128, 104, 120, 112, 72, 80, 96, 88]
     table = [
         BiasCase(Case("causal", H=128, mask=CAUSAL), "1nts"),
         BiasCase(Case("odd", 199, 261, H=128), "1nts", hides=True),
@@ -52,6 +52,9 @@ def _cases() -> list[BiasCase]:
         BiasCase(Case("one row", 1, 300, H=64), "bnts"),
         BiasCase(Case("long", 600, 1100, B=1, H=128, mask=CAUSAL), "bnts", hides=True),
         BiasCase(Case("value", H=128, V=64), "1nts", hides=True),
+        BiasCase(Case("value", H=96, V=80, mask=CAUSAL), "1nts", hides=True),
+        BiasCase(Case("planted", B=3, H=80, mask=PAST, planted=True), "bnts"),
+        BiasCase(Case("long", 600, 1100, B=1, H=96, mask=CAUSAL), "bnts", hides=True),
     ]
     table += [
         BiasCase(Case("heads", 150, 270, 6, 2, H=h, mask=(CAUSAL, {})[i % 2]), f, i % 2 == 0, i > 2)

@@ -22,7 +22,8 @@ from call_operands import (
 )
 from recorded_calls import Call, recorded
 
-from jax_fa3 import _ffi, _plan, _tangent
+from jax_fa3 import _ffi, _mask_bits, _plan, _tangent
+from jax_fa3._kernel_sizes import bwd_tile
 from jax_fa3._operands import Operands, Rows
 from jax_fa3._problem import Config, Masks
 from jax_fa3.fp8 import _ffi as _fp8
@@ -38,11 +39,12 @@ def FORWARD(
     packed: Any = None,
     sinks: Any = None,
     bias: Any = None,
+    mask: Any = None,
     **options: Any,
 ) -> Any:
     """_ffi.fwd of the arrays of operands, and masks."""
     *tensors, masks = arrays
-    operands = Operands(*tensors, packed=packed, sinks=sinks, bias=bias)
+    operands = Operands(*tensors, packed=packed, sinks=sinks, bias=bias, mask=mask)
     return _ffi.fwd(config, operands, masks, **options)
 
 
@@ -51,10 +53,16 @@ def BACKWARD(config: Config, operands: Any, masks: Masks, *rows: Any, **options:
 
 
 def backward_of_three(
-    config: Config, *arrays: Any, sinks: Any = None, bias: Any = None, **options: Any
+    config: Config,
+    *arrays: Any,
+    sinks: Any = None,
+    bias: Any = None,
+    mask: Any = None,
+    **options: Any,
 ) -> Any:
     """Of query, key, value, masks, and rows."""
-    return BACKWARD(config, Operands(*arrays[:3], sinks=sinks, bias=bias), *arrays[3:], **options)
+    operands = Operands(*arrays[:3], sinks=sinks, bias=bias, mask=mask)
+    return BACKWARD(config, operands, *arrays[3:], **options)
 
 
 def right_calls() -> dict[str, Call]:
@@ -90,6 +98,9 @@ def right_calls() -> dict[str, Call]:
     def with_bias(bias: Any, *x: Any) -> Any:
         return FORWARD(plain, *x, Masks(), bias=bias)
 
+    def with_mask(mask: Any, *x: Any) -> Any:
+        return FORWARD(plain, *x, Masks(), mask=mask)
+
     def joined(config: Config) -> Any:
         return lambda *x: FORWARD(config, *x[:3], Masks(), before=x[3:])
 
@@ -123,6 +134,8 @@ def right_calls() -> dict[str, Call]:
         "fwd with bias of each entry": recorded(
             with_bias, Struct((B, 1, 1, S), jnp.float32), *operands
         ),
+        "fwd with a mask": recorded(with_mask, Struct((B, 1, T, S), bool), *operands),
+        "fwd with a mask of keys": recorded(with_mask, Struct((1, N, 1, S), bool), *operands),
         "fwd of many keys": with_long_sums(
             recorded(lambda *x: FORWARD(plain, *x, Masks()), *operands)
         ),
@@ -139,6 +152,10 @@ def right_calls() -> dict[str, Call]:
         "bwd with bias": recorded(
             lambda bias, *x: backward_of_three(plain, *x[:3], Masks(), *x[3:], bias=bias),
             *(Struct((1, N, T, S), q.dtype), *operands, *rows),
+        ),
+        "bwd with a mask": recorded(
+            lambda mask, *x: backward_of_three(plain, *x[:3], Masks(), *x[3:], mask=mask),
+            *(Struct((1, N, T, S), bool), *operands, *rows),
         ),
         "bwd in parts": in_parts(backward(plain), *operands, Masks(), *rows, low),
         "bwd of float16": recorded(backward(every), *half, masks, *half_rows, low),
@@ -166,6 +183,13 @@ def right_calls() -> dict[str, Call]:
         "jvp": recorded(tangent(every), *operands, masks, *rows[:2], Struct((1, N), jnp.float32)),
         "jvp without masks": recorded(tangent(plain), *operands, Masks(), *rows[:2], None),
         "segment_intervals": recorded(_ffi.segment_intervals, *ids),
+        "mask_bits": recorded(lambda x: _mask_bits.for_kernels(x, S), Struct((B, 1, T, S), bool)),
+        "mask_bits of the backward": recorded(
+            lambda x: _mask_bits.for_kernels(x, S, bwd_tile(H)), Struct((B, N, T, 1), bool)
+        ),
+        "mask_bits of intervals": recorded(
+            lambda x: _mask_bits.for_kernels(x, S, bwd_tile(64)), Struct((B, 1, T, 6), jnp.int32)
+        ),
         **decode_calls(),
     }
 

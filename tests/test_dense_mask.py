@@ -1,4 +1,5 @@
-"""Dense masks as intervals: who is taken for one, and that only one of the two ways runs."""
+"""Dense masks as intervals, where the kernels do not take bits: who is taken for one, and that only one
+of the two ways runs. Several intervals a row: test_several_intervals."""
 
 import dataclasses
 import functools
@@ -21,7 +22,7 @@ from jax_fa3 import _dense_mask, _dispatch, _targets, _xla
 from jax_fa3._operands import Operands
 from jax_fa3._problem import Config, Masks
 
-B, T, S, N, K, H = 2, 10, 12, 4, 2, 8
+B, T, S, N, K, H = 2, 10, 12, 4, 2, 136  # a head dim whose kernels take no bits
 CONFIG = Config(0.5, (None, None), None, False)
 NO_MASKS = Masks()
 CAUSAL = np.tri(T, S, 2, bool)[None, None]
@@ -127,8 +128,8 @@ def test_each_device_looks_at_its_own(heads: int):
     np.testing.assert_allclose(out, exact[0], atol=1e-5)
 
 
-def test_others_beside_a_soft_cap():
-    """There the kernels take no bias: without fallback such rows are NaN."""
+def test_others_of_wide_heads_beside_a_soft_cap():
+    """Without fallback such rows are NaN."""
     capped = dataclasses.replace(CONFIG, logits_soft_cap=3.0)
     rows = np.ones((B, 1, T, S), bool)
     rows[1, :, 3, 5] = False
@@ -170,21 +171,27 @@ def test_gradients(name: str, kind: Any):
 
 @needs_kernels
 def test_kernels_take_them():
-    """The kernel for either way, and no plain JAX."""
+    """As bits, without a look at the values; beside a bias, one kernel for either way."""
     shapes = [
         jax.ShapeDtypeStruct((B, n, k, 64), jnp.bfloat16) for n, k in ((T, N), (S, K), (S, K))
     ]
     mask = jax.ShapeDtypeStruct((B, 1, T, S), jnp.bool_)
 
-    def loss(implementation: Any) -> Any:
+    def loss(implementation: Any, **more: Any) -> Any:
         def call(q: Array, k: Array, v: Array, mask: Array) -> Array:
-            options: Any = {"mask": mask, "implementation": implementation}
+            options: Any = {"mask": mask, "implementation": implementation, **more}
             return jax_fa3.dot_product_attention(q, k, v, **options).astype(jnp.float32).sum()
 
         return jax.grad(call, (0, 1, 2))
 
     for implementation in (None, "fa3"):
         text = lower(loss(implementation), *shapes, mask)
+        bits = _targets.MASK_BITS
+        assert targets(text) == [bits, _targets.FWD, bits, _targets.BWD]
+        assert not {"dot_general", "case"} & set(operations(text))
+        text = lower(
+            loss(implementation, bias=jnp.zeros((1, N, 1, S), jnp.bfloat16)), *shapes, mask
+        )
         assert targets(text) == [_targets.FWD] * 2 + [_targets.BWD] * 2
         assert "dot_general" not in operations(text)
     assert jax_fa3.is_supported(*shapes, mask=mask, device="sm_90") is None

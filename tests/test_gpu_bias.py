@@ -42,7 +42,7 @@ def test_table(one: BiasCase, dtype: Any):
     check(one, inputs(one, dtype))
 
 
-@pytest.mark.parametrize("head_dim", [64, 104, 128])
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 104, 128])
 @pytest.mark.parametrize("values", ["means", "small"])
 def test_values(values: str, head_dim: int):
     one = BiasCase(Case(values, 300, 333, H=head_dim, mask=CAUSAL), "1nts")
@@ -51,7 +51,7 @@ def test_values(values: str, head_dim: int):
 
 
 @pytest.mark.parametrize("form", ["1nts", "bn1s", "111s"])
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128])
 def test_deterministic(form: str, head_dim: int):
     one = BiasCase(Case("deterministic", 700, 513, 8, 2, H=head_dim, B=3, mask=CAUSAL), form)
     arrays = inputs(one, jnp.bfloat16)

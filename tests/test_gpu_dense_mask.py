@@ -1,4 +1,5 @@
-"""Dense masks on a Hopper GPU: as intervals where each row is one, else as a bias."""
+"""Dense masks on a Hopper GPU, of all kinds: as bits; of wide heads and beside a bias as intervals where
+each row is one. Blocks of them: test_gpu_mask_bits."""
 
 import dataclasses
 import functools
@@ -57,9 +58,9 @@ def test_is_right(name: str, head_dim: int):
 
 
 @pytest.mark.parametrize("name", ["random", "heads differ"])
-def test_beside_a_soft_cap(name: str):
+def test_of_wide_heads(name: str):
     """There the kernels take intervals alone: rows of several are NaN, as those of a broken segment."""
-    case = Case(name, T, S, logits_soft_cap=3.0)
+    case = Case(name, T, S, H=256)
     inputs, cotangents = case.inputs(jnp.bfloat16), case.cotangents(jnp.bfloat16)
     found = run(case, "fa3", jnp.bfloat16, cotangents, inputs, MASKS[name])
     assert np.isnan(np.asarray(found.out, np.float32)).all()
@@ -79,9 +80,10 @@ def test_vmap():
 
 
 def test_only_one_of_the_two_runs():
-    """A conditional, under vmap too, with a kernel in each way."""
+    """Beside a bias: a conditional, under vmap too, with a kernel in each way."""
     q, k, v = Case("one", T, S).inputs(jnp.bfloat16)
-    call = functools.partial(jax_fa3.dot_product_attention, q, k, v)
+    bias = jnp.zeros((1, 1, 1, S), jnp.bfloat16)
+    call = functools.partial(jax_fa3.dot_product_attention, q, k, v, bias)
     for function in (lambda m: call(mask=m), jax.vmap(lambda m: call(mask=m))):
         masks = jnp.asarray(CAUSAL) if function.__name__ == "<lambda>" else jnp.stack([CAUSAL] * 2)
         text = jax.jit(function).lower(masks).compile().as_text()

@@ -129,13 +129,16 @@ _MAY_BE = {
 }
 
 _BIAS = {(_targets.FWD, "operands", 11), (_targets.BWD, "operands", 15)}
+_BIAS.add((_targets.MASK_BITS, "operands", 1))  # intervals
 
 # Dimensions of any size, or of several: S, which this operand says; how many parts there are, or none;
-# sinks and bias of one or of each batch entry.
+# sinks and bias of one or of each batch entry; rows in whole blocks.
 _FREE = {
     (_targets.FWD, "operands", 10, 0),
     (_targets.FWD, "operands", 11, 0),
     (_targets.SEGMENT_INTERVALS, "operands", 1, 1),
+    (_targets.MASK_BITS, "operands", 0, 2),  # rows, of which there are bits in whole blocks
+    (_targets.MASK_BITS, "operands", 1, 2),
     (_targets.BWD, "results", 9, 0),
     (_targets.BWD_PACKED, "results", 7, 0),
     (_targets.DECODE, "operands", 1, 1),  # positions of a contiguous cache

@@ -81,13 +81,20 @@ cudaError_t make_params(BackwardProblem const& problem, typename Traits::Params*
   params->dsinks = problem.dsinks;
   params->dsinks_blocks = problem.dsinks_blocks;
 
-  bool const masked = p.mask.restricts();
+  bool const masked = p.mask.restricts() || p.mask_bits.bits != nullptr;
   int const group = params->group;
   params->turns = tile.fused ? problem.turns : nullptr;
   params->order = bwd_order(
       {p.batch, p.seqlen_q, p.seqlen_k, p.num_heads_q, p.num_heads_k, p.head_dim, p.head_dim_v},
       Traits::kHeadDim, params->num_splits, masked, params->turns != nullptr,
       section_factor(p.mask));
+  if (p.mask_bits.bits != nullptr && params->turns == nullptr) {
+    // It may make some blocks of keys much longer than others, as the first keys are that every row
+    // sees: those of many heads begin first.
+    constexpr int kFewestHeads = 32;
+    int const all = p.num_heads_k * params->num_splits * p.batch;
+    params->order.section = std::max(params->order.section, std::min(kFewestHeads, all));
+  }
   int64_t const heads_q =
       heads_per_section(p.seqlen_k, p.head_dim, p.head_dim_v, group) * section_factor(p.mask);
   params->dq_order = {
@@ -101,6 +108,7 @@ cudaError_t make_params(BackwardProblem const& problem, typename Traits::Params*
     params->dbias_row_stride = p.bias.row_stride;
     return make_bias(&params->bias, p.bias, p.batch, p.num_heads_q, p.seqlen_q, p.softmax_scale);
   }
+  if constexpr (Traits::kHasBits) params->bits = p.mask_bits;
   return cudaSuccess;
 }
 
@@ -111,18 +119,18 @@ cudaError_t launch_if_any(void (*kernel)(Params), int64_t num_ctas, int num_thre
   return launch_kernel(kernel, num_ctas, num_threads, shared_bytes, params, stream);
 }
 
-template <DType kDType, int kHeadDim, int kHeadDimV, bool kHasBias>
+// Main: the traits of the main kernel.
+template <class Main>
 cudaError_t launch_kernels(BackwardProblem const& problem, cudaStream_t stream) {
-  using Element = ElementOf<kDType>;
-  constexpr int kWidth = bwd_width(kHeadDim);
-  constexpr int kWidthV = kHeadDimV == kHeadDim ? kWidth : kHeadDimV;
-  using Main = Traits<Element, kWidth, kWidthV, kHasBias>;
+  using Element = typename Main::Element;
+  constexpr int kWidth = Main::kHeadDim;
+  constexpr int kWidthV = Main::kHeadDimV;
   if (problem.forward.seqlen_q == 0 && problem.forward.seqlen_k == 0) return cudaSuccess;
   typename Main::Params of_main{};
   JAX_FA3_RETURN_IF_ERROR(make_params<Main>(problem, &of_main));
   Params& params = of_main;
   int64_t const blocks = int64_t{params.num_m_blocks} * params.num_heads_q * problem.forward.batch;
-  if (params.ranges != nullptr && kDType == DType::kFloat16) {
+  if (params.ranges != nullptr && problem.forward.dtype == DType::kFloat16) {
     int const batch = problem.forward.batch;
     std::size_t const bytes = sizeof(uint32_t) * kNumRanges * batch * params.num_heads_k;
     JAX_FA3_RETURN_IF_ERROR(cudaMemsetAsync(params.ranges, 0, bytes, stream));
@@ -159,13 +167,22 @@ cudaError_t launch_kernels(BackwardProblem const& problem, cudaStream_t stream) 
 
 template <DType kDType, int kHeadDim, int kHeadDimV>
 cudaError_t launch(BackwardProblem const& problem, cudaStream_t stream) {
-  if (problem.forward.bias.data == nullptr) {
-    return launch_kernels<kDType, kHeadDim, kHeadDimV, false>(problem, stream);
+  using Element = ElementOf<kDType>;
+  constexpr int kWidth = bwd_width(kHeadDim);
+  constexpr int kWidthV = kHeadDimV == kHeadDim ? kWidth : kHeadDimV;
+  if (problem.forward.bias.data != nullptr) {
+    if constexpr (takes_bias(kHeadDim)) {
+      return launch_kernels<Traits<Element, kWidth, kWidthV, true>>(problem, stream);
+    }
+    return cudaErrorNotSupported;  // the handlers have refused it
   }
-  if constexpr (takes_bias(kHeadDim)) {
-    return launch_kernels<kDType, kHeadDim, kHeadDimV, true>(problem, stream);
+  if (problem.forward.mask_bits.bits != nullptr) {
+    if constexpr (takes_mask_bits(kHeadDim)) {
+      return launch_kernels<BitsTraits<Element, kWidth, kWidthV>>(problem, stream);
+    }
+    return cudaErrorNotSupported;  // likewise
   }
-  return cudaErrorNotSupported;  // the handlers have refused it
+  return launch_kernels<Traits<Element, kWidth, kWidthV>>(problem, stream);
 }
 
 }  // namespace jax_fa3::bwd

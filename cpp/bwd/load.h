@@ -60,8 +60,8 @@ CUTLASS_DEVICE void load_tile(CUtensorMap const& map, FullBarrier& full, FullBar
 }
 
 template <class Traits>
-CUTLASS_DEVICE void load(Params const& params, typename Traits::SharedStorage& storage,
-                         KeyTile const& tile) {
+CUTLASS_DEVICE void load(typename Traits::Params const& params,
+                         typename Traits::SharedStorage& storage, KeyTile const& tile) {
   constexpr int kBlockM = Traits::kBlockM;
   constexpr int kBlockN = Traits::kBlockN;
   constexpr auto kKeep = TMA::CacheHintSm90::EVICT_LAST;       // Q and dO: read by many tiles
@@ -165,6 +165,14 @@ CUTLASS_DEVICE void load(Params const& params, typename Traits::SharedStorage& s
     }
     return chunk;
   };
+  // What of a dense mask is in a chunk: of a tile's keys and the blocks of query rows.
+  auto const dense_blocks = [&](int head, int chunk) {
+    if constexpr (Traits::kHasBits) {
+      return block_bits(params.bits, batch, head, tile.n_block, chunk / kBlocksOfHull);
+    } else {
+      return BlockBits{~0u, ~0u};
+    }
+  };
   int first_member = 0;
   int last_member = params.group;
   int skipped = 0;      // steps of first_member that belong to the split before
@@ -178,7 +186,8 @@ CUTLASS_DEVICE void load(Params const& params, typename Traits::SharedStorage& s
       int of_head = 0;
       for (int chunk = 0; chunk < params.num_m_blocks; chunk += 32) {
         bool full;
-        of_head += __popc(__ballot_sync(~0u, sees_keys(chunk + lane, &full)));
+        of_head += __popc(__ballot_sync(~0u, sees_keys(chunk + lane, &full)) &
+                          dense_blocks(tile.head_k * params.group, chunk).any);
       }
       int64_t const all = int64_t{of_head} * params.group;
       int64_t const begin = all * tile.split / params.num_splits;
@@ -200,9 +209,12 @@ CUTLASS_DEVICE void load(Params const& params, typename Traits::SharedStorage& s
          chunk += kBlocksOfHull) {
       bool full = false;
       bool const visited = sees_keys(chunk + lane, &full);
+      BlockBits const dense = dense_blocks(head, chunk);
       // The soft cap is applied where the mask is.
-      uint32_t const full_blocks = __ballot_sync(~0u, full && params.score.cap_scale == 0.f);
-      for (uint32_t blocks = __ballot_sync(~0u, visited); blocks != 0; blocks &= blocks - 1) {
+      uint32_t const full_blocks =
+          __ballot_sync(~0u, full && params.score.cap_scale == 0.f) & dense.full;
+      for (uint32_t blocks = __ballot_sync(~0u, visited) & dense.any; blocks != 0;
+           blocks &= blocks - 1) {
         if (skipped > 0) {
           --skipped;
           continue;

@@ -79,6 +79,18 @@ CUTLASS_DEVICE void hand_over_dq(typename Traits::SharedStorage& storage, int wa
   named_arrive(NamedBarrier::kDQueryFull, warpgroup * 2 + stage, 128 + 32);
 }
 
+// The bits of a dense mask for the thread's keys, from the step's first query row on.
+template <class Traits>
+CUTLASS_DEVICE void load_bits(BitsParams const& params, KeyTile const& tile, Step const& step,
+                              int key, uint32_t (&bits)[kRowsPerThread]) {
+  int const row = step.m_block * Traits::kBlockM;
+  BitsOfRows(params.bits, tile.batch, step.head, key).load(row / kMaskBlock, bits);
+  if constexpr (Traits::kBlockM < kMaskBlock) {
+    CUTLASS_PRAGMA_UNROLL
+    for (uint32_t& of_key : bits) of_key >>= row % kMaskBlock / 8 * 2;
+  }
+}
+
 // The steps of one sum of dK and dV in the accumulators (Step::last). Returns whether they are the
 // CTA's last.
 template <class Traits, class State, class BiasState, class dKey, class dValue>
@@ -144,14 +156,26 @@ CUTLASS_DEVICE bool mma(typename Traits::Params const& params,
     named_sync(NamedBarrier::kDScoresWritten, (1 - warpgroup) * 2 + stage, 256);
     issue_gemm_zero(mma_dq, tdQrdS(_, _, _, stage), tdQrK, tdQ);
   };
+  uint32_t bits[kRowsPerThread];  // of a dense mask, in a step that is masked
   auto const records = [&] {
-    return RowRecords<kBlockM>{storage.stats + state.stage * RowStats<kBlockM>::kSize,
-                               storage.intervals + state.stage * kBlockM, key};
+    RowRecords<kBlockM> const rows{storage.stats + state.stage * RowStats<kBlockM>::kSize,
+                                   storage.intervals + state.stage * kBlockM, key};
+    if constexpr (Traits::kHasBits) {
+      return RowRecordsWithBits<kBlockM>{rows, bits};
+    } else {
+      return rows;
+    }
   };
   auto const read_step = [&] {
     queries.full[state.stage].wait(state.phase);
     step = storage.steps[state.stage];
     step.masked |= records().careful();
+  };
+  // Late, when there are registers for them.
+  auto const load_bits_of_step = [&] {
+    if constexpr (Traits::kHasBits) {
+      if (step.masked) load_bits<Traits>(params, tile, step, key, bits);
+    }
   };
   auto const take_next = [&] {
     state.advance();
@@ -191,6 +215,7 @@ CUTLASS_DEVICE bool mma(typename Traits::Params const& params,
   issue_s();
   storage.value_full.wait(0);
   issue_dp();
+  load_bits_of_step();
   warpgroup_wait<1>();
   make_probabilities();
   warpgroup_wait<0>();
@@ -210,6 +235,7 @@ CUTLASS_DEVICE bool mma(typename Traits::Params const& params,
       release_dout(last_stage);
       issue_s();
       issue_dq(last_stage);
+      load_bits_of_step();
       warpgroup_wait<1>();
       release_query(last_stage);
       make_probabilities();
@@ -230,6 +256,7 @@ CUTLASS_DEVICE bool mma(typename Traits::Params const& params,
       issue_s();
       warpgroup_wait<1>();
       release_query(last_stage);
+      load_bits_of_step();
       issue_dp();
       warpgroup_wait<1>();
       make_probabilities();

@@ -5,6 +5,7 @@
 
 #include "common/bias.h"
 #include "common/mask.h"
+#include "common/mask_bits.h"
 #include "common/row_set.h"
 #include "common/score.h"
 #include "common/tile_scheduler.h"
@@ -89,6 +90,11 @@ struct BiasParams : Params {
   Bias bias;
   float* dbias;  // or null
   int64_t dbias_batch_stride, dbias_head_stride, dbias_row_stride;
+};
+
+// Its rows are keys, its columns query rows.
+struct BitsParams : Params {
+  MaskBits bits;
 };
 
 }  // namespace jax_fa3::bwd

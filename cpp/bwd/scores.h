@@ -3,6 +3,7 @@
 #pragma once
 
 #include "bwd/params.h"
+#include "common/mask_bits.h"
 #include "common/softmax.h"
 
 namespace jax_fa3::bwd {
@@ -25,15 +26,26 @@ struct RowRecords {
   CUTLASS_DEVICE int4 interval_of(int i) const {
     return *reinterpret_cast<int4 const*>(rows + fragment_column(i) + quad);
   }
-  CUTLASS_DEVICE bool visible(int4 interval, int e) const {
-    int const index = key + fragment_row(e) * 8;
-    return e % 2 == 0 ? index >= interval.x && index < interval.y
+  CUTLASS_DEVICE bool visible(int4 interval, int i) const {
+    int const index = key + fragment_row(i) * 8;
+    return i % 2 == 0 ? index >= interval.x && index < interval.y
                       : index >= interval.z && index < interval.w;
   }
 
  private:
   CUTLASS_DEVICE float2 load(int offset, int i) const {
     return *reinterpret_cast<float2 const*>(stats + offset + fragment_column(i) + quad);
+  }
+};
+
+// With a dense mask, too.
+template <int kBlockM>
+struct RowRecordsWithBits : RowRecords<kBlockM> {
+  uint32_t const (&bits)[kRowsPerThread];  // of the thread's keys, from the step's first row on
+
+  CUTLASS_DEVICE bool visible(int4 interval, int i) const {
+    return RowRecords<kBlockM>::visible(interval, i) &&
+           (bits[fragment_row(i)] >> (i / 4 * 2 + i % 2) & 1) != 0;
   }
 };
 
@@ -59,7 +71,7 @@ CUTLASS_DEVICE void probabilities(Params const& params, Records const& records, 
       int4 const interval = records.interval_of(i);
       CUTLASS_PRAGMA_UNROLL
       for (int e = 0; e < 4; ++e)
-        scores(i + e) = records.visible(interval, e) ? scores(i + e) : 0.f;
+        scores(i + e) = records.visible(interval, i + e) ? scores(i + e) : 0.f;
     }
   }
 }

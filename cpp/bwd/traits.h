@@ -35,6 +35,7 @@ struct Step {
 template <class Element_, int kHeadDim_, int kHeadDimV_, bool kHasBias_ = false>
 struct Traits {
   static constexpr bool kHasBias = kHasBias_;
+  static constexpr bool kHasBits = false;
   using Params = std::conditional_t<kHasBias, BiasParams, bwd::Params>;
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;
@@ -157,6 +158,13 @@ struct Traits {
     }
   };
   static_assert(sizeof(SharedStorage) <= 227 * 1024);
+};
+
+// With a dense mask.
+template <class Element, int kHeadDim, int kHeadDimV>
+struct BitsTraits : Traits<Element, kHeadDim, kHeadDimV> {
+  static constexpr bool kHasBits = true;
+  using Params = BitsParams;
 };
 
 }  // namespace jax_fa3::bwd

@@ -27,9 +27,24 @@ CUTLASS_DEVICE void pass_turn(int* turns, int turn) {
   asm volatile("st.release.gpu.global.s32 [%0], %1;" : : "l"(turns), "r"(turn + 1) : "memory");
 }
 
+// Key blocks behind this one of which a dense mask shows the step's rows anything; by a whole warp.
 template <class Traits>
-CUTLASS_DEVICE void write_dq(Params const& params, typename Traits::SharedStorage& storage,
-                             KeyTile const& tile, int writer) {
+CUTLASS_DEVICE int seen_behind(BitsParams const& params, KeyTile const& tile, Step const& step) {
+  int const end = params.blocks_of(tile.batch)[step.m_block].hull.max_end;
+  int count = 0;
+  for (int n_block = tile.n_block + 1 + threadIdx.x % 32; n_block * Traits::kBlockN < end;
+       n_block += 32) {
+    BlockBits const bits =
+        block_bits(params.bits, tile.batch, step.head, n_block, step.m_block / kBlocksOfHull);
+    count += bits.any >> step.m_block % kBlocksOfHull & 1;
+  }
+  return __reduce_add_sync(~0u, count);
+}
+
+template <class Traits>
+CUTLASS_DEVICE void write_dq(typename Traits::Params const& params,
+                             typename Traits::SharedStorage& storage, KeyTile const& tile,
+                             int writer) {
   constexpr int kPart = Traits::kSizedQ / 2;  // of one warpgroup
   PipelineState<Traits::kStages> state;
   bool const elected = threadIdx.x % 32 == 0;
@@ -51,7 +66,10 @@ CUTLASS_DEVICE void write_dq(Params const& params, typename Traits::SharedStorag
       float* const accum = params.dq_accum + index * Traits::kSizedQ;
       bool const in_turn = params.turns != nullptr && elected;
       int turn = 0;
-      if (in_turn) {
+      if constexpr (Traits::kHasBits) {
+        if (params.turns != nullptr) turn = seen_behind<Traits>(params, tile, step);
+        if (in_turn) wait_for_turn(params.turns + index, turn);
+      } else if (in_turn) {
         int const end = params.blocks_of(tile.batch)[step.m_block].hull.max_end;
         turn = (end - 1) / Traits::kBlockN - tile.n_block;  // key blocks behind this one
         wait_for_turn(params.turns + index, turn);

@@ -38,6 +38,7 @@ struct Traits {
   // and for that before its softmax: the tensor cores work for the others meanwhile. At head dim
   // 256 O leaves registers for two only.
   static constexpr int kConsumerWarpgroups = kHeadDim <= 128 ? 3 : 2;
+  static constexpr bool kHasBits = false;
   static constexpr bool kPingPong = false;  // no gain (docs/kernel_notes/fp8.md)
   static constexpr int kBlockM = 64 * kConsumerWarpgroups;
   // One scale for the K and one for the V of a step. A warpgroup's 64 rows of Q have one, too.

@@ -40,11 +40,13 @@ CUTLASS_DEVICE void use_spare_warp(
   }
 }
 
-// A row of which the bias hides every key sees nothing.
+// A row of which a bias or a dense mask hides every key sees nothing. One of scores that are NaN
+// has no maximum either, but a sum.
 CUTLASS_DEVICE void mark_hidden_rows(Softmax const& softmax, Interval (&rows)[kRowsPerThread]) {
   CUTLASS_PRAGMA_UNROLL
   for (int row = 0; row < kRowsPerThread; ++row) {
-    bool const sees = softmax.row_max[row] > softmax.exponents.lowest;
+    float const sum = quad_sum(softmax.row_sum[row]);
+    bool const sees = softmax.row_max[row] > softmax.exponents.lowest || sum != 0.f;
     if (!sees && !rows[row].broken()) rows[row] = {0, 0};
   }
 }

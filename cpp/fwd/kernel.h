@@ -42,10 +42,10 @@ CUTLASS_DEVICE void consume(
     Softmax softmax{params.exponents};
     if (work.blocks.begin < work.blocks.end) {
       mma<Traits>(params, storage, state, turns, work, find_rows, rows, softmax, tOrO);
-      if constexpr (Traits::kHasBias) mark_hidden_rows(softmax, rows);
     } else {
       find_rows(rows);
     }
+    if constexpr (Traits::kHasBias || Traits::kHasBits) mark_hidden_rows(softmax, rows);
     store<Traits>(params, storage, work.tile, warpgroup, rows, softmax, tOrO);
   }
   tma_store_wait<0>();

@@ -25,7 +25,7 @@ inline void set_common(Problem const& p, int block_m, Params* params) {
   params->group = p.num_heads_q / p.num_heads_k;
   params->head_dim_v = p.head_dim_v;
   // Without a mask all tiles are equally long: they are dealt out in fixed rounds, head by head.
-  bool const masked = p.mask.restricts();
+  bool const masked = p.mask.restricts() || p.mask_bits.bits != nullptr;
   params->tile_counter = masked ? p.tile_counter : nullptr;
   int64_t section = masked ? heads_per_section(p.seqlen_k, p.head_dim, p.head_dim_v, params->group)
                            : params->group;
@@ -68,6 +68,7 @@ cudaError_t make_params(Problem const& problem, typename Traits::Params* params)
     params->exponents = exponents_of(kLog2E);
     return make_bias(&params->bias, p.bias, p.batch, p.num_heads_q, p.seqlen_q, factor);
   }
+  if constexpr (Traits::kHasBits) params->bits = p.mask_bits;
   return cudaSuccess;
 }
 
@@ -110,6 +111,12 @@ cudaError_t launch(Problem const& problem, cudaStream_t stream) {
       return launch_tile<Traits<Element, kHeadDim, kHeadDimV, Keys::kBias>>(problem, stream);
     }
     return cudaErrorNotSupported;  // the handlers have refused it
+  }
+  if (problem.mask_bits.bits != nullptr) {
+    if constexpr (takes_mask_bits(kHeadDim)) {
+      return launch_tile<Traits<Element, kHeadDim, kHeadDimV, Keys::kBits>>(problem, stream);
+    }
+    return cudaErrorNotSupported;  // likewise
   }
   if (problem.long_sums_size > 0 && !few_keys(problem.mask)) {
     return launch_tile<Traits<Element, kHeadDim, kHeadDimV, Keys::kMany>>(problem, stream);

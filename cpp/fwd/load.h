@@ -11,7 +11,8 @@ namespace jax_fa3::fwd {
 // One warp: picks the CTA's next tile and works out which key blocks it visits, while the other
 // warps work on the tile before.
 template <class Traits>
-CUTLASS_DEVICE void schedule(Params const& params, typename Traits::SharedStorage& storage) {
+CUTLASS_DEVICE void schedule(typename Traits::Params const& params,
+                             typename Traits::SharedStorage& storage) {
   int const lane = threadIdx.x % 32;
   int const num_tiles = params.order.num_tiles();
   PipelineState<Traits::kWorkStages> state;
@@ -49,6 +50,10 @@ CUTLASS_DEVICE void schedule(Params const& params, typename Traits::SharedStorag
         hull.reduce_warp();
       }
       work.blocks = blocks_of(hull);
+      if constexpr (Traits::kHasBits) {
+        leave_hidden(params.bits, work.tile.batch, work.tile.head, work.tile.block,
+                     work.blocks.begin, work.blocks.end);
+      }
     }
     if (lane == 0) {
       storage.work[state.stage] = work;
@@ -66,7 +71,8 @@ CUTLASS_DEVICE void use_spare_warp(Traits<Element, kHeadDim, kHeadDimV, kKeys>, 
 
 template <class Element, int kHeadDim, int kHeadDimV, Keys kKeys>
 CUTLASS_DEVICE void load(
-    Traits<Element, kHeadDim, kHeadDimV, kKeys>, Params const& params,
+    Traits<Element, kHeadDim, kHeadDimV, kKeys>,
+    typename Traits<Element, kHeadDim, kHeadDimV, kKeys>::Params const& params,
     typename Traits<Element, kHeadDim, kHeadDimV, kKeys>::SharedStorage& storage) {
   using Traits = Traits<Element, kHeadDim, kHeadDimV, kKeys>;
   constexpr int kBlockM = Traits::kBlockM;
@@ -152,7 +158,22 @@ CUTLASS_DEVICE void load(
       if (visits) storage.out_stored.wait(out_phase ^ 1);
       out_phase ^= 1;
     }
-    if (visits) {
+    if constexpr (Traits::kHasBits) {
+      if (!visits) {
+        take_next_tile();
+        continue;
+      }
+      BlockWalk walk(params.bits, batch, work.tile.head, work.tile.block, blocks.end);
+      int before = walk.next();
+      while (before > blocks.begin) {
+        int const n_block = walk.next();
+        load_key(n_block);
+        load_value(before);
+        before = n_block;
+      }
+      take_next_tile();
+      load_value(before);
+    } else if (visits) {
       // Tiles that are dealt out in fixed rounds may be taken as early as can be.
       constexpr int kBlocksAhead = 2;
       int const take_at =

@@ -7,6 +7,7 @@
 
 #include "common/gemm.h"
 #include "common/softmax.h"
+#include "fwd/bits.h"
 #include "fwd/long_sums.h"
 #include "fwd/params.h"
 #include "fwd/traits.h"
@@ -72,9 +73,14 @@ CUTLASS_DEVICE void mma(typename Traits::Params const& params,
                         state.bias, tSrS);
     }
   };
+  DenseMask<Traits> dense(params, work, warpgroup);
   auto const mask_block = [&](int n_block) {
     if constexpr (!Traits::kHasBias) params.score.apply(tSrS);
-    mask_scores(tSrS, rows, n_block * kBlockN + lane_column);
+    if constexpr (Traits::kHasBits) {
+      mask_scores(tSrS, rows, n_block * kBlockN + lane_column, dense.bits);
+    } else {
+      mask_scores(tSrS, rows, n_block * kBlockN + lane_column);
+    }
   };
   auto const convert = [&] {
     Tensor packed = recast<uint32_t>(tOrP);
@@ -86,6 +92,7 @@ CUTLASS_DEVICE void mma(typename Traits::Params const& params,
 
   // The last block: nothing to overlap with.
   int n_block = blocks.end - 1;
+  if constexpr (Traits::kHasBits) dense.load(dense.walk.next());
   storage.query_full[warpgroup].wait(state.query_phase);
   state.query_phase ^= 1;
   keys.full[state.key.stage].wait(state.key.phase);
@@ -96,16 +103,20 @@ CUTLASS_DEVICE void mma(typename Traits::Params const& params,
   find_rows(rows);
   warpgroup_wait<0>();
   take_scores();
-  if (n_block < blocks.full_begin || n_block >= blocks.full_end) mask_block(n_block);
+  if constexpr (Traits::kHasBits) {
+    if (!dense.is_full(n_block)) mask_block(n_block);
+  } else {
+    if (n_block < blocks.full_begin || n_block >= blocks.full_end) mask_block(n_block);
+  }
   softmax.template update_max<Traits::kMaxOfThree>(tSrS);
   release_query(n_block);
   softmax.template exponentiate<0, 1>(tSrS);
   convert();
-  --n_block;
 
   // S of block n, while the tensor cores also compute P V of block n + 1.
   bool key_is_there = false;  // asked for amid the exponentials: an answer takes 90 clocks
   auto const step = [&](auto masked) {
+    if constexpr (decltype(masked)::value) dense.load(n_block);
     if (!key_is_there) keys.full[state.key.stage].wait(state.key.phase);
     turns.wait();
     issue_scores();
@@ -136,16 +147,32 @@ CUTLASS_DEVICE void mma(typename Traits::Params const& params,
     if (rescales) softmax.rescale_out(tOrO);
   };
   LongSums<Traits> long_sums{params, warpgroup, blocks.end};
-  while (n_block >= blocks.begin) {
-    if (n_block < blocks.full_end) {
-      int const first = long_sums.first_block(blocks.full_begin);
-      for (; n_block >= first; --n_block) step(false_type{});
+  if constexpr (Traits::kHasBits) {
+    while (n_block > blocks.begin) {
+      n_block = dense.walk.next();
+      if (dense.is_full(n_block)) {
+        int const first = n_block - dense.take_run(n_block);
+        do {
+          step(false_type{});
+        } while (n_block-- > first);
+        n_block = first;
+      } else {
+        step(true_type{});
+      }
     }
-    if (long_sums.is_full(n_block)) {
-      long_sums.accumulate(softmax, tOrO);
-    } else if (n_block >= blocks.begin) {
-      step(true_type{});
-      --n_block;
+  } else {
+    --n_block;
+    while (n_block >= blocks.begin) {
+      if (n_block < blocks.full_end) {
+        int const first = long_sums.first_block(blocks.full_begin);
+        for (; n_block >= first; --n_block) step(false_type{});
+      }
+      if (long_sums.is_full(n_block)) {
+        long_sums.accumulate(softmax, tOrO);
+      } else if (n_block >= blocks.begin) {
+        step(true_type{});
+        --n_block;
+      }
     }
   }
 

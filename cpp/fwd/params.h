@@ -5,6 +5,7 @@
 
 #include "common/bias.h"
 #include "common/mask.h"
+#include "common/mask_bits.h"
 #include "common/score.h"
 #include "common/softmax.h"
 #include "common/tile_scheduler.h"
@@ -42,6 +43,10 @@ struct Params {
 // With a bias `score` is the identity, and softmax_scale 1: Bias has the factor of q.k.
 struct BiasParams : Params {
   Bias bias;
+};
+
+struct BitsParams : Params {
+  MaskBits bits;
 };
 
 }  // namespace jax_fa3::fwd

@@ -26,18 +26,23 @@ using namespace cute;
 //
 // kBias: with a dense bias (common/bias.h), whose slabs need memory, and registers: so two
 // consumers.
-enum class Keys { kFew, kUsual, kMany, kBias };
+// kBits: with a dense mask (common/mask_bits.h), whose blocks are 128 x 128.
+enum class Keys { kFew, kUsual, kMany, kBias, kBits };
 
 template <class Element_, int kHeadDim_, int kHeadDimV_, Keys kKeys_>
 struct Traits {
   static constexpr bool kHasBias = kKeys_ == Keys::kBias;
-  using Params = std::conditional_t<kHasBias, BiasParams, fwd::Params>;
+  static constexpr bool kHasBits = kKeys_ == Keys::kBits;
+  using Params = std::conditional_t<kHasBias, BiasParams,
+                                    std::conditional_t<kHasBits, BitsParams, fwd::Params>>;
   using Softmax = jax_fa3::Softmax;
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kHeadDimV = kHeadDimV_;
   static constexpr Keys kKeys = kKeys_;
-  static constexpr FwdTile kTile = fwd_tile(kHeadDim, kHeadDimV, kKeys == Keys::kFew || kHasBias);
+  static constexpr FwdTile kTile =
+      kHasBits ? FwdTile{kMaskBlock, kMaskBlock, false}
+               : fwd_tile(kHeadDim, kHeadDimV, kKeys == Keys::kFew || kHasBias);
   static constexpr int kBlockM = kTile.block_m;
   static constexpr int kBlockN = kTile.block_n;
   static constexpr bool kOutOverValue = kTile.out_over_value;

@@ -1,0 +1,253 @@
+#include "common/mask.h"
+#include "mask_bits.h"
+#include "plan.h"
+
+namespace jax_fa3 {
+namespace {
+
+constexpr int kRows = kMaskBlock;  // of a CTA, a thread each
+constexpr int kChunksAtOnce = 4;   // with more, threads have too few registers
+constexpr int kThreads = kRows * kChunksAtOnce;
+constexpr int kChunksOfCta = 32;  // so that a CTA writes whole words of blocks
+constexpr int kWords = 4;         // of a chunk of a row
+constexpr int kEighths = kMaskBlock / 8;
+
+// Of word q, the bits of columns below `column`: it has 2 q and 2 q + 1 of each 8.
+__device__ uint32_t bits_before(int column, int q) {
+  int const key = column - 2 * q;
+  int const count = key <= 0 ? 0 : key / 8 * 2 + min(key % 8, 2);
+  return count >= 32 ? ~0u : (1u << count) - 1;
+}
+
+// A chunk of a lane's row, from columns: lane i's word g says which of the warp's 32 rows column
+// 32 g + i sees.
+__device__ void turn(uint32_t const (&rows_of_columns)[kWords], uint32_t (&bits)[kWords]) {
+#pragma unroll
+  for (int g = 0; g < kWords; ++g) {
+    if (!__any_sync(~0u, rows_of_columns[g] != 0)) continue;
+    uint32_t columns = 0;  // that see the lane's row
+#pragma unroll
+    for (int row = 0; row < 32; ++row) {
+      uint32_t const seen = __ballot_sync(~0u, rows_of_columns[g] >> row & 1);
+      if (threadIdx.x % 32 == row) columns = seen;
+    }
+#pragma unroll
+    for (int q = 0; q < kWords; ++q) {
+      uint32_t const pairs = columns >> 2 * q & 0x03030303;
+      uint32_t const two = (pairs | pairs >> 6) & 0x000F000F;
+      bits[q] |= ((two | two >> 12) & 0xFF) << 8 * g;
+    }
+  }
+}
+
+// A bool mask.
+template <bool kRowsAreKeys>
+struct OfBytes {
+  DenseMaskToBits const& p;
+  uint8_t const* of_head;
+  bool aligned;
+  int row;
+
+  __device__ OfBytes(DenseMaskToBits const& p, int head, int row)
+      : p(p),
+        of_head(p.mask + head / p.num_heads * p.mask_of_batch +
+                head % p.num_heads * p.mask_of_head),
+        aligned((p.mask_of_batch | p.mask_of_head | p.mask_of_row | p.mask_of_column) % 16 ==
+                (p.mask_of_row == 1 || p.mask_of_column == 1)),
+        row(row) {}
+
+  __device__ bool same_columns() const { return p.mask_of_column == 0; }
+
+  // A chunk of the row, of whose columns `count` exist; by whole warps.
+  __device__ void read(int chunk, int count, uint32_t (&bits)[kWords]) const {
+    int const first = chunk * kMaskBlock;
+    if constexpr (kRowsAreKeys) {
+      uint32_t rows_of_columns[kWords] = {};
+      int const first_row = row - threadIdx.x % 32;
+      uint8_t const* const from =
+          of_head + (first + threadIdx.x % 32) * p.mask_of_column + first_row * p.mask_of_row;
+      int const column_count = count - static_cast<int>(threadIdx.x % 32);  // from the lane's first
+      if (aligned && p.mask_of_row == 1 && p.rows - first_row >= 32) {
+        uint4 bytes[kWords][2];
+#pragma unroll
+        for (int g = 0; g < kWords; ++g) {  // all on their way together
+          auto const* const vectors =
+              reinterpret_cast<uint4 const*>(from + g * 32 * p.mask_of_column);
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            bytes[g][i] = g * 32 < column_count ? __ldg(vectors + i) : uint4{0, 0, 0, 0};
+          }
+        }
+#pragma unroll
+        for (int g = 0; g < kWords; ++g) {
+          rows_of_columns[g] = packed(bytes[g][0]) | packed(bytes[g][1]) << 16;
+        }
+      } else {
+        for (int g = 0; g < kWords; ++g) {
+          for (int i = 0; i < min(32, p.rows - first_row) && g * 32 < column_count; ++i) {
+            uint32_t const bit = from[g * 32 * p.mask_of_column + i * p.mask_of_row] & 1;
+            rows_of_columns[g] |= bit << i;
+          }
+        }
+      }
+      turn(rows_of_columns, bits);
+    } else if (row < p.rows) {
+      uint8_t const* const from = of_head + row * p.mask_of_row + first * p.mask_of_column;
+      if (aligned && p.mask_of_column == 1 && count == kMaskBlock) {
+        read_vectors(from, bits);
+        return;
+      }
+#pragma unroll 8
+      for (int column = 0; column < kMaskBlock; ++column) {
+        uint32_t const bit = column < count ? from[column * p.mask_of_column] & 1 : 0;
+        bits[column % 8 / 2] |= bit << (column / 8 * 2 + column % 2);
+      }
+    }
+  }
+
+  // The bits of 16 bytes.
+  __device__ static uint32_t packed(uint4 const& x) {
+    auto const bits = [](uint32_t bytes) { return bytes * 0x01020408u >> 24 & 0xF; };
+    return bits(x.x) | bits(x.y) << 4 | bits(x.z) << 8 | bits(x.w) << 12;
+  }
+
+  __device__ static void read_vectors(uint8_t const* from, uint32_t (&bits)[kWords]) {
+    uint2 eighths[kEighths];
+#pragma unroll
+    for (int i = 0; i < kEighths; i += 2) {
+      uint4 const x = __ldg(reinterpret_cast<uint4 const*>(from) + i / 2);
+      eighths[i] = {x.x, x.y};
+      eighths[i + 1] = {x.z, x.w};
+    }
+    auto const pair = [](uint32_t bytes) { return (bytes & 1) | (bytes >> 7 & 2); };
+#pragma unroll
+    for (int i = 0; i < kEighths; ++i) {
+      bits[0] |= pair(eighths[i].x) << 2 * i;
+      bits[1] |= pair(eighths[i].x >> 16) << 2 * i;
+      bits[2] |= pair(eighths[i].y) << 2 * i;
+      bits[3] |= pair(eighths[i].y >> 16) << 2 * i;
+    }
+  }
+};
+
+// Intervals of each query row, whose union it sees.
+template <bool kRowsAreKeys>
+struct OfIntervals {
+  DenseMaskToBits const& p;
+  int const* of_batch;  // [t, 2, m]
+  int row;
+
+  __device__ OfIntervals(DenseMaskToBits const& p, int batch, int row)
+      : p(p),
+        of_batch(p.intervals +
+                 int64_t{batch} * (kRowsAreKeys ? p.columns : p.rows) * 2 * p.num_intervals),
+        row(row) {}
+
+  __device__ bool same_columns() const { return false; }
+  // Within [first, first + size), counted from there.
+  __device__ Interval interval(int query_row, int i, int first, int size) const {
+    int const* const of_row = of_batch + int64_t{query_row} * 2 * p.num_intervals + i;
+    int const begin = max(__ldg(of_row), first);
+    int const end = min(__ldg(of_row + p.num_intervals), first + size);
+    return {begin - first, max(end, first) - first};
+  }
+
+  __device__ void read(int chunk, int count, uint32_t (&bits)[kWords]) const {
+    int const first = chunk * kMaskBlock;
+    if constexpr (kRowsAreKeys) {
+      int const first_key = row - threadIdx.x % 32;
+      uint32_t rows_of_columns[kWords] = {};
+#pragma unroll
+      for (int g = 0; g < kWords; ++g) {
+        int const column = g * 32 + threadIdx.x % 32;
+#pragma unroll
+        for (int i = 0; i < kMostIntervals; ++i) {
+          if (i >= p.num_intervals || column >= count) continue;
+          Interval const seen = interval(first + column, i, first_key, min(32, p.rows - first_key));
+          if (!seen.empty()) rows_of_columns[g] |= ~0u >> (32 - seen.end) & ~0u << seen.begin;
+        }
+      }
+      turn(rows_of_columns, bits);
+    } else if (row < p.rows) {
+#pragma unroll
+      for (int i = 0; i < kMostIntervals; ++i) {
+        if (i >= p.num_intervals) continue;
+        Interval const seen = interval(row, i, first, count);
+        if (seen.empty()) continue;
+#pragma unroll
+        for (int q = 0; q < kWords; ++q) {
+          bits[q] |= bits_before(seen.end, q) & ~bits_before(seen.begin, q);
+        }
+      }
+    }
+  }
+};
+
+template <class Source>
+__global__ void __launch_bounds__(kThreads, 2) mask_bits_kernel(DenseMaskToBits const p) {
+  __shared__ uint32_t any[2], hidden[2];  // of the CTA's blocks
+  if (threadIdx.x < 2) any[threadIdx.x] = hidden[threadIdx.x] = 0;
+  __syncthreads();
+  int const row_blocks = (p.rows + kRows - 1) / kRows;
+  int const row_block = blockIdx.x % row_blocks;
+  int const of_head = blockIdx.x / row_blocks;  // batch entry and head
+  int const row = row_block * kRows + threadIdx.x % kRows;
+  int const first_chunk = blockIdx.y * kChunksOfCta;
+  int64_t const rows_of_head = p.rows == 1 ? 1 : int64_t{row_blocks} * kRows;
+  Source const source(p, of_head, row);
+  bool const same_columns = source.same_columns();
+
+  for (int i = threadIdx.x / kRows; i < kChunksOfCta; i += kChunksAtOnce) {
+    int const chunk = first_chunk + i;
+    if (chunk >= p.chunks) break;
+    int const count = same_columns ? kMaskBlock : min(kMaskBlock, p.columns - chunk * kMaskBlock);
+    uint32_t bits[kWords] = {};
+    source.read(chunk, count, bits);
+    if (row < rows_of_head) {
+      auto* const to = reinterpret_cast<uint4*>(p.bits);
+      to[(of_head * rows_of_head + row) * p.chunks + chunk] =
+          uint4{bits[0], bits[1], bits[2], bits[3]};
+    }
+    for (int half = 0; half < p.blocks_of_chunk; ++half) {
+      uint32_t const meant = p.blocks_of_chunk == 1 ? ~0u : 0xffffu << 16 * half;
+      uint32_t seen = 0;
+      uint32_t unseen = 0;
+      for (int q = 0; q < kWords; ++q) {
+        seen |= bits[q] & meant;
+        unseen |= ~bits[q] & bits_before(count, q) & meant;
+      }
+      bool const any_seen = __any_sync(~0u, seen != 0);
+      bool const any_hidden = __any_sync(~0u, row < p.rows && unseen != 0);
+      int const block = i * p.blocks_of_chunk + half;
+      if (threadIdx.x % 32 != 0) continue;
+      if (any_seen) atomicOr(&any[block / 32], 1u << block % 32);
+      if (any_hidden) atomicOr(&hidden[block / 32], 1u << block % 32);
+    }
+  }
+  __syncthreads();
+  int const word = blockIdx.y * p.blocks_of_chunk + threadIdx.x;
+  if (threadIdx.x >= p.blocks_of_chunk || word >= p.words) return;
+  uint2 found{any[threadIdx.x], ~hidden[threadIdx.x]};
+  if (same_columns) found = {found.x & 1 ? ~0u : 0u, found.y & 1 ? ~0u : 0u};
+  int64_t const index = (int64_t{of_head} * row_blocks + row_block) * p.words + word;
+  reinterpret_cast<uint2*>(p.blocks)[index] = found;
+}
+
+}  // namespace
+
+cudaError_t launch_mask_bits(DenseMaskToBits const& problem, cudaStream_t stream) {
+  dim3 const grid(problem.batch * problem.num_heads * ceil_div(problem.rows, kRows),
+                  ceil_div(problem.chunks, kChunksOfCta));
+  auto* kernel = mask_bits_kernel<OfBytes<false>>;
+  if (problem.mask != nullptr && problem.rows_are_keys) {
+    kernel = mask_bits_kernel<OfBytes<true>>;
+  } else if (problem.mask == nullptr) {
+    kernel = problem.rows_are_keys ? mask_bits_kernel<OfIntervals<true>>
+                                   : mask_bits_kernel<OfIntervals<false>>;
+  }
+  void* arguments[] = {const_cast<DenseMaskToBits*>(&problem)};
+  return cudaLaunchKernel(reinterpret_cast<void const*>(kernel), grid, dim3(kThreads), arguments, 0,
+                          stream);
+}
+
+}  // namespace jax_fa3

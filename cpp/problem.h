@@ -68,6 +68,10 @@ struct Problem {
   // Where there is one, soft_cap is 0 and out_accum null. A row all of whose keys it hides, by -inf
   // or a number below -1e37, sees nothing.
   DenseBias bias;
+  // [b, n, 2] or null (jax_fa3/_dropout.py), and how many of 2^18 weights are dropped. Where there
+  // are some, there is no bias, and out_accum is null.
+  uint32_t const* dropout_words;
+  int dropout;
 
   // Workspace.
   int* tile_counter;  // [1]

@@ -18,6 +18,7 @@ from . import (
     _bias,
     _dense_mask,
     _dispatch,
+    _dropout,
     _ffi,
     _forward_mode,
     _guards,
@@ -85,7 +86,8 @@ def on_each_device(method: Method, call: Call, more: Any) -> Any:
             masks = _mask.with_segments(masks, segment_ids, method.implementation)
         return method(operands, masks, more)
 
-    operands, masks, segment_ids = call.operands, call.masks, call.segment_ids
+    masks, segment_ids = call.masks, call.segment_ids
+    operands = _dropout.with_words(call.operands, call.dropout)
     per_mask = batch_letters(masks, operands.sizes.batch)
     per_id = None if segment_ids is None else ("b.", "b.")
     letters = operands.letters, method.letters(more), per_mask, per_id
@@ -188,10 +190,10 @@ def backward(
     method: Method, plain: Callable[..., Any], operands: Operands, masks: Masks, rows: Rows
 ) -> Operands:
     """The gradient of operands, by the 16-bit kernels or by a function as plain_backward."""
-    kernel, wanted = _ffi.bwd, dataclasses.replace(operands.letters, mask=None)
+    kernel, wanted = _ffi.bwd, dataclasses.replace(operands.letters, mask=None, dropout=None)
     if operands.mask is not None:
         kernel, plain = with_dense_mask(method, kernel, _dense_mask.plain_backward)
-    elif operands.bias is not None:
+    elif operands.bias is not None or operands.dropout is not None:
         plain = _dense_mask.plain_backward
     elif operands.sinks is not None:
         plain = plain_backward_by_rows

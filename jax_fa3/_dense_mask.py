@@ -111,14 +111,16 @@ def _rows(operands: Operands) -> tuple[Array, Array, Array]:
 def plain_backward(
     config: Config, operands: Operands, masks: Masks, rows: Rows
 ) -> tuple[Array, ...]:
-    """The gradients of operands, those of sinks [B, N], by JAX's derivative: for any mask."""
-    tensors = dataclasses.replace(operands, mask=None)
+    """The gradients of operands, those of sinks [B, N], by JAX's derivative: for any mask, and with
+    dropout."""
+    tensors = dataclasses.replace(operands, mask=None, dropout=None)
+    others = {"mask": operands.mask, "dropout": operands.dropout}
     if operands.sinks is not None:
         of_each = operands.sizes.batch, operands.sinks.shape[1]
         tensors = dataclasses.replace(tensors, sinks=jnp.broadcast_to(operands.sinks, of_each))
 
     def forward(tensors: Operands) -> tuple[Array, Array]:
-        return _xla.attention(config, dataclasses.replace(tensors, mask=operands.mask), masks)
+        return _xla.attention(config, dataclasses.replace(tensors, **others), masks)
 
     (found,) = jax.vjp(forward, tensors)[1]((rows.dout, rows.dlse))
     return tuple(jax.tree.leaves(found))

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax import Array, lax
 
-from . import _bias, _devices, _ffi, _guards, _sharding
+from . import _bias, _devices, _dropout, _ffi, _guards, _sharding
 from ._checks import wrong
 from ._jitted import jitted
 from ._kernel_sizes import MOST_KEYS_OF_SUM
@@ -63,6 +63,10 @@ def refusal_of_options(call: Call) -> str | None:
     """`refusal`, as far as it does not depend on dtype and head dims."""
     if call.operands.bias is not None:
         reason = _bias.refusal(call.config, call.operands.sizes)
+        if reason is not None:
+            return f"{reason}, or {ELSEWHERE}"
+    if call.config.dropout:
+        reason = _dropout.refusal(call.operands.sizes)
         if reason is not None:
             return f"{reason}, or {ELSEWHERE}"
     if call.operands.scale is not None:

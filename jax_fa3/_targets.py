@@ -52,6 +52,7 @@ _COTANGENTS = (
     Row("lse_low", _FLOAT32, optional=True),
 )
 _BIAS = Row("bias", _16_BITS_OR_FLOAT32, optional=True)
+_DROPOUT = Row("dropout", ("uint32",), optional=True)
 _BWD_WORKSPACE = (
     Row("row_stats", _FLOAT32),
     Row("row_intervals", _INT32),
@@ -75,6 +76,7 @@ TARGETS = {
             Row("lse_before", _FLOAT32, optional=True),
             Row("sinks", _FLOAT32, optional=True),
             _BIAS,
+            _DROPOUT,
         ),
         results=(
             Row("out", _16_BITS_OR_FLOAT32),
@@ -94,6 +96,7 @@ TARGETS = {
             Row("summed_dq", _FLOAT32, optional=True),
             Row("sinks", _FLOAT32, optional=True),
             _BIAS,
+            _DROPOUT,
         ),
         results=(
             Row("dquery", _16_BITS, optional=True),
@@ -109,6 +112,7 @@ TARGETS = {
             *_COTANGENTS,
             Row("sinks", _FLOAT32, optional=True),
             _BIAS,
+            _DROPOUT,
         ),
         results=(Row("dqkv", _16_BITS), *_BWD_WORKSPACE),
     ),

@@ -38,11 +38,12 @@ def FORWARD(
     packed: Any = None,
     sinks: Any = None,
     bias: Any = None,
+    dropout: Any = None,
     **options: Any,
 ) -> Any:
     """_ffi.fwd of the arrays of operands, and masks."""
     *tensors, masks = arrays
-    operands = Operands(*tensors, packed=packed, sinks=sinks, bias=bias)
+    operands = Operands(*tensors, packed=packed, sinks=sinks, bias=bias, dropout=dropout)
     return _ffi.fwd(config, operands, masks, **options)
 
 
@@ -51,10 +52,12 @@ def BACKWARD(config: Config, operands: Any, masks: Masks, *rows: Any, **options:
 
 
 def backward_of_three(
-    config: Config, *arrays: Any, sinks: Any = None, bias: Any = None, **options: Any
-) -> Any:
+    config: Config, *arrays: Any, sinks: Any = None, bias: Any = None, dropout: Any = None,
+    **options: Any,
+) -> Any:  # fmt: skip
     """Of query, key, value, masks, and rows."""
-    return BACKWARD(config, Operands(*arrays[:3], sinks=sinks, bias=bias), *arrays[3:], **options)
+    operands = Operands(*arrays[:3], sinks=sinks, bias=bias, dropout=dropout)
+    return BACKWARD(config, operands, *arrays[3:], **options)
 
 
 def right_calls() -> dict[str, Call]:
@@ -64,6 +67,7 @@ def right_calls() -> dict[str, Call]:
     every = Config(0.5, (7, 3), 30.0, True)
     plain = Config(0.5, (None, None), None, False)
     partial = dataclasses.replace(plain, partial=True)
+    dropping, words_of_heads = dataclasses.replace(every, dropout=9), Struct((B, N, 2), jnp.uint32)
     qkv = Struct((B, T, N + 2 * K, H), q.dtype)
     together = Struct((B, S, K, H + V), q.dtype)
     words = Struct((B, S, K, (H + V) // 2), jnp.uint32)
@@ -114,6 +118,9 @@ def right_calls() -> dict[str, Call]:
         "fwd with bias of each entry": recorded(
             with_bias, Struct((B, 1, 1, S), jnp.float32), *operands
         ),
+        "fwd with dropout": recorded(
+            lambda x, *y: FORWARD(dropping, *y, dropout=x), words_of_heads, *operands, masks
+        ),
         "fwd of many keys": with_long_sums(
             recorded(lambda *x: FORWARD(plain, *x, Masks()), *operands)
         ),
@@ -130,6 +137,10 @@ def right_calls() -> dict[str, Call]:
         "bwd with bias": recorded(
             lambda bias, *x: backward_of_three(plain, *x[:3], Masks(), *x[3:], bias=bias),
             *(Struct((1, N, T, S), q.dtype), *operands, *rows),
+        ),
+        "bwd with dropout": recorded(
+            lambda x, *y: backward_of_three(dropping, *y[:3], Masks(), *y[3:], dropout=x),
+            *(words_of_heads, *operands, *rows),
         ),
         "bwd in parts": in_parts(backward(plain), *operands, Masks(), *rows, low),
         "bwd of float16": recorded(backward(every), *half, masks, *half_rows, low),

@@ -101,6 +101,7 @@ cudaError_t make_params(BackwardProblem const& problem, typename Traits::Params*
     params->dbias_row_stride = p.bias.row_stride;
     return make_bias(&params->bias, p.bias, p.batch, p.num_heads_q, p.seqlen_q, p.softmax_scale);
   }
+  if constexpr (Traits::kHasDropout) params->dropout = make_dropout(p.dropout_words, p.dropout);
   return cudaSuccess;
 }
 
@@ -111,12 +112,12 @@ cudaError_t launch_if_any(void (*kernel)(Params), int64_t num_ctas, int num_thre
   return launch_kernel(kernel, num_ctas, num_threads, shared_bytes, params, stream);
 }
 
-template <DType kDType, int kHeadDim, int kHeadDimV, bool kHasBias>
+template <DType kDType, int kHeadDim, int kHeadDimV, bool kHasBias, bool kHasDropout = false>
 cudaError_t launch_kernels(BackwardProblem const& problem, cudaStream_t stream) {
   using Element = ElementOf<kDType>;
   constexpr int kWidth = bwd_width(kHeadDim);
   constexpr int kWidthV = kHeadDimV == kHeadDim ? kWidth : kHeadDimV;
-  using Main = Traits<Element, kWidth, kWidthV, kHasBias>;
+  using Main = Traits<Element, kWidth, kWidthV, kHasBias, kHasDropout>;
   if (problem.forward.seqlen_q == 0 && problem.forward.seqlen_k == 0) return cudaSuccess;
   typename Main::Params of_main{};
   JAX_FA3_RETURN_IF_ERROR(make_params<Main>(problem, &of_main));
@@ -128,9 +129,10 @@ cudaError_t launch_kernels(BackwardProblem const& problem, cudaStream_t stream) 
     JAX_FA3_RETURN_IF_ERROR(cudaMemsetAsync(params.ranges, 0, bytes, stream));
     int64_t const chunks = range_chunks(batch, params.mask.seqlen_q, params.num_heads_q) +
                            range_chunks(batch, params.mask.seqlen_k, params.num_heads_k);
-    JAX_FA3_RETURN_IF_ERROR(launch_if_any(range_kernel<Element>,
-                                          (chunks * 32 + kRangeThreads - 1) / kRangeThreads,
-                                          kRangeThreads, 0, params, stream));
+    int64_t const ctas = (chunks * 32 + kRangeThreads - 1) / kRangeThreads;
+    using RangeParams = std::conditional_t<kHasDropout, typename Main::Params, Params>;
+    JAX_FA3_RETURN_IF_ERROR(launch_if_any<RangeParams>(range_kernel<Element, RangeParams>, ctas,
+                                                       kRangeThreads, 0, of_main, stream));
   }
   constexpr int kAccumulators = Main::kFused ? Main::kSizedQ : 0;
   constexpr auto kPreprocess = preprocess_kernel<Element, Main::kBlockM, kWidthV, kAccumulators>;
@@ -147,7 +149,9 @@ cudaError_t launch_kernels(BackwardProblem const& problem, cudaStream_t stream) 
   }
   if constexpr (Main::kFused) {
     if (!params.finishes_dq) return cudaSuccess;
-    return launch_if_any(postprocess_kernel<Main>, blocks, Main::kConsumerThreads, 0, params,
+    // Dropout does not come this far: the kernel is that without.
+    using Plain = Traits<Element, kWidth, kWidthV, kHasBias>;
+    return launch_if_any(postprocess_kernel<Plain>, blocks, Main::kConsumerThreads, 0, params,
                          stream);
   } else {
     using Query = QueryTraits<Element, kWidth, kWidthV>;
@@ -159,6 +163,12 @@ cudaError_t launch_kernels(BackwardProblem const& problem, cudaStream_t stream) 
 
 template <DType kDType, int kHeadDim, int kHeadDimV>
 cudaError_t launch(BackwardProblem const& problem, cudaStream_t stream) {
+  if (problem.forward.dropout != 0) {
+    if constexpr (takes_dropout(size_for(kHeadDim, kHeadDimV))) {
+      return launch_kernels<kDType, kHeadDim, kHeadDimV, false, true>(problem, stream);
+    }
+    return cudaErrorNotSupported;  // the handlers have refused it
+  }
   if (problem.forward.bias.data == nullptr) {
     return launch_kernels<kDType, kHeadDim, kHeadDimV, false>(problem, stream);
   }

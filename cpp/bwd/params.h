@@ -4,6 +4,7 @@
 #include <cuda.h>
 
 #include "common/bias.h"
+#include "common/dropout.h"
 #include "common/mask.h"
 #include "common/row_set.h"
 #include "common/score.h"
@@ -89,6 +90,10 @@ struct BiasParams : Params {
   Bias bias;
   float* dbias;  // or null
   int64_t dbias_batch_stride, dbias_head_stride, dbias_row_stride;
+};
+
+struct DropoutParams : Params {
+  Dropout dropout;
 };
 
 }  // namespace jax_fa3::bwd

@@ -64,6 +64,7 @@ cudaError_t make_params(Problem const& problem, typename Traits::Params* params)
     params->exponents = exponents_of(kLog2E);
     return make_bias(&params->bias, p.bias, p.batch, p.num_heads_q, p.seqlen_q, factor);
   }
+  if constexpr (Traits::kHasDropout) params->dropout = make_dropout(p.dropout_words, p.dropout);
   return cudaSuccess;
 }
 
@@ -104,6 +105,12 @@ cudaError_t launch(Problem const& problem, cudaStream_t stream) {
   if (problem.bias.data != nullptr) {
     if constexpr (takes_bias(kHeadDim)) {
       return launch_tile<Traits<Element, kHeadDim, kHeadDimV, Keys::kBias>>(problem, stream);
+    }
+    return cudaErrorNotSupported;  // the handlers have refused it
+  }
+  if (problem.dropout != 0) {
+    if constexpr (takes_dropout(size_for(kHeadDim, kHeadDimV))) {
+      return launch_tile<Traits<Element, kHeadDim, kHeadDimV, Keys::kDropout>>(problem, stream);
     }
     return cudaErrorNotSupported;  // the handlers have refused it
   }

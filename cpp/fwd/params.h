@@ -4,6 +4,7 @@
 #include <cuda.h>
 
 #include "common/bias.h"
+#include "common/dropout.h"
 #include "common/mask.h"
 #include "common/score.h"
 #include "common/softmax.h"
@@ -42,6 +43,10 @@ struct Params {
 // With a bias `score` is the identity, and softmax_scale 1: Bias has the factor of q.k.
 struct BiasParams : Params {
   Bias bias;
+};
+
+struct DropoutParams : Params {
+  Dropout dropout;
 };
 
 }  // namespace jax_fa3::fwd

@@ -25,19 +25,22 @@ using namespace cute;
 // costs a causal forward of 2,048 keys 2 %.
 //
 // kBias: with a dense bias (common/bias.h), whose slabs need memory, and registers: so two
-// consumers.
-enum class Keys { kFew, kUsual, kMany, kBias };
+// consumers. kDropout: with dropout on the weights (common/dropout.h).
+enum class Keys { kFew, kUsual, kMany, kBias, kDropout };
 
 template <class Element_, int kHeadDim_, int kHeadDimV_, Keys kKeys_>
 struct Traits {
   static constexpr bool kHasBias = kKeys_ == Keys::kBias;
-  using Params = std::conditional_t<kHasBias, BiasParams, fwd::Params>;
+  static constexpr bool kHasDropout = kKeys_ == Keys::kDropout;
+  using Params = std::conditional_t<kHasBias, BiasParams,
+                                    std::conditional_t<kHasDropout, DropoutParams, fwd::Params>>;
   using Softmax = jax_fa3::Softmax;
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kHeadDimV = kHeadDimV_;
   static constexpr Keys kKeys = kKeys_;
-  static constexpr FwdTile kTile = fwd_tile(kHeadDim, kHeadDimV, kKeys == Keys::kFew || kHasBias);
+  static constexpr FwdTile kTile =
+      fwd_tile(kHeadDim, kHeadDimV, kKeys == Keys::kFew || kHasBias || kHasDropout);
   static constexpr int kBlockM = kTile.block_m;
   static constexpr int kBlockN = kTile.block_n;
   static constexpr bool kOutOverValue = kTile.out_over_value;

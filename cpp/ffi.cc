@@ -44,6 +44,8 @@ ffi::Error fwd_impl(Stream stream, ffi::RemainingArgs operands, ffi::RemainingRe
       return wrong(x.mask_bits, "some beside results to merge with", "none");
     }
     if (!x.sinks.is_absent()) return wrong(x.sinks, "some beside results to merge with", "none");
+    if (!x.dropout.is_absent())
+      return wrong(x.dropout, "some beside results to merge with", "none");
   }
   problem.out = to_operand(x.out);
   problem.out_accum = x.out_before.floats();
@@ -56,6 +58,7 @@ ffi::Error fwd_impl(Stream stream, ffi::RemainingArgs operands, ffi::RemainingRe
   JAX_FA3_RETURN_IF_FAILED(set_bias(x.bias, &problem));
   JAX_FA3_RETURN_IF_FAILED(set_mask_bits(x.mask_bits, x.mask_blocks, problem.seqlen_q,
                                          problem.seqlen_k, kMaskBlock, &problem));
+  JAX_FA3_RETURN_IF_FAILED(set_dropout(x.dropout, attributes.dropout, &problem));
   if (x.out.is_absent()) return ffi::Error::Success();
   JAX_FA3_RETURN_IF_FAILED(check_device(stream));
   cudaError_t error = cudaSuccess;
@@ -148,6 +151,7 @@ ffi::Error launch_backward(Stream stream, Backward const& x, Attributes const& a
   if (!x.dsinks.is_absent()) problem.dsinks_blocks = static_cast<int>(x.dsinks.dims[2]);
   if (!x.dkv_parts.is_absent()) problem.num_splits = static_cast<int>(x.dkv_parts.dims[0]);
   JAX_FA3_RETURN_IF_FAILED(set_bias(x.bias, &forward));
+  JAX_FA3_RETURN_IF_FAILED(set_dropout(x.dropout, attributes.dropout, &forward));
   if (x.dbias.dims.size() == 4 && !(x.dbias.dims == x.bias.dims)) {
     return wrong(x.dbias, "shape " + shape_of(x.dbias), "that of bias, " + shape_of(x.bias));
   }

@@ -68,6 +68,7 @@ struct Array {
   bool is_absent() const { return bytes == 0; }
   int64_t size() const { return static_cast<int64_t>(bytes / ffi::ByteWidth(dtype)); }
   float* floats() const { return static_cast<float*>(data); }
+  uint32_t* words() const { return static_cast<uint32_t*>(data); }
   int* ints() const { return static_cast<int*>(data); }
 };
 

@@ -118,6 +118,10 @@ ffi::Error check_attributes(Attributes const& attributes, Dims* dims) {
     return invalid("attributes: got " + std::to_string(x) +
                    " for heads, a head dim or a column, wanted an int32 >= 0");
   }
+  if (attributes.dropout < 0 || attributes.dropout >= kDropoutWhole) {
+    return invalid("dropout: got " + std::to_string(attributes.dropout) +
+                   ", wanted at least 0 and less than 2^18");
+  }
   dims->set('n', heads_q);
   dims->set('k', heads_k);
   dims->set('v', attributes.head_dim_v);
@@ -202,6 +206,21 @@ ffi::Error set_mask_bits(Array const& bits, Array const& blocks, int rows, int c
   mask.blocks_of_head = of_head ? row_blocks * words : 0;
   mask.blocks_of_row = row_blocks == 1 ? 0 : words;
   mask.blocks_of_word = words == 1 ? 0 : 1;
+  return ffi::Error::Success();
+}
+
+ffi::Error set_dropout(Array const& words, int64_t dropout, Problem* problem) {
+  if (dropout == 0) return words.is_absent() ? ffi::Error::Success() : wrong(words, "some", "none");
+  if (words.dims.size() != 3 || words.dims[2] != 2) {
+    return wrong(words, "shape " + shape_of(words), "two words for each head");
+  }
+  if (!takes_dropout(size_for(problem->head_dim, problem->head_dim_v))) {
+    return wrong(words, "some beside head dim " + std::to_string(problem->head_dim), "none");
+  }
+  if (problem->bias.data != nullptr) return wrong(words, "some beside a bias", "none");
+  if (problem->seqlen_k > kMostKeysOfSum) return wrong(words, "some beside so many keys", "none");
+  problem->dropout_words = words.words();
+  problem->dropout = static_cast<int>(dropout);
   return ffi::Error::Success();
 }
 

@@ -44,6 +44,9 @@ ffi::Error set_bias(Array const& bias, Problem* problem);
 ffi::Error set_mask_bits(Array const& bits, Array const& blocks, int rows, int columns,
                          int columns_per_block, Problem* problem);
 
+// Dropout, of which `dropout` is the attribute, if there is any, checked.
+ffi::Error set_dropout(Array const& words, int64_t dropout, Problem* problem);
+
 struct Attributes {
   float scale;
   float soft_cap;
@@ -53,6 +56,7 @@ struct Attributes {
   // Of key's and value's columns the first head_dim (which is query's), and the head_dim_v from
   // first_column_v on, are meant: so they may lie side by side in one array.
   int64_t head_dim_v, first_column_v;
+  int64_t dropout;  // of 2^18 weights so many are dropped
 };
 
 // Sizes are counted in 32 bits from here on. They are the dimensions n, k and v.
@@ -88,7 +92,7 @@ XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
     xla::ffi::StructMember<int64_t>("num_heads_k"), xla::ffi::StructMember<int64_t>("first_head_q"),
     xla::ffi::StructMember<int64_t>("first_head_k"),
     xla::ffi::StructMember<int64_t>("first_head_v"), xla::ffi::StructMember<int64_t>("head_dim_v"),
-    xla::ffi::StructMember<int64_t>("first_column_v"));
+    xla::ffi::StructMember<int64_t>("first_column_v"), xla::ffi::StructMember<int64_t>("dropout"));
 
 // A handler of (Stream, operands, results, ...), which launches and returns: CUDA graphs can hold
 // it.

@@ -139,7 +139,7 @@ ffi::Error decode_impl(Stream stream, ffi::RemainingArgs operands, ffi::Remainin
   Decoding x;
   JAX_FA3_RETURN_IF_FAILED(
       check_attributes({a.scale, a.soft_cap, a.window_left, a.window_right, a.num_heads_q,
-                        a.num_heads_k, 0, 0, 0, a.head_dim_v, 0},
+                        a.num_heads_k, 0, 0, 0, a.head_dim_v, 0, 0},
                        &dims));
   JAX_FA3_RETURN_IF_FAILED(unpack(kDecode, operands, results, &dims, &x));
   int64_t const head_dim = dims('h');

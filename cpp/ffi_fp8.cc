@@ -17,6 +17,7 @@ ffi::Error fwd_fp8_impl(Stream stream, ffi::RemainingArgs operands, ffi::Remaini
   JAX_FA3_RETURN_IF_FAILED(check_attributes(attributes, &dims));
   JAX_FA3_RETURN_IF_FAILED(unpack(kFwdFp8, operands, results, &dims, &x));
   JAX_FA3_RETURN_IF_FAILED(to_problem(x, attributes, dims, &p));
+  if (attributes.dropout != 0) return invalid("the FP8 kernels have no dropout");
   if (p.head_dim != p.head_dim_v || p.head_dim % 16 != 0 || p.head_dim < 64 || p.head_dim > 256) {
     return invalid("the FP8 kernels take one head dim, a multiple of 16 from 64 to 256, found " +
                    std::to_string(p.head_dim) + " and " + std::to_string(p.head_dim_v));

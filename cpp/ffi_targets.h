@@ -15,7 +15,7 @@ struct Inputs {
 
 struct Forward : Inputs {
   Array out_before, lse_before;  // the result for other keys
-  Array sinks, bias;
+  Array sinks, bias, dropout;
   Array mask_bits, mask_blocks;
   Array out, lse, lse_low;
   Array tile_counter, long_sums;
@@ -25,7 +25,7 @@ struct Backward : Inputs {
   Array qkv;  // of a packed call, in place of query, key and value
   Array out, lse, dout, dlse, lse_low;
   Array summed_dq;  // dq_accum of the call before
-  Array sinks, bias;
+  Array sinks, bias, dropout;
   Array mask_bits, mask_blocks;
   Array dquery, dkey, dvalue, dqkv;
   Array row_stats, row_intervals, query_blocks, dq_accum, turns, ranges, dkv_parts;
@@ -117,6 +117,7 @@ inline Target<Forward> const kFwd = {
         JAX_FA3_ROW(Forward, sinks, kFloat32, "1n|bn|0"),
         JAX_FA3_ROW(Forward, bias, k16BitsOrFloat32, JAX_FA3_OF_BIAS),
         JAX_FA3_BITS(Forward),
+        JAX_FA3_ROW(Forward, dropout, kUInt32, "bn.|0"),
     },
     {
         JAX_FA3_ROW(Forward, out, k16BitsOrFloat32, "btnv"),
@@ -139,6 +140,7 @@ inline Target<Backward> const kBwd = {
         JAX_FA3_ROW(Backward, sinks, kFloat32, "1n|bn|0"),
         JAX_FA3_ROW(Backward, bias, k16BitsOrFloat32, JAX_FA3_OF_BIAS),
         JAX_FA3_BITS(Backward),
+        JAX_FA3_ROW(Backward, dropout, kUInt32, "bn.|0"),
     },
     {
         JAX_FA3_ROW(Backward, dquery, k16Bits, "btnh|0"),
@@ -157,6 +159,7 @@ inline Target<Backward> const kBwdPacked = {
         JAX_FA3_ROW(Backward, sinks, kFloat32, "1n|bn|0"),
         JAX_FA3_ROW(Backward, bias, k16BitsOrFloat32, JAX_FA3_OF_BIAS),
         JAX_FA3_BITS(Backward),
+        JAX_FA3_ROW(Backward, dropout, kUInt32, "bn.|0"),
     },
     {
         JAX_FA3_ROW(Backward, dqkv, k16Bits, "btph"),

@@ -42,6 +42,13 @@ constexpr bool takes_bias(int head_dim) { return bwd_tile(head_dim).fused; }
 constexpr int kMaskBlock = 128;
 constexpr bool takes_mask_bits(int head_dim) { return bwd_tile(head_dim).fused; }
 
+constexpr int kDropoutWhole = 1 << 18;  // of so many weights Problem::dropout are dropped
+
+// Whether there are kernels with dropout.
+constexpr bool takes_dropout(KernelSize const& size) {
+  return size.head_dim == size.head_dim_v && (size.head_dim == 64 || size.head_dim == 128);
+}
+
 // The backward's tile where there is a bias, whose slabs of 64 query rows need room.
 constexpr BwdTile bwd_tile(int head_dim, bool has_bias) {
   BwdTile tile = bwd_tile(head_dim);

@@ -81,6 +81,10 @@ struct Problem {
   DenseBias bias;
   // Where there is one, out_accum and bias are null.
   MaskBits mask_bits;
+  // [b, n, 2] or null (jax_fa3/_dropout.py), and how many of 2^18 weights are dropped. Where there
+  // are some, there is no bias, and out_accum is null.
+  uint32_t const* dropout_words;
+  int dropout;
 
   // Workspace.
   int* tile_counter;  // [1]

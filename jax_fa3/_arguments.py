@@ -15,6 +15,7 @@ from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
+from . import _dropout
 from ._checks import Integers, check_names, integers, refuse_dense, static_bool, wrong
 from ._dispatch import checked_implementation
 from ._integers import clamped, offset_and_window
@@ -69,6 +70,8 @@ class Options(MaskArguments, total=False):
     sharding: NamedSharding | PartitionSpec | None
     checkpoint_name: str | tuple[str, str] | None
     compute_dtype: DTypeLike | None
+    dropout_rate: float | None
+    dropout_key: ArrayLike | None
 
 
 def parse(
@@ -82,6 +85,8 @@ def parse(
     sharding: NamedSharding | PartitionSpec | None = None,
     compute_dtype: DTypeLike | None = None,
     return_residual: bool = False,
+    dropout_rate: float | None = None,
+    dropout_key: ArrayLike | None = None,
     **options: Any,
 ) -> Call:
     """The call, checked; options are the others of Options."""
@@ -93,6 +98,8 @@ def parse(
     intervals = several_intervals(sizes, batched, arguments)
     masks, window, segment_ids = parse_masks(sizes, batched, **arguments)
     config, scale = _config(window, sizes.head_dim, **options)
+    dropout, words = _dropout.checked(dropout_rate, dropout_key)
+    config = dataclasses.replace(config, dropout=dropout)
     full = sizes.batch, sizes.num_heads, sizes.query_length, sizes.key_length
     score = per_head("sinks", sinks, sizes.num_heads)
     given = dense("mask", mask, full)
@@ -108,7 +115,7 @@ def parse(
     where = static_sharding("sharding", sharding, batched)
     with_lse = static_bool("return_residual", return_residual)
     result_dtype = None if compute_dtype is None else own_dtype
-    results = with_lse, result_dtype
+    results = with_lse, result_dtype, words
     return Call(operands, masks, segment_ids, config, wanted, where, batched, *results)
 
 
@@ -129,7 +136,7 @@ def parse_without_dense(
     who: str, *tensors: ArrayLike, instead_of_scale: str = "query", **options: Any
 ) -> Call:
     """The call of query, key and value, for functions that with "xla" take no more than the kernels:
-    no dense bias or mask, and no traced scale."""
+    no dense bias or mask, no dropout, and no traced scale."""
     refuse_dense(options, who)
     call = parse(*separate(*tensors), **options)
     if call.operands.mask is not None:
@@ -138,6 +145,10 @@ def parse_without_dense(
     if call.operands.scale is not None:
         wanted = f"wanted a static float: multiply {instead_of_scale} by it and pass scale=1.0"
         raise NotImplementedError(f"scale: got an array, {wanted}")
+    if call.config.dropout:
+        found, wanted = f"got {options['dropout_rate']}", "wanted 0 or None"
+        way = "jax_fa3.dot_product_attention has it"
+        raise NotImplementedError(f"dropout_rate: {found}, {wanted}: {who} has no dropout, {way}")
     return call
 
 

@@ -57,6 +57,8 @@ def dot_product_attention(
     checkpoint_name: str | tuple[str, str] | None = None,
     compute_dtype: DTypeLike | None = None,
     return_residual: bool = False,
+    dropout_rate: float | None = None,
+    dropout_key: ArrayLike | None = None,
 ) -> Array | tuple[Array, Array]:
     """softmax(scale * query key^T) value, exactly, over the keys that each query row sees.
 
@@ -128,6 +130,14 @@ def dot_product_attention(
         compute_dtype: what query, key and value, of whatever floating dtypes, are cast to. The result
             has query's own dtype, and each gradient that of its operand.
         return_residual: also return the log-sum-exp.
+        dropout_rate: a static float in [0, 1), rounded to a multiple of 2^-18: each of the softmax's
+            weights is 0 with this probability, and else divided by 1 - dropout_rate. Sums and the
+            log-sum-exp are those without it. 0 or None: none.
+        dropout_key: one key of jax.random, typed or raw uint32. Which weights are dropped is a function
+            of it and of the batch entry, query head, query row and key, the same on the kernels, on
+            XLA, in the gradient and however the call is split over devices. Under jax.vmap entries
+            have their own where the key is mapped; inside a jax.shard_map of your own fold the
+            device's index into the key.
 
     Returns:
         [B, T, N, V] in query's dtype. With return_residual a tuple of it and the natural logarithm
@@ -177,6 +187,8 @@ def dot_product_attention(
         checkpoint_name=checkpoint_name,
         compute_dtype=compute_dtype,
         return_residual=return_residual,
+        dropout_rate=dropout_rate,
+        dropout_key=dropout_key,
     )
     return attend(call)
 

@@ -17,6 +17,7 @@ from . import (
     _bias,
     _dense_mask,
     _dispatch,
+    _dropout,
     _ffi,
     _forward_mode,
     _guards,
@@ -84,7 +85,8 @@ def on_each_device(method: Method, call: Call, more: Any) -> Any:
             masks = _mask.with_segments(masks, segment_ids, method.implementation)
         return method(operands, masks, more)
 
-    operands, masks, segment_ids = call.operands, call.masks, call.segment_ids
+    masks, segment_ids = call.masks, call.segment_ids
+    operands = _dropout.with_words(call.operands, call.dropout)
     per_mask = batch_letters(masks, operands.sizes.batch)
     per_id = None if segment_ids is None else ("b.", "b.")
     letters = operands.letters, method.letters(more), per_mask, per_id
@@ -203,13 +205,14 @@ def backward(
     with_dbias: bool = True,
 ) -> Operands:
     """The gradient of operands, of a bias with_dbias alone; by the 16-bit kernels or `plain`."""
-    kernel, wanted = _ffi.bwd, dataclasses.replace(operands.letters, bias=None, mask=None)
+    kernel = _ffi.bwd
+    wanted = dataclasses.replace(operands.letters, bias=None, mask=None, dropout=None)
     if operands.bias is not None and with_dbias:
         wanted = dataclasses.replace(wanted, bias=_bias.result_letters(operands))
         plain = _dense_mask.plain_backward
     elif operands.bias is not None:
         kernel, plain = _kernel_without_dbias, _plain_without_dbias
-    elif operands.mask is not None:
+    elif operands.mask is not None or operands.dropout is not None:
         plain = _dense_mask.plain_backward
     elif operands.sinks is not None:
         plain = plain_backward_by_rows

@@ -23,6 +23,8 @@ def refusal(config: Config, sizes: Sizes) -> str | None:
     """Why the kernels take none here."""
     if config.logits_soft_cap is not None:
         return "logits_soft_cap: got one beside a bias, wanted one of the two"
+    if config.dropout:
+        return "bias: got one beside dropout, wanted one of the two"
     width = max(sizes.head_dim, sizes.head_dim_v)
     if not bwd_tile(width).fused:
         return f"bias: got one beside head dim {width}, wanted none beside more than 128"

@@ -93,6 +93,7 @@ def attributes_of(
         "first_head_v": first_head[2],
         "head_dim_v": head_dim_v,
         "first_column_v": first_column_v,
+        "dropout": config.dropout,
     }
 
 

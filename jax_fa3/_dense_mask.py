@@ -129,8 +129,9 @@ def _rows(operands: Operands) -> tuple[Array, Array, Array]:
 def plain_backward(
     config: Config, operands: Operands, masks: Masks, rows: Rows, *, with_dbias: bool = True
 ) -> tuple[Array, ...]:
-    """The gradients of operands, those of sinks [B, N], by JAX's derivative: for any mask."""
-    others: dict[str, Any] = {"mask": operands.mask}
+    """The gradients of operands, those of sinks [B, N], by JAX's derivative: for any mask, and with
+    dropout."""
+    others: dict[str, Any] = {"mask": operands.mask, "dropout": operands.dropout}
     if not with_dbias:
         others["bias"] = operands.bias
     tensors = dataclasses.replace(operands, **dict.fromkeys(others))

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax import Array, lax
 
-from . import _bias, _devices, _ffi, _guards, _mask_bits, _sharding
+from . import _bias, _devices, _dropout, _ffi, _guards, _mask_bits, _sharding
 from ._checks import wrong
 from ._jitted import jitted
 from ._kernel_sizes import MOST_KEYS_OF_SUM
@@ -67,7 +67,14 @@ def refusal_of_options(call: Call) -> str | None:
             return f"{reason}, or {ELSEWHERE}"
     mask = call.operands.mask
     if mask is not None and _mask_bits.are_intervals(mask):
-        reason = _mask_bits.refusal(call.operands, "key_begin: got several intervals a row")
+        got = "key_begin: got several intervals a row"
+        reason = _mask_bits.refusal(call.operands, got)
+        if call.config.dropout:
+            reason = f"{got} beside dropout, wanted one of the two"
+        if reason is not None:
+            return f"{reason}, or {ELSEWHERE}"
+    if call.config.dropout:
+        reason = _dropout.refusal(call.operands.sizes)
         if reason is not None:
             return f"{reason}, or {ELSEWHERE}"
     if call.operands.scale is not None:

@@ -125,6 +125,7 @@ def fwd(
         lse_before=lse_before,
         sinks=operands.sinks,
         **_dense(config, operands),
+        dropout=operands.dropout,
     )
     names = ("out", "lse", "lse_low") if with_lse_low else ("out", "lse")
     return tuple(found[name] for name in names)
@@ -175,7 +176,7 @@ def bwd(
         # Rows of which it hides every key: their weights are to be 0.
         rows = rows._replace(lse=jnp.where(rows.lse == -jnp.inf, jnp.inf, rows.lse))
     common: dict[str, Any] = masks._asdict() | rows._asdict()
-    common |= {"sinks": operands.sinks, **dense}
+    common |= {"sinks": operands.sinks, **dense, "dropout": operands.dropout}
     if operands.sinks is not None:
         workspace["dsinks"] = _plan.dsinks(sizes, dq_accum)
 

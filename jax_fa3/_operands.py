@@ -34,6 +34,7 @@ class Operands:
     bias: Array | None = None  # [B or 1, N or 1, T or 1, S or 1], and so is mask
     mask: Array | None = None  # or intervals, int32 [B, 1, T, 2 M] (_mask_bits.py)
     scale: Any = None  # [], in place of Config's; plain JAX alone takes it
+    dropout: Array | None = None  # [B, N, 2], uint32: which weights (_dropout.py)
     # (N, K) of a packed array; of the whole array, while `heads` is of a device's part of it.
     packed: tuple[int, int] | None = dataclasses.field(default=None, metadata={"static": True})
 
@@ -69,8 +70,10 @@ class Operands:
             # hold some of each.
             three = "bt.nh" if self.query.ndim == 5 else "bt.h", None, None
         others: Any = {name: dense(getattr(self, name)) for name in ("bias", "mask", "scale")}
-        sinks: Any = None if self.sinks is None else "." + self.result_letters[1][1]
-        return Operands(*three, sinks=sinks, **others, packed=self.packed)
+        heads = self.result_letters[1][1]
+        others["sinks"] = None if self.sinks is None else "." + heads
+        others["dropout"] = None if self.dropout is None else f"b{heads}."
+        return Operands(*three, **others, packed=self.packed)
 
     @property
     def result_letters(self) -> tuple[str, str]:
@@ -146,6 +149,7 @@ class Call:
     return_residual: bool = dataclasses.field(metadata={"static": True})
     # Of out where compute_dtype is given: what query had before it was cast.
     result_dtype: np.dtype | None = dataclasses.field(default=None, metadata={"static": True})
+    dropout: Array | None = None  # [2], uint32, from the user's key: Operands.dropout is made of it
 
     def finish(self, out: Array, lse: Array) -> Any:
         """What the user asked for, of out [B, T, N, V] and lse [B, N, T]. To be called inside jit:

@@ -118,6 +118,8 @@ def attention(
     logits_soft_cap: float | None = None,
     sinks: Any = None,  # [N]
     round_to: DTypeLike | Rounding | None = None,
+    kept: Any = None,  # bool [B, N, T, S]: False for weights that dropout has dropped
+    dropout_rate: float = 0.0,
     **masks: Any,
 ) -> tuple[Array, Array]:
     """out [B, T, N, V] and lse [B, T, N], in the inputs' dtype (fp32 or fp64 in the tests).
@@ -155,7 +157,9 @@ def attention(
     total = weights.sum(-1, keepdims=True) + jnp.exp(jnp.where(sees, sink - top, 0))
     total = jnp.where(sees, total, 1)  # [B, N, T, 1]
     probabilities = rounding.probabilities(weights, total)
-    out = rounding.out(rounding.weighted(probabilities, value))
+    if kept is not None:
+        probabilities = jnp.where(kept, probabilities, 0)
+    out = rounding.out(rounding.weighted(probabilities, value) / (1 - dropout_rate))
     lse = jnp.where(sees, top + jnp.log(total), -jnp.inf)[..., 0]
     # A broken row is NaN, and so is its gradient, but for a cotangent of 0; any other row that sees
     # nothing is 0, and so on.

@@ -54,7 +54,9 @@ def _has_kernel(operands: Operands) -> bool:
     sizes, dtype = operands.sizes, operands.query.dtype
     keys = sizes.key_length
     known = not jax.export.is_symbolic_dim(keys)
-    if operands.bias is not None or (known and keys > MOST_KEYS_OF_SUM):
+    if operands.bias is not None or operands.dropout is not None:
+        return False
+    if known and keys > MOST_KEYS_OF_SUM:
         return False
     widest = max(sizes.head_dim, sizes.head_dim_v)
     built = (h for name, h, v in _ffi.kernels() if name == dtype.name and h == v)

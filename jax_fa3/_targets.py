@@ -58,6 +58,7 @@ _BITS = (
     Row("mask_bits", ("uint32",), optional=True),
     Row("mask_blocks", ("uint32",), optional=True),
 )
+_DROPOUT = Row("dropout", ("uint32",), optional=True)
 _BWD_WORKSPACE = (
     Row("row_stats", _FLOAT32),
     Row("row_intervals", _INT32),
@@ -82,6 +83,7 @@ TARGETS = {
             Row("sinks", _FLOAT32, optional=True),
             _BIAS,
             *_BITS,
+            _DROPOUT,
         ),
         results=(
             Row("out", _16_BITS_OR_FLOAT32),
@@ -102,6 +104,7 @@ TARGETS = {
             Row("sinks", _FLOAT32, optional=True),
             _BIAS,
             *_BITS,
+            _DROPOUT,
         ),
         results=(
             Row("dquery", _16_BITS, optional=True),
@@ -118,6 +121,7 @@ TARGETS = {
             Row("sinks", _FLOAT32, optional=True),
             _BIAS,
             *_BITS,
+            _DROPOUT,
         ),
         results=(Row("dqkv", _16_BITS), *_BWD_WORKSPACE),
     ),

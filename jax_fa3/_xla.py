@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from . import _bias, _mask_bits
+from . import _bias, _dropout, _mask_bits
 from ._broken import nan_rows, row_sums, touched
 from ._mask import row_intervals
 from ._problem import wide
@@ -37,7 +37,7 @@ def attention(config: Config, operands: Operands, masks: Masks) -> tuple[Array, 
 
     Args:
         config: scale may have any sign; logits_soft_cap comes after scale and before bias.
-        operands: of any float dtype; scale takes the place of config's; a bias of -inf (of _bias.LEAST or
+        operands: of any float dtype, with dropout's words if config has dropout; scale takes the place of config's; a bias of -inf (of _bias.LEAST or
             less) and a mask of False hide a key; sinks are fp32, or fp64 for fp64 inputs.
 
     Returns:
@@ -57,8 +57,10 @@ def attention(config: Config, operands: Operands, masks: Masks) -> tuple[Array, 
     }
     sinks = None if operands.sinks is None else operands.sinks.reshape(-1, *groups, 1, 1)
 
+    words = None if operands.dropout is None else operands.dropout.reshape(batch, *groups, 2)
+
     def block(rows: tuple[Any, ...]) -> tuple[Array, Array]:
-        query, begin, end, broken, dense_rows = rows
+        query, begin, end, broken, numbers, dense_rows = rows
         tensors = dense | dense_rows
         query = jnp.where(((begin < end) | broken)[..., None], query, 0)
         scores = _scores(einsum, query, key, scale, config.logits_soft_cap)
@@ -77,6 +79,9 @@ def attention(config: Config, operands: Operands, masks: Masks) -> tuple[Array, 
         total = weights.sum(-1, keepdims=True)
         total += 0 if sinks is None else jnp.exp(jnp.where(sees, sinks - top, 0))
         total = jnp.where(sees, total, 1)
+        if words is not None:
+            kept = _dropout.kept(words, config.dropout, numbers.reshape(-1), key.shape[1])
+            weights = jnp.where(kept, weights, 0) * _dropout.scale(config.dropout)
         out = einsum("bkgrs,bskv->bkgrv", weights, value) / total
         lse = top + jnp.log(total)
         nothing, nan = nan_rows(broken[..., None], query, value.shape[-1])
@@ -85,7 +90,8 @@ def attention(config: Config, operands: Operands, masks: Masks) -> tuple[Array, 
         return out if config.partial else out.astype(narrow), lse[..., 0]
 
     by_row = {name: x for name, x in dense.items() if x.shape[3] == length}
-    each = (_heads_first(query, groups), *(x[:, None, None] for x in intervals), by_row)
+    numbers = jnp.arange(length, dtype=jnp.int32).reshape(1, 1, 1, length)
+    each = (_heads_first(query, groups), *(x[:, None, None] for x in intervals), numbers, by_row)
     rows = _split(each, _rows_per_block(query, key))
     out, lse = _join(lax.map(jax.checkpoint(block, prevent_cse=False), rows), length)
     return _heads_last(out), lse.reshape(batch, heads, length)

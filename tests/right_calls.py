@@ -40,11 +40,14 @@ def FORWARD(
     sinks: Any = None,
     bias: Any = None,
     mask: Any = None,
+    dropout: Any = None,
     **options: Any,
 ) -> Any:
     """_ffi.fwd of the arrays of operands, and masks."""
     *tensors, masks = arrays
-    operands = Operands(*tensors, packed=packed, sinks=sinks, bias=bias, mask=mask)
+    operands = Operands(
+        *tensors, packed=packed, sinks=sinks, bias=bias, mask=mask, dropout=dropout
+    )
     return _ffi.fwd(config, operands, masks, **options)
 
 
@@ -58,10 +61,11 @@ def backward_of_three(
     sinks: Any = None,
     bias: Any = None,
     mask: Any = None,
+    dropout: Any = None,
     **options: Any,
 ) -> Any:
     """Of query, key, value, masks, and rows."""
-    operands = Operands(*arrays[:3], sinks=sinks, bias=bias, mask=mask)
+    operands = Operands(*arrays[:3], sinks=sinks, bias=bias, mask=mask, dropout=dropout)
     return BACKWARD(config, operands, *arrays[3:], **options)
 
 
@@ -72,6 +76,7 @@ def right_calls() -> dict[str, Call]:
     every = Config(0.5, (7, 3), 30.0, True)
     plain = Config(0.5, (None, None), None, False)
     partial = dataclasses.replace(plain, partial=True)
+    dropping, words_of_heads = dataclasses.replace(every, dropout=9), Struct((B, N, 2), jnp.uint32)
     qkv = Struct((B, T, N + 2 * K, H), q.dtype)
     together = Struct((B, S, K, H + V), q.dtype)
     words = Struct((B, S, K, (H + V) // 2), jnp.uint32)
@@ -136,6 +141,9 @@ def right_calls() -> dict[str, Call]:
         ),
         "fwd with a mask": recorded(with_mask, Struct((B, 1, T, S), bool), *operands),
         "fwd with a mask of keys": recorded(with_mask, Struct((1, N, 1, S), bool), *operands),
+        "fwd with dropout": recorded(
+            lambda x, *y: FORWARD(dropping, *y, dropout=x), words_of_heads, *operands, masks
+        ),
         "fwd of many keys": with_long_sums(
             recorded(lambda *x: FORWARD(plain, *x, Masks()), *operands)
         ),
@@ -156,6 +164,10 @@ def right_calls() -> dict[str, Call]:
         "bwd with a mask": recorded(
             lambda mask, *x: backward_of_three(plain, *x[:3], Masks(), *x[3:], mask=mask),
             *(Struct((1, N, T, S), bool), *operands, *rows),
+        ),
+        "bwd with dropout": recorded(
+            lambda x, *y: backward_of_three(dropping, *y[:3], Masks(), *y[3:], dropout=x),
+            *(words_of_heads, *operands, *rows),
         ),
         "bwd in parts": in_parts(backward(plain), *operands, Masks(), *rows, low),
         "bwd of float16": recorded(backward(every), *half, masks, *half_rows, low),

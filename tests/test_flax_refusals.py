@@ -27,8 +27,8 @@ FUNCTION: dict[str, tuple[Any, Any, type[Exception], str]] = {
     "dropout": (
         {},
         {"dropout_rate": 0.1},
-        NotImplementedError,
-        r"^dropout_rate: got 0.1, wanted 0, or",
+        ValueError,
+        r"^dropout_key: got None, wanted a key of jax.random",
     ),
     "sow": (
         {},

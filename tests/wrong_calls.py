@@ -195,6 +195,8 @@ def _wrong_values(name: str, value: Any) -> list[Any]:
         return [*beyond, 0, 12, value - 8, value + 8, value + 16, 584]
     if name == "first_column_v":
         return [*beyond, value + 1, value + 4, value + 8, value + 16]
+    if name == "dropout":
+        return [*(x for x in beyond if x != 1000), 2**18, 0 if value else 1000]
     if name == "split_size":
         return [-128, 64, 2**31, 2**62]
     return beyond if name.startswith(("first_head", "kv_layout")) else []  # not of a window

@@ -17,6 +17,7 @@ template <class Element_, int kHeadDim_, int kHeadDimV_>
 struct QueryTraits {
   using Params = bwd::Params;
   static constexpr bool kHasBias = false;
+  static constexpr bool kHasDropout = false;
   static constexpr BwdTile kTile = bwd_tile(kHeadDim_);  // of the main kernel
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;

@@ -50,6 +50,7 @@ CUTLASS_DEVICE void consume_fused(typename Traits::Params const& params,
     clear(tdV);
     ends = mma<Traits>(params, storage, tile, warpgroup, state, bias_state, scale, tdK, tdV);
     scale_grad(tdK, scale_of_dk);
+    if constexpr (Traits::kHasDropout) scale_grad(tdV, params.dropout.scale);
     if (params.dkv_partial == nullptr) break;
     accumulate_partial(tdV, dkv_partial(params, tile.split, true), rows, params.head_dim_v, first);
     accumulate_partial(tdK, dkv_partial(params, tile.split, false), rows, params.head_dim, first);

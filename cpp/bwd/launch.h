@@ -109,6 +109,7 @@ cudaError_t make_params(BackwardProblem const& problem, typename Traits::Params*
     return make_bias(&params->bias, p.bias, p.batch, p.num_heads_q, p.seqlen_q, p.softmax_scale);
   }
   if constexpr (Traits::kHasBits) params->bits = p.mask_bits;
+  if constexpr (Traits::kHasDropout) params->dropout = make_dropout(p.dropout_words, p.dropout);
   return cudaSuccess;
 }
 
@@ -136,9 +137,10 @@ cudaError_t launch_kernels(BackwardProblem const& problem, cudaStream_t stream) 
     JAX_FA3_RETURN_IF_ERROR(cudaMemsetAsync(params.ranges, 0, bytes, stream));
     int64_t const chunks = range_chunks(batch, params.mask.seqlen_q, params.num_heads_q) +
                            range_chunks(batch, params.mask.seqlen_k, params.num_heads_k);
-    JAX_FA3_RETURN_IF_ERROR(launch_if_any(range_kernel<Element>,
-                                          (chunks * 32 + kRangeThreads - 1) / kRangeThreads,
-                                          kRangeThreads, 0, params, stream));
+    int64_t const ctas = (chunks * 32 + kRangeThreads - 1) / kRangeThreads;
+    using RangeParams = std::conditional_t<kHasDropout, typename Main::Params, Params>;
+    JAX_FA3_RETURN_IF_ERROR(launch_if_any<RangeParams>(range_kernel<Element, RangeParams>, ctas,
+                                                       kRangeThreads, 0, of_main, stream));
   }
   constexpr int kAccumulators = Main::kFused ? Main::kSizedQ : 0;
   constexpr auto kPreprocess = preprocess_kernel<Element, Main::kBlockM, kWidthV, kAccumulators>;
@@ -155,7 +157,9 @@ cudaError_t launch_kernels(BackwardProblem const& problem, cudaStream_t stream) 
   }
   if constexpr (Main::kFused) {
     if (!params.finishes_dq) return cudaSuccess;
-    return launch_if_any(postprocess_kernel<Main>, blocks, Main::kConsumerThreads, 0, params,
+    // Dropout does not come this far: the kernel is that without.
+    using Plain = Traits<Element, kWidth, kWidthV, kHasBias>;
+    return launch_if_any(postprocess_kernel<Plain>, blocks, Main::kConsumerThreads, 0, params,
                          stream);
   } else {
     using Query = QueryTraits<Element, kWidth, kWidthV>;
@@ -170,11 +174,17 @@ cudaError_t launch(BackwardProblem const& problem, cudaStream_t stream) {
   using Element = ElementOf<kDType>;
   constexpr int kWidth = bwd_width(kHeadDim);
   constexpr int kWidthV = kHeadDimV == kHeadDim ? kWidth : kHeadDimV;
+  if (problem.forward.dropout != 0) {
+    if constexpr (takes_dropout(size_for(kHeadDim, kHeadDimV))) {
+      return launch_kernels<Traits<Element, kWidth, kWidthV, false, true>>(problem, stream);
+    }
+    return cudaErrorNotSupported;  // the handlers have refused it
+  }
   if (problem.forward.bias.data != nullptr) {
     if constexpr (takes_bias(kHeadDim)) {
       return launch_kernels<Traits<Element, kWidth, kWidthV, true>>(problem, stream);
     }
-    return cudaErrorNotSupported;  // the handlers have refused it
+    return cudaErrorNotSupported;  // likewise
   }
   if (problem.forward.mask_bits.bits != nullptr) {
     if constexpr (takes_mask_bits(kHeadDim)) {

@@ -7,6 +7,7 @@
 #pragma once
 
 #include "bwd/bias.h"
+#include "bwd/dropout.h"
 #include "bwd/scores.h"
 #include "bwd/traits.h"
 #include "common/gemm.h"
@@ -49,6 +50,20 @@ CUTLASS_DEVICE void make_ds(Params const& params, Records const& records, float 
   } else {
     score_grads(records, scale, tS, tdP);
   }
+}
+
+// make_ds() with dropout, of marked S^T, and what dV takes of P^T.
+template <class Element, class Records, class Scores, class Packed>
+CUTLASS_DEVICE void make_ds_and_p(DropoutParams const& params, Records const& records, float scale,
+                                  Scores& tS, Scores& tdP, Packed& packed_p) {
+  warpgroup_fence_operand(tdP);
+  scale *= params.dropout.scale;
+  if (params.score.cap_scale != 0.f) {
+    dropped_capped_score_grads(params, records, scale, tS, tdP);
+  } else {
+    dropped_score_grads(records, scale, tS, tdP);
+  }
+  copy(packed_left<Element>(tS), packed_p);
 }
 
 // A warpgroup's part of dS to shared memory, for dQ. There are two buffers, a step's is that of its
@@ -183,8 +198,12 @@ CUTLASS_DEVICE bool mma(typename Traits::Params const& params,
   };
   // P^T and dS^T as A operands of dV and dK.
   auto const make_operands = [&] {
-    make_ds<Traits::kHasBias>(params, records(), scale, tS, tdP);
-    copy(packed<Element>(tS), packed_p);
+    if constexpr (Traits::kHasDropout) {
+      make_ds_and_p<Element>(params, records(), scale, tS, tdP, packed_p);
+    } else {
+      make_ds<Traits::kHasBias>(params, records(), scale, tS, tdP);
+      copy(packed<Element>(tS), packed_p);
+    }
     if constexpr (Traits::kHasBias) {
       add_dbias(params, tile.batch, step.head, step.m_block * kBlockM, key, scale, tdP);
     }
@@ -197,6 +216,22 @@ CUTLASS_DEVICE bool mma(typename Traits::Params const& params,
                                    storage.bias(warpgroup), bias_state, tS);
     }
     make_p<Traits::kHasBias>(params, records(), step.masked, tS);
+    if constexpr (Traits::kHasDropout && Traits::kNarrow) {
+      uint2 const head = params.dropout.of_head(tile.batch * params.num_heads_q + step.head);
+      mark_dropped(KeyDropout{params.dropout, key}, head, step.m_block * kBlockM,
+                   dropout_mark(params), tS);
+    }
+  };
+  // Beside dP's GEMM: the branch, always taken, keeps ptxas from waiting for that first. At head
+  // dim 64 there are too few registers.
+  auto const mark_beside_dp = [&] {
+    if constexpr (Traits::kHasDropout && !Traits::kNarrow) {
+      if (params.dropout.scale > 0.f) {
+        uint2 const head = params.dropout.of_head(tile.batch * params.num_heads_q + step.head);
+        mark_dropped(KeyDropout{params.dropout, key}, head, step.m_block * kBlockM,
+                     dropout_mark(params), tS);
+      }
+    }
   };
   auto const release_dout = [&](int stage) {
     warpgroup_fence_operand(tdV);
@@ -218,6 +253,7 @@ CUTLASS_DEVICE bool mma(typename Traits::Params const& params,
   load_bits_of_step();
   warpgroup_wait<1>();
   make_probabilities();
+  mark_beside_dp();
   warpgroup_wait<0>();
   make_operands();
   if constexpr (Traits::kNarrow) share_ds<Traits>(storage, warpgroup, state.stage, packed_ds);
@@ -260,6 +296,7 @@ CUTLASS_DEVICE bool mma(typename Traits::Params const& params,
       issue_dp();
       warpgroup_wait<1>();
       make_probabilities();
+      mark_beside_dp();
     }
     warpgroup_wait<0>();
     make_operands();

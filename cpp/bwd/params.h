@@ -4,6 +4,7 @@
 #include <cuda.h>
 
 #include "common/bias.h"
+#include "common/dropout.h"
 #include "common/mask.h"
 #include "common/mask_bits.h"
 #include "common/row_set.h"
@@ -95,6 +96,10 @@ struct BiasParams : Params {
 // Its rows are keys, its columns query rows.
 struct BitsParams : Params {
   MaskBits bits;
+};
+
+struct DropoutParams : Params {
+  Dropout dropout;
 };
 
 }  // namespace jax_fa3::bwd

@@ -39,9 +39,9 @@ CUTLASS_DEVICE float ds_scale(Params const& params, int batch, int head_k) {
 }
 
 // A warp takes kRangeRows rows of a head, of dO or V, and then needs one atomic for all of them.
-template <class Element>
+template <class Element, class Params_ = Params>
 __global__ void __launch_bounds__(kRangeThreads)
-    range_kernel(__grid_constant__ Params const params) {
+    range_kernel(__grid_constant__ Params_ const params) {
   Mask const& mask = params.mask;
   int const lane = threadIdx.x % 32;
   auto const row_norm = [&](Operand const& operand, int batch, int row, int head) {
@@ -76,6 +76,10 @@ __global__ void __launch_bounds__(kRangeThreads)
       int64_t const source = (int64_t{batch} * params.num_heads_q + head) * mask.seqlen_q + row;
       dlse = fmaxf(dlse, fabsf(params.dlse[source]));
     }
+  }
+  // Both terms of the bound have dO by as much as the weights that are left are multiplied by.
+  if constexpr (std::is_same_v<Params_, DropoutParams>) {
+    if (of_q) longest *= params.dropout.scale * params.dropout.scale;
   }
   if (lane == 0) {
     int const head_k = of_q ? head / params.group : head;

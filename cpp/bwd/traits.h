@@ -32,11 +32,15 @@ struct Step {
   bool ends;  // it is the CTA's last
 };
 
-template <class Element_, int kHeadDim_, int kHeadDimV_, bool kHasBias_ = false>
+template <class Element_, int kHeadDim_, int kHeadDimV_, bool kHasBias_ = false,
+          bool kHasDropout_ = false>
 struct Traits {
   static constexpr bool kHasBias = kHasBias_;
   static constexpr bool kHasBits = false;
-  using Params = std::conditional_t<kHasBias, BiasParams, bwd::Params>;
+  static constexpr bool kHasDropout = kHasDropout_;
+  static_assert(!kHasBias || !kHasDropout);
+  using Params = std::conditional_t<kHasBias, BiasParams,
+                                    std::conditional_t<kHasDropout, DropoutParams, bwd::Params>>;
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kHeadDimV = kHeadDimV_;

@@ -42,6 +42,10 @@ CUTLASS_DEVICE void consume(
     Softmax softmax{params.exponents};
     if (work.blocks.begin < work.blocks.end) {
       mma<Traits>(params, storage, state, turns, work, find_rows, rows, softmax, tOrO);
+      if constexpr (Traits::kHasDropout) {
+        CUTLASS_PRAGMA_UNROLL
+        for (int i = 0; i < size(tOrO); ++i) tOrO(i) *= params.dropout.scale;
+      }
     } else {
       find_rows(rows);
     }

@@ -69,6 +69,7 @@ cudaError_t make_params(Problem const& problem, typename Traits::Params* params)
     return make_bias(&params->bias, p.bias, p.batch, p.num_heads_q, p.seqlen_q, factor);
   }
   if constexpr (Traits::kHasBits) params->bits = p.mask_bits;
+  if constexpr (Traits::kHasDropout) params->dropout = make_dropout(p.dropout_words, p.dropout);
   return cudaSuccess;
 }
 
@@ -115,6 +116,12 @@ cudaError_t launch(Problem const& problem, cudaStream_t stream) {
   if (problem.mask_bits.bits != nullptr) {
     if constexpr (takes_mask_bits(kHeadDim)) {
       return launch_tile<Traits<Element, kHeadDim, kHeadDimV, Keys::kBits>>(problem, stream);
+    }
+    return cudaErrorNotSupported;  // likewise
+  }
+  if (problem.dropout != 0) {
+    if constexpr (takes_dropout(size_for(kHeadDim, kHeadDimV))) {
+      return launch_tile<Traits<Element, kHeadDim, kHeadDimV, Keys::kDropout>>(problem, stream);
     }
     return cudaErrorNotSupported;  // likewise
   }

@@ -82,16 +82,28 @@ CUTLASS_DEVICE void mma(typename Traits::Params const& params,
       mask_scores(tSrS, rows, n_block * kBlockN + lane_column);
     }
   };
+  [[maybe_unused]] uint2 dropout_head;
+  [[maybe_unused]] uint32_t dropout_quad, dropout_rows;
+  if constexpr (Traits::kHasDropout) {
+    int const row = work.tile.block * Traits::kBlockM + warpgroup * 64;
+    dropout_rows = dropout_pair(row + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4);
+    dropout_quad = params.dropout.quads[threadIdx.x % 4];
+    dropout_head = params.dropout.of_head(work.tile.batch * params.num_heads_q + work.tile.head);
+  }
+  int n_block = blocks.end - 1;
   auto const convert = [&] {
     Tensor packed = recast<uint32_t>(tOrP);
     CUTLASS_PRAGMA_UNROLL
     for (int i = 0; i < size(packed); ++i) {
       packed(i) = pack<Element>(tSrS(2 * i), tSrS(2 * i + 1));
     }
+    if constexpr (Traits::kHasDropout) {
+      drop_packed<kBlockN>(params.dropout, dropout_head, dropout_quad, n_block, dropout_rows,
+                           packed);
+    }
   };
 
   // The last block: nothing to overlap with.
-  int n_block = blocks.end - 1;
   if constexpr (Traits::kHasBits) dense.load(dense.walk.next());
   storage.query_full[warpgroup].wait(state.query_phase);
   state.query_phase ^= 1;

@@ -4,6 +4,7 @@
 #include <cuda.h>
 
 #include "common/bias.h"
+#include "common/dropout.h"
 #include "common/mask.h"
 #include "common/mask_bits.h"
 #include "common/score.h"
@@ -47,6 +48,10 @@ struct BiasParams : Params {
 
 struct BitsParams : Params {
   MaskBits bits;
+};
+
+struct DropoutParams : Params {
+  Dropout dropout;
 };
 
 }  // namespace jax_fa3::fwd

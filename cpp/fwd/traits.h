@@ -25,16 +25,19 @@ using namespace cute;
 // costs a causal forward of 2,048 keys 2 %.
 //
 // kBias: with a dense bias (common/bias.h), whose slabs need memory, and registers: so two
-// consumers.
+// consumers. kDropout: with dropout on the weights (common/dropout.h).
 // kBits: with a dense mask (common/mask_bits.h), whose blocks are 128 x 128.
-enum class Keys { kFew, kUsual, kMany, kBias, kBits };
+enum class Keys { kFew, kUsual, kMany, kBias, kBits, kDropout };
 
 template <class Element_, int kHeadDim_, int kHeadDimV_, Keys kKeys_>
 struct Traits {
   static constexpr bool kHasBias = kKeys_ == Keys::kBias;
   static constexpr bool kHasBits = kKeys_ == Keys::kBits;
-  using Params = std::conditional_t<kHasBias, BiasParams,
-                                    std::conditional_t<kHasBits, BitsParams, fwd::Params>>;
+  static constexpr bool kHasDropout = kKeys_ == Keys::kDropout;
+  using Params = std::conditional_t<
+      kHasBias, BiasParams,
+      std::conditional_t<kHasBits, BitsParams,
+                         std::conditional_t<kHasDropout, DropoutParams, fwd::Params>>>;
   using Softmax = jax_fa3::Softmax;
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;
@@ -42,7 +45,7 @@ struct Traits {
   static constexpr Keys kKeys = kKeys_;
   static constexpr FwdTile kTile =
       kHasBits ? FwdTile{kMaskBlock, kMaskBlock, false}
-               : fwd_tile(kHeadDim, kHeadDimV, kKeys == Keys::kFew || kHasBias);
+               : fwd_tile(kHeadDim, kHeadDimV, kKeys == Keys::kFew || kHasBias || kHasDropout);
   static constexpr int kBlockM = kTile.block_m;
   static constexpr int kBlockN = kTile.block_n;
   static constexpr bool kOutOverValue = kTile.out_over_value;
@@ -58,7 +61,8 @@ struct Traits {
   static constexpr bool kPingPong = true;
   // Exponents stay relative to a maximum that is nearly right (softmax.h), which saves most of the
   // rescaling: 3 % at head dim 128, 5 % at 256. At 64 it costs 1 %, with a window 3 %.
-  static constexpr bool kKeepsOffset = kHeadDim > 96;
+  // With dropout it would matter to sum_of_rounded() whether the largest weight was dropped.
+  static constexpr bool kKeepsOffset = kHeadDim > 96 && !kHasDropout;
   // Maxima of three numbers at once: as fast as of two, or they spill, where two warpgroups rescale
   // O in each step.
   static constexpr bool kMaxOfThree = kKeepsOffset || kConsumerWarpgroups == 3;

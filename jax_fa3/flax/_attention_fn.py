@@ -33,7 +33,7 @@ def make_attention_fn(
         mask_to_intervals: runs the layer's `mask` through `jax_fa3.flax.mask_to_intervals`; a row of it
             that is not one interval of keys gives NaN. False passes it on as it is, as the function's
             own `mask`.
-        options: of `jax_fa3.dot_product_attention`. compute_dtype=jnp.bfloat16 for layers with
+        options: of `jax_fa3.dot_product_attention`, but dropout, which is the layer's. compute_dtype=jnp.bfloat16 for layers with
             dtype=None, which pass on float32: without it nothing is ever cast down, and the kernels
             take 16 bits only. Masks, such as is_causal=True, instead of the layer's. Arrays
             (lengths, segment ids, key_begin and key_end) go to layers with one batch axis; a
@@ -42,12 +42,13 @@ def make_attention_fn(
     Returns:
         `attention_fn(query, key, value, *, mask=None, ...)` with [..., T, N, H], [..., S, K, H],
         [..., S, K, V] -> [..., T, N, V]. It names every argument that either layer passes, for
-        linen drops those that it does not find in the signature. `precision` is that of the XLA
+        linen drops those that it does not find in the signature. With dropout every batch entry and
+        head has its own, whatever broadcast_dropout says. `precision` is that of the XLA
         path's products of fp32, the higher of a pair; the kernels' products of 16-bit numbers are
         exact in fp32, which meets every one.
 
     The function raises at trace time:
-        NotImplementedError: dropout_rate > 0 without deterministic; sow_weights; an einsum of the
+        NotImplementedError: sow_weights; an einsum of the
             layer's own; "fa3" with float32.
         ValueError: a precision that JAX does not know; is_causal or local_window_size with T != S and no query_offset: the function
             cannot know where the rows stand among the keys.
@@ -58,6 +59,9 @@ def make_attention_fn(
             f"make_attention_fn: got {', '.join(sorted(unknown))}, wanted options of "
             f"jax_fa3.dot_product_attention: {', '.join(Options.__annotations__)}"
         )
+    for name in ("dropout_rate", "dropout_key"):
+        if options.get(name) is not None:
+            raise wrong(name, "one", "none: the layer passes its own")
     if mask_to_intervals and not {"key_begin", "key_end"}.isdisjoint(options):
         wanted = "one of the two: they all become key_begin and key_end"
         raise wrong("mask_to_intervals", "True beside key_begin or key_end", wanted)
@@ -81,9 +85,8 @@ def make_attention_fn(
         is_causal: bool = False,
         input_positions: Any = None,
     ) -> Array:
-        del dropout_rng, broadcast_dropout, force_fp32_for_softmax
+        del broadcast_dropout, force_fp32_for_softmax
         _refuse(
-            dropout_rate=0 if deterministic else dropout_rate,
             sow_weights=module,
             qk_attn_weights_einsum=qk_attn_weights_einsum,
             attn_weights_value_einsum=attn_weights_value_einsum,
@@ -92,6 +95,8 @@ def make_attention_fn(
         arguments: dict[str, Any] = dict(options) | {
             "is_causal": options.get("is_causal", False) or is_causal
         }
+        if dropout_rate and not deterministic:
+            arguments |= {"dropout_rate": dropout_rate, "dropout_key": dropout_rng}
         query, key, value = map(array, ("query", "key", "value"), (query, key, value))
         for name, x in (("query", query), ("key", key), ("value", value)):
             if x.ndim < 3:
@@ -120,7 +125,6 @@ def make_attention_fn(
 
 
 _REASONS = {
-    "dropout_rate": "0, or deterministic=True: the kernels have no dropout on the probabilities",
     "sow_weights": "False: the probabilities are never stored",
     "qk_attn_weights_einsum": "None: the products are the kernel's own",
     "attn_weights_value_einsum": "None: the products are the kernel's own",
@@ -144,7 +148,7 @@ def _matmul_precision(precision: Any) -> contextlib.AbstractContextManager[None]
 def _refuse(**arguments: Any) -> None:
     """Raises for each that is not what stands for "leave it"."""
     for name, x in arguments.items():
-        if x is not None and not (name == "dropout_rate" and x == 0):
+        if x is not None:
             found = "True" if name == "sow_weights" else x
             raise NotImplementedError(f"{name}: got {found}, wanted {_REASONS[name]}")
 

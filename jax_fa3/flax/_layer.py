@@ -13,6 +13,7 @@ from jax.core import Tracer
 from .._arguments import MaskArrays
 from .._checks import Integers, array, static_float, wrong
 from .._problem import Implementations, Window
+from . import _dropout
 
 # What the projections leave for the attention's backward. jax.checkpoint with the policy
 # save_only_these_names(*PROJECTION_NAMES, *jax_fa3.RESIDUAL_NAMES) computes neither again.
@@ -32,6 +33,8 @@ class Layer(Protocol):
     padding_segment_id: int | None
     rotary_base: float | None
     deterministic_backward: bool
+    dropout_rate: float
+    deterministic: bool | None
     implementation: Implementations | None
     attention_fn: Callable[..., Any]
 
@@ -93,6 +96,8 @@ Args:
     positions: integers [B, T] or [T] for rotary_base; default 0, 1, 2 ..., and in decoding
         on from what the cache holds.
     decode: of nnx alone; None is what the layer was made with.
+    deterministic: True for no dropout; None is what the layer was made with.
+    rngs: of nnx alone, whose stream "dropout" gives the key; linen takes it from its own.
     masks: query_seq_lengths, key_value_seq_lengths, query_segment_ids,
         key_value_segment_ids, query_offset, key_begin and key_end, as in
         `jax_fa3.dot_product_attention`. Decoding takes the last two only, as positions in
@@ -118,6 +123,8 @@ def attend(
     cache: Cache | None = None,
     *,
     sinks: Array | None = None,
+    dropout_key: Callable[[], Any] | None = None,
+    deterministic: bool | None = None,
 ) -> tuple[Array, Cache | None]:
     """The layer from projection to projection: [..., T, N, H], and the cache with these T keys.
 
@@ -149,6 +156,7 @@ def attend(
         "sinks": sinks,
         "deterministic_backward": layer.deterministic_backward,
         "implementation": layer.implementation,
+        **_dropout.arguments(layer, dropout_key, deterministic),
         **masks,
     }
     if masks.get("query_segment_ids") is not None:

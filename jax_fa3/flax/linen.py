@@ -37,6 +37,7 @@ class MultiHeadAttention(nn.Module):
         kernel_init, bias_init, out_kernel_init, out_bias_init: as in Flax's layer.
         is_causal, local_window_size, logits_soft_cap, scale: as in `jax_fa3.dot_product_attention`.
         deterministic_backward, implementation: as in `jax_fa3.dot_product_attention`.
+        dropout_rate: of the weights, in calls with deterministic=False; `deterministic` is its default.
         rotary_base: rotates query and key by their positions, with this base (10000 in the paper);
             None does not.
         kernel_axes: logical names of the axes (features, heads) of all kernels and biases, for
@@ -75,12 +76,15 @@ class MultiHeadAttention(nn.Module):
     attention_fn: Callable[..., Any] = dot_product_attention
     padding_segment_id: int | None = None
     use_sinks: bool = False
+    dropout_rate: float = 0.0
+    deterministic: bool | None = None
 
     @nn.compact
     @_layer.documented
     def __call__(
         self, inputs_q: Array, inputs_k: Array | None = None, inputs_v: Array | None = None, *,
-        positions: Integers | None = None, **masks: Unpack[MaskArrays],
+        positions: Integers | None = None, deterministic: bool | None = None,
+        **masks: Unpack[MaskArrays],
     ) -> Array:  # fmt: skip
         inputs_q, inputs_k, inputs_v = _layer.checked_inputs(inputs_q, inputs_k, inputs_v)
         features = inputs_q.shape[-1]
@@ -108,7 +112,10 @@ class MultiHeadAttention(nn.Module):
         else:
             if self.decode:
                 self._cache(key, value)
-            out, _ = _layer.attend(self, query, key, value, positions, masks, sinks=sinks)
+            out, _ = _layer.attend(
+                self, query, key, value, positions, masks, sinks=sinks,
+                dropout_key=lambda: self.make_rng("dropout"), deterministic=deterministic,
+            )  # fmt: skip
         return self._dense(
             "out",
             features if self.out_features is None else self.out_features,
@@ -124,7 +131,9 @@ class MultiHeadAttention(nn.Module):
             raise wrong("decode", "no cache", wanted)
         variables = self._cache(key, value)
         cache = Cache(*(x.value for x in variables))
-        out, cache = _layer.attend(self, query, key, value, positions, masks, cache, sinks=sinks)
+        out, cache = _layer.attend(
+            self, query, key, value, positions, masks, cache, sinks=sinks, deterministic=True
+        )
         assert cache is not None
         for variable, x in zip(variables, cache, strict=True):
             variable.value = x

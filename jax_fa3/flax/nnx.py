@@ -37,6 +37,7 @@ class MultiHeadAttention(nnx.Module):
         kernel_init, bias_init, out_kernel_init, out_bias_init: as in Flax's layer.
         is_causal, local_window_size, logits_soft_cap, scale: as in `jax_fa3.dot_product_attention`.
         deterministic_backward, implementation: as in `jax_fa3.dot_product_attention`.
+        dropout_rate: of the weights, in calls with deterministic=False; `deterministic` is its default.
         padding_segment_id: as in `jax_fa3.dot_product_attention`, for calls that pass segment ids.
         use_sinks: a parameter `sinks` [N] more, zeros at first, as in `jax_fa3.dot_product_attention`.
         rotary_base: rotates query and key by their positions, with this base (10000 in the paper);
@@ -82,6 +83,8 @@ class MultiHeadAttention(nnx.Module):
         implementation: Implementations | None = None,
         attention_fn: Callable[..., Any] = dot_product_attention,
         use_sinks: bool = False,
+        dropout_rate: float = 0.0,
+        deterministic: bool | None = None,
         rngs: nnx.Rngs,
     ):
         qkv_features = in_features if qkv_features is None else qkv_features
@@ -95,6 +98,7 @@ class MultiHeadAttention(nnx.Module):
         self.logits_soft_cap, self.decode = logits_soft_cap, decode
         self.padding_segment_id = padding_segment_id
         self.deterministic_backward = deterministic_backward
+        self.dropout_rate, self.deterministic = dropout_rate, deterministic
         self.implementation: Implementations | None = implementation
         self.attention_fn, self.cache_dtype = attention_fn, dtype or param_dtype
 
@@ -146,7 +150,9 @@ class MultiHeadAttention(nnx.Module):
     @_layer.documented
     def __call__(
         self, inputs_q: Array, inputs_k: Array | None = None, inputs_v: Array | None = None, *,
-        positions: Integers | None = None, decode: bool | None = None, **masks: Unpack[MaskArrays],
+        positions: Integers | None = None, decode: bool | None = None,
+        deterministic: bool | None = None, rngs: nnx.Rngs | None = None,
+        **masks: Unpack[MaskArrays],
     ) -> Array:  # fmt: skip
         inputs_q, inputs_k, inputs_v = _layer.checked_inputs(inputs_q, inputs_k, inputs_v)
         for name, x, features in (
@@ -163,13 +169,18 @@ class MultiHeadAttention(nnx.Module):
 
         sinks = None if self.sinks is None else self.sinks[...]
         if not (self.decode if decode is None else decode):
-            out, _ = _layer.attend(self, query, key, value, positions, masks, sinks=sinks)
+            out, _ = _layer.attend(
+                self, query, key, value, positions, masks, sinks=sinks,
+                dropout_key=None if rngs is None else rngs.dropout, deterministic=deterministic,
+            )  # fmt: skip
             return self.out(out)
         variables: Any = self.cached_key, self.cached_value, self.cache_index
         if self.cached_key is None:
             raise wrong("decode", "no cache", "one: call init_cache(inputs.shape) first")
         cache = Cache(*(x[...] for x in variables))
-        out, cache = _layer.attend(self, query, key, value, positions, masks, cache, sinks=sinks)
+        out, cache = _layer.attend(
+            self, query, key, value, positions, masks, cache, sinks=sinks, deterministic=True
+        )
         assert cache is not None
         for variable, x in zip(variables, cache, strict=True):
             variable[...] = x

@@ -1,0 +1,132 @@
+// Dropout in the backward, on S^T and dP^T: dV takes the weights that are left, and dS = P (dP -
+// delta) has dP of those alone. That a weight is dropped is kept in its P, which is never negative,
+// as the sign: so it needs no registers, and the words are found beside the exponentials.
+#pragma once
+
+#include "bwd/scores.h"
+#include "common/dropout.h"
+
+namespace jax_fa3::bwd {
+
+// What a consumer thread's two keys have of it.
+struct KeyDropout {
+  Dropout const& dropout;
+  uint32_t multiplier;
+  uint32_t threshold;
+  int block;
+
+  CUTLASS_DEVICE KeyDropout(Dropout const& all, int key) : dropout(all) {
+    asm volatile("" : "+r"(key));  // found again for every step: registers are few
+    int const place = key % kDropoutKeys / 16 * 2 + key % 2;
+    multiplier = all.quads[key / 2 % 4] ^ all.places[place];
+    threshold = all.thresholds[place];
+    block = key / kDropoutKeys;
+  }
+
+  // Calls visit(i, mask) for every element of S^T, mask being all ones where its weight is kept.
+  // Eight lanes have the same query rows: each finds the state of one pair in 64, for all.
+  template <int kSize, class Visit>
+  CUTLASS_DEVICE void visit(uint2 head, int first_row, Visit const& visit) const {
+    int const lane = threadIdx.x % 32;
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < kSize; i += 32) {  // 64 query rows
+      int const row = first_row + i * 2 + lane / 8 * 16 + lane % 4 * 2 + lane / 4 % 2;
+      auto const own = DropoutState::of(head, block, dropout_pair(row));
+      CUTLASS_PRAGMA_UNROLL
+      for (int j = 0; j < 4; ++j) {  // 16
+        uint2 pairs[2];
+        CUTLASS_PRAGMA_UNROLL
+        for (int r = 0; r < 2; ++r) {
+          int const source = (j * 2 + r) * 4 + lane % 4;
+          DropoutState const state{__shfl_sync(~0u, own.left, source),
+                                   __shfl_sync(~0u, own.right, source)};
+          pairs[r] = keeps(state, multiplier, threshold);
+        }
+        CUTLASS_PRAGMA_UNROLL
+        for (int r = 0; r < 2; ++r) {
+          int const e = i + j * 8 + r;
+          visit(e, whole_mask<false>(pairs[r].x));
+          visit(e + 2, whole_mask<true>(pairs[r].x));
+          visit(e + 4, whole_mask<false>(pairs[r].y));
+          visit(e + 6, whole_mask<true>(pairs[r].y));
+        }
+      }
+    }
+  }
+};
+
+// The bit of an element of S^T that says that its weight is dropped: the sign of P, or with a soft
+// cap, where P is found later, the last bit of what is there.
+CUTLASS_DEVICE uint32_t dropout_mark(Params const& params) {
+  return params.score.cap_scale != 0.f ? 1u : 0x80000000u;
+}
+
+template <class Scores>
+CUTLASS_DEVICE void mark_dropped(KeyDropout const& keys, uint2 head, int first_row, uint32_t mark,
+                                 Scores& p) {
+  keys.visit<decltype(size(p))::value>(head, first_row, [&](int i, uint32_t mask) {
+    p(i) = __uint_as_float((__float_as_uint(p(i)) & ~mark) | (~mask & mark));
+  });
+}
+
+// score_grads() of marked P; scale is ds_scale() times that of the weights that are left.
+template <class Records, class Scores>
+CUTLASS_DEVICE void dropped_score_grads(Records const& records, float scale, Scores const& p,
+                                        Scores& dp) {
+  CUTLASS_PRAGMA_UNROLL
+  for (int i = 0; i < size(dp); i += 4) {
+    float2 const delta = records.delta_of(i);
+    CUTLASS_PRAGMA_UNROLL
+    for (int e = 0; e < 4; ++e) {
+      int const dropped = __float_as_int(p(i + e)) >> 31;
+      float const left = __int_as_float(__float_as_int(dp(i + e)) & ~dropped);
+      dp(i + e) = fabsf(p(i + e)) * (left * scale - Records::of(delta, e));
+    }
+  }
+}
+
+// The same with a soft cap, of marked scores, which become marked P. Meanwhile dP has
+// the marks.
+template <class Records, class Scores>
+CUTLASS_DEVICE void dropped_capped_score_grads(Params const& params, Records const& records,
+                                               float scale, Scores& scores, Scores& dp) {
+  CUTLASS_PRAGMA_UNROLL
+  for (int i = 0; i < size(dp); i += 4) {
+    float2 const delta = records.delta_of(i);
+    CUTLASS_PRAGMA_UNROLL
+    for (int e = 0; e < 4; ++e) {
+      uint32_t const mark = __float_as_uint(scores(i + e)) & 1;
+      float const left = mark != 0 ? 0.f : dp(i + e);
+      float const grad = (left * scale - Records::of(delta, e)) * Score::cap_grad(scores(i + e));
+      uint32_t marked = (__float_as_uint(grad) & ~1u) | mark;
+      asm volatile("" : "+r"(marked));  // else the marks are kept in registers of their own
+      dp(i + e) = __uint_as_float(marked);
+    }
+  }
+  probabilities<true>(params, records, scores);
+  CUTLASS_PRAGMA_UNROLL
+  for (int i = 0; i < size(dp); ++i) {
+    uint32_t const mark = __float_as_uint(dp(i)) << 31;
+    dp(i) *= scores(i);
+    scores(i) = __uint_as_float(__float_as_uint(scores(i)) | mark);
+  }
+}
+
+// packed() of marked P: 0 for dropped weights.
+template <class Element, class Fragment>
+CUTLASS_DEVICE auto packed_left(Fragment const& p) {
+  auto result = cute::make_tensor<uint32_t>(cute::Int<decltype(size(p))::value / 2>{});
+  CUTLASS_PRAGMA_UNROLL
+  for (int i = 0; i < size(result); ++i) {
+    if constexpr (std::is_same_v<Element, cutlass::bfloat16_t>) {
+      asm("cvt.rn.relu.bf16x2.f32 %0, %1, %2;"
+          : "=r"(result(i))
+          : "f"(p(2 * i + 1)), "f"(p(2 * i)));
+    } else {
+      asm("cvt.rn.relu.f16x2.f32 %0, %1, %2;" : "=r"(result(i)) : "f"(p(2 * i + 1)), "f"(p(2 * i)));
+    }
+  }
+  return result;
+}
+
+}  // namespace jax_fa3::bwd

@@ -45,9 +45,7 @@ def FORWARD(
 ) -> Any:
     """_ffi.fwd of the arrays of operands, and masks."""
     *tensors, masks = arrays
-    operands = Operands(
-        *tensors, packed=packed, sinks=sinks, bias=bias, mask=mask, dropout=dropout
-    )
+    operands = Operands(*tensors, packed=packed, sinks=sinks, bias=bias, mask=mask, dropout=dropout)
     return _ffi.fwd(config, operands, masks, **options)
 
 

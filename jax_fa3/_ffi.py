@@ -45,7 +45,7 @@ def kernels() -> list[tuple[str, int, int]]:
 
 
 def is_wide(head_dim: int, head_dim_v: int) -> bool:
-    """Whether the kernel for them is one of cpp/wide: there is a forward, and nothing else."""
+    """Whether the kernels for them are those of cpp/wide and cpp/wide_bwd."""
     return max(head_dim, head_dim_v) > 256
 
 
@@ -205,7 +205,7 @@ def dq_sum_of(query: Array, num_heads: int, head_dim_v: int) -> jax.ShapeDtypeSt
     tiles, of whichever height, the head dim that the kernel computes with]."""
     batch, length, _, head_dim = query.shape
     built = [x[1:] for x in kernels() if x[0] == query.dtype.name]
-    fits = (h for h, v in built if h >= head_dim and v >= head_dim_v)
+    fits = (max(h, v) for h, v in built if h >= head_dim and v >= head_dim_v)
     kernel = next(fits, max(head_dim, head_dim_v))  # an install without kernels can lower, too
     rows = (length + BWD_ROWS - 1) // BWD_ROWS * BWD_ROWS
     width = max(bwd_tile(kernel).head_dim, kernel)

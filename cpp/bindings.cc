@@ -122,7 +122,7 @@ NB_MODULE(_C, module) {
                               std::pair<int64_t, int64_t> window, bool masked, bool in_turn) {
     auto const [batch, seqlen_q, seqlen_k, heads_q, heads_k, head_dim, head_dim_v] = sizes;
     auto const kernel = jax_fa3::kernel_size(head_dim, head_dim_v);
-    int const kernel_head_dim = kernel.is_wide() ? 0 : kernel.head_dim;  // none of the backward
+    int const kernel_head_dim = kernel.has_bwd() ? kernel.bwd_head_dim() : 0;
     return jax_fa3::bwd_splits({batch, seqlen_q, seqlen_k, heads_q, heads_k, head_dim, head_dim_v},
                                kernel_head_dim, window.first, window.second, masked, in_turn);
   });

@@ -8,7 +8,6 @@
 namespace jax_fa3 {
 namespace {
 
-constexpr int kSms = kMostCtas;
 constexpr double kFixed = 1.5;          // steps' worth of time that a CTA takes besides
 constexpr double kFixedOfPartial = 1.;  // and to write 4 bytes a number instead of 2
 constexpr double kFlopsPerSm = 4.2e12;
@@ -28,14 +27,15 @@ int64_t visits(Sizes const& p, BwdTile const& tile, int64_t left, int64_t right,
   return last < first ? 0 : last / tile.block_m - first / tile.block_m + 1;
 }
 
-// Steps until the last CTA is done, if each SM takes the next in order as soon as it is free.
+// Steps until the last CTA is done, if each of the `slots` (SMs, or clusters of them) takes the
+// next in order as soon as it is free.
 double makespan(TileOrder const& order, std::vector<int64_t> const& visits, double share,
-                double fixed) {
+                double fixed, std::size_t slots) {
   std::priority_queue<double, std::vector<double>, std::greater<>> free;
   double end = 0;
   for (int index = 0; index < order.num_tiles(); ++index) {
     double start = 0;
-    if (free.size() == kSms) {
+    if (free.size() == slots) {
       start = free.top();
       free.pop();
     }
@@ -64,15 +64,17 @@ int bwd_splits(Sizes const& p, int kernel_head_dim, int64_t window_left, int64_t
     visited[n] = visits(p, tile, window_left, window_right, n);
   }
   int64_t const longest = group * *std::max_element(visited.begin(), visited.end());
+  int const ctas = bwd_ctas_of_keys(kernel_head_dim);
+  int const slots = kMostCtas / ctas;
   double const step =
-      2. * tile.block_m * tile.block_n * (3 * p.head_dim + 2 * p.head_dim_v) / kFlopsPerSm;
+      2. * tile.block_m * tile.block_n * (3 * p.head_dim + 2 * p.head_dim_v) / (kFlopsPerSm * ctas);
   double const partial_bytes =
       4. * p.batch * p.seqlen_k * p.num_heads_k * (p.head_dim + p.head_dim_v);
   auto const seconds = [&](int splits) {
     bool const sums = splits > 1 || partial;
     TileOrder const order = bwd_order(p, kernel_head_dim, splits, masked, in_turn);
     double const compute = makespan(order, visited, static_cast<double>(group) / splits,
-                                    kFixed + (sums ? kFixedOfPartial : 0));
+                                    kFixed + (sums ? kFixedOfPartial : 0), slots);
     double const sum = sums ? kLaunch + partial_bytes * (splits + 0.5) / kBytesPerSecond : 0;
     return compute * step + sum;
   };
@@ -81,7 +83,7 @@ int bwd_splits(Sizes const& p, int kernel_head_dim, int64_t window_left, int64_t
   // Heads first; then ranges of query rows, down to two steps.
   for (int splits = 2; splits <= kMostSplits && splits * 2 <= longest; ++splits) {
     bool const fair = splits <= group || splits % group == 0;
-    if (!fair || splits * tiles > kMostTiles || (splits - 1) * tiles > 8 * kSms) continue;
+    if (!fair || splits * tiles > kMostTiles || (splits - 1) * tiles > 8 * slots) continue;
     double const time = seconds(splits);
     if (time < best_seconds * kWorthwhile) {
       best = splits;

@@ -15,6 +15,7 @@
 #include "kernel_sizes.h"
 #include "problem.h"
 #include "wide/wide.h"
+#include "wide_bwd/wide_bwd.h"
 
 namespace jax_fa3 {
 
@@ -91,9 +92,17 @@ inline bool launch_fwd(Problem const& problem, cudaStream_t stream, cudaError_t*
 
 inline bool launch_bwd(BackwardProblem const& problem, cudaStream_t stream, cudaError_t* error) {
   Problem const& forward = problem.forward;
-  return detail::select_16_bits<false>(forward, [&](auto dtype, auto index) {
+  return detail::select_16_bits<true>(forward, [&](auto dtype, auto index) {
     constexpr KernelSize kSize = kKernelSizes[decltype(index)::value];
-    *error = bwd::launch<decltype(dtype)::value, kSize.head_dim, kSize.head_dim_v>(problem, stream);
+    constexpr DType kDType = decltype(dtype)::value;
+    constexpr int kWidth = kSize.bwd_head_dim();
+    if constexpr (!kSize.is_wide()) {
+      *error = bwd::launch<kDType, kSize.head_dim, kSize.head_dim_v>(problem, stream);
+    } else if constexpr (kSize.has_bwd() && is_built(size_for(kWidth, kWidth))) {
+      *error = wide_bwd::launch<kDType, kWidth, kWidth>(problem, stream);
+    } else {
+      *error = cudaErrorNotSupported;
+    }
   });
 }
 

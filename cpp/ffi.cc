@@ -66,7 +66,7 @@ ffi::Error fwd_impl(Stream stream, ffi::RemainingArgs operands, ffi::RemainingRe
 }
 
 ffi::Error check_workspace(Problem const& p, bool sums_dq, Backward const& x) {
-  int const head_dim = kernel_size(p.head_dim, p.head_dim_v).head_dim;
+  int const head_dim = kernel_size(p.head_dim, p.head_dim_v).bwd_head_dim();
   bool const has_bias = !x.bias.is_absent();
   BwdWorkspace const needed =
       bwd_workspace(p.batch, p.seqlen_q, p.num_heads_q, p.num_heads_k, head_dim, sums_dq, has_bias);
@@ -125,7 +125,7 @@ ffi::Error launch_backward(Stream stream, Backward const& x, Attributes const& a
     return invalid("the sum of dq must be continued where it is");
   }
   KernelSize const kernel = kernel_size(forward.head_dim, forward.head_dim_v);
-  if (!is_built(forward.dtype) || kernel.head_dim == 0 || kernel.is_wide()) {
+  if (!is_built(forward.dtype) || !kernel.has_bwd()) {
     return not_built(forward);
   }
   bool const finishes_dq = !x.dquery.is_absent();

@@ -1,6 +1,8 @@
 // The kernels that there are, and the tiles of each: jax_fa3/kernel_sizes.def as C++.
 #pragma once
 
+#include <iterator>
+
 #include "problem.h"
 
 namespace jax_fa3 {
@@ -19,6 +21,9 @@ struct KernelSize {
   }
   // O of 64 rows is too wide for one warpgroup: these have kernels of their own (wide/).
   constexpr bool is_wide() const { return head_dim_v > 256; }
+  // That the backward computes with, if there is one so wide.
+  constexpr int bwd_head_dim() const { return head_dim > head_dim_v ? head_dim : head_dim_v; }
+  constexpr bool has_bwd() const;
 };
 
 struct BwdTile {
@@ -85,6 +90,10 @@ inline constexpr KernelSize kWidest = [] {
   }
   return widest;
 }();
+
+constexpr bool KernelSize::has_bwd() const {
+  return head_dim > 0 && bwd_head_dim() <= std::end(kBwdTiles)[-1].head_dim;
+}
 
 constexpr BwdTile bwd_tile(int head_dim) {
   BwdTile found{};

@@ -56,6 +56,9 @@ constexpr BwdTile bwd_tile(int head_dim, bool has_bias) {
   return tile;
 }
 
+// CTAs of the backward that a block of keys takes: a cluster of four where heads are wide.
+constexpr int bwd_ctas_of_keys(int head_dim) { return head_dim > 256 ? 4 : 1; }
+
 // The head dim that the backward kernel for `head_dim` computes with.
 constexpr int bwd_width(int head_dim) { return bwd_tile(head_dim).head_dim; }
 

@@ -45,7 +45,7 @@ def kernels() -> list[tuple[str, int, int]]:
 
 
 def is_wide(head_dim: int, head_dim_v: int) -> bool:
-    """Whether the kernel for them is one of cpp/wide: there is a forward, and nothing else."""
+    """Whether the kernels for them are those of cpp/wide and cpp/wide_bwd."""
     return max(head_dim, head_dim_v) > 256
 
 
@@ -218,10 +218,10 @@ def _dense(config: Config, operands: Operands, tile: BwdTile | None = None) -> d
 
 
 def _bwd_kernel(query: Array, head_dim_v: int) -> int:
-    """Its head dim."""
+    """Its head dim, of the wider of the two operands."""
     head_dim = query.shape[3]
     built = [x[1:] for x in kernels() if x[0] == query.dtype.name]
-    fits = (h for h, v in built if h >= head_dim and v >= head_dim_v)
+    fits = (max(h, v) for h, v in built if h >= head_dim and v >= head_dim_v)
     return next(fits, max(head_dim, head_dim_v))  # an install without kernels can lower, too
 
 

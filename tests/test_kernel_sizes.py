@@ -27,7 +27,7 @@ class TestCompiled:
         dtypes, head_dims = {dtype for dtype, _, _ in built}, {h for _, h, _ in built}
         assert built == [x for x in sizes.KERNELS if x[0] in dtypes and x[1] in head_dims]
 
-    @pytest.mark.parametrize("head_dim", range(8, 257, 8))
+    @pytest.mark.parametrize("head_dim", range(8, 513, 8))
     def test_tiles_of_the_backward(self, head_dim):
         assert _ffi._C is not None
         found = sizes.bwd_tile(head_dim)

@@ -120,6 +120,40 @@ cudaError_t launch_if_any(void (*kernel)(Params), int64_t num_ctas, int num_thre
   return launch_kernel(kernel, num_ctas, num_threads, shared_bytes, params, stream);
 }
 
+// What comes before the main kernel. kAccumulators: preprocess's. RangeParams: with dropout, if
+// there is any.
+template <class Element, int kBlockM, int kHeadDimV, int kAccumulators, class RangeParams>
+cudaError_t launch_before(BackwardProblem const& problem, RangeParams& range_params,
+                          cudaStream_t stream) {
+  Params& params = range_params;
+  constexpr bool kIsHalf = std::is_same_v<Element, cutlass::half_t>;
+  int const batch = problem.forward.batch;
+  if (params.ranges != nullptr && kIsHalf) {
+    std::size_t const bytes = sizeof(uint32_t) * kNumRanges * batch * params.num_heads_k;
+    JAX_FA3_RETURN_IF_ERROR(cudaMemsetAsync(params.ranges, 0, bytes, stream));
+    int64_t const chunks = range_chunks(batch, params.mask.seqlen_q, params.num_heads_q) +
+                           range_chunks(batch, params.mask.seqlen_k, params.num_heads_k);
+    JAX_FA3_RETURN_IF_ERROR(launch_if_any(range_kernel<Element, kHeadDimV, RangeParams>,
+                                          (chunks * 32 + kRangeThreads - 1) / kRangeThreads,
+                                          kRangeThreads, 0, range_params, stream));
+  }
+  constexpr auto kPreprocess = preprocess_kernel<Element, kBlockM, kHeadDimV, kAccumulators>;
+  int64_t const blocks = int64_t{params.num_m_blocks} * params.num_heads_q * batch;
+  return launch_if_any(kPreprocess, blocks, kPreprocessThreads, 0, params, stream);
+}
+
+// What comes behind it where dK and dV are in parts.
+template <class Element>
+cudaError_t launch_sum_partial(BackwardProblem const& problem, Params& params,
+                               cudaStream_t stream) {
+  if (params.dkv_partial == nullptr) return cudaSuccess;
+  int64_t const vectors = int64_t{problem.forward.batch} * params.mask.seqlen_k *
+                          params.num_heads_k * (params.head_dim + params.head_dim_v) / 8;
+  return launch_if_any(sum_partial_kernel<Element>,
+                       (vectors + kPartialThreads - 1) / kPartialThreads, kPartialThreads, 0,
+                       params, stream);
+}
+
 // Main: the traits of the main kernel.
 template <class Main>
 cudaError_t launch_kernels(BackwardProblem const& problem, cudaStream_t stream) {
@@ -130,35 +164,20 @@ cudaError_t launch_kernels(BackwardProblem const& problem, cudaStream_t stream) 
   typename Main::Params of_main{};
   JAX_FA3_RETURN_IF_ERROR(make_params<Main>(problem, &of_main));
   Params& params = of_main;
-  int64_t const blocks = int64_t{params.num_m_blocks} * params.num_heads_q * problem.forward.batch;
-  if (params.ranges != nullptr && problem.forward.dtype == DType::kFloat16) {
-    int const batch = problem.forward.batch;
-    std::size_t const bytes = sizeof(uint32_t) * kNumRanges * batch * params.num_heads_k;
-    JAX_FA3_RETURN_IF_ERROR(cudaMemsetAsync(params.ranges, 0, bytes, stream));
-    int64_t const chunks = range_chunks(batch, params.mask.seqlen_q, params.num_heads_q) +
-                           range_chunks(batch, params.mask.seqlen_k, params.num_heads_k);
-    int64_t const ctas = (chunks * 32 + kRangeThreads - 1) / kRangeThreads;
-    using RangeParams = std::conditional_t<kHasDropout, typename Main::Params, Params>;
-    JAX_FA3_RETURN_IF_ERROR(launch_if_any<RangeParams>(range_kernel<Element, RangeParams>, ctas,
-                                                       kRangeThreads, 0, of_main, stream));
-  }
+  using RangeParams = std::conditional_t<Main::kHasDropout, typename Main::Params, Params>;
   constexpr int kAccumulators = Main::kFused ? Main::kSizedQ : 0;
-  constexpr auto kPreprocess = preprocess_kernel<Element, Main::kBlockM, kWidthV, kAccumulators>;
   JAX_FA3_RETURN_IF_ERROR(
-      launch_if_any(kPreprocess, blocks, kPreprocessThreads, 0, params, stream));
+      (launch_before<Element, Main::kBlockM, kWidthV, kAccumulators, RangeParams>(problem, of_main,
+                                                                                  stream)));
   JAX_FA3_RETURN_IF_ERROR(launch_if_any(bwd_kernel<Main>, params.order.num_tiles(), Main::kThreads,
                                         sizeof(typename Main::SharedStorage), of_main, stream));
-  if (params.dkv_partial != nullptr) {
-    int64_t const vectors = int64_t{problem.forward.batch} * params.mask.seqlen_k *
-                            params.num_heads_k * (params.head_dim + params.head_dim_v) / 8;
-    JAX_FA3_RETURN_IF_ERROR(launch_if_any(sum_partial_kernel<Element>,
-                                          (vectors + kPartialThreads - 1) / kPartialThreads,
-                                          kPartialThreads, 0, params, stream));
-  }
+  JAX_FA3_RETURN_IF_ERROR(launch_sum_partial<Element>(problem, params, stream));
   if constexpr (Main::kFused) {
     if (!params.finishes_dq) return cudaSuccess;
-    // Dropout does not come this far: the kernel is that without.
-    using Plain = Traits<Element, kWidth, kWidthV, kHasBias>;
+    // Of dropout and bits it knows nothing: the kernel is that without.
+    using Plain = Traits<Element, kWidth, kWidthV, Main::kHasBias>;
+    int64_t const blocks =
+        int64_t{params.num_m_blocks} * params.num_heads_q * problem.forward.batch;
     return launch_if_any(postprocess_kernel<Plain>, blocks, Main::kConsumerThreads, 0, params,
                          stream);
   } else {

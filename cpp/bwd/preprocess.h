@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(kPreprocessThreads)
     }
   }
 
-  // A row's vectors of 8 elements, one a lane.
+  // A row's vectors of 8 elements, one a lane, or two of wide heads.
   constexpr int kVectors = kHeadDimV / 8;
   constexpr int kLanes = kVectors <= 8 ? 8 : (kVectors <= 16 ? 16 : 32);
   int const column = threadIdx.x % kLanes * 8;
@@ -104,9 +104,12 @@ __global__ void __launch_bounds__(kPreprocessThreads)
     // Rows without keys may hold anything. Their probabilities are exp2(score - inf) = 0.
     bool const sees = !mask.row_interval(batch, first_row + row).empty();
     float delta = 0.f;
-    if (sees && column < params.head_dim_v && params.out.data != nullptr) {
-      delta = dot8<Element>(load_vector(params.out, batch, first_row + row, head, column),
-                            load_vector(params.dout_rows, batch, first_row + row, head, column));
+    CUTLASS_PRAGMA_UNROLL
+    for (int first = column; first < column + kHeadDimV; first += kLanes * 8) {
+      if (!sees || first >= params.head_dim_v || params.out.data == nullptr) continue;
+      delta =
+          dot8<Element>(load_vector(params.out, batch, first_row + row, head, first),
+                        load_vector(params.dout_rows, batch, first_row + row, head, first), delta);
     }
     CUTLASS_PRAGMA_UNROLL
     for (int lane = 1; lane < kLanes; lane *= 2) delta += __shfl_xor_sync(~0u, delta, lane);

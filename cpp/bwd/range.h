@@ -39,17 +39,19 @@ CUTLASS_DEVICE float ds_scale(Params const& params, int batch, int head_k) {
 }
 
 // A warp takes kRangeRows rows of a head, of dO or V, and then needs one atomic for all of them.
-template <class Element, class Params_ = Params>
+template <class Element, int kHeadDimV, class Params_ = Params>
 __global__ void __launch_bounds__(kRangeThreads)
     range_kernel(__grid_constant__ Params_ const params) {
   Mask const& mask = params.mask;
   int const lane = threadIdx.x % 32;
   auto const row_norm = [&](Operand const& operand, int batch, int row, int head) {
     float sum = 0.f;
-    int const column = lane * 8;
-    if (column < params.head_dim_v) {
+    CUTLASS_PRAGMA_UNROLL
+    for (int first = 0; first < kHeadDimV; first += 256) {
+      int const column = first + lane * 8;
+      if (column >= params.head_dim_v) continue;
       uint4 const vector = load_vector(operand, batch, row, head, column);
-      sum = dot8<Element>(vector, vector);
+      sum = dot8<Element>(vector, vector, sum);
     }
     CUTLASS_PRAGMA_UNROLL
     for (int step = 1; step < 32; step *= 2) sum += __shfl_xor_sync(~0u, sum, step);

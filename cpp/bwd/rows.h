@@ -6,12 +6,11 @@
 
 namespace jax_fa3::bwd {
 
-// 16 bytes of each operand, multiplied.
+// 16 bytes of each operand, multiplied, added to `sum`.
 template <class Element>
-CUTLASS_DEVICE float dot8(uint4 a, uint4 b) {
+CUTLASS_DEVICE float dot8(uint4 a, uint4 b, float sum) {
   uint32_t const x[] = {a.x, a.y, a.z, a.w};
   uint32_t const y[] = {b.x, b.y, b.z, b.w};
-  float sum = 0.f;
   CUTLASS_PRAGMA_UNROLL
   for (int i = 0; i < 4; ++i) {
     sum += unpack<Element>(x[i], 0) * unpack<Element>(y[i], 0);

@@ -74,6 +74,21 @@ CUTLASS_DEVICE void find_lse(Interval const (&rows)[kRowsPerThread], float softm
   }
 }
 
+// What `lse` lost to its rounding, in base 2: at scores of 10^5 that is more than a probability's
+// rounding to 16 bits. The backward adds it where it counts.
+template <class Softmax>
+CUTLASS_DEVICE float find_lse_low(Softmax const& softmax, float softmax_scale, Sink sink, float lse,
+                                  int row) {
+  float const high = __fmul_rn(lse, kLog2E);
+  float low = softmax.max_exponent_less(high, row) + softmax.log_sum(row) * kLog2E;
+  if (!sink.is_none()) {
+    float const of_keys = lse_of_keys(softmax, softmax_scale, row);
+    if (sink.score > of_keys) low = fmaf(sink.score, kLog2E, -high);
+    low += sink.rise_over_larger(of_keys) * kLog2E;
+  }
+  return low;
+}
+
 // Accumulates the result for the keys of other calls, which is in out_accum and lse_accum: `tOrO`
 // and `lse` become the result for all of these keys. Both pointers are at the thread's first row.
 // `in_place`: what is stored goes to out_accum itself. Then rows that see no key of this call stay
@@ -192,16 +207,8 @@ CUTLASS_DEVICE void store(typename Traits::Params const& params,
     if (!stored[row]) continue;
     lse_out[row * 8] = lse[row];
     if constexpr (Traits::kHasLseLow) {
-      // What lse lost to its rounding, in base 2: at scores of 10^5 that is more than a
-      // probability's rounding to 16 bits. The backward adds it where it counts.
       if (params.lse_low == nullptr) continue;
-      float const high = __fmul_rn(lse[row], kLog2E);
-      float low = softmax.max_exponent_less(high, row) + softmax.log_sum(row) * kLog2E;
-      if (!sink.is_none()) {
-        float const of_keys = lse_of_keys(softmax, params.softmax_scale, row);
-        if (sink.score > of_keys) low = fmaf(sink.score, kLog2E, -high);
-        low += sink.rise_over_larger(of_keys) * kLog2E;
-      }
+      float const low = find_lse_low(softmax, params.softmax_scale, sink, lse[row], row);
       params.lse_low[index + row * 8] = rows[row].empty() ? 0.f : low;
     }
   }

@@ -92,9 +92,9 @@ CUTLASS_DEVICE void store(fwd::Params const& params, typename Traits::SharedStor
   for (int row = 0; row < kRowsPerThread; ++row) {
     if (!stored[row]) continue;
     lse_out[row * 8] = lse[row];
-    // What it lost to rounding: only the kernels of the backward ask, and these
-    // heads have none.
-    if (params.lse_low != nullptr) params.lse_low[index + row * 8] = 0.f;
+    if (params.lse_low == nullptr) continue;
+    float const low = fwd::find_lse_low(softmax, params.softmax_scale, sink, lse[row], row);
+    params.lse_low[index + row * 8] = rows[row].empty() ? 0.f : low;
   }
 }
 

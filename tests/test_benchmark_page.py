@@ -21,9 +21,10 @@ SECTIONS = {
     "benchmark-fp8-error": "fp8_error",
     "benchmark-scaling": "scaling",
     "benchmark-ring": "ring",
+    "benchmark-decode": "decode",
     "benchmark-models": "models",
 }
-ALONE = {"fp8_error": "fp8-error", "scaling": "scaling", "ring": "ring"}
+ALONE = {"fp8_error": "fp8-error", "scaling": "scaling", "ring": "ring", "decode": "decode"}
 
 
 @pytest.mark.parametrize("section", SECTIONS)

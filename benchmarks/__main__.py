@@ -187,12 +187,15 @@ def _fp8_error(args: argparse.Namespace) -> None:
 
 
 def _decode(args: argparse.Namespace) -> None:
-    from . import decode
+    from . import decode, decode_points
 
-    points = decode.points(args.points.split(","))
+    points = decode_points.points(args.points.split(","))
     report = _report(args, points, lambda: decode.main(points, args.rounds, args.json))
     if report is not None:
         print(decode.markdown(report), end="")
+        if args.write_docs:
+            text = f"{reports.conditions(report)}.\n\n{decode.markdown(report)}"
+            reports.write_section(PAGE, "benchmark-decode", text)
 
 
 def _forward_mode(args: argparse.Namespace) -> None:

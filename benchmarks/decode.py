@@ -5,13 +5,11 @@ call is the difference of two programs of more and of fewer calls, so that what 
 costs counts for nobody. The copy negates fp32 numbers in the same run; it reads and writes.
 """
 
-import dataclasses
-import fnmatch
 import functools
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ import numpy as np
 from jax_fa3 import kv_cache
 
 from .check import WrongResult
+from .decode_points import DecodePoint
 from .timing import Call, device_time, environment, flusher, gpu_state
 
 attend: Any = kv_cache.dot_product_attention  # whose arguments are given in tuples here
@@ -32,78 +31,42 @@ MOST_CALLS = 24  # of a program
 TOLERANCE = 2.0**-7  # of a result, of unit normals
 
 
-@dataclasses.dataclass(frozen=True)
-class DecodePoint:
-    batch: int
-    length: int  # the new rows included
-    rows: int = 1  # of each sequence
-    heads: tuple[int, int] = (32, 8)
-    head_dim: int = 128
-    page: int | None = 64  # None: contiguous
-    window: int | None = None  # keys that a row sees
-    bar: float | None = None  # the least share of the copy
-
-    @property
-    def name(self) -> str:
-        pages = "contiguous" if self.page is None else f"pages{self.page}"
-        window = "" if self.window is None else f"-w{self.window}"
-        heads = "/".join(map(str, self.heads))
-        return f"{self.batch}x{self.length}-t{self.rows}-{heads}xd{self.head_dim}-{pages}{window}"
-
-    @property
-    def seen(self) -> int:
-        return self.length if self.window is None else min(self.window, self.length)
-
-    @property
-    def cache_bytes(self) -> int:
-        """Of keys and values that are read."""
-        return 4 * self.batch * self.seen * self.heads[1] * self.head_dim
-
-    @property
-    def flops(self) -> float:
-        return 4.0 * self.batch * self.rows * self.seen * self.heads[0] * self.head_dim
-
-
-POINTS = [
-    DecodePoint(1, 4096, bar=0.40),
-    DecodePoint(1, 32768, bar=0.85),
-    DecodePoint(8, 4096, bar=0.86),
-    DecodePoint(8, 32768, bar=1.01),
-    DecodePoint(64, 4096, bar=1.02),
-    DecodePoint(64, 32768, bar=1.02),
-    DecodePoint(8, 4096, page=16),
-    DecodePoint(8, 4096, page=None),
-    *(DecodePoint(8, 32768, rows) for rows in (2, 8, 16)),
-    DecodePoint(1, 32768, 512, (8, 1)),
-    DecodePoint(64, 32768, heads=(32, 2), head_dim=256, bar=0.85),
-    DecodePoint(128, 4096, heads=(64, 8), head_dim=64, window=128),
-]
-
-
-def points(patterns: Iterable[str] = ("*",)) -> list[DecodePoint]:
-    return [p for p in POINTS if any(fnmatch.fnmatchcase(p.name, x) for x in patterns)]
-
-
 class Inputs:
     def __init__(self, point: DecodePoint, calls: int):
         p = point
         size = p.page or p.length
-        total = p.batch * -(-p.length // size)
+        lengths = np.concatenate([[length] * count for count, length, _ in p.kinds])
+        owned = -(-lengths // size)
+        total = int(owned.sum())
         shape = total, size, p.heads[1], p.head_dim
-        own = 4 * int(np.prod(shape))
+        own = (2 if p.e4m3 else 4) * int(np.prod(shape))
         self.count = max(1, min(calls, -(-ROTATED_BYTES // own)))
         keys = jax.random.split(jax.random.key(0), 3)
-        key, value = (jax.random.normal(k, shape, jnp.bfloat16) for k in keys[:2])
+        dtype = jnp.float8_e4m3fn if p.e4m3 else jnp.bfloat16
+        key, value = (jax.random.normal(k, shape, jnp.bfloat16).astype(dtype) for k in keys[:2])
         others = [(jnp.copy(key), jnp.copy(value)) for _ in range(self.count - 1)]
         self.caches = [(key, value), *others]
         # One for each call: of equal calls XLA makes one.
-        query = jax.random.normal(keys[2], (p.batch, p.rows, p.heads[0], p.head_dim), jnp.bfloat16)
+        counts = np.concatenate([[rows] * count for count, _, rows in p.kinds])
+        rows = (int(counts.sum()),) if p.others else (p.batch, p.rows)
+        query = jax.random.normal(keys[2], (*rows, p.heads[0], p.head_dim), jnp.bfloat16)
+        starts = np.concatenate([[0], np.cumsum(counts)])
+        self.starts = jnp.asarray(starts, jnp.int32) if p.others else None
+        self.options: dict[str, Any] = {}
+        if p.e4m3:
+            scale = jnp.full(p.heads[1], 0.5, jnp.float32)
+            self.options = {"key_scale": scale, "value_scale": scale}
+        if p.sinks:
+            self.options["sinks"] = jnp.zeros(p.heads[0], jnp.float32)
         self.queries = [query * (1 + i / 64) for i in range(calls)]
         # Windows are read at other places each time, for those of one call fit into the L2.
         steps = [0 if p.window is None else i % 16 * p.window for i in range(calls)]
-        self.lengths = [jnp.full((p.batch,), p.length - step, jnp.int32) for step in steps]
-        order = np.random.default_rng(0).permutation(total).reshape(p.batch, -1)
-        self.table = None if p.page is None else jnp.asarray(order, jnp.int32)
+        self.lengths = [jnp.asarray(lengths - step, jnp.int32) for step in steps]
+        order, last = np.random.default_rng(0).permutation(total), np.cumsum(owned)
+        table = np.full((len(lengths), owned.max()), -1)
+        for b, (stop, count) in enumerate(zip(last, owned, strict=True)):
+            table[b, :count] = order[stop - count : stop]
+        self.table = None if p.page is None else jnp.asarray(table, jnp.int32)
 
 
 def fa3(point: DecodePoint, inputs: Inputs, i: int, query: Any, caches: Any) -> jax.Array:
@@ -113,8 +76,10 @@ def fa3(point: DecodePoint, inputs: Inputs, i: int, query: Any, caches: Any) -> 
         *caches,
         inputs.lengths[i],
         page_table=inputs.table,
+        query_starts=inputs.starts,
         local_window_size=window,
         implementation="fa3",
+        **inputs.options,
     )
 
 
@@ -131,7 +96,9 @@ CONTENDERS: dict[str, Callable[..., jax.Array]] = {"fa3": fa3, "cudnn": cudnn}
 
 
 def takes(point: DecodePoint, name: str) -> bool:
-    return name == "fa3" or (point.window is None and point.rows == 1 and point.head_dim <= 128)
+    plain = point.window is None and point.rows == 1 and point.head_dim <= 128
+    whole = point.page is None or point.length % point.page == 0
+    return name == "fa3" or (plain and whole and not point.e4m3 and point.others is None)
 
 
 def microseconds(point: DecodePoint, inputs: Inputs, name: str, rounds: int) -> float:
@@ -161,17 +128,19 @@ def microseconds(point: DecodePoint, inputs: Inputs, name: str, rounds: int) -> 
 
 def check(point: DecodePoint, inputs: Inputs) -> float:
     """The greatest error of the first sequence."""
-    found = fa3(point, inputs, 0, inputs.queries[0], inputs.caches[0])[:1]
+    found = fa3(point, inputs, 0, inputs.queries[0], inputs.caches[0])
+    query = inputs.queries[0]
+    if point.others:
+        found, query = (x[: point.rows][None] for x in (found, query))
     caches = inputs.caches[0]
     if inputs.table is not None:
         caches = [x[inputs.table[0]].reshape(1, -1, *x.shape[2:]) for x in caches]
-    wide = [x[:1].astype(jnp.float32) for x in (inputs.queries[0], *caches)]
+    wide = [x[:1].astype(jnp.float32) for x in (query, *caches)]
     window = None if point.window is None else (point.window - 1, 0)
+    options = {"local_window_size": window, **inputs.options, "implementation": "xla"}
     with jax.default_matmul_precision("highest"):
-        wanted = attend(
-            *wide, inputs.lengths[0][:1], local_window_size=window, implementation="xla"
-        )
-    error = float(jnp.abs(found.astype(jnp.float32) - wanted).max())
+        wanted = attend(*wide, inputs.lengths[0][:1], **options)
+    error = float(jnp.abs(found[:1].astype(jnp.float32) - wanted).max())
     if not error <= TOLERANCE:
         raise WrongResult(f"{point.name}: off by {error:.3g}, more than {TOLERANCE}")
     return error
@@ -198,7 +167,7 @@ def measure(point: DecodePoint, rounds: int, copy: float) -> dict[str, Any]:
 
 def main(chosen: list[DecodePoint], rounds: int, file: Path | None) -> dict[str, Any]:
     report: dict[str, Any] = {"suite": "decode", "environment": environment(), "rounds": rounds}
-    report["gpu"] = gpu_state(flusher())
+    report["begin"] = gpu_state(flusher())
     report["copy"] = copied_bytes_per_second(5)
     report["points"] = []
     for point in chosen:

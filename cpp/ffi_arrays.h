@@ -37,6 +37,7 @@ enum DTypes : unsigned {
   k16Bits = kBFloat16 | kFloat16,
   k16BitsOrWords = k16Bits | kUInt32,  // a word is two numbers of 16 bits
   k16BitsOrFloat32 = k16Bits | kFloat32,
+  k16BitsOrE4M3 = k16Bits | kFloat8E4M3,
 };
 std::vector<std::string> names_of(DTypes dtypes);
 

@@ -28,6 +28,7 @@ constexpr int64_t kMostRows = int64_t{1} << 29;  // with their heads
 
 struct Cache {
   int64_t num_pages, page_size;
+  bool is_e4m3;
   Operand key, value;
 };
 
@@ -35,10 +36,11 @@ struct Cache {
 ffi::Error to_operand(Array const& x, bool heads_second, int64_t first_head, int64_t every,
                       int64_t first_column, int64_t heads, int64_t columns, Operand* operand) {
   int64_t const width = x.dims[x.dims.size() - 1];
+  auto const bytes = static_cast<int64_t>(ffi::ByteWidth(x.dtype));
   int64_t all_heads = heads_second ? x.dims[1] : 1;
   for (std::size_t i = 2; !heads_second && i + 1 < x.dims.size(); ++i) all_heads *= x.dims[i];
   int64_t const page_size = x.dims[heads_second ? 2 : 1];
-  if (first_column + columns > width || width * 2 % 16 != 0 || first_column * 2 % 16 != 0) {
+  if (first_column + columns > width || width * bytes % 16 != 0 || first_column * bytes % 16 != 0) {
     return wrong(x, "shape " + shape_of(x),
                  std::to_string(columns) + " columns from column " + std::to_string(first_column) +
                      " on, at multiples of 16 bytes");
@@ -58,7 +60,7 @@ ffi::Error to_operand(Array const& x, bool heads_second, int64_t first_head, int
   }
   int64_t const head_stride = width * (heads_second ? page_size : 1);
   int64_t const slot_stride = width * (heads_second ? 1 : all_heads);
-  *operand = {static_cast<uint16_t*>(x.data) + first_head * head_stride + first_column,
+  *operand = {static_cast<char*>(x.data) + (first_head * head_stride + first_column) * bytes,
               page_size * all_heads * width, slot_stride, head_stride * every};
   return ffi::Error::Success();
 }
@@ -77,6 +79,9 @@ ffi::Error to_cache(Decoding const& x, DecodeAttributes const& a, int64_t head_d
     return wrong(x.key_cache, "shape " + shape_of(x.key_cache), "[p, k, page, h]");
   }
   Array const& value = both ? x.key_cache : x.value_cache;
+  if (x.value_cache.dtype != x.key_cache.dtype) {
+    return wrong(x.value_cache, "another dtype", "key_cache's");
+  }
   if (value.dims.size() != x.key_cache.dims.size() ||
       !std::equal(value.dims.begin(), value.dims.end() - 1, x.key_cache.dims.begin())) {
     return wrong(value, "shape " + shape_of(value), "key_cache's " + shape_of(x.key_cache));
@@ -87,8 +92,35 @@ ffi::Error to_cache(Decoding const& x, DecodeAttributes const& a, int64_t head_d
   JAX_FA3_RETURN_IF_FAILED(to_operand(value, second, every - 1, every,
                                       a.kv_layout == kLanes ? head_dim : 0, a.num_heads_k,
                                       a.head_dim_v, &cache->value));
+  cache->is_e4m3 = x.key_cache.dtype == ffi::DataType::F8E4M3FN;
   cache->num_pages = x.key_cache.dims[0];
   cache->page_size = x.key_cache.dims[second ? 2 : 1];
+  return ffi::Error::Success();
+}
+
+// Of an e4m3 cache: one scale for all, for each head, for each sequence and head, or in pages as
+// the cache has them.
+ffi::Error to_scale(Array const& x, Cache const& cache, bool heads_second, int64_t heads,
+                    decode::Scale* scale) {
+  if (x.is_absent() != !cache.is_e4m3) {
+    return wrong(x, "shape " + shape_of(x),
+                 cache.is_e4m3 ? "one scale" : "none: caches of 16 bits");
+  }
+  scale->data = x.floats();
+  scale->of_positions = x.dims.size() == 3;
+  if (scale->of_positions) {
+    int64_t const shape[] = {heads_second ? heads : cache.page_size,
+                             heads_second ? cache.page_size : heads};
+    if (x.dims[1] != shape[0] || x.dims[2] != shape[1]) {
+      return wrong(x, "shape " + shape_of(x), "one for each of the cache's positions and heads");
+    }
+    scale->page_stride = heads * cache.page_size;
+    scale->slot_stride = heads_second ? 1 : heads;
+    scale->head_stride = heads_second ? cache.page_size : 1;
+  } else if (x.size() > 1) {
+    scale->head_stride = 1;
+    scale->sequence_stride = x.dims.size() == 2 ? heads : 0;
+  }
   return ffi::Error::Success();
 }
 
@@ -124,6 +156,7 @@ ffi::Error to_sequences(Decoding const& x, Cache const& cache, Dims const& dims,
   problem->pages_per_sequence = static_cast<int>(width);
   problem->sequences = {static_cast<int>(batch),
                         static_cast<int>(rows),
+                        static_cast<int>(rows / batch),
                         static_cast<int>(std::min(width * cache.page_size, kLongest)),
                         x.lengths.ints(),
                         x.query_starts.ints(),
@@ -173,15 +206,24 @@ ffi::Error decode_impl(Stream stream, ffi::RemainingArgs operands, ffi::Remainin
   problem.window = {static_cast<int>(std::clamp(a.window_left, -kFarthest, kFarthest)),
                     static_cast<int>(std::clamp(a.window_right, -kFarthest, kFarthest))};
   problem.sinks = x.sinks.floats();
+  problem.e4m3_cache = cache.is_e4m3;
+  bool const heads_second = a.kv_layout == kHND;
+  JAX_FA3_RETURN_IF_FAILED(
+      to_scale(x.key_scale, cache, heads_second, a.num_heads_k, &problem.key_scale));
+  JAX_FA3_RETURN_IF_FAILED(
+      to_scale(x.value_scale, cache, heads_second, a.num_heads_k, &problem.value_scale));
   problem.split_size = static_cast<int>(a.split_size);
   problem.out = x.out.data;
   problem.lse = x.lse.floats();
   problem.partials = x.partials.floats();
-  problem.splits = x.splits.ints();
+  problem.arrivals = x.arrivals.ints();
   int const group = problem.num_heads_q / problem.num_heads_k;
+  if (decode::most_units(problem.sequences, group, problem.num_heads_k) >= 0x1p31) {
+    return wrong(x.query, "shape " + shape_of(x.query), "fewer rows, heads or positions");
+  }
   auto const needed =
       decode::workspace(problem.sequences, group, problem.head_dim_v, problem.split_size);
-  if (x.partials.size() < needed.partials || x.splits.size() < needed.splits) {
+  if (x.partials.size() < needed.partials || x.arrivals.size() < needed.arrivals) {
     return invalid("the workspace is too small: was this program exported for other kernels?");
   }
   JAX_FA3_RETURN_IF_FAILED(check_device(stream));

@@ -69,8 +69,9 @@ struct Tangent : Inputs {
 struct Decoding {
   Array query, key_cache, value_cache;
   Array lengths, page_table, query_starts, num_sequences, key_begin, sinks;
+  Array key_scale, value_scale;  // of an e4m3 cache
   Array out, lse;
-  Array partials, splits;
+  Array partials, arrivals;
 };
 
 // clang-format off
@@ -230,20 +231,22 @@ inline Target<Decoding> const kDecode = {
     "jax_fa3.decode.v1",
     {
         JAX_FA3_ROW(Decoding, query, k16Bits, "rnh"),
-        JAX_FA3_ROW(Decoding, key_cache, k16Bits, "p...|p...."),
-        JAX_FA3_ROW(Decoding, value_cache, k16Bits, "p...|p....|0"),
+        JAX_FA3_ROW(Decoding, key_cache, k16BitsOrE4M3, "p...|p...."),
+        JAX_FA3_ROW(Decoding, value_cache, k16BitsOrE4M3, "p...|p....|0"),
         JAX_FA3_ROW(Decoding, lengths, kInt32, "b"),
         JAX_FA3_ROW(Decoding, page_table, kInt32, "bw|0"),
         JAX_FA3_ROW(Decoding, query_starts, kInt32, ".|0"),
         JAX_FA3_ROW(Decoding, num_sequences, kInt32, "1|0"),
         JAX_FA3_ROW(Decoding, key_begin, kInt32, "b|0"),
         JAX_FA3_ROW(Decoding, sinks, kFloat32, "n|0"),
+        JAX_FA3_ROW(Decoding, key_scale, kFloat32, "1|k|bk|p..|0"),
+        JAX_FA3_ROW(Decoding, value_scale, kFloat32, "1|k|bk|p..|0"),
     },
     {
         JAX_FA3_ROW(Decoding, out, k16Bits, "rnv"),
         JAX_FA3_ROW(Decoding, lse, kFloat32, "rn"),
         JAX_FA3_ROW(Decoding, partials, kFloat32, "*"),
-        JAX_FA3_ROW(Decoding, splits, kInt32, "*"),
+        JAX_FA3_ROW(Decoding, arrivals, kInt32, "*"),
     },
 };
 

@@ -37,6 +37,7 @@ _FLOAT32, _INT32 = ("float32",), ("int32",)
 _FLOAT8 = ("float8_e4m3fn",)
 _16_BITS = ("bfloat16", "float16")
 _16_BITS_OR_WORDS = (*_16_BITS, "uint32")
+_16_BITS_OR_E4M3 = (*_16_BITS, "float8_e4m3fn")
 _16_BITS_OR_FLOAT32 = (*_16_BITS, "float32")
 
 _MASKS = (
@@ -164,20 +165,22 @@ TARGETS = {
     DECODE: Target(
         operands=(
             Row("query", _16_BITS),
-            Row("key_cache", _16_BITS),
-            Row("value_cache", _16_BITS, optional=True),
+            Row("key_cache", _16_BITS_OR_E4M3),
+            Row("value_cache", _16_BITS_OR_E4M3, optional=True),
             Row("lengths", _INT32),
             Row("page_table", _INT32, optional=True),
             Row("query_starts", _INT32, optional=True),
             Row("num_sequences", _INT32, optional=True),
             Row("key_begin", _INT32, optional=True),
             Row("sinks", _FLOAT32, optional=True),
+            Row("key_scale", _FLOAT32, optional=True),
+            Row("value_scale", _FLOAT32, optional=True),
         ),
         results=(
             Row("out", _16_BITS),
             Row("lse", _FLOAT32),
             Row("partials", _FLOAT32),
-            Row("splits", _INT32),
+            Row("arrivals", _INT32),
         ),
     ),
     JVP: Target(

@@ -224,7 +224,13 @@ def decode_calls() -> dict[str, Call]:
     def decode(config: _xla.Config, query: Struct, operands: _xla.Operands) -> Call:
         return recorded(lambda *x: _decode.attention(config, *x), query, operands)
 
+    e4m3: Any = tuple(Struct((9, 16, K, H), jnp.float8_e4m3fn) for _ in range(2))
+    of_tokens: Any = Struct((9, 16, K, 1), jnp.float32)
+    of_heads: Any = Struct((B, K), jnp.float32)
+    scaled = _xla.Operands(e4m3, where, None, None, None, of_heads, of_tokens)
+    square = dataclasses.replace(every, layout=dataclasses.replace(layout, head_dim_v=H))
     return {
+        "decode e4m3": decode(square, Struct((B * T, N, H), jnp.bfloat16), scaled),
         "decode": decode(every, Struct((B * T, N, H), jnp.bfloat16), operands),
         "decode contiguous": decode(lanes, Struct((4, T, N, H), jnp.bfloat16), plain),
     }

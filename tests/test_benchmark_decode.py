@@ -12,15 +12,16 @@ from lowering import hide_gpus
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # behind an installed jax_fa3
 
 from benchmarks import __main__ as command
-from benchmarks import decode
+from benchmarks import decode, decode_points
 from benchmarks.check import WrongResult
 
-SMALL = decode.DecodePoint(2, 48, 3, (4, 2), 16, 8, window=20)
+SMALL = decode_points.DecodePoint(2, 48, 3, (4, 2), 16, 8, window=20)
 
 
-def plain(point: decode.DecodePoint, inputs: Any, i: int, query: Any, caches: Any) -> Any:
+def plain(point: decode_points.DecodePoint, inputs: Any, i: int, query: Any, caches: Any) -> Any:
     window = None if point.window is None else (point.window - 1, 0)
-    options: Any = {"page_table": inputs.table, "local_window_size": window}
+    options: Any = {"page_table": inputs.table, "query_starts": inputs.starts, **inputs.options}
+    options["local_window_size"] = window
     lengths = inputs.lengths[i]
     return decode.attend(query, *caches, lengths, **options, implementation="xla")
 
@@ -50,12 +51,24 @@ def test_wrong_results_are_refused(monkeypatch):
         decode.check(SMALL, decode.Inputs(SMALL, 1))
 
 
+def test_a_ragged_call_on_an_e4m3_cache():
+    point = decode_points.DecodePoint(
+        3, 48, 2, (4, 2), 16, 8, e4m3=True, sinks=True, others=(2, 57, 5)
+    )
+    assert point.name == "3x48-t2+2x57-t5-4/2xd16-pages8-e4m3-sinks"
+    assert point.cache_bytes == 2 * (3 * 48 + 2 * 57) * 2 * 16
+    inputs = decode.Inputs(point, 2)
+    found = plain(point, inputs, 0, inputs.queries[0], inputs.caches[0])
+    assert found.shape == (16, 4, 16) and bool(jnp.isfinite(found).all())
+
+
 def test_points(capsys):
     assert command.main(["--suite", "decode", "--list", "--points", "64x*"]) == 0
     assert capsys.readouterr().out.split() == [
         "64x4096-t1-32/8xd128-pages64",
         "64x32768-t1-32/8xd128-pages64",
+        "64x32768-t1-32/8xd128-pages64-e4m3",
         "64x32768-t1-32/2xd256-pages64",
     ]
-    p = decode.POINTS[0]
+    p = decode_points.POINTS[0]
     assert p.cache_bytes == 2 * 2 * 4096 * 8 * 128 and p.flops == 4 * 4096 * 32 * 128

@@ -21,6 +21,7 @@ SECTIONS = {
     "benchmark-fp8-error": "fp8_error",
     "benchmark-scaling": "scaling",
     "benchmark-ring": "ring",
+    "benchmark-decode": "decode",
     "benchmark-models": "models",
     "benchmark-forward-mode": "forward_mode",
 }
@@ -28,6 +29,7 @@ ALONE = {
     "fp8_error": "fp8-error",
     "scaling": "scaling",
     "ring": "ring",
+    "decode": "decode",
     "forward_mode": "forward-mode",
 }
 

@@ -1,9 +1,11 @@
 """Operands with more than 2**31 elements, on a Hopper GPU."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from cases import CAUSAL, Case
 from helpers import Results, assert_rounded, both_oracles, equal
@@ -11,6 +13,7 @@ from jax import Array
 from masks import ints
 
 import jax_fa3
+from jax_fa3 import kv_cache
 
 pytestmark = pytest.mark.gpu
 
@@ -78,3 +81,28 @@ def test_gradients_of_more_than_2_to_the_31_elements():
             assert equal(found[i][entry : entry + 1], alone[i])
         error = jnp.abs(found[0][entry].astype(jnp.float32) - alone[0][0].astype(jnp.float32))
         assert error.max() <= 0.01 * jnp.abs(alone[0]).max().astype(jnp.float32)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float8_e4m3fn])
+def test_pages_of_more_than_2_to_the_31_elements(dtype: Any):
+    """Pages on both sides of element 2**31, against the same ones in a pool of their own."""
+    pages, shape = 2**17 + 500, (16, 8, 128)
+    last = pages - 1
+    table = np.array([[0, 2**17 - 1, 2**17, last, 70_000], [2**17 + 3, 1, last - 1, 5, 90_000]])
+    keys = jax.random.split(jax.random.key(0), 5)
+    own = [jax.random.normal(k, (table.size, *shape), jnp.bfloat16).astype(dtype) for k in keys[:2]]
+    query = jax.random.normal(keys[2], (2, 3, 32, 128), jnp.bfloat16)
+    names = ["key_cache", "value_cache"]
+    if dtype != jnp.bfloat16:
+        names += ["key_scale", "value_scale"]
+        own += [jax.random.uniform(k, (table.size, *shape[:2]), jnp.float32) for k in keys[3:]]
+    large = [jnp.zeros((pages, *x.shape[1:]), x.dtype).at[table.ravel()].set(x) for x in own]
+    assert large[0].size > 2**31
+
+    def results(arrays: Any, table: np.ndarray) -> Any:
+        given = {**dict(zip(names, arrays, strict=True)), "page_table": table}
+        lengths = np.array([75, 80])
+        attend: Any = functools.partial(kv_cache.dot_product_attention, return_residual=True)
+        return attend(query, key_value_seq_lengths=lengths, implementation="fa3", **given)
+
+    assert equal(results(large, table), results(own, np.arange(table.size).reshape(table.shape)))

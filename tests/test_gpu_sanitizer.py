@@ -7,14 +7,19 @@ import re
 import shutil
 import subprocess
 import sys
+from typing import Any
 
 import jax
 import jax.dlpack
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from cases import TABLE
 from helpers import with_gradients
+from kv_cases import E4M3, Case, Inputs
+from kv_cases import run as run_cache
 from masks import ints
+from test_kv_cache_modes import MISTAKES
 
 import jax_fa3
 
@@ -40,7 +45,13 @@ attention = functools.partial(
 
 @pytest.mark.parametrize(
     ("tool", "what", "clean"),
-    [("memcheck", "table", True), ("memcheck", "overrun", False), ("synccheck", "table", True)],
+    [
+        ("memcheck", "table", True),
+        ("memcheck", "caches", True),
+        ("memcheck", "overrun", False),
+        ("synccheck", "table", True),
+        ("synccheck", "caches", True),
+    ],
 )
 def test_sanitizer(tool: str, what: str, clean: bool):
     """No error in small cases; and where a buffer is too short on purpose, memcheck says so."""
@@ -72,6 +83,21 @@ def call_table() -> None:
     print("all calls made")
 
 
+def call_caches() -> None:
+    """Attention over caches; then with what lengths, tables and starts should not say."""
+    wide: Any = {"H": 64, "pages": 5, "ragged": True, "spare": 3}
+    for count in (1, 40):
+        for other in ({}, {"cache_dtype": E4M3, "scales": "tokens"}):
+            inputs = Inputs(Case("", (count,) * 3, (count, 80, 50), **wide, **other), jnp.bfloat16)
+            arguments = {**inputs.arguments(), "implementation": "fa3"}
+            jax.block_until_ready(run_cache(arguments))
+            for name, place, value in MISTAKES.values():
+                changed = np.array(arguments[name])
+                changed[place] = value
+                jax.block_until_ready(run_cache({**arguments, name: changed}))
+    print("all calls made")
+
+
 def call_overrun() -> None:
     """key_end is said to have 2048 numbers, but only 16 of them are its own."""
     cupy = importlib.import_module("cupy")
@@ -83,4 +109,4 @@ def call_overrun() -> None:
 
 
 if __name__ == "__main__":
-    {"table": call_table, "overrun": call_overrun}[sys.argv[1]]()
+    {"table": call_table, "caches": call_caches, "overrun": call_overrun}[sys.argv[1]]()

@@ -154,11 +154,12 @@ def test_no_kernel_appends():
 
 ROWS = np.zeros((B, T), int)
 ODD = zeros(PAGES, 12, K, H)
+IN_E4M3 = {name: ATTEND[name].astype(jnp.float8_e4m3fn) for name in CACHES}
 NOT_IN_THE_KERNEL: list[tuple[dict[str, Any], str]] = [
     ({name: ATTEND[name].astype(jnp.float32) for name in ("query", *CACHES)}, "query: got dtype float32, wanted bfloat16 or float16"),
-    ({name: ATTEND[name].astype(jnp.float8_e4m3fn) for name in CACHES}, "key_cache: got dtype float8_e4m3fn, wanted bfloat16, as query has"),
-    ({"key_scale": 2.0}, "key_scale: got an array, wanted None"),
-    ({"value_scale": [1.0, 2.0]}, "value_scale: got an array, wanted None"),
+    ({"query": QUERY.astype(jnp.float16), **IN_E4M3, "value_scale": zeros(PAGES, PAGE, K)}, "value_scale: got one for each token, wanted at most one for each sequence and head with float16"),
+    ({"key_scale": 2.0}, "key_scale: got an array, wanted None, as the cache is not float8_e4m3fn"),
+    ({"value_scale": [1.0, 2.0]}, "value_scale: got an array, wanted None, as"),
     ({"key_end": ROWS}, "key_end: got an array, wanted None"),
     ({"key_begin": ROWS}, r"key_begin: got shape \(2, 3\), wanted \(2,\)"),
     ({"split_size": 64}, "split_size: got 64, wanted a multiple of 128, for at most 64 splits"),
@@ -169,6 +170,7 @@ NOT_IN_THE_KERNEL: list[tuple[dict[str, Any], str]] = [
 BY_SIZE: list[tuple[dict[str, Any], str]] = [
     ({"key_cache": ODD, "value_cache": ODD}, "key_cache: got pages of 12, wanted a multiple of 8"),
     ({"query": QUERY[..., :12], **{name: CACHE[..., :12] for name in CACHES}}, r"query: got head dim 12 in a cache \(10, 8, 2, 12\), wanted multiples of 8"),
+    ({"query": QUERY[..., :8], **{name: x[..., :8] for name, x in IN_E4M3.items()}}, r"query: got head dim 8 in a cache \(10, 8, 2, 8\), wanted multiples of 16"),
     ({"query": zeros(B, T, N, 264), **dict.fromkeys(CACHES, zeros(PAGES, PAGE, K, 264))}, "query: got head dims \\(264, 264\\) in bfloat16, wanted at most one of those built"),
 ]  # fmt: skip
 

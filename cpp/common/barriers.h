@@ -15,9 +15,9 @@ struct Pipeline {
   FullBarrier full[kStages];
   EmptyBarrier empty[kStages];
 
-  CUTLASS_DEVICE void init(int num_consumer_arrivals) {
+  CUTLASS_DEVICE void init(int num_consumer_arrivals, int num_producer_arrivals = 1) {
     for (int stage = 0; stage < kStages; ++stage) {
-      full[stage].init(1);
+      full[stage].init(num_producer_arrivals);
       empty[stage].init(num_consumer_arrivals);
     }
   }

@@ -14,6 +14,16 @@ constexpr int slab(int columns) { return columns % 64 == 0 ? 64 : 32; }
 constexpr int in_slabs(int columns, int width) { return (columns + width - 1) / width * width; }
 constexpr int in_slabs(int columns) { return in_slabs(columns, slab(columns)); }
 
+// Which vector of 16 bytes of a tile of kRows rows of 16-bit elements is the one that has elements
+// 8 vector, ... of a row: slabs follow one another, and a row's vectors are permuted by its index,
+// over 8 rows of 128 bytes, or over 4 pairs of rows of 64 bytes.
+template <int kRows, int kSlab>
+CUTE_HOST_DEVICE constexpr int swizzled_vector(int row, int vector) {
+  constexpr int kVectors = kSlab / 8;
+  int const swizzle = kSlab == 64 ? row % 8 : row / 2 % 4;
+  return vector / kVectors * (kRows * kVectors) + row * kVectors + (vector % kVectors ^ swizzle);
+}
+
 namespace detail {
 
 using namespace cute;

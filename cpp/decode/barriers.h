@@ -9,6 +9,9 @@ namespace jax_fa3::decode {
 enum class NamedBarrier : uint32_t {
   kValuesZeroed0,  // a warpgroup's threads have zeroed what no row of the tile sees
   kValuesZeroed1,
+  kPartsStored,  // all consumers have stored their rows of a part of a tile, or know who is the
+                 // last
+  kWarpsMet,     // a tile's warps are all done with it, or with a part of their parts of it
 };
 
 CUTLASS_DEVICE uint32_t barrier_id(NamedBarrier first, int offset) {

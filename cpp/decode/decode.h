@@ -11,12 +11,30 @@ namespace jax_fa3::decode {
 
 constexpr int kSplitMultiple = 128;  // blocks are of so many positions, or of a part of them
 
+// What the numbers of an e4m3 cache are multiplied with; strides in elements, 0 along what shares
+// one.
+struct Scale {
+  float const* data;
+  int64_t page_stride;
+  int64_t slot_stride;
+  int64_t head_stride;
+  int64_t sequence_stride;
+  bool of_positions;  // each has its own
+
+  // Of a position; a scale that is not of positions has none.
+  JAX_FA3_HOST_DEVICE float const* at(int sequence, int head, int page = 0, int slot = 0) const {
+    return data + page * page_stride + slot * slot_stride + head * head_stride +
+           sequence * sequence_stride;
+  }
+};
+
 struct Problem {
   int num_heads_q;
   int num_heads_k;  // divides num_heads_q; query head n reads key/value head n / (q / k)
   int head_dim;     // of query and key
   int head_dim_v;   // of value and out
-  DType dtype;      // of all
+  DType dtype;      // of query and out
+  bool e4m3_cache;  // or of dtype, too
 
   float softmax_scale;  // > 0
   float soft_cap;       // as in jax_fa3::Problem
@@ -24,6 +42,7 @@ struct Problem {
   void const* query;  // [rows, n, h], aligned to 16 bytes
   // Where position `slot` of a page is, for each head: pages are the batch, slots the sequence.
   Operand key, value;
+  Scale key_scale, value_scale;  // of an e4m3 cache
   int num_pages;
   int page_size;
   int const* page_table;  // [b, pages_per_sequence]; null: page b is sequence b's only one
@@ -40,7 +59,7 @@ struct Problem {
 
   // Of workspace() numbers (workspace.h).
   float* partials;
-  int* splits;
+  int* arrivals;
 };
 
 template <DType kDType, int kHeadDim, int kHeadDimV>

@@ -2,6 +2,8 @@
 // part of them.
 #pragma once
 
+#include "decode/barriers.h"
+#include "decode/cluster.h"
 #include "decode/params.h"
 #include "decode/parts.h"
 #include "decode/traits.h"
@@ -9,12 +11,11 @@
 
 namespace jax_fa3::decode {
 
-template <class Traits, class Out>
-CUTLASS_DEVICE void store(Params const& params, Work const& work, bool lacks_page, int tile_row,
-                          Interval const (&rows)[kRowsPerThread], Softmax& softmax, Out& tOrO) {
-  using Element = typename Traits::Element;
-  int const lane_column = threadIdx.x % 4 * 2;
-  float lse[kRowsPerThread];
+// Divides, and finds the log-sum-exp.
+template <class Element, class Out>
+CUTLASS_DEVICE void finish(Params const& params, Work const& work, bool lacks_page,
+                           Interval const (&rows)[kRowsPerThread], Softmax& softmax, Out& tOrO,
+                           float (&lse)[kRowsPerThread]) {
   constexpr fwd::Sink kNoSink{-INFINITY};  // it comes last: parts are joined before
   fwd::normalize<Element>(rows, params.softmax_scale, kNoSink, softmax, tOrO);
   fwd::find_lse(rows, params.softmax_scale, kNoSink, softmax, lse);
@@ -23,6 +24,34 @@ CUTLASS_DEVICE void store(Params const& params, Work const& work, bool lacks_pag
     for (int i = 0; i < size(tOrO); ++i) tOrO(i) = NAN;
     lse[0] = lse[1] = NAN;
   }
+}
+
+// A part of a tile that the CTA's cluster shares.
+template <class Traits, class Out>
+CUTLASS_DEVICE void share(Params const& params, typename Traits::SharedStorage& storage,
+                          Work const& work, int tile_row, float const (&lse)[kRowsPerThread],
+                          Out const& tOrO) {
+  int const lane_column = threadIdx.x % 4 * 2;
+  SharedTile<Traits> const shared(storage, params);
+  shared.wait_until_others_run();
+  if (tile_row < params.slot_rows) {  // at most 8: the thread's second row is none
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < size(tOrO); i += 4) {
+      shared.send_out(tile_row, fragment_column(i) + lane_column, {tOrO(i), tOrO(i + 1)});
+    }
+    for (int to = threadIdx.x % 4; to < params.cluster; to += 4) {
+      shared.send_lse(tile_row, to, lse[0]);
+    }
+  }
+  __syncwarp();
+  shared.join(params, work);
+}
+
+template <class Traits, class Out>
+CUTLASS_DEVICE void store(Params const& params, Work const& work, int tile_row,
+                          float (&lse)[kRowsPerThread], Out& tOrO) {
+  using Element = typename Traits::Element;
+  int const lane_column = threadIdx.x % 4 * 2;
   OutRow const tile{work.sequence.first_row, work.sequence.count, work.head, work.tile};
   int64_t const slot = int64_t{blockIdx.x} * params.slots + max(work.slot, 0);
   int64_t const first_place = slot * params.slot_rows + tile_row;

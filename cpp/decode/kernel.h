@@ -1,13 +1,16 @@
 // The decoding kernel: persistent CTAs, two on an SM, each with a producer warpgroup and a
-// consumer.
+// consumer. Of an e4m3 cache the other two warps of the producer widen what it loads.
 #pragma once
 
 #include <cutlass/arch/reg_reconfig.h>
 #include <cutlass/cutlass.h>
 
 #include "decode/epilogue.h"
+#include "decode/few.h"
 #include "decode/load.h"
+#include "decode/merge.h"
 #include "decode/mma.h"
+#include "decode/widen.h"
 
 namespace jax_fa3::decode {
 
@@ -15,10 +18,9 @@ template <class Traits>
 CUTLASS_DEVICE void consume(Params const& params, typename Traits::SharedStorage& storage,
                             int warpgroup) {
   typename Traits::ConsumerState state;
-  Tensor tOrO = partition_fragment_C(typename Traits::MmaPV{},
-                                     Shape<Int<Traits::kBlockM>, Int<Traits::kHeadDimV>>{});
-  int const tile_row = warpgroup * 64 + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
-  int const group = params.tiles.group;
+  int const first_row = Traits::kFew ? 0 : warpgroup * 64 + threadIdx.x % 128 / 32 * 16;
+  int const tile_row = first_row + threadIdx.x % 32 / 4;
+  Divider const& group = params.tiles.group;
   for (;; state.work.advance()) {
     storage.work_pipeline.full[state.work.stage].wait(state.work.phase);
     Work const& work = storage.work[state.work.stage];
@@ -27,7 +29,7 @@ CUTLASS_DEVICE void consume(Params const& params, typename Traits::SharedStorage
     Interval rows[kRowsPerThread];
     CUTLASS_PRAGMA_UNROLL
     for (int i = 0; i < kRowsPerThread; ++i) {
-      int const row = (work.tile * Traits::kBlockM + tile_row + i * 8) / group;
+      int const row = group(work.tile * Traits::kBlockM + tile_row + i * 8);
       rows[i] = {0, 0};
       if (row >= work.sequence.count || work.begin == work.end) continue;
       // Of what a row sees, the part that is in these blocks.
@@ -36,14 +38,49 @@ CUTLASS_DEVICE void consume(Params const& params, typename Traits::SharedStorage
                  min(seen.end, work.end * Traits::kBlockN)};
     }
     Softmax softmax{params.exponents};
+    Tensor tOrO = Traits::make_out();
     if (work.begin < work.end) {
-      mma<Traits>(params, storage, state, work, warpgroup, rows, softmax, tOrO);
+      if constexpr (Traits::kFew) {
+        mma_few<Traits>(params, storage, state, work, rows, softmax, tOrO);
+      } else {
+        mma<Traits>(params, storage, state, work, warpgroup, rows, softmax, tOrO);
+      }
+      if constexpr (Traits::kE4M3) {
+        float const scale =
+            params.value_scale.of_positions ? 1.f : *params.value_scale.at(work.index, work.head);
+        CUTLASS_PRAGMA_UNROLL
+        for (int i = 0; i < size(tOrO); ++i) tOrO(i) *= scale;
+      }
+    } else {
+      clear(tOrO);
     }
     // Its loads are done, so all its pages have been looked for.
     bool const lacks_page = storage.lacks_page[state.work.stage];
-    store<Traits>(params, work, lacks_page, tile_row, rows, softmax, tOrO);
+    if constexpr (Traits::kFew) {
+      store_few<Traits>(params, storage, work, lacks_page, rows, softmax, tOrO);
+    } else {
+      float lse[kRowsPerThread];
+      finish<typename Traits::Element>(params, work, lacks_page, rows, softmax, tOrO, lse);
+      if (Traits::kClusters && params.cluster > 0) {
+        if constexpr (Traits::kClusters) share<Traits>(params, storage, work, tile_row, lse, tOrO);
+      } else {
+        store<Traits>(params, work, tile_row, lse, tOrO);
+      }
+    }
+    if (work.parts > 0) join_if_last<Traits>(params, storage, work);
     __syncwarp();
     if (threadIdx.x % 32 == 0) storage.work_pipeline.empty[state.work.stage].arrive();
+  }
+}
+
+// What the way to a shared tile reads, one thing after the other.
+CUTLASS_DEVICE void prefetch_where(Params const& params) {
+  auto const prefetch = [](int const* x) { asm volatile("prefetch.global.L2 [%0];" ::"l"(x)); };
+  int const sequence = static_cast<int>(blockIdx.y);
+  int const entry = threadIdx.x % 32 * 32;  // one of each 128 bytes
+  prefetch(params.sequences.lengths + sequence);
+  if (params.page_table != nullptr && entry < params.pages_per_sequence) {
+    prefetch(params.page_table + int64_t{sequence} * params.pages_per_sequence + entry);
   }
 }
 
@@ -60,9 +97,14 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
     storage.init_barriers();
   }
   bool back = false;
-  int const units = count_units<Traits>(params, storage, &back);  // and all threads meet
-
-  cudaTriggerProgrammaticLaunchCompletion();  // the merging kernel's CTAs may come and wait
+  int units = 0;
+  if (params.cluster > 0) {
+    if (warp == 1) prefetch_where(params);
+    __syncthreads();
+    cluster_arrive_relaxed();
+  } else {
+    units = count_units<Traits>(params, storage, &back);  // and all threads meet
+  }
 
   if (warp < 4) {
     if constexpr (Traits::kMovesRegisters) {
@@ -72,6 +114,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
       load<Traits>(params, storage);
     } else if (warp == 1) {
       schedule<Traits>(params, storage, units, back);
+    } else if constexpr (Traits::kWidens) {
+      widen<Traits>(storage);
     }
   } else {
     if constexpr (Traits::kMovesRegisters) {

@@ -8,7 +8,6 @@
 #include "common/tma.h"
 #include "decode/decode.h"
 #include "decode/kernel.h"
-#include "decode/merge.h"
 #include "decode/workspace.h"
 
 namespace jax_fa3::decode {
@@ -21,6 +20,48 @@ inline int box_rows(Problem const& p, int block_n) {
   return rows;
 }
 
+// How many CTAs share each tile by themselves, or 0: where there is one such CTA for nearly each
+// SM, and pieces are equal whatever the lengths, or none can be so long that it matters.
+template <class Traits>
+int cluster_of(Problem const& p, int num_sms) {
+  constexpr int kMostPositions = 512;  // of a CTA
+  Sequences const& x = p.sequences;
+  int const group = p.num_heads_q / p.num_heads_k;
+  bool const one_tile = x.query_starts == nullptr && int64_t{x.rows_each} * group <= kClusterRows;
+  if (!Traits::kClusters || !one_tile || p.split_size > 0) return 0;
+  int64_t const tiles = int64_t{x.batch} * p.num_heads_k;
+  int cluster = kLargestCluster;
+  while (cluster > 1 && tiles * cluster > num_sms) cluster /= 2;
+  bool const enough = cluster > 1 && tiles * cluster * 4 >= num_sms * 3;
+  bool const is_short = x.capacity <= cluster * kMostPositions;
+  // With one CTA an SM of few.h does not keep up with the memory.
+  bool const even = x.batch == 1 && !Traits::kFew;
+  return enough && (is_short || even) ? cluster : 0;
+}
+
+template <class Traits>
+cudaError_t launch_clusters(Problem const& p, Params& params, cudaStream_t stream) {
+  auto const* const function = reinterpret_cast<void const*>(&decode_kernel<Traits>);
+  constexpr int kBytes = sizeof(typename Traits::SharedStorage);
+  JAX_FA3_RETURN_IF_ERROR(
+      cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
+  JAX_FA3_RETURN_IF_ERROR(
+      cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = params.cluster;
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(p.num_heads_k * params.cluster, p.sequences.batch);
+  config.blockDim = dim3(Traits::kThreads);
+  config.dynamicSmemBytes = kBytes;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  void* arguments[] = {&params};
+  return cudaLaunchKernelExC(&config, function, arguments);
+}
+
 template <class Traits>
 cudaError_t make_params(Problem const& p, int num_ctas, Params* params) {
   params->box_rows = box_rows(p, Traits::kBlockN);
@@ -30,24 +71,27 @@ cudaError_t make_params(Problem const& p, int num_ctas, Params* params) {
   if (p.num_pages == 0) key.data = value.data = const_cast<void*>(p.query);
   // Promoted to 256 bytes in the L2, loads alone take 260 us for 1 GiB on an H200, and 243 without.
   constexpr auto kPromotion = CU_TENSOR_MAP_L2_PROMOTION_NONE;
-  JAX_FA3_RETURN_IF_ERROR(make_tensor_map(&params->key, key, p.head_dim, p.page_size, p.num_heads_k,
-                                          p.num_pages, Traits::kSlab, params->box_rows,
-                                          kPromotion));
-  JAX_FA3_RETURN_IF_ERROR(make_tensor_map(&params->value, value, p.head_dim_v, p.page_size,
-                                          p.num_heads_k, p.num_pages, Traits::kSlabV,
-                                          params->box_rows, kPromotion));
+  using Stored = std::conditional_t<Traits::kE4M3, uint8_t, uint16_t>;
+  JAX_FA3_RETURN_IF_ERROR(make_tensor_map<Stored>(&params->key, key, p.head_dim, p.page_size,
+                                                  p.num_heads_k, p.num_pages, Traits::kLoadSlab,
+                                                  params->box_rows, !Traits::kWidens, kPromotion));
+  JAX_FA3_RETURN_IF_ERROR(make_tensor_map<Stored>(&params->value, value, p.head_dim_v, p.page_size,
+                                                  p.num_heads_k, p.num_pages, Traits::kLoadSlabV,
+                                                  params->box_rows, !Traits::kWidens, kPromotion));
   params->query = p.query;
   params->out = p.out;
   params->lse = p.lse;
   params->sinks = p.sinks;
   params->sequences = p.sequences;
-  params->tiles = {p.window, p.num_heads_q / p.num_heads_k,
+  params->tiles = {p.window, Divider(p.num_heads_q / p.num_heads_k),
                    cutlass::log2_down<Traits::kBlockM>::value,
                    cutlass::log2_down<Traits::kBlockN>::value, p.split_size / Traits::kBlockN};
   params->page_table = p.page_table;
   params->pages_per_sequence = p.pages_per_sequence;
   params->num_pages = p.num_pages;
-  params->page_size = p.page_size;
+  params->page_size = Divider(p.page_size);
+  params->key_scale = p.key_scale;
+  params->value_scale = p.value_scale;
   params->num_heads_q = p.num_heads_q;
   params->num_heads_k = p.num_heads_k;
   params->head_dim = p.head_dim;
@@ -59,12 +103,14 @@ cudaError_t make_params(Problem const& p, int num_ctas, Params* params) {
   params->softmax_scale = scale.softmax_scale;
   params->exponents = exponents_of(scale.softmax_scale * kLog2E);
   params->score = scale.score;
-  params->slot_rows = slot_rows(p.sequences, params->tiles.group, Traits::kBlockM);
+  params->slot_rows = slot_rows(p.sequences, params->tiles.group.divisor, Traits::kBlockM);
   params->slots = slots(p.sequences, p.split_size);
   int64_t const rows = int64_t{num_ctas} * params->slots * params->slot_rows;
   params->partial_out = p.partials;
   params->partial_lse = p.partials + rows * p.head_dim_v;
-  params->splits = reinterpret_cast<Split*>(p.splits);
+  params->arrivals = p.arrivals;
+  params->num_ctas = num_ctas;
+  params->cluster = cluster_of<Traits>(p, num_ctas / Traits::kCtasPerSm);
   return cudaSuccess;
 }
 
@@ -75,26 +121,45 @@ cudaError_t launch_tile(Problem const& problem, cudaStream_t stream) {
   num_ctas = std::min(num_ctas, kMostCtas) * Traits::kCtasPerSm;
   Params params{};
   JAX_FA3_RETURN_IF_ERROR(make_params<Traits>(problem, num_ctas, &params));
-  JAX_FA3_RETURN_IF_ERROR(launch_kernel(decode_kernel<Traits>, num_ctas, Traits::kThreads,
-                                        sizeof(typename Traits::SharedStorage), params, stream));
-  return launch_kernel(merge_kernel<typename Traits::Element, Traits::kBlockM>,
-                       num_ctas * merge_ctas(params.slot_rows), kMergeThreads, 0, params, stream,
-                       Start::kEarly);
+  if (params.cluster > 0) return launch_clusters<Traits>(problem, params, stream);
+  JAX_FA3_RETURN_IF_ERROR(launch_kernel(reset_kernel, 1, 256, 0, params, stream));
+  return launch_kernel(decode_kernel<Traits>, num_ctas, Traits::kThreads,
+                       sizeof(typename Traits::SharedStorage), params, stream, Start::kEarly);
 }
 
-template <DType kDType, int kHeadDim, int kHeadDimV>
-cudaError_t launch(Problem const& problem, cudaStream_t stream) {
+template <DType kDType, int kHeadDim, int kHeadDimV, Reads kReads>
+cudaError_t launch_cache(Problem const& problem, cudaStream_t stream) {
   using Element = ElementOf<kDType>;
   // 80 columns are no whole slabs: such heads take the next tile.
   constexpr auto width = [](int head_dim) { return head_dim == 80 ? 96 : head_dim; };
   constexpr int kWidth = width(kHeadDim);
   constexpr int kWidthV = width(kHeadDimV);
   int const group = problem.num_heads_q / problem.num_heads_k;
-  // Tall tiles read keys and values half as often, where there are rows for them.
-  if (int64_t{problem.sequences.rows} * group > int64_t{problem.sequences.batch} * 64) {
-    return launch_tile<Traits<Element, kWidth, kWidthV, 2>>(problem, stream);
+  int64_t const rows = int64_t{problem.sequences.rows} * group;
+  // With splits the bits must not depend on how many rows there are; the sum of products with
+  // scales of single values needs the exponents of bfloat16; and with scales of single keys few.h
+  // was not run on a GPU since their place in memory is aligned.
+  if constexpr (kReads == Reads::kWidened && kWidth % 64 == 0 && kWidthV % 64 == 0) {
+    bool const of_positions = problem.key_scale.of_positions || problem.value_scale.of_positions;
+    if (rows <= int64_t{problem.sequences.batch} * 16 && problem.split_size == 0 && !of_positions) {
+      return launch_tile<Traits<Element, kWidth, kWidthV, 1, Reads::kFew>>(problem, stream);
+    }
   }
-  return launch_tile<Traits<Element, kWidth, kWidthV, 1>>(problem, stream);
+  // Tall tiles read keys and values half as often, where there are rows for them; and registers for
+  // scales beside a wide O.
+  if constexpr (kReads == Reads::kAsComputed || kWidthV <= 192) {
+    if (rows > int64_t{problem.sequences.batch} * 64) {
+      return launch_tile<Traits<Element, kWidth, kWidthV, 2, kReads>>(problem, stream);
+    }
+  }
+  return launch_tile<Traits<Element, kWidth, kWidthV, 1, kReads>>(problem, stream);
+}
+
+template <DType kDType, int kHeadDim, int kHeadDimV>
+cudaError_t launch(Problem const& problem, cudaStream_t stream) {
+  constexpr auto kWidened = &launch_cache<kDType, kHeadDim, kHeadDimV, Reads::kWidened>;
+  constexpr auto kAsComputed = &launch_cache<kDType, kHeadDim, kHeadDimV, Reads::kAsComputed>;
+  return problem.e4m3_cache ? kWidened(problem, stream) : kAsComputed(problem, stream);
 }
 
 }  // namespace jax_fa3::decode

@@ -23,10 +23,37 @@ CUTLASS_DEVICE Part find_part(Params const& params, Work const& work, int positi
     return {Part::kUnneeded, 0};
   }
   if (params.page_table == nullptr) return {work.index, position};
-  int const entry = position / params.page_size;
+  int const entry = params.page_size(position);
   int const page = params.page_table[int64_t{work.index} * params.pages_per_sequence + entry];
   bool const exists = static_cast<unsigned>(page) < static_cast<unsigned>(params.num_pages);
-  return {exists ? page : Part::kLacking, position - entry * params.page_size};
+  return {exists ? page : Part::kLacking, position - entry * params.page_size.divisor};
+}
+
+// Of an e4m3 cache: copies the scales of a block's keys and values, of which the parts are lanes'
+// from `first_lane` on. Where no row sees a position they are 0, for a probability of 0 does not
+// silence NaN.
+template <int kBlockN>
+CUTLASS_DEVICE void load_scales(Params const& params, Work const& work, Part const& part,
+                                int first_lane, int first_position, float (&scales)[2 * kBlockN]) {
+  for (int i = threadIdx.x % 32; i < kBlockN; i += 32) {
+    int const source = first_lane + i / params.box_rows;
+    int const page = __shfl_sync(~0u, part.page, source);
+    int const slot = __shfl_sync(~0u, part.slot, source) + i % params.box_rows;
+    int const position = first_position + i;
+    bool const seen =
+        page >= 0 && position >= work.positions.begin && position < work.positions.end;
+    auto const copy = [&](Scale const& scale, float& target) {
+      float const* const at = seen ? scale.at(work.index, work.head, page, slot) : scale.data;
+      SM80_CP_ASYNC_CACHEALWAYS_ZFILL<float>::copy(*at, target, seen);
+    };
+    copy(params.key_scale, scales[i]);
+    copy(params.value_scale, scales[kBlockN + i]);
+  }
+}
+
+// This lane's copies so far, when they are there.
+CUTLASS_DEVICE void arrive_with_copies(FullBarrier& full) {
+  cutlass::arch::cpasync_barrier_arrive_noinc(reinterpret_cast<uint64_t*>(&full));
 }
 
 template <class Traits>
@@ -38,7 +65,7 @@ CUTLASS_DEVICE void load(Params const& params, typename Traits::SharedStorage& s
   int const parts = kBlockN / params.box_rows;  // of a block: 1 to 16
 
   PipelineState<Traits::kWorkStages> work_state;
-  PipelineState<Traits::kStages> state;
+  PipelineState<Traits::kLoadStages> state;
   for (;; work_state.advance()) {
     storage.work_pipeline.full[work_state.stage].wait(work_state.phase);
     Work const& work = storage.work[work_state.stage];
@@ -66,29 +93,35 @@ CUTLASS_DEVICE void load(Params const& params, typename Traits::SharedStorage& s
       bool const lacks = __any_sync(~0u, is_mine && now.page == Part::kLacking);
       if (lacks && lane == 0) storage.lacks_page[work_state.stage] = true;
 
-      auto const load_block = [&](auto const& load_part, int columns) {
-        FullBarrier& full = storage.pipeline.full[state.stage];
+      auto const load_block = [&](auto columns, auto slab, CUtensorMap const& map,
+                                  auto const& also) {
+        constexpr int kColumns = decltype(columns)::value;
+        constexpr int kSlab = decltype(slab)::value;
+        auto& pipeline = storage.load_pipeline();
+        FullBarrier& full = pipeline.full[state.stage];
+        auto* const smem = storage.load_ring()[state.stage];
         if (lane == 0) {
-          storage.pipeline.empty[state.stage].wait(state.phase ^ 1);
-          full.arrive_and_expect_tx(loaded * params.box_rows * columns * 2);
+          pipeline.empty[state.stage].wait(state.phase ^ 1);
+          full.arrive_and_expect_tx(loaded * params.box_rows * kColumns * sizeof(*smem));
         }
         __syncwarp();
-        if (loads) load_part(full, storage.ring[state.stage]);
+        if (loads) {
+          tma_load_rows<kBlockN, kColumns, kSlab>(map, full, hint,
+                                                  smem + own * params.box_rows * kSlab,
+                                                  {now.slot, work.head, now.page});
+        }
+        also();
+        if constexpr (Traits::kE4M3) arrive_with_copies(full);
         state.advance();
       };
-      RowCoord const from{now.slot, work.head, now.page};
-      load_block(
-          [&](FullBarrier& full, uint16_t* smem) {
-            tma_load_rows<kBlockN, Traits::kHeadDim, Traits::kSlab>(
-                params.key, full, hint, smem + own * params.box_rows * Traits::kSlab, from);
-          },
-          Traits::kHeadDim);
-      load_block(
-          [&](FullBarrier& full, uint16_t* smem) {
-            tma_load_rows<kBlockN, Traits::kHeadDimV, Traits::kSlabV>(
-                params.value, full, hint, smem + own * params.box_rows * Traits::kSlabV, from);
-          },
-          Traits::kHeadDimV);
+      load_block(Int<Traits::kHeadDim>{}, Int<Traits::kLoadSlab>{}, params.key, [&] {
+        if constexpr (Traits::kE4M3) {
+          if (Traits::kFew && !params.key_scale.of_positions) return;
+          load_scales<kBlockN>(params, work, now, first % 32, n_block * kBlockN,
+                               storage.load_scales()[state.stage]);
+        }
+      });
+      load_block(Int<Traits::kHeadDimV>{}, Int<Traits::kLoadSlabV>{}, params.value, [] {});
     }
     __syncwarp();
     if (lane == 0) storage.work_pipeline.empty[work_state.stage].arrive();
@@ -101,20 +134,18 @@ template <class Traits>
 CUTLASS_DEVICE void load_query(Params const& params, typename Traits::SharedStorage& storage,
                                Work const& work) {
   constexpr int kVectors = Traits::kHeadDim / 8;  // of a row
-  constexpr int kVectorsOfSlab = Traits::kSlab / 8;
   using Vector = cute::uint128_t;
-  int const group = params.tiles.group;
+  Divider const& group = params.tiles.group;
   int const first = work.tile * Traits::kBlockM;
-  int const rows = min(work.sequence.count * group - first, Traits::kBlockM);
+  int const rows = min(work.sequence.count * group.divisor - first, Traits::kBlockM);
   auto* const smem = reinterpret_cast<Vector*>(storage.query);
+  CUTLASS_PRAGMA_NO_UNROLL
   for (int i = threadIdx.x % 32; i < rows * kVectors; i += 32) {
     int const row = i / kVectors;
     int const vector = i % kVectors;
-    int const query_row = work.sequence.first_row + (first + row) / group;
-    int const head = work.head * group + (first + row) % group;
-    int const swizzle = Traits::kSlab == 64 ? row % 8 : row / 2 % 4;  // as in stage_packed()
-    int const target = vector / kVectorsOfSlab * (Traits::kBlockM * kVectorsOfSlab) +
-                       row * kVectorsOfSlab + (vector % kVectorsOfSlab ^ swizzle);
+    int const query_row = work.sequence.first_row + group(first + row);
+    int const head = work.head * group.divisor + group.rest(first + row);
+    int const target = swizzled_vector<Traits::kBlockM, Traits::kSlab>(row, vector);
     auto const* const source = static_cast<uint16_t const*>(params.query) +
                                (int64_t{query_row} * params.num_heads_q + head) * params.head_dim +
                                vector * 8;
@@ -133,23 +164,32 @@ CUTLASS_DEVICE void schedule(Params const& params, typename Traits::SharedStorag
                              int units, bool back) {
   int const lane = threadIdx.x % 32;
   int const cta = static_cast<int>(blockIdx.x);
-  Piece const piece(units * params.num_heads_k, static_cast<int>(gridDim.x));
-  int unit = piece.begin(cta);
-  int const end = piece.begin(cta + 1);
+  Piece piece(0, 1);
+  int unit = 0;
+  int end = 0;
   Walk walk{params, back};
-  if (unit < end) walk.start(unit);
+  bool more = true;
+  if (params.cluster > 0) {
+    end = walk.share();  // more than none or not
+  } else {
+    piece = Piece(units * params.num_heads_k, static_cast<int>(gridDim.x));
+    unit = piece.begin(cta);
+    end = piece.begin(cta + 1);
+    more = unit < end;
+    if (more) walk.start(unit, storage.known_units);
+  }
 
-  if (lane == 0) params.splits[cta].parts = 0;
   uint32_t query_phase = 0;
   PipelineState<Traits::kWorkStages> state;
   for (;; state.advance()) {
     storage.work_pipeline.empty[state.stage].wait(state.phase ^ 1);
     Work work{};
-    work.last = unit >= end;
+    work.last = !more;
     if (!work.last) {
       int taken = 0;
       work = walk.next(unit, end - unit, piece, &taken);
       unit += taken;
+      more = params.cluster == 0 && unit < end;
     }
     if (lane == 0) {
       storage.work[state.stage] = work;
@@ -164,6 +204,8 @@ CUTLASS_DEVICE void schedule(Params const& params, typename Traits::SharedStorag
     load_query<Traits>(params, storage, work);
     if (lane == 0) storage.query_full.arrive();
   }
+  // The kernel after this one waits for this one only: the one that is overtaken must be done, too.
+  cudaGridDependencySynchronize();
 }
 
 }  // namespace jax_fa3::decode

@@ -1,47 +1,39 @@
-// Joins what several CTAs computed of one tile, always in the same order: results are the same bit
-// by bit from run to run.
+// Joins what several CTAs computed of one tile: the last of them that is done does it, always in
+// the same order, so results are the same bit by bit from run to run.
 #pragma once
 
 #include "common/fragment.h"
 #include "common/softmax.h"
+#include "decode/barriers.h"
 #include "decode/parts.h"
 #include "decode/schedule.h"
-#include "plan.h"
 
 namespace jax_fa3::decode {
 
-// A warp's lanes have columns of one row, four each. Its parts take turns in so many sums, which
-// are added up in the end: each by a warp of its own where there are few rows, or all by one warp.
-inline constexpr int kMergeSums = 8;
-inline constexpr int kMergeThreads = kMergeSums * 32;
-
-constexpr int merge_rows(int slot_rows) { return slot_rows <= 16 ? 1 : kMergeSums; }  // of a CTA
-constexpr int merge_ctas(int slot_rows) { return ceil_div(slot_rows, merge_rows(slot_rows)); }
-
 // Where the parts of one row are. The first is in its CTA's slot 0; of each other CTA there is one,
 // or with splits one for each of them.
+template <bool kSplits>
 struct Parts {
   Params const& params;
-  Split const& split;
-  int cta;
-  int num_ctas;
+  Work const& work;
   int row;
 
   CUTLASS_DEVICE int64_t place(int part) const {
-    int in_cta = cta + part;
+    int in_cta = work.owner + part;
     int slot = part > 0;
-    if (params.tiles.split > 0 && part > 0) {
-      Piece const piece(split.total, num_ctas);
-      int const unit = split.behind + part - 1;
+    if (kSplits && part > 0) {
+      Piece const piece(work.units, static_cast<int>(gridDim.x));
+      int const unit = piece.begin(work.owner + 1) + part - 1;
       in_cta = piece.cta(unit);
       slot = 1 + unit - piece.begin(in_cta);
     }
     return (int64_t{in_cta} * params.slots + slot) * params.slot_rows + row;
   }
-  CUTLASS_DEVICE float lse(int part) const { return params.partial_lse[place(part)]; }
+  // Past the L1, which does not know what other SMs write.
+  CUTLASS_DEVICE float lse(int part) const { return __ldcg(params.partial_lse + place(part)); }
   CUTLASS_DEVICE float4 out(int part, int column) const {
-    return *reinterpret_cast<float4 const*>(params.partial_out + place(part) * params.head_dim_v +
-                                            column);
+    float const* const at = params.partial_out + place(part) * params.head_dim_v + column;
+    return __ldcg(reinterpret_cast<float4 const*>(at));
   }
 };
 
@@ -55,17 +47,19 @@ CUTLASS_DEVICE void store_merged(Params const& params, int64_t index, int column
   if (column == 0) params.lse[index] = lse;
 }
 
-// Part after part, as a CTA joins those that it has itself.
+// One row by one warp, whose lanes have four columns each. With splits part after part, as a CTA
+// joins those that it has itself.
 template <class Element>
-CUTLASS_DEVICE void join_parts(Params const& params, Parts const& parts, int64_t index) {
+CUTLASS_DEVICE void join(Params const& params, Parts<true> const& parts, int64_t index) {
   int const lane = threadIdx.x % 32;
+  CUTLASS_PRAGMA_NO_UNROLL
   for (int first = 0; first < params.head_dim_v; first += 128) {
     int const column = first + lane * 4;
     int const read = min(column, params.head_dim_v - 4);
     float lse = parts.lse(0);
     float4 out = parts.out(0, read);
-#pragma unroll 4
-    for (int part = 1; part < parts.split.parts; ++part) {
+    CUTLASS_PRAGMA_NO_UNROLL
+    for (int part = 1; part < parts.work.parts; ++part) {
       float4 const x = parts.out(part, read);
       Joined const joined(lse, parts.lse(part));
       out = {joined(out.x, x.x), joined(out.y, x.y), joined(out.z, x.z), joined(out.w, x.w)};
@@ -76,72 +70,82 @@ CUTLASS_DEVICE void join_parts(Params const& params, Parts const& parts, int64_t
   }
 }
 
-// merge_ctas() CTAs for the tile that is split from one CTA of the decoding kernel on.
-template <class Element, int kBlockM>
-__global__ void __launch_bounds__(kMergeThreads)
-    merge_kernel(__grid_constant__ Params const params) {
-  __shared__ float4 sums[kMergeSums][32];
-  cudaGridDependencySynchronize();
-  bool const few_rows = merge_rows(params.slot_rows) == 1;
-  int const groups = merge_ctas(params.slot_rows);
-  int const cta = static_cast<int>(blockIdx.x) / groups;
-  int const group = static_cast<int>(blockIdx.x) % groups;
-  Split const split = params.splits[cta];
-  if (split.parts == 0) return;
+// Otherwise 32 parts at once.
+template <class Element>
+CUTLASS_DEVICE void join(Params const& params, Parts<false> const& parts, int64_t index) {
   int const lane = threadIdx.x % 32;
-  int const warp = threadIdx.x / 32;
-  int const row = few_rows ? group : group * kMergeSums + warp;
-  OutRow const tile{split.first_row, split.count, split.head, split.tile};
-  int64_t const index = tile.index(row, kBlockM, params.tiles.group, params.num_heads_q);
-  if (index < 0) return;  // all warps of the CTA, or all that are behind
-
-  Parts const parts{params, split, cta, static_cast<int>(gridDim.x) / groups, row};
-  if (params.tiles.split > 0) {
-    if (!few_rows || warp == 0) join_parts<Element>(params, parts, index);
-    return;
-  }
-  float top = -INFINITY;
-  for (int part = lane; part < split.parts; part += 32) {
-    top = fmaxf(top, parts.lse(part));  // a NaN comes back by its difference
-  }
-  CUTLASS_PRAGMA_UNROLL
-  for (int i = 16; i > 0; i /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, i));
-  if (top == -INFINITY) top = 0.f;
-  auto const weight = [&](int part) { return exp2f((parts.lse(part) - top) * kLog2E); };
-  float sum = 0.f;
-  for (int part = lane; part < split.parts; part += 32) sum += weight(part);
-  CUTLASS_PRAGMA_UNROLL
-  for (int i = 16; i > 0; i /= 2) sum += __shfl_xor_sync(~0u, sum, i);
-  float lse = sum == 0.f ? -INFINITY : top + logf(sum);
-  float const scale = add_sink(params, index, &lse) * (sum == 0.f ? 0.f : 1.f / sum);
-
+  int const count = parts.work.parts;
+  CUTLASS_PRAGMA_NO_UNROLL
   for (int first = 0; first < params.head_dim_v; first += 128) {
     int const column = first + lane * 4;
-    auto const summed = [&](int line) {
-      float4 out{0.f, 0.f, 0.f, 0.f};
-#pragma unroll 4
-      for (int part = line; part < split.parts; part += kMergeSums) {
-        float const w = weight(part);
-        float4 const x = parts.out(part, min(column, params.head_dim_v - 4));
+    int const read = min(column, params.head_dim_v - 4);
+    float top = -INFINITY;
+    float sum = 0.f;  // of this lane's parts
+    float4 out{0.f, 0.f, 0.f, 0.f};
+    CUTLASS_PRAGMA_NO_UNROLL
+    for (int chunk = 0; chunk < count; chunk += 32) {
+      int const in_chunk = min(count - chunk, 32);
+      float const own = lane < in_chunk ? parts.lse(chunk + lane) : -INFINITY;
+      float largest = fmaxf(top, own);  // a NaN comes back by its difference
+      CUTLASS_PRAGMA_UNROLL
+      for (int i = 16; i > 0; i /= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, i));
+      float const offset = largest == -INFINITY ? 0.f : largest;
+      float const before = exp2f((top - offset) * kLog2E);
+      float const weight = exp2f((own - offset) * kLog2E);
+      top = largest;
+      sum = fmaf(sum, before, weight);
+      out = {out.x * before, out.y * before, out.z * before, out.w * before};
+#pragma unroll 16
+      for (int i = 0; i < in_chunk; ++i) {
+        float const w = __shfl_sync(~0u, weight, i);
+        float4 const x = parts.out(chunk + i, read);
         out = {fmaf(w, x.x, out.x), fmaf(w, x.y, out.y), fmaf(w, x.z, out.z), fmaf(w, x.w, out.w)};
       }
-      return out;
-    };
-    float4 out{0.f, 0.f, 0.f, 0.f};
-    auto const add = [&](float4 const& x) {
-      out = {out.x + x.x, out.y + x.y, out.z + x.z, out.w + x.w};
-    };
-    if (few_rows) {
-      __syncthreads();
-      sums[warp][lane] = summed(warp);
-      __syncthreads();
-      if (warp > 0) continue;
-      for (int line = 0; line < kMergeSums; ++line) add(sums[line][lane]);
-    } else {
-      for (int line = 0; line < min(kMergeSums, split.parts); ++line) add(summed(line));
     }
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 16; i > 0; i /= 2) sum += __shfl_xor_sync(~0u, sum, i);
+    float lse = sum == 0.f ? -INFINITY : top + logf(sum);
+    float const scale = add_sink(params, index, &lse) * (sum == 0.f ? 0.f : 1.f / sum);
     store_merged<Element>(params, index, column, out, scale, lse);
   }
+}
+
+// All consumers, when this CTA's part of a tile is stored.
+template <class Traits>
+CUTLASS_DEVICE void join_if_last(Params const& params, typename Traits::SharedStorage& storage,
+                                 Work const& work) {
+  constexpr int kThreads = Traits::kWarpgroups * 128;
+  int const thread = threadIdx.x - (Traits::kThreads - kThreads);
+  auto const meet = [] {
+    cutlass::arch::NamedBarrier::sync(kThreads, barrier_id(NamedBarrier::kPartsStored, 0));
+  };
+  __threadfence();
+  meet();
+  if (thread == 0) {
+    cudaGridDependencySynchronize();  // the counters are zero
+    storage.is_last = atomicAdd(params.arrivals + work.owner, 1) == work.parts - 1;
+  }
+  meet();
+  if (!storage.is_last) return;
+  __threadfence();
+  OutRow const tile{work.sequence.first_row, work.sequence.count, work.head, work.tile};
+  CUTLASS_PRAGMA_NO_UNROLL
+  for (int row = thread / 32; row < params.slot_rows; row += kThreads / 32) {
+    int64_t const index = tile.index(row, Traits::kBlockM, params.tiles.group, params.num_heads_q);
+    if (index < 0) break;
+    using Element = typename Traits::Element;
+    if (params.tiles.split > 0) {
+      join<Element>(params, Parts<true>{params, work, row}, index);
+    } else {
+      join<Element>(params, Parts<false>{params, work, row}, index);
+    }
+  }
+}
+
+// Launched in front, and overtaken: the counters are needed last.
+static __global__ void __launch_bounds__(256) reset_kernel(__grid_constant__ Params const params) {
+  cudaTriggerProgrammaticLaunchCompletion();
+  for (int i = threadIdx.x; i < params.num_ctas; i += 256) params.arrivals[i] = 0;
 }
 
 }  // namespace jax_fa3::decode

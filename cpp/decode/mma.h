@@ -16,12 +16,26 @@ CUTLASS_DEVICE void zero_unseen(uint16_t* smem, int warpgroup, int seen_begin, i
   constexpr int kVectors = Traits::kSlabV / 8;  // of a row in its slab, contiguous if swizzled
   constexpr int kVectorsOfSlab = Traits::kBlockN * kVectors;
   auto* const vectors = reinterpret_cast<uint4*>(smem);
+  CUTLASS_PRAGMA_NO_UNROLL
   for (int i = threadIdx.x % 128; i < Traits::kSizeV / 8; i += 128) {
     int const row = i % kVectorsOfSlab / kVectors;
     if (row < seen_begin || row >= seen_end) vectors[i] = uint4{0, 0, 0, 0};
   }
   cutlass::arch::fence_view_async_shared();
   cutlass::arch::NamedBarrier::sync(128, barrier_id(NamedBarrier::kValuesZeroed0, warpgroup));
+}
+
+// Multiplies each column of a fragment by its scale; `scales` is at the thread's column 0.
+template <class Fragment>
+CUTLASS_DEVICE void scale_columns(float const* scales, Fragment& fragment) {
+  CUTLASS_PRAGMA_UNROLL
+  for (int i = 0; i < size(fragment); i += 4) {
+    auto const scale = *reinterpret_cast<float2 const*>(scales + fragment_column(i));
+    fragment(i) *= scale.x;
+    fragment(i + 1) *= scale.y;
+    fragment(i + 2) *= scale.x;
+    fragment(i + 3) *= scale.y;
+  }
 }
 
 // Computes O (not yet divided by the row sums) and the softmax statistics of one work. S of a block
@@ -66,8 +80,21 @@ CUTLASS_DEVICE void mma(Params const& params, typename Traits::SharedStorage& st
     params.score.apply(tSrS);
     mask_scores(tSrS, rows, n_block * kBlockN + lane_column);
   };
+  auto const scale_scores = [&] {
+    if constexpr (Traits::kE4M3) {
+      scale_columns(storage.loads.scales_out[state.scales.stage] + lane_column, tSrS);
+    }
+  };
   Tensor packed_p = recast<uint32_t>(tOrP);
-  auto const convert = [&] { copy(packed<Element>(tSrS), packed_p); };
+  auto const convert = [&] {
+    if constexpr (Traits::kE4M3) {
+      if (params.value_scale.of_positions) {
+        scale_columns(storage.loads.scales_out[state.scales.stage] + kBlockN + lane_column, tSrS);
+      }
+      state.scales.advance();
+    }
+    copy(packed<Element>(tSrS), packed_p);
+  };
   // The values of a block, ready to be multiplied.
   auto const wait_for_values = [&](int n_block) {
     ring.full[state.ring.stage].wait(state.ring.phase);
@@ -90,6 +117,7 @@ CUTLASS_DEVICE void mma(Params const& params, typename Traits::SharedStorage& st
   release(state.ring);
   state.ring.advance();
   if (elected && n_block + 1 == end) storage.query_empty.arrive();
+  scale_scores();
   if (n_block < full_begin || n_block >= full_end) mask_block(n_block);
   softmax.update_max(tSrS);
   softmax.template exponentiate<0, 1>(tSrS);
@@ -106,6 +134,7 @@ CUTLASS_DEVICE void mma(Params const& params, typename Traits::SharedStorage& st
     warpgroup_fence_operand(tSrS);
     release(state.ring);
     state.ring.advance();
+    scale_scores();
     if constexpr (decltype(masked)::value) mask_block(n_block);
     softmax.update_max(tSrS);
     softmax.template exponentiate<0, 1>(tSrS);

@@ -5,20 +5,9 @@
 
 #include "common/score.h"
 #include "common/softmax.h"
-#include "decode/sequences.h"
+#include "decode/decode.h"
 
 namespace jax_fa3::decode {
-
-// A tile whose positions are split over CTAs, the first of which it is that says so: for merge.h.
-struct Split {
-  int parts;  // 0: there is no such tile
-  int first_row;
-  int count;
-  int head;  // of keys
-  int tile;
-  int behind;  // the first unit of the next CTA
-  int total;   // units
-};
 
 struct Params {
   CUtensorMap key;     // [page, head, slot, h] with the strides that the cache has
@@ -32,12 +21,14 @@ struct Params {
   int const* page_table;  // [b, pages_per_sequence] or null
   int pages_per_sequence;
   int num_pages;
-  int page_size;
+  Divider page_size;
   int box_rows;  // of what TMA loads at once: it divides the page and the block
   int num_heads_q;
   int num_heads_k;
   int head_dim;
   int head_dim_v;
+  Scale key_scale;  // of an e4m3 cache
+  Scale value_scale;
   float softmax_scale;  // of what `score` gives, in base e: with a soft cap it is the cap
   Exponents exponents;  // the same in base 2
   Score score;
@@ -45,7 +36,9 @@ struct Params {
   // in one part, or in one for each split.
   float* partial_out;  // [ctas, slots, slot_rows, v]
   float* partial_lse;  // [ctas, slots, slot_rows]
-  Split* splits;       // [ctas]
+  int* arrivals;       // [ctas]: of the parts of the tile that the CTA has begun and others end
+  int num_ctas;
+  int cluster;  // CTAs that share a tile by themselves (cluster.h), or 0
   int slots;
   int slot_rows;
 };

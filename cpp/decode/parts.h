@@ -16,11 +16,12 @@ struct OutRow {
   int tile;
 
   // Of a tile's row: (row of query, query head) as one number; -1 if there is no such row.
-  CUTLASS_DEVICE int64_t index(int tile_row, int block_m, int group, int num_heads_q) const {
+  CUTLASS_DEVICE int64_t index(int tile_row, int block_m, Divider const& group,
+                               int num_heads_q) const {
     int const row = tile * block_m + tile_row;
-    int const query_row = row / group;
+    int const query_row = group(row);
     if (query_row >= count) return -1;
-    return int64_t{first_row + query_row} * num_heads_q + head * group + row % group;
+    return int64_t{first_row + query_row} * num_heads_q + head * group.divisor + group.rest(row);
   }
 };
 
@@ -49,10 +50,10 @@ struct Joined {
 };
 
 // A sink is one more key of value 0 for rows that see a key. Adds it to the log-sum-exp, and
-// returns what share of the weights the keys have.
+// returns what share of the weights the keys have. index: (row of query, query head) as one number.
 CUTLASS_DEVICE float add_sink(Params const& params, int64_t index, float* lse) {
   if (params.sinks == nullptr || *lse == -INFINITY) return 1.f;
-  float const sink = params.sinks[index % params.num_heads_q];
+  float const sink = params.sinks[static_cast<int>(index) % params.num_heads_q];
   float const top = fmaxf(*lse, sink);
   float const weight = exp2f((*lse - top) * kLog2E);
   float const sum = weight + exp2f((sink - top) * kLog2E);

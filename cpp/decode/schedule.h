@@ -9,6 +9,10 @@
 
 namespace jax_fa3::decode {
 
+// Sequences whose units are kept once they are counted. To count them again takes a CTA a while: it
+// waits for the instructions.
+inline constexpr int kKnownUnits = 128;
+
 // Blocks of positions of one tile of one KV head.
 struct Work {
   bool last;  // there is no more
@@ -23,6 +27,10 @@ struct Work {
   // the tile that the CTA begins and others go on with; or to those of one that another has begun.
   int slot;
   bool joins;  // the slot 0 has what comes before: of splits, the CTA sums up those that it begins
+  // Where with it the part of a tile is complete: how many there are, and which CTA has begun it.
+  int parts;
+  int owner;
+  int units;  // of all
 
   static constexpr int kNone = -1;
 };
@@ -61,7 +69,9 @@ CUTLASS_DEVICE int count_units(Params const& params, typename Traits::SharedStor
   *back = __syncthreads_or(own_back);
   int units = 0;
   for (int i = threadIdx.x; i < sequences.size(); i += Traits::kThreads) {
-    units += params.tiles.units(sequences.at(i, *back));
+    int const own = params.tiles.units(sequences.at(i, *back));
+    if (i < kKnownUnits) storage.known_units[i] = own;
+    units += own;
   }
   units = __reduce_add_sync(~0u, units);
   if (threadIdx.x % 32 == 0) storage.warp_units[threadIdx.x / 32] = units;
@@ -75,9 +85,10 @@ CUTLASS_DEVICE int count_units(Params const& params, typename Traits::SharedStor
 CUTLASS_DEVICE bool has_pages(Params const& params, int index, Interval const& positions) {
   if (params.page_table == nullptr || positions.empty()) return true;
   int const* const table = params.page_table + int64_t{index} * params.pages_per_sequence;
-  int const last = (positions.end - 1) / params.page_size;
+  int const last = params.page_size(positions.end - 1);
   bool lacks = false;
-  for (int i = positions.begin / params.page_size + threadIdx.x % 32; i <= last; i += 32) {
+  CUTLASS_PRAGMA_NO_UNROLL
+  for (int i = params.page_size(positions.begin) + threadIdx.x % 32; i <= last; i += 32) {
     lacks |= static_cast<unsigned>(table[i]) >= static_cast<unsigned>(params.num_pages);
   }
   return !__any_sync(~0u, lacks);
@@ -88,14 +99,15 @@ class Walk {
  public:
   CUTLASS_DEVICE Walk(Params const& params, bool back) : params(params), back(back) {}
 
-  // To a unit that there is.
-  CUTLASS_DEVICE void start(int unit) {
+  // To a unit that there is; known_units: those of the first sequences, of one KV head each.
+  CUTLASS_DEVICE void start(int unit, int const (&known_units)[kKnownUnits]) {
     int const lane = threadIdx.x % 32;
     for (int first = 0;; first += 32) {
       int const i = first + lane;
       int of_head = 0;
       if (i < params.sequences.size()) {
-        of_head = params.tiles.units(params.sequences.at(i, back));
+        of_head =
+            i < kKnownUnits ? known_units[i] : params.tiles.units(params.sequences.at(i, back));
       }
       int const units = of_head * params.num_heads_k;
       int sum = units;  // up to this lane
@@ -115,11 +127,27 @@ class Walk {
       of_head = __shfl_sync(~0u, of_head, found);
       head = unit / of_head;
       int rest = unit - head * of_head;
-      for (tile = 0; rest >= units_of_tile(); ++tile) rest -= units_of_tile();
+      CUTLASS_PRAGMA_NO_UNROLL
+      for (tile = 0;; ++tile) {
+        int const of_tile = units_of_tile();
+        if (rest < of_tile) break;
+        rest -= of_tile;
+      }
       skipped = rest;
       begun = skipped == 0;
       return;
     }
+  }
+
+  // To what is this CTA's of the tile that its cluster shares; returns how many units.
+  CUTLASS_DEVICE int share() {
+    int const bits = __ffs(params.cluster) - 1;
+    int const rank = static_cast<int>(blockIdx.x) & (params.cluster - 1);
+    head = static_cast<int>(blockIdx.x) >> bits;
+    enter(static_cast<int>(blockIdx.y));
+    int const units = units_of_tile();
+    skipped = units * rank >> bits;
+    return (units * (rank + 1) >> bits) - skipped;
   }
 
   CUTLASS_DEVICE int units_of_tile() const { return params.tiles.units(sequence, tile); }
@@ -155,15 +183,13 @@ class Walk {
     bool const is_end = skipped + count == all;
     work.slot = begun ? (is_end ? Work::kNone : 0) : 1 + pieces++;
     work.joins = begun && skipped > 0;
-    if (begun && !is_end && count == units) {
-      int const behind = unit + count;
-      int const rest = all - skipped - count;
-      int const parts =
-          tiles.split > 0 ? rest : piece.cta(behind + rest - 1) - static_cast<int>(blockIdx.x);
-      if (threadIdx.x % 32 == 0) {
-        params.splits[blockIdx.x] = {1 + parts, sequence.first_row, sequence.count, head, tile,
-                                     behind,    piece.total};
-      }
+    work.units = piece.total;
+    if (params.cluster == 0 && work.slot != Work::kNone && (!begun || count == units)) {
+      int const first_unit = unit - skipped;
+      int const last_unit = first_unit + all - 1;
+      work.owner = begun ? static_cast<int>(blockIdx.x) : piece.cta(first_unit);
+      work.parts = tiles.split > 0 ? last_unit - piece.begin(work.owner + 1) + 2
+                                   : piece.cta(last_unit) - work.owner + 1;
     }
     *taken = count;
     if (is_end) {
@@ -185,6 +211,7 @@ class Walk {
  private:
   // The next sequence from there on that has rows, if there is one.
   CUTLASS_DEVICE void enter(int next_index) {
+    CUTLASS_PRAGMA_NO_UNROLL
     for (index = next_index; index < params.sequences.size(); ++index) {
       sequence = params.sequences.at(index, back);
       if (sequence.count > 0) break;

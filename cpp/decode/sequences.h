@@ -9,6 +9,14 @@
 #include <cstdint>
 
 #include "common/mask.h"
+#include "decode/divider.h"
+
+// Code that runs once is quicker the shorter it is.
+#ifdef __CUDACC__
+#define JAX_FA3_NO_UNROLL _Pragma("unroll 1")
+#else
+#define JAX_FA3_NO_UNROLL
+#endif
 
 namespace jax_fa3::decode {
 
@@ -23,9 +31,10 @@ struct Sequence {
 struct Sequences {
   int batch;
   int rows;                  // of all, and of none
+  int rows_each;             // of a sequence, if not ragged
   int capacity;              // positions that a sequence can have
   int const* lengths;        // [b]
-  int const* query_starts;   // [b + 1], or null: all have rows / batch rows
+  int const* query_starts;   // [b + 1], or null: all have rows_each
   int const* num_sequences;  // [1], or null: batch
   int const* key_begin;      // [b], or null: 0
 
@@ -48,9 +57,8 @@ struct Sequences {
   JAX_FA3_HOST_DEVICE Sequence at(int i, bool back) const {
     int const ours = num_ours();
     if (query_starts == nullptr) {
-      int const each = rows / batch;
-      Sequence const idle{i * each, each, 0, 0, false};
-      return i < ours ? counted(i, idle.first_row, idle.first_row + each) : idle;
+      Sequence const idle{i * rows_each, rows_each, 0, 0, false};
+      return i < ours ? counted(i, idle.first_row, idle.first_row + rows_each) : idle;
     }
     if (i < batch && !back) {
       return i < ours ? counted(i, query_starts[i], query_starts[i + 1]) : Sequence{};
@@ -58,6 +66,7 @@ struct Sequences {
     int const first = ours == 0 ? 0 : clipped(query_starts[0]);
     int stop = ours == 0 ? 0 : clipped(query_starts[ours]);
     if (back) {
+      JAX_FA3_NO_UNROLL
       for (int j = 0; j < ours; ++j) stop = larger(stop, clipped(query_starts[j]));
     }
     if (i < batch) return i == 0 ? Sequence{first, stop - first, 0, 0, true} : Sequence{};
@@ -104,24 +113,22 @@ struct Window {
 // sequence's row r / group of the head's query head r % group.
 struct Tiles {
   Window window;
-  int group;
+  Divider group;
   int row_bits;    // a tile has 2^row_bits rows
   int block_bits;  // and a block 2^block_bits positions
   int split;       // blocks that are always summed by themselves, or 0
 
   JAX_FA3_HOST_DEVICE int count(Sequence const& sequence) const {
-    return (sequence.count * group + (1 << row_bits) - 1) >> row_bits;
+    return (sequence.count * group.divisor + (1 << row_bits) - 1) >> row_bits;
   }
   // What the rows of a tile see.
   JAX_FA3_HOST_DEVICE Interval positions(Sequence const& sequence, int tile) const {
     return window.of(sequence, first_row(tile), last_row(sequence, tile));
   }
-  JAX_FA3_HOST_DEVICE int first_row(int tile) const {
-    return tile == 0 ? 0 : (tile << row_bits) / group;
-  }
+  JAX_FA3_HOST_DEVICE int first_row(int tile) const { return group(tile << row_bits); }
   JAX_FA3_HOST_DEVICE int last_row(Sequence const& sequence, int tile) const {
     int const behind = (tile + 1) << row_bits;
-    return behind < sequence.count * group ? (behind - 1) / group : sequence.count - 1;
+    return behind < sequence.count * group.divisor ? group(behind - 1) : sequence.count - 1;
   }
   // Work is counted in blocks of positions, or in splits; a tile that sees none still has rows to
   // be written.
@@ -137,6 +144,7 @@ struct Tiles {
   JAX_FA3_HOST_DEVICE int units(Sequence const& sequence) const {
     int sum = 0;
     int const tiles = count(sequence);
+    JAX_FA3_NO_UNROLL
     for (int tile = 0; tile < tiles; ++tile) sum += units(sequence, tile);
     return sum;
   }

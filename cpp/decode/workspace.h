@@ -8,20 +8,18 @@
 
 namespace jax_fa3::decode {
 
-constexpr int kSplitInts = 7;  // of Split (params.h)
-
 // Rows of a tile that there can be.
 inline int slot_rows(Sequences const& sequences, int group, int block_m) {
   bool const ragged = sequences.query_starts != nullptr;
-  int64_t const rows = ragged ? sequences.rows : sequences.rows / sequences.batch;
+  int64_t const rows = ragged ? sequences.rows : sequences.rows_each;
   int64_t const most = rows * group;
   return static_cast<int>(most < block_m ? most : block_m);
 }
 
-// More than there can be of work, which is counted in 32 bits: tiles of 64 rows, blocks of 32
-// positions.
+// More than there can be of work, which is counted in 32 bits: tiles of 64 rows, or of 16 where
+// sequences have one on average; blocks of 32 positions.
 inline double most_units(Sequences const& sequences, int group, int num_heads_k) {
-  double const tiles = double(sequences.rows) * group / 64 + sequences.batch + 2;
+  double const tiles = double(sequences.rows) * group / 64 + 2.0 * (sequences.batch + 2);
   return tiles * num_heads_k * (double(sequences.capacity) / 32 + 2);
 }
 
@@ -32,14 +30,14 @@ inline int slots(Sequences const& sequences, int split_size) {
 }
 
 struct Workspace {
-  int64_t partials, splits;
+  int64_t partials, arrivals;
 };
 
 inline Workspace workspace(Sequences const& sequences, int group, int head_dim_v, int split_size) {
   // An SM takes two CTAs of 64 rows, or one of 128.
   constexpr int64_t kMostDecodeCtas = 2 * kMostCtas;
   int64_t const rows = kMostDecodeCtas * slot_rows(sequences, group, 64);
-  return {rows * slots(sequences, split_size) * (head_dim_v + 1), kMostDecodeCtas * kSplitInts};
+  return {rows * slots(sequences, split_size) * (head_dim_v + 1), kMostDecodeCtas};
 }
 
 }  // namespace jax_fa3::decode

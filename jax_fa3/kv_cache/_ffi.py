@@ -10,6 +10,7 @@ import numpy as np
 from jax import Array
 
 from .._custom_call import custom_call, window_attribute
+from .._problem import E4M3
 from .._targets import DECODE
 from ._layout import LAYOUTS
 from ._sequences import LONGEST
@@ -18,7 +19,6 @@ from ._xla import Config, Operands
 # The workspace, as cpp/decode/workspace.h has it: two tiles for each CTA, of which an SM takes two.
 CTAS = 2 * 132
 TILE_ROWS = 64
-SPLIT_INTS = 7
 SPLIT_MULTIPLE = 128
 MOST_SPLITS = 64  # of a sequence: a CTA may have to keep a part of each
 
@@ -37,7 +37,7 @@ def splits_of(config: Config, operands: Operands) -> int:
 def fits(config: Config, query: Array, operands: Operands) -> bool:
     """Whether the kernel counts its rows and its work in 32 bits, as cpp/decode/workspace.h has it."""
     rows, batch = math.prod(query.shape[:-1]), operands.where.lengths.shape[0]
-    tiles = rows // 64 + (batch + 2) * max(config.layout.num_kv_heads, 1)
+    tiles = rows // 64 + 2 * (batch + 2) * max(config.layout.num_kv_heads, 1)
     return rows <= 2**29 and tiles * (capacity(config, operands) // 32 + 3) < 2**31
 
 
@@ -54,14 +54,14 @@ def attention(config: Config, query: Array, operands: Operands) -> tuple[Array, 
     tile_rows = min((rows if where.starts is not None else lead[1]) * group, TILE_ROWS)
     slots = CTAS * tile_rows * max(2, splits_of(config, operands))
     left, right = map(window_attribute, config.window)
-    key_cache, value_cache = (*operands.caches, None)[:2]
+    key_cache, value_cache = (*operands.caches, jnp.zeros(0, operands.caches[0].dtype))[:2]
     found = custom_call(
         DECODE,
         {
             "out": jax.ShapeDtypeStruct((rows, *shape[-2:]), query.dtype),
             "lse": jax.ShapeDtypeStruct((rows, num_heads), jnp.float32),
             "partials": jax.ShapeDtypeStruct((slots * (layout.head_dim_v + 1),), jnp.float32),
-            "splits": jax.ShapeDtypeStruct((CTAS * SPLIT_INTS,), jnp.int32),
+            "arrivals": jax.ShapeDtypeStruct((CTAS,), jnp.int32),
         },
         {
             "scale": np.float32(config.scale),
@@ -83,5 +83,16 @@ def attention(config: Config, query: Array, operands: Operands) -> tuple[Array, 
         num_sequences=None if where.num_sequences is None else where.num_sequences.reshape(1),
         key_begin=operands.key_begin,
         sinks=None if operands.sinks is None else operands.sinks.astype(jnp.float32),
+        key_scale=_scale(operands.key_scale, operands),
+        value_scale=_scale(operands.value_scale, operands),
     )
     return found["out"].reshape(shape), found["lse"].reshape(shape[:-1])
+
+
+def _scale(scale: Array | None, operands: Operands) -> Array | None:
+    """Of an e4m3 cache there always is one."""
+    if operands.caches[0].dtype != E4M3:
+        return None
+    if scale is None or scale.ndim == 0:
+        return jnp.ones(1, jnp.float32) if scale is None else scale.reshape(1)
+    return scale.reshape(scale.shape[:3])

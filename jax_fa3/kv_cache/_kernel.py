@@ -7,6 +7,7 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 from jax.custom_batching import sequential_vmap
 
@@ -24,11 +25,18 @@ def refusal(config: Config, query: Array, operands: Operands) -> str | None:
     if query.dtype.name not in ("bfloat16", "float16"):
         wanted = f"wanted bfloat16 or float16: cast query and caches, or {ELSEWHERE}"
         return f"query: got dtype {query.dtype}, {wanted}"
-    if cache.dtype == E4M3:
-        return f"key_cache: got dtype {cache.dtype}, wanted {query.dtype}, as query has, or {ELSEWHERE}"
-    for name in ("key_scale", "value_scale", "key_end"):
-        if getattr(operands, name) is not None:
-            return f"{name}: got an array, wanted None, or {ELSEWHERE}"
+    scales = {name: getattr(operands, name) for name in ("key_scale", "value_scale")}
+    for name, x in (scales if cache.dtype != E4M3 else {}).items():
+        if x is not None:
+            wanted = f"wanted None, as the cache is not {E4M3.name}, or {ELSEWHERE}"
+            return f"{name}: got an array, {wanted}"
+    of_values = scales["value_scale"]
+    if of_values is not None and of_values.ndim > 2 and query.dtype == jnp.float16:
+        # The kernel takes them into the probabilities, for which float16 has too few exponents.
+        wanted = "wanted at most one for each sequence and head with float16"
+        return f"value_scale: got one for each token, {wanted}, or {ELSEWHERE}"
+    if operands.key_end is not None:
+        return f"key_end: got an array, wanted None, or {ELSEWHERE}"
     begin, batch = operands.key_begin, operands.where.lengths.shape
     if begin is not None and begin.shape != batch:
         return f"key_begin: got shape {begin.shape}, wanted {batch}, or {ELSEWHERE}"
@@ -45,9 +53,10 @@ def refusal(config: Config, query: Array, operands: Operands) -> str | None:
     reason = _dispatch.refusal_of_build(name, query.dtype, *dims.values(), wide=False)
     if reason is not None:
         return reason
+    vector = 16 // cache.dtype.itemsize
     for name, dim in dims.items():
-        if dim % 8 or cache.shape[-1] % 8:
-            wanted = f"wanted multiples of 8, or {ELSEWHERE}"
+        if dim % vector or cache.shape[-1] % vector:
+            wanted = f"wanted multiples of {vector}, or {ELSEWHERE}"
             return f"{name}: got head dim {dim} in a cache {cache.shape}, {wanted}"
     table, page_size = operands.where.table, layout.page_size(operands.caches)
     if table is not None and table.shape[1] > 1 and page_size % 8:

@@ -18,6 +18,7 @@ struct Params : fwd::Params {
 
 template <class Element_, int kHeadDim_>
 struct Traits {
+  static constexpr bool kHasBits = false;
   using Params = jvp::Params;
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;

@@ -35,6 +35,8 @@ struct Traits {
   using Element = Element_;
   static constexpr bool kOfKeys = kOfKeys_;
   static constexpr bool kHasBias = false;
+  static constexpr bool kHasBits = false;
+  static constexpr bool kHasDropout = false;
   static constexpr int kHeadDim = 512;
   static constexpr int kHeadDimV = 512;
   static constexpr int kSlabK = 64;

@@ -72,7 +72,8 @@ int bwd_splits(Sizes const& p, int kernel_head_dim, int64_t window_left, int64_t
       4. * p.batch * p.seqlen_k * p.num_heads_k * (p.head_dim + p.head_dim_v);
   auto const seconds = [&](int splits) {
     bool const sums = splits > 1 || partial;
-    TileOrder const order = bwd_order(p, kernel_head_dim, splits, masked, in_turn);
+    // As it is launched: where dQ has a kernel of its own, no CTA has to wait for its turn.
+    TileOrder const order = bwd_order(p, kernel_head_dim, splits, masked, in_turn && tile.fused);
     double const compute = makespan(order, visited, static_cast<double>(group) / splits,
                                     kFixed + (sums ? kFixedOfPartial : 0), slots);
     double const sum = sums ? kLaunch + partial_bytes * (splits + 0.5) / kBytesPerSecond : 0;

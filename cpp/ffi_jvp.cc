@@ -19,6 +19,7 @@ ffi::Error jvp_impl(Stream stream, ffi::RemainingArgs operands, ffi::RemainingRe
   jvp::Problem problem{};
   Problem& p = problem.forward;
   JAX_FA3_RETURN_IF_FAILED(check_attributes(attributes, &dims));
+  if (attributes.dropout != 0) return invalid("the kernels of tangents have no dropout");
   JAX_FA3_RETURN_IF_FAILED(unpack(kJvp, operands, results, &dims, &x));
   JAX_FA3_RETURN_IF_FAILED(to_problem(x, attributes, dims, &p));
   JAX_FA3_RETURN_IF_FAILED(check_same(x.query, x.query_dot));

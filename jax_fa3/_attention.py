@@ -73,8 +73,8 @@ def dot_product_attention(
     Args:
         query, key, value: [B, T, N, H], [B, S, K, H], [B, S, K, V] of one floating dtype, or with
             compute_dtype; N is a multiple of K, and query head n reads key/value head n // (N // K).
-            The kernels take bfloat16 and float16, H and V multiples of 8 up to 256; the
-            forward alone H up to 576 and V up to 512.
+            The kernels take bfloat16 and float16, H and V multiples of 8 up to 512; the
+            forward alone H up to 576.
         bias: floating, added to the scaled scores, broadcastable to [B, N, T, S], differentiable. -inf,
             and what is not above -1e37, hides a key. The kernels read float32 and query's dtype where
             they are, without expanding what is broadcast, and sum its gradient over that in float32;

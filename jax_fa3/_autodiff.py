@@ -189,7 +189,7 @@ class Attention(Method):
 def with_gradient(
     implementation: Implementation | None, operands: Operands
 ) -> Implementation | None:
-    """The implementation of the backward: wide heads have a kernel for the forward alone."""
+    """The implementation of the backward: the widest heads have a kernel for the forward alone."""
     refused = _dispatch.refusal_of_gradient(operands)
     if refused is None or implementation == "xla":
         return implementation

@@ -18,7 +18,7 @@ from jax import Array, lax
 from . import _bias, _devices, _dropout, _ffi, _guards, _mask_bits, _sharding
 from ._checks import wrong
 from ._jitted import jitted
-from ._kernel_sizes import MOST_KEYS_OF_SUM
+from ._kernel_sizes import BWD_TILES, MOST_KEYS_OF_SUM
 from ._operands import Call, Operands
 from ._problem import Implementation
 
@@ -109,12 +109,12 @@ def refusal_of_build(
 
 def refusal_of_gradient(operands: Operands) -> str | None:
     """Why the kernels have no gradient of these operands, though they have the forward."""
-    dims = operands.sizes[-2:]
-    if not _ffi.is_wide(*dims):
+    dims, widest = operands.sizes[-2:], BWD_TILES[-1].head_dim
+    if max(dims) <= widest:
         return None
     name = "query" if operands.packed is None else "qkv"
     found = f"a gradient at head dims {dims}"
-    return f"{name}: got {found}, wanted at most 256 there, or {ELSEWHERE}"
+    return f"{name}: got {found}, wanted at most {widest} there, or {ELSEWHERE}"
 
 
 def _is_positive_float32(x: float) -> bool:

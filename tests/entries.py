@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from cases import Case
-from helpers import Results, assert_rounded, both_oracles, with_gradients
+from helpers import ROWS, Results, assert_rounded, both_oracles, with_gradients
 from meshes import DTYPE
 
 import jax_fa3
@@ -44,7 +44,9 @@ def assert_each_right(found: Results, case: Case) -> None:
     found = jax.tree.map(np.asarray, found)
     for i, (exact, rounded) in enumerate(_oracles(case)):
         entry = jax.tree.map(lambda x, i=i: x[i], found)
-        assert_rounded(entry, exact, rounded, case, jnp.finfo(DTYPE).eps)
+        # All rows of a head: of few the rounded oracle is as exact as it is by luck. (Of six rows that the
+        # kernels had outside of twice its error by a tenth, one reference for the weights in 36 has so.)
+        assert_rounded(entry, exact, rounded, case, jnp.finfo(DTYPE).eps, max(ROWS, case.T))
 
 
 @functools.cache

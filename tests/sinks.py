@@ -29,6 +29,7 @@ def _cases() -> list[Case]:
         Case("sinks, broken run", 200, 200, B=1, H=128, mask=broken, sinks=near),
         Case("sinks, no keys", H=192, V=128, mask=BEHIND, sinks=far),
         Case("sinks, S = 0", S=0, sinks=near),
+        Case("sinks, wide", H=512, mask=CAUSAL, sinks=near),
         Case("sinks, long", 2048, 2048, B=1, mask={"local_window_size": (127, 0)}, sinks=near),
         Case("sinks, long, 256", 1100, 2048, B=1, H=256, sinks=near),
     ]

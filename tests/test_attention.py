@@ -162,6 +162,7 @@ def test_lowers_to_the_call_alone():
         "0xbf16",
         "0xf32",
         "0xi32",
+        "0xui32",
     ]
     lengths = structs((B,), (B,), (B, T), (B, T), dtype=jnp.int32)
     names = "query_seq_lengths", "key_value_seq_lengths", "key_begin", "key_end"
@@ -201,6 +202,7 @@ def test_segments_lower_to_their_kernel():
         "0xbf16",
         "0xf32",
         "0xi32",
+        "0xui32",
     ]
     assert targets(lower(function, qkv, ids, platform="cpu")) == []
 

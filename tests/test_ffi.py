@@ -42,7 +42,7 @@ def test_fwd_operands_and_results():
     assert operations(text) == {"custom_call", "broadcast_in_dim"}  # the latter: of no elements
     shapes = (
         "2x16x4x192xbf16, 2x24x2x192xbf16, 2x24x2x128xbf16, 1xi32, 0xi32, 0xi32, 0xi32, 2x16xi32, "
-        "0xf32, 0xf32, 0xf32, 0xbf16, 0xui32, 0xui32"
+        "0xf32, 0xf32, 0xf32, 0xbf16, 0xui32, 0xui32, 0xui32"
     )
     operands = ", ".join(f"tensor<{shape}>" for shape in shapes.split(", "))
     # What the log-sum-exp lost, which is not wanted here; workspace: a counter, sums of many keys.
@@ -96,6 +96,7 @@ def test_fwd_attributes():
         "first_head_v": "0 : i64",
         "head_dim_v": "128 : i64",
         "first_column_v": "0 : i64",
+        "dropout": "0 : i64",
     }
     found = attributes(Config(0.5, (7, -3), 30.0, False))
     assert (found["window_left"], found["window_right"]) == ("7 : i64", "-3 : i64")

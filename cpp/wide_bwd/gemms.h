@@ -2,6 +2,10 @@
 //
 // S of step n comes before the gradient of step n - 1, so that the tensor cores have work while P
 // or dS of step n is computed: a part of it behind each piece of the gradient.
+//
+// A warpgroup waits for its wgmmas of a piece, and releases it, before it waits for the next piece:
+// what limits these kernels is the way of the pieces, and meanwhile the tensor cores have the other
+// warpgroup's.
 #pragma once
 
 #include "common/gemm.h"
@@ -20,46 +24,36 @@ struct Gemms {
   typename Traits::MmaScores mma_scores;
   typename Traits::MmaGrad mma_grad;
   PipelineState<Traits::kStages> state;
-  int reading = 0;  // the stage that the wgmmas read which were issued last
-  int buffer = 0;   // of the weights that are written next
+  int buffer = 0;  // of the weights that are written next
 
   // The unit of a piece that this warpgroup reads.
   CUTLASS_DEVICE int unit() const {
     return Traits::kUnitsOfPiece * state.stage + (Traits::kUnitsOfPiece - 1) * warpgroup;
   }
   CUTLASS_DEVICE void wait() { storage.pieces.full[state.stage].wait(state.phase); }
-  // Behind the issue of wgmmas, where none were in flight;
-  CUTLASS_DEVICE void started() {
-    reading = state.stage;
-    state.advance();
-  }
-  // where some were;
-  CUTLASS_DEVICE void went_on() {
-    warpgroup_wait<1>();
-    storage.pieces.release(reading, first);
-    started();
-  }
-  // and in the end.
+  // The wgmmas of the piece are done.
   CUTLASS_DEVICE void finish() {
     warpgroup_wait<0>();
-    storage.pieces.release(reading, first);
+    storage.pieces.release(state.stage, first);
+    state.advance();
   }
 
   template <class Scores>
-  CUTLASS_DEVICE void issue_scores(Scores& scores) {
+  CUTLASS_DEVICE void compute_scores(Scores& scores) {
     uint16_t* const resident =
         storage.resident + (Traits::kTilesResident - 1) * warpgroup * Traits::kSizeTile;
     Tensor a = operand_a(mma_scores, 0, resident, typename Traits::LayoutResident{});
     Tensor b = operand_b(mma_scores, 0, storage.ring, typename Traits::LayoutScores{});
     wait();
     issue_gemm_zero(mma_scores, a(_, _, _, 0), b(_, _, _, unit()), scores);
-    started();
+    finish();
     CUTLASS_PRAGMA_NO_UNROLL
     for (int piece = 1; piece < Traits::kPiecesOfScores; ++piece) {
       wait();
       issue_gemm(mma_scores, a(_, _, _, piece), b(_, _, _, unit()), scores);
-      went_on();
+      finish();
     }
+    warpgroup_fence_operand(scores);
   }
 
   template <class Grad>
@@ -91,42 +85,34 @@ CUTLASS_DEVICE void unrolled(std::integer_sequence<int, kPieces...>, F const& f)
 //   next()       is there another step?
 //   prepare()    S or dP is there, P or dS goes into this buffer
 //   part<i>()    of its numbers becomes P or dS
-//   hand_over()  all parts are done; calls finish() when it has to know that the gradient is
+//   hand_over()  all parts are done
 //   take()       the weights for the gradient are to be there
 template <class Work, class Scores, class Grad, class Gemms>
 CUTLASS_DEVICE void run_steps(Work& work, Gemms& gemms, Scores& scores, Grad& grad) {
   constexpr int kPieces = Work::kPieces;
-  gemms.issue_scores(scores);
-  gemms.finish();
-  warpgroup_fence_operand(scores);
+  gemms.compute_scores(scores);
   work.prepare(gemms.buffer);
   unrolled(std::make_integer_sequence<int, kPieces>{},
            [&](auto i) JAX_FA3_INLINE { work.template part<decltype(i)::value>(scores); });
-  work.hand_over(gemms, [] JAX_FA3_INLINE {});
+  work.hand_over(gemms);
   while (work.next()) {
-    gemms.issue_scores(scores);
+    gemms.compute_scores(scores);
     work.take();
     unrolled(std::make_integer_sequence<int, kPieces>{}, [&](auto i) JAX_FA3_INLINE {
       gemms.issue_grad(i, grad);
-      gemms.went_on();
-      if constexpr (decltype(i)::value == 0) {
-        warpgroup_fence_operand(scores);
-        work.prepare(gemms.buffer);
-      }
+      if constexpr (decltype(i)::value == 0) work.prepare(gemms.buffer);
       work.template part<decltype(i)::value>(scores);
+      gemms.finish();
     });
-    work.hand_over(gemms, [&] JAX_FA3_INLINE { gemms.finish(); });
     warpgroup_fence_operand(grad);
+    work.hand_over(gemms);
   }
   work.take();
-  gemms.issue_grad(0, grad);
-  gemms.started();
   CUTLASS_PRAGMA_NO_UNROLL
-  for (int piece = 1; piece < kPieces; ++piece) {
+  for (int piece = 0; piece < kPieces; ++piece) {
     gemms.issue_grad(piece, grad);
-    gemms.went_on();
+    gemms.finish();
   }
-  gemms.finish();
   warpgroup_fence_operand(grad);
 }
 

@@ -23,15 +23,36 @@ CUTLASS_DEVICE void init_barriers(typename Traits::SharedStorage& storage) {
   cutlass::arch::fence_barrier_init();
 }
 
+// What the cluster works on. It is found anew where it is needed: kept for the whole kernel it
+// spilled.
+template <class Traits>
+CUTLASS_DEVICE int cluster_index() {
+  int index = blockIdx.x / Traits::kClusterSize;
+  asm volatile("" : "+r"(index));
+  return index;
+}
+template <class Traits>
+CUTLASS_DEVICE bwd::KeyTile tile_of_keys(Params const& params) {
+  TileCoord const next = params.order(cluster_index<Traits>());
+  return {next.block, next.head / params.num_splits, next.batch, next.head % params.num_splits};
+}
+template <class Traits>
+CUTLASS_DEVICE WorkTile tile_of_queries(Params const& params) {
+  WorkTile work{};
+  work.tile = params.dq_order(cluster_index<Traits>());
+  bwd::QueryBlock const& block = params.blocks_of(work.tile.batch)[work.tile.block];
+  work.blocks = block.hull.blocks(Traits::kKeysOfStep);
+  return work;
+}
+
 // All sums of a tile of keys, by one warpgroup.
 template <class Traits, class Work>
 CUTLASS_DEVICE void consume_of_keys(Params const& params, typename Traits::SharedStorage& storage,
-                                    bwd::KeyTile const& tile, Place<Traits> const& place,
-                                    int warpgroup, float factor, Work& work) {
+                                    int first_cta, int warpgroup, float factor, Work& work) {
   Tensor scores = partition_fragment_C(typename Traits::MmaScores{}, Shape<_64, _64>{});
   Tensor grad =
       partition_fragment_C(typename Traits::MmaGrad{}, Shape<_64, Int<Traits::kColumns>>{});
-  Gemms<Traits> gemms{storage, warpgroup, place.first};
+  Gemms<Traits> gemms{storage, warpgroup, first_cta};
   bool ends;
   bool first = true;
   do {
@@ -44,15 +65,16 @@ CUTLASS_DEVICE void consume_of_keys(Params const& params, typename Traits::Share
       ends = work.step.ends;
       bwd::scale_grad(grad, factor);
     }
-    store_of_keys<Traits>(params, storage, tile, place, warpgroup, first, grad);
+    store_of_keys<Traits>(params, storage, tile_of_keys<Traits>(params), Place<Traits>::here(),
+                          warpgroup, first, grad);
     first = false;
   } while (!ends);
 }
 
 template <class Traits>
 CUTLASS_DEVICE void consume_of_keys(Params const& params, typename Traits::SharedStorage& storage,
-                                    bwd::KeyTile const& tile, Place<Traits> const& place,
-                                    int warpgroup) {
+                                    Place<Traits> const& place, int warpgroup) {
+  bwd::KeyTile const tile = tile_of_keys<Traits>(params);
   int const key = tile.n_block * Traits::kBlockN + place.side * 64 + threadIdx.x % 128 / 32 * 16 +
                   threadIdx.x % 32 / 4;
   QueryRecords<Traits> const records{params, storage, warpgroup, key};
@@ -62,14 +84,14 @@ CUTLASS_DEVICE void consume_of_keys(Params const& params, typename Traits::Share
     float const scale = bwd::ds_scale<Element>(params, tile.batch, tile.head_k);
     mailbox.expect();
     ScoreGradsOfKeys<Traits> work{records, mailbox, scale};
-    consume_of_keys<Traits>(params, storage, tile, place, warpgroup, params.softmax_scale / scale,
+    consume_of_keys<Traits>(params, storage, place.first, warpgroup, params.softmax_scale / scale,
                             work);
   } else if (params.score.cap_scale == 0.f) {
     ProbabilitiesOfKeys<Traits, false> work{records, mailbox};
-    consume_of_keys<Traits>(params, storage, tile, place, warpgroup, 1.f, work);
+    consume_of_keys<Traits>(params, storage, place.first, warpgroup, 1.f, work);
   } else {
     ProbabilitiesOfKeys<Traits, true> work{records, mailbox};
-    consume_of_keys<Traits>(params, storage, tile, place, warpgroup, 1.f, work);
+    consume_of_keys<Traits>(params, storage, place.first, warpgroup, 1.f, work);
   }
 }
 
@@ -123,32 +145,22 @@ __global__ void __cluster_dims__(Traits::kClusterSize, 1, 1) __launch_bounds__(T
   if (warp == 0 && elect_one_sync()) init_barriers<Traits>(storage);
   cute::cluster_sync();
 
-  int const index = blockIdx.x / Traits::kClusterSize;
-  bwd::KeyTile tile{};
-  WorkTile work{};
-  if constexpr (Traits::kOfKeys) {
-    TileCoord const next = params.order(index);
-    tile = {next.block, next.head / params.num_splits, next.batch, next.head % params.num_splits};
-  } else {
-    work.tile = params.dq_order(index);
-    work.blocks =
-        params.blocks_of(work.tile.batch)[work.tile.block].hull.blocks(Traits::kKeysOfStep);
-  }
   if (warp < 4) {
     cutlass::arch::warpgroup_reg_dealloc<Traits::kProducerRegisters>();
     if (warp == 0) {
       if constexpr (Traits::kOfKeys) {
-        load_of_keys<Traits>(params, storage, tile, place);
-      } else if (work.blocks.begin < work.blocks.end) {
-        load_of_queries<Traits>(params, storage, work, place);
+        load_of_keys<Traits>(params, storage, tile_of_keys<Traits>(params), place);
+      } else {
+        load_of_queries<Traits>(params, storage, tile_of_queries<Traits>(params), place);
       }
     }
   } else {
     cutlass::arch::warpgroup_reg_alloc<Traits::kConsumerRegisters>();
     if constexpr (Traits::kOfKeys) {
-      consume_of_keys<Traits>(params, storage, tile, place, warp / 4 - 1);
+      consume_of_keys<Traits>(params, storage, place, warp / 4 - 1);
     } else {
-      consume_of_queries<Traits>(params, storage, work, place, warp / 4 - 1);
+      consume_of_queries<Traits>(params, storage, tile_of_queries<Traits>(params), place,
+                                 warp / 4 - 1);
     }
   }
   __syncwarp();

@@ -172,6 +172,7 @@ CUTLASS_DEVICE void load_of_keys(Params const& params, typename Traits::SharedSt
 template <class Traits>
 CUTLASS_DEVICE void load_of_queries(Params const& params, typename Traits::SharedStorage& storage,
                                     WorkTile const& work, Place<Traits> const& place) {
+  if (work.blocks.begin >= work.blocks.end) return;
   int const batch = work.tile.batch;
   int const head_k = work.tile.head / params.group;
   PieceLoader<Traits> loader{storage, place};

@@ -145,11 +145,10 @@ struct ProbabilitiesOfKeys : QueryRecords<Traits> {
       store_part<kPart, Element>(part, exchange);
     }
   }
-  template <class Gemms, class Finish>
-  CUTLASS_DEVICE void hand_over(Gemms& gemms, Finish const& finish) {
+  template <class Gemms>
+  CUTLASS_DEVICE void hand_over(Gemms& gemms) {
     if constexpr (!kIsCapped) wait_until_sent();
     cutlass::arch::fence_view_async_shared();
-    finish();
     this->release();
     named_sync(NamedBarrier::kWeights, 0, 256);
     mailbox.send(exchange, kIsCapped ? exchange : weights);
@@ -196,10 +195,9 @@ struct ScoreGradsOfKeys : QueryRecords<Traits> {
     bwd::score_grads(this->template records<kPart>(), scale, p_of_part, ds);
     store_part<kPart, Element>(ds, weights);
   }
-  template <class Gemms, class Finish>
-  CUTLASS_DEVICE void hand_over(Gemms& gemms, Finish const& finish) {
+  template <class Gemms>
+  CUTLASS_DEVICE void hand_over(Gemms& gemms) {
     cutlass::arch::fence_view_async_shared();
-    finish();
     this->release();
     named_sync(NamedBarrier::kWeights, 0, 256);
     gemms.buffer ^= 1;
@@ -270,12 +268,11 @@ struct ProbabilitiesOfQueries : KeySteps<Traits> {
     }
     store_part<kPart, Element>(part, this->storage.exchange + this->warpgroup * Traits::kUnit);
   }
-  template <class Gemms, class Finish>
-  CUTLASS_DEVICE void hand_over(Gemms&, Finish const& finish) {
+  template <class Gemms>
+  CUTLASS_DEVICE void hand_over(Gemms&) {
     uint16_t* const exchange = this->storage.exchange + this->warpgroup * Traits::kUnit;
     cutlass::arch::fence_view_async_shared();
-    finish();  // dS of the step before was read: the next may come
-    this->mailbox.expect();
+    this->mailbox.expect();  // dS of the step before was read: the next may come
     named_sync(NamedBarrier::kOfWarpgroup0, this->warpgroup, 128);
     this->mailbox.send(exchange, exchange);
   }
@@ -309,9 +306,9 @@ struct ScoreGradsOfQueries : KeySteps<Traits> {
       p[(kPart * kSize + i) / 2] = pack<Element>(ds(i), ds(i + 1));
     }
   }
-  template <class Gemms, class Finish>
-  CUTLASS_DEVICE void hand_over(Gemms&, Finish const& finish) {
-    finish();  // dS of the step before was read, here and by the peer: P of this step has come
+  template <class Gemms>
+  CUTLASS_DEVICE void hand_over(Gemms&) {
+    // dS of the step before was read, by the peer, too: P of this step has come.
     named_sync(NamedBarrier::kOfWarpgroup0, this->warpgroup, 128);
     uint16_t* const weights = this->storage.weights + this->warpgroup * Traits::kUnit;
     store_unit([&](int i) JAX_FA3_INLINE { return p[i]; }, weights);

@@ -22,8 +22,8 @@ from . import (
     _forward_mode,
     _guards,
     _mask,
+    _plain,
     _sharding,
-    _sinks,
     _tangent,
     _xla,
 )
@@ -158,7 +158,7 @@ class Attention(Method):
         functions, results = (_ffi.fwd, _xla.attention), operands.result_letters
         if for_gradient:
             with_gradient(self.implementation, operands)
-            functions = _kernel_for_gradient, _plain_for_gradient
+            functions = _kernel_for_gradient, _plain.for_gradient
             results = *results, results[1]
         if operands.mask is not None:
             functions = _dense_mask.taken(self.implementation, *functions)
@@ -170,7 +170,7 @@ class Attention(Method):
     ) -> Operands:
         implementation = with_gradient(self.implementation, operands)
         method = dataclasses.replace(self, implementation=implementation)
-        return backward(method, plain_backward, operands, masks, rows, with_dbias)
+        return backward(method, _plain.backward, operands, masks, rows, with_dbias)
 
     def tangent(
         self, operands: Operands, masks: Masks, rows: Rows, tangents: Operands
@@ -215,7 +215,7 @@ def backward(
     elif operands.mask is not None or operands.dropout is not None:
         plain = _dense_mask.plain_backward
     elif operands.sinks is not None:
-        plain = plain_backward_by_rows
+        plain = _plain.backward_by_rows
     if operands.mask is not None:
         kernel, plain = _dense_mask.taken(method.implementation, kernel, plain)
     if operands.sinks is not None:  # of each batch entry
@@ -234,29 +234,3 @@ def backward(
 _kernel_for_gradient = functools.partial(_ffi.fwd, with_lse_low=True)
 _kernel_without_dbias = functools.partial(_ffi.bwd, with_dbias=False)
 _plain_without_dbias = functools.partial(_dense_mask.plain_backward, with_dbias=False)
-
-
-def _plain_for_gradient(config: Config, operands: Operands, masks: Masks) -> tuple[Array, ...]:
-    out, lse = _xla.attention(config, operands, masks)
-    return out, lse, jnp.zeros_like(lse)
-
-
-def plain_backward(
-    config: Config, operands: Operands, masks: Masks, rows: Rows
-) -> tuple[Array, ...]:
-    dq, *dkv = _xla.backward(config, operands, masks, rows)
-    grads = operands.joined(dq.astype(operands.query.dtype), *dkv)
-    return vary_together((grads, operands))[0]  # without elements they are constants
-
-
-def plain_backward_by_rows(
-    config: Config, operands: Operands, masks: Masks, rows: Rows
-) -> tuple[Array, ...]:
-    """With the forward's log-sum-exp and out, as the kernels have it, where the backward's own weights
-    do not add up to 1."""
-    config = dataclasses.replace(config, partial=True)
-    sinks, tensors = operands.sinks, dataclasses.replace(operands, sinks=None)
-    dtype = operands.query.dtype
-    dq, dk, dv = (x.astype(dtype) for x in _xla.backward(config, tensors, masks, rows))
-    found = vary_together((operands.joined(dq, dk, dv), tensors))[0]
-    return found if sinks is None else (*found, _sinks.gradient(sinks, rows))

@@ -51,32 +51,24 @@ def refusal(call: Call) -> str | None:
     keys = sizes.key_length
     known = not jax.export.is_symbolic_dim(keys)
     if known and keys > MOST_KEYS_OF_SUM and _ffi.is_wide(*sizes[-2:]):
-        found, wanted = (
-            f"{keys} keys of head dims {sizes[-2:]}",
-            f"wanted at most {MOST_KEYS_OF_SUM}",
-        )
-        return f"{'key' if query == 'query' else 'qkv'}: got {found}, {wanted}, or {ELSEWHERE}"
+        found = f"{'key' if query == 'query' else 'qkv'}: got {keys} keys of head dims {sizes[-2:]}"
+        return f"{found}, wanted at most {MOST_KEYS_OF_SUM}, or {ELSEWHERE}"
     return None
 
 
 def refusal_of_options(call: Call) -> str | None:
     """`refusal`, as far as it does not depend on dtype and head dims."""
+    reason, mask, dropout = None, call.operands.mask, call.config.dropout
     if call.operands.bias is not None:
         reason = _bias.refusal(call.config, call.operands.sizes)
-        if reason is not None:
-            return f"{reason}, or {ELSEWHERE}"
-    mask = call.operands.mask
-    if mask is not None and _mask_bits.are_intervals(mask):
+    if reason is None and mask is not None and _mask_bits.are_intervals(mask):
         got = "key_begin: got several intervals a row"
-        reason = _mask_bits.refusal(call.operands, got)
-        if call.config.dropout:
-            reason = f"{got} beside dropout, wanted one of the two"
-        if reason is not None:
-            return f"{reason}, or {ELSEWHERE}"
-    if call.config.dropout:
+        beside = f"{got} beside dropout, wanted one of the two" if dropout else None
+        reason = beside or _mask_bits.refusal(call.operands, got)
+    if reason is None and dropout:
         reason = _dropout.refusal(call.operands.sizes)
-        if reason is not None:
-            return f"{reason}, or {ELSEWHERE}"
+    if reason is not None:
+        return f"{reason}, or {ELSEWHERE}"
     if call.operands.scale is not None:
         wanted = "wanted a static float: multiply query by it and pass scale=1.0"
         return f"scale: got a traced value, {wanted}, or {ELSEWHERE}"

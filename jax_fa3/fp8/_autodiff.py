@@ -12,6 +12,7 @@ from jax import Array
 
 from .. import _autodiff, _dispatch
 from .._operands import Operands, Rows, batch_letters
+from .._plain import backward_by_rows
 from .._problem import Config, Masks
 from . import _ffi, _quantize, _xla
 from ._means import log_sum_exp, mean_of
@@ -46,7 +47,7 @@ class Attention(_autodiff.Method):
         return _dispatch.run(*call, operands, more, masks)
 
     def backward(self, operands: Operands, masks: Masks, rows: Rows) -> Operands:
-        return _autodiff.backward(self, _autodiff.plain_backward_by_rows, operands, masks, rows)
+        return _autodiff.backward(self, backward_by_rows, operands, masks, rows)
 
 
 def by_operand(

@@ -217,6 +217,7 @@ def test_what_the_kernels_refuse(case: str):
         jax.eval_shape(call, *qkv)
 
 
+@needs_kernels
 @pytest.mark.parametrize("head_dim", [8, 64, 104, 128])
 def test_what_they_take(head_dim: int):
     key = jax.eval_shape(lambda: jax.random.key(0))

@@ -176,6 +176,7 @@ ffi::Error set_mask_bits(Array const& bits, Array const& blocks, int rows, int c
     return wrong(bits, "some beside so wide heads", "none");
   }
   if (problem->bias.data != nullptr) return wrong(bits, "some beside a bias", "none");
+  if (problem->dropout != 0) return wrong(bits, "some beside dropout", "none");
   int64_t const chunks = bits.dims[3] / 4;
   int64_t const row_blocks = blocks.dims[2];
   int64_t const words = blocks.dims[3];
@@ -218,6 +219,7 @@ ffi::Error set_dropout(Array const& words, int64_t dropout, Problem* problem) {
     return wrong(words, "some beside head dim " + std::to_string(problem->head_dim), "none");
   }
   if (problem->bias.data != nullptr) return wrong(words, "some beside a bias", "none");
+  if (problem->mask_bits.bits != nullptr) return wrong(words, "some beside a dense mask", "none");
   if (problem->seqlen_k > kMostKeysOfSum) return wrong(words, "some beside so many keys", "none");
   problem->dropout_words = words.words();
   problem->dropout = static_cast<int>(dropout);

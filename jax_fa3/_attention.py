@@ -105,7 +105,8 @@ def dot_product_attention(
             padding has segment id 0. None: only they are.
         key_begin, key_end: int32 [B, T]: row i sees keys in [key_begin[i], key_end[i]); either may
             be left out. `key_intervals` turns all of the mask arguments into these two. Or [B, T, M],
-            M <= 4, both: row i sees the keys of any of its M intervals; on the kernels in bfloat16 and for head dims up to 128.
+            M <= 4, both: row i sees the keys of any of its M intervals; on the kernels in bfloat16 and
+            for head dims up to 128.
         logits_soft_cap: static float c > 0: the scaled scores become c * tanh(scores / c), before
             bias and masks. 0 or None: none.
         sinks: floating [N], differentiable: each row that sees a key sees one more, with this score
@@ -114,7 +115,8 @@ def dot_product_attention(
             over batch and heads for it, as is its gradient in float32.
         implementation: "fa3", the kernels, or "xla", plain JAX with memory linear in T and S; both
             without fallback. A sequence of "fa3", "xla" and None is tried in order: the first that can
-            take the arguments on this machine, or the last one's error. None takes the kernels when lowered for CUDA if they can take the
+            take the arguments on this machine, or the last one's error. None takes the kernels when
+            lowered for CUDA if they can take the
             arguments and a local device is a Hopper GPU, with a driver for their CUDA runtime, or no
             local device is CUDA's; else XLA, with a warning on a machine with a Hopper GPU. Beside
             other GPUs, the devices that a program is lowered for must all be Hopper GPUs, too.

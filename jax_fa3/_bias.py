@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from ._kernel_sizes import MOST_KEYS_OF_SUM, bwd_tile
+from ._kernel_sizes import MOST_KEYS_OF_SUM, bwd_tile, drifts
 from ._operands import Operands
 from ._problem import Config, Sizes
 
@@ -29,7 +29,7 @@ def refusal(config: Config, sizes: Sizes) -> str | None:
     if not bwd_tile(width).fused:
         return f"bias: got one beside head dim {width}, wanted none beside more than 128"
     keys = sizes.key_length
-    if not jax.export.is_symbolic_dim(keys) and keys > MOST_KEYS_OF_SUM:
+    if drifts(keys):
         return f"bias: got {keys} keys, wanted at most {MOST_KEYS_OF_SUM} beside it"
     return None
 

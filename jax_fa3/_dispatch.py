@@ -18,7 +18,7 @@ from jax import Array, lax
 from . import _bias, _devices, _dropout, _ffi, _guards, _mask_bits, _sharding
 from ._checks import wrong
 from ._jitted import jitted
-from ._kernel_sizes import BWD_TILES, MOST_KEYS_OF_SUM
+from ._kernel_sizes import BWD_TILES, MOST_KEYS_OF_SUM, drifts
 from ._operands import Call, Operands
 from ._problem import Implementation
 
@@ -49,8 +49,7 @@ def refusal(call: Call) -> str | None:
             wanted = "wanted a multiple of 8: pad it with zeros"
             return f"{name}: got head dim {dim}, {wanted}, or {ELSEWHERE}"
     keys = sizes.key_length
-    known = not jax.export.is_symbolic_dim(keys)
-    if known and keys > MOST_KEYS_OF_SUM and _ffi.is_wide(*sizes[-2:]):
+    if _ffi.is_wide(*sizes[-2:]) and drifts(keys):
         found = f"{'key' if query == 'query' else 'qkv'}: got {keys} keys of head dims {sizes[-2:]}"
         return f"{found}, wanted at most {MOST_KEYS_OF_SUM}, or {ELSEWHERE}"
     return None

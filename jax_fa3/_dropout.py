@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from ._checks import wrong
-from ._kernel_sizes import MOST_KEYS_OF_SUM, bwd_tile
+from ._kernel_sizes import MOST_KEYS_OF_SUM, bwd_tile, drifts
 from ._operands import Operands
 from ._problem import Sizes
 
@@ -148,6 +148,6 @@ def refusal(sizes: Sizes) -> str | None:
         wanted = "wanted up to 64, or 97 to 128, beside it"
         return f"dropout_rate: got one beside head dim {width}, {wanted}"
     keys = sizes.key_length
-    if not jax.export.is_symbolic_dim(keys) and keys > MOST_KEYS_OF_SUM:
+    if drifts(keys):
         return f"dropout_rate: got {keys} keys, wanted at most {MOST_KEYS_OF_SUM} beside it"
     return None

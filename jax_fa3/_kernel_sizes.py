@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import pathlib
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import jax
 
 # Keys over which one sum in a forward's accumulators does not drift (twin of kMostKeysOfSum). Only the
 # kernels without a bias, of heads up to 256, have sums in parts for more.
@@ -44,6 +46,11 @@ BWD_TILES = [
 # Query rows that are whole tiles of whichever kernel of the backward, that of dq included.
 BWD_ROWS = math.lcm(*(tile.block_m for tile in BWD_TILES), int(_entries("BWD_QUERY_ROWS")[0][0]))
 BWD_FEWEST_ROWS = min(tile.block_m for tile in BWD_TILES)
+
+
+def drifts(keys: Any) -> bool:
+    """Whether one sum over so many keys is known to drift: under export they may have no number."""
+    return not jax.export.is_symbolic_dim(keys) and keys > MOST_KEYS_OF_SUM
 
 
 def bwd_tile(head_dim: int) -> BwdTile:

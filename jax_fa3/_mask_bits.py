@@ -13,7 +13,7 @@ import numpy as np
 from jax import Array
 
 from ._custom_call import custom_call
-from ._kernel_sizes import MOST_KEYS_OF_SUM, BwdTile, bwd_tile
+from ._kernel_sizes import MOST_KEYS_OF_SUM, BwdTile, bwd_tile, drifts
 from ._operands import Operands
 from ._problem import Masks
 from ._targets import MASK_BITS
@@ -32,7 +32,7 @@ def refusal(operands: Operands, found: str = "mask: got one") -> str | None:
     if not bwd_tile(width).fused:
         return f"{found} beside head dim {width}, wanted none beside more than 128"
     keys = sizes.key_length
-    if not jax.export.is_symbolic_dim(keys) and keys > MOST_KEYS_OF_SUM:
+    if drifts(keys):
         return f"{found} beside {keys} keys, wanted none beside more than {MOST_KEYS_OF_SUM}"
     return None
 

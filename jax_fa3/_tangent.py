@@ -11,7 +11,7 @@ from jax import Array
 
 from . import _bias, _dense_mask, _dispatch, _ffi, _xla
 from ._custom_call import attributes_of, custom_call
-from ._kernel_sizes import JVP_HEAD_DIMS, MOST_KEYS_OF_SUM
+from ._kernel_sizes import JVP_HEAD_DIMS, drifts
 from ._operands import Operands, Rows, batch_letters
 from ._problem import Config, Implementation, Masks
 from ._targets import JVP
@@ -52,11 +52,7 @@ def of_results(
 def _has_kernel(operands: Operands) -> bool:
     """Whether this install has one for them, but for a dense mask."""
     sizes, dtype = operands.sizes, operands.query.dtype
-    keys = sizes.key_length
-    known = not jax.export.is_symbolic_dim(keys)
-    if operands.bias is not None or operands.dropout is not None:
-        return False
-    if known and keys > MOST_KEYS_OF_SUM:
+    if operands.bias is not None or operands.dropout is not None or drifts(sizes.key_length):
         return False
     widest = max(sizes.head_dim, sizes.head_dim_v)
     built = (h for name, h, v in _ffi.kernels() if name == dtype.name and h == v)

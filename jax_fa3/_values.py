@@ -153,7 +153,7 @@ def _shape(x: Any) -> tuple[int, ...]:
     except (
         TypeError,
         ValueError,
-    ):  # lists of tracers, or of unequal lengths, which integers() refuses
+    ):  # lists of tracers, or of unequal ones, which integers() refuses
         return ()
 
 

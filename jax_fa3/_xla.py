@@ -37,8 +37,9 @@ def attention(config: Config, operands: Operands, masks: Masks) -> tuple[Array, 
 
     Args:
         config: scale may have any sign; logits_soft_cap comes after scale and before bias.
-        operands: of any float dtype, with dropout's words if config has dropout; scale takes the place of config's; a bias of -inf (of _bias.LEAST or
-            less) and a mask of False hide a key; sinks are fp32, or fp64 for fp64 inputs.
+        operands: of any float dtype, with dropout's words if config has dropout; scale takes the place
+            of config's; a bias of -inf (of _bias.LEAST or less) and a mask of False hide a key; sinks
+            are fp32, or fp64 for fp64 inputs.
 
     Returns:
         out: [B, T, N, V] in query's dtype, or lse's if config.partial.

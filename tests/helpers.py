@@ -120,9 +120,9 @@ def assert_rounded(
 ) -> None:
     """The tolerance rule: an error at most twice that of the rounded oracle, group by group.
 
-    eps: of the inputs' dtype. rows: of a group, more where few of them have an error at all. The small absolute term is a quarter of a unit in the last place of
-    the head's largest number, for groups of a few numbers have small errors by luck; lse, which is
-    fp32, gets less.
+    eps: of the inputs' dtype. rows: of a group, more where few of them have an error at all. The small
+    absolute term is a quarter of a unit in the last place of the head's largest number, for groups of a
+    few numbers have small errors by luck; lse, which is fp32, gets less.
     """
     factor = 2 if case.logits_soft_cap is None else 3
     for name, *xs in zip(Results._fields, found, exact, rounded, strict=True):

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from kv_cases import Inputs
+from kv_cases import Case, Inputs
 from modes import strict
 
 from jax_fa3 import kv_cache
@@ -29,6 +29,14 @@ def run_together(calls: list[dict[str, Any]]) -> tuple[Any, Any]:
 
     with strict():
         return program(arrays), program(arrays)
+
+
+def twice(cases: list[Case], dtype: Any) -> dict[str, Any]:
+    """Inputs of the cases, and what the kernel gives twice: of all in one program, as it takes longest
+    to compile."""
+    inputs = [Inputs(case, dtype) for case in cases]
+    found, again = run_together([{**x.arguments(), "implementation": "fa3"} for x in inputs])
+    return dict(zip(map(str, cases), zip(inputs, found, again, strict=True), strict=True))
 
 
 def assert_near(inputs: Inputs, found: Any, wanted: Any = None) -> None:

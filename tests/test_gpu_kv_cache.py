@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from helpers import equal
 from kv_cases import Case, Inputs, run
-from kv_gpu import assert_near, exact, run_together
+from kv_gpu import assert_near, exact, twice
 from test_kv_cache import TABLE
 from test_kv_cache_modes import MISTAKES
 
@@ -60,12 +60,7 @@ IN_FLOAT16 = [SMALL[13], PAGES[1], ROWS[4], *SPLIT[:3], FEW_TILES[2]]
 
 @functools.cache
 def in_table(dtype: Any) -> dict[str, Any]:
-    """Inputs of the cases, and what the kernel gives twice: of all in one program, as it takes longest
-    to compile."""
-    cases = ALL if dtype == jnp.bfloat16 else IN_FLOAT16
-    inputs = [Inputs(case, dtype) for case in cases]
-    found, again = run_together([{**x.arguments(), "implementation": "fa3"} for x in inputs])
-    return dict(zip(map(str, cases), zip(inputs, found, again, strict=True), strict=True))
+    return twice(ALL if dtype == jnp.bfloat16 else IN_FLOAT16, dtype)
 
 
 @pytest.mark.parametrize("case", ALL, ids=str)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from helpers import equal
 from kv_cases import E4M3, Case, Inputs, run
-from kv_gpu import assert_near, run_together
+from kv_gpu import assert_near, twice
 
 pytestmark = pytest.mark.gpu
 
@@ -61,11 +61,7 @@ IN_FLOAT16 = [x for x in TABLE if x.scales != "tokens"]
 
 @functools.cache
 def in_table(dtype: Any) -> dict[str, Any]:
-    """Inputs of the cases, and what the kernel gives twice: of all in one program."""
-    cases = TABLE if dtype == jnp.bfloat16 else IN_FLOAT16
-    inputs = [Inputs(x, dtype) for x in cases]
-    found, again = run_together([{**x.arguments(), "implementation": "fa3"} for x in inputs])
-    return dict(zip(map(str, cases), zip(inputs, found, again, strict=True), strict=True))
+    return twice(TABLE if dtype == jnp.bfloat16 else IN_FLOAT16, dtype)
 
 
 @pytest.mark.parametrize("case", TABLE, ids=str)

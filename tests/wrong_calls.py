@@ -108,6 +108,21 @@ def wrong_throughout() -> Iterator[tuple[str, Call]]:
         operands = (*right.operands[:place], Struct(shape, bias.dtype), *right.operands[12:])
         yield f"fwd with bias {shape}", dataclasses.replace(right, operands=operands)
 
+    # No kernel has both.
+    mask, words = Struct((B, 1, T, S), jnp.bool_), Struct((B, N, 2), jnp.uint32)
+    masked = {
+        "fwd": recorded(lambda x, *y: FORWARD(config, *y, Masks(), mask=x), mask, *operands_of()),
+        "bwd": recorded(
+            lambda x, *y: backward_of_three(config, *y[:3], Masks(), *y[3:], mask=x),
+            *(mask, *operands_of(), *rows_of(T, N, V)),
+        ),
+    }
+    for name, right in masked.items():
+        attributes = {**right.attributes, "dropout": np.int64(1000)}
+        operands = *right.operands[:-1], words
+        new = dataclasses.replace(right, operands=operands, attributes=attributes)
+        yield f"{name} with a mask and dropout", new
+
     # Sizes beyond 32 bits, in arrays without elements.
     long = 2**31
     q, k, x = operands_of(batch=0, length=long)

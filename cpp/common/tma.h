@@ -31,13 +31,18 @@ inline TensorMapEncoder tensor_map_encoder() {
   return encoder;
 }
 
+enum class Swizzle {
+  kBySlab,  // over the 64 or 128 bytes of a slab's rows
+  kNone,    // a slab is of any width
+};
+
 // Describes a [b, s, h, d] operand of 16-bit elements (or of 8 bits), read or written in boxes of
 // `box_rows` rows of one slab. Rows and columns outside the array read as 0 and are not written.
-// Not swizzled, a slab is of any width.
 template <class Element = uint16_t>
 cudaError_t make_tensor_map(CUtensorMap* map, Operand const& operand, int head_dim, int seqlen,
-                            int heads, int batch, int slab, int box_rows, bool swizzled = true,
-                            CUtensorMapL2promotion promotion = CU_TENSOR_MAP_L2_PROMOTION_L2_256B) {
+                            int heads, int batch, int slab, int box_rows,
+                            CUtensorMapL2promotion promotion = CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                            Swizzle swizzle = Swizzle::kBySlab) {
   constexpr int kBytes = sizeof(Element);
   auto const encode = tensor_map_encoder();
   if (encode == nullptr) return cudaErrorNotSupported;
@@ -48,12 +53,12 @@ cudaError_t make_tensor_map(CUtensorMap* map, Operand const& operand, int head_d
                                 bytes(operand.batch_stride)};
   cuuint32_t const box[] = {static_cast<cuuint32_t>(slab), static_cast<cuuint32_t>(box_rows), 1, 1};
   cuuint32_t const steps[] = {1, 1, 1, 1};
-  CUtensorMapSwizzle const swizzle =
+  CUtensorMapSwizzle const by_slab =
       slab * kBytes == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B;
   CUresult const result =
       encode(map, kBytes == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_UINT16, 4,
              operand.data, sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-             swizzled ? swizzle : CU_TENSOR_MAP_SWIZZLE_NONE, promotion,
+             swizzle == Swizzle::kBySlab ? by_slab : CU_TENSOR_MAP_SWIZZLE_NONE, promotion,
              CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }

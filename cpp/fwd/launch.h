@@ -47,16 +47,12 @@ cudaError_t make_params(Problem const& problem, typename Traits::Params* params)
   Operand key = p.key;
   Operand value = p.value;
   if (p.seqlen_k == 0) key.data = value.data = p.query.data;
-  // What is loaded is read piece by piece and in order: fetching more of it than asked for into the
-  // L2 cache takes 1 to 3 % of short sequences.
-  constexpr auto kPromotion = CU_TENSOR_MAP_L2_PROMOTION_L2_64B;
   JAX_FA3_RETURN_IF_ERROR(make_tensor_map(&params->query, p.query, p.head_dim, p.seqlen_q,
-                                          p.num_heads_q, p.batch, Traits::kSlab, 64, kPromotion));
+                                          p.num_heads_q, p.batch, Traits::kSlab, 64));
   JAX_FA3_RETURN_IF_ERROR(make_tensor_map(&params->key, key, p.head_dim, p.seqlen_k, p.num_heads_k,
-                                          p.batch, Traits::kSlab, Traits::kBlockN, kPromotion));
+                                          p.batch, Traits::kSlab, Traits::kBlockN));
   JAX_FA3_RETURN_IF_ERROR(make_tensor_map(&params->value, value, p.head_dim_v, p.seqlen_k,
-                                          p.num_heads_k, p.batch, Traits::kSlabV, Traits::kBlockN,
-                                          kPromotion));
+                                          p.num_heads_k, p.batch, Traits::kSlabV, Traits::kBlockN));
   if (p.out_dtype != DType::kFloat32) {
     JAX_FA3_RETURN_IF_ERROR(make_tensor_map(&params->out, p.out, p.head_dim_v, p.seqlen_q,
                                             p.num_heads_q, p.batch, Traits::kSlabV, 64));

@@ -33,9 +33,10 @@ def make_attention_fn(
         mask_to_intervals: runs the layer's `mask` through `jax_fa3.flax.mask_to_intervals`; a row of it
             that is not one interval of keys gives NaN. False passes it on as it is, as the function's
             own `mask`.
-        options: of `jax_fa3.dot_product_attention`, but dropout, which is the layer's. compute_dtype=jnp.bfloat16 for layers with
-            dtype=None, which pass on float32: without it nothing is ever cast down, and the kernels
-            take 16 bits only. Masks, such as is_causal=True, instead of the layer's. Arrays
+        options: of `jax_fa3.dot_product_attention`, but dropout, which is the layer's.
+            compute_dtype=jnp.bfloat16 for layers with dtype=None, which pass on float32: without it
+            nothing is ever cast down, and the kernels take 16 bits only. Masks, such as
+            is_causal=True, instead of the layer's. Arrays
             (lengths, segment ids, key_begin and key_end) go to layers with one batch axis; a
             function made inside the model's __call__ may hold those of the step.
 
@@ -48,10 +49,9 @@ def make_attention_fn(
         exact in fp32, which meets every one.
 
     The function raises at trace time:
-        NotImplementedError: sow_weights; an einsum of the
-            layer's own; "fa3" with float32.
-        ValueError: a precision that JAX does not know; is_causal or local_window_size with T != S and no query_offset: the function
-            cannot know where the rows stand among the keys.
+        NotImplementedError: sow_weights; an einsum of the layer's own; "fa3" with float32.
+        ValueError: a precision that JAX does not know; is_causal or local_window_size with T != S
+            and no query_offset: the function cannot know where the rows stand among the keys.
     """
     unknown = options.keys() - Options.__annotations__.keys()
     if unknown:

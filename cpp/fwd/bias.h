@@ -3,6 +3,7 @@
 #pragma once
 
 #include "common/softmax.h"
+#include "fwd/load.h"
 #include "fwd/params.h"
 #include "fwd/traits.h"
 
@@ -25,10 +26,7 @@ CUTLASS_DEVICE void use_spare_warp(
   PipelineState<Traits::kWorkStages> work_state;
   PipelineState<Traits::kBiasStages> state;
   for (;; work_state.advance()) {
-    storage.work_pipeline.full[work_state.stage].wait(work_state.phase);
-    WorkTile const work = storage.work[work_state.stage];
-    __syncwarp();
-    if (elected) storage.work_pipeline.empty[work_state.stage].arrive();
+    WorkTile const work = take_work(storage, work_state);
     if (work.last) return;
     if (!elected) continue;
     RowCoord const rows{work.tile.block * Traits::kBlockM + warpgroup * 64, work.tile.head,

@@ -25,10 +25,7 @@ CUTLASS_DEVICE void consume(
 
   turns.start();
   for (;; state.work.advance()) {
-    storage.work_pipeline.full[state.work.stage].wait(state.work.phase);
-    WorkTile const work = storage.work[state.work.stage];
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) storage.work_pipeline.empty[state.work.stage].arrive();
+    WorkTile const work = take_work(storage, state.work);
     if (work.last) break;
 
     auto const find_rows = [&](Interval(&rows)[kRowsPerThread]) {

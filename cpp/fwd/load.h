@@ -64,6 +64,22 @@ CUTLASS_DEVICE void schedule(typename Traits::Params const& params,
   }
 }
 
+// What schedule() has put into a slot; by a whole warp.
+template <class Storage, class State>
+CUTLASS_DEVICE WorkTile read_work(Storage& storage, State const& state) {
+  storage.work_pipeline.full[state.stage].wait(state.phase);
+  WorkTile const work = storage.work[state.stage];
+  __syncwarp();
+  return work;
+}
+// By a warp that does not keep the next tile waiting.
+template <class Storage, class State>
+CUTLASS_DEVICE WorkTile take_work(Storage& storage, State const& state) {
+  WorkTile const work = read_work(storage, state);
+  if (threadIdx.x % 32 == 0) storage.work_pipeline.empty[state.stage].arrive();
+  return work;
+}
+
 // The two warps of the producer warpgroup that neither load nor schedule. Here they do nothing; the
 // FP8 forward has work for them.
 template <class Element, int kHeadDim, int kHeadDimV, Keys kKeys>
@@ -89,9 +105,7 @@ CUTLASS_DEVICE void load(
   uint32_t staged_phase = 0;
 
   for (;; work_state.advance()) {
-    storage.work_pipeline.full[work_state.stage].wait(work_state.phase);
-    WorkTile const work = storage.work[work_state.stage];
-    __syncwarp();
+    WorkTile const work = read_work(storage, work_state);
     if (work.last) return;
     int const batch = work.tile.batch;
     KeySource const keys{batch, work.tile.head / params.group};

@@ -21,10 +21,7 @@ CUTLASS_DEVICE void consume(Traits<Element, kHeadDim>, Params const& params,
 
   turns.start();
   for (;; state.work.advance()) {
-    storage.work_pipeline.full[state.work.stage].wait(state.work.phase);
-    WorkTile const work = storage.work[state.work.stage];
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) storage.work_pipeline.empty[state.work.stage].arrive();
+    WorkTile const work = fwd::take_work(storage, state.work);
     if (work.last) break;
 
     Interval intervals[kRowsPerThread];

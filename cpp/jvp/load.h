@@ -28,9 +28,7 @@ CUTLASS_DEVICE void load(Traits<Element, kHeadDim>, Params const& params,
   uint32_t staged_phase = 0;
 
   for (;; work_state.advance()) {
-    storage.work_pipeline.full[work_state.stage].wait(work_state.phase);
-    WorkTile const work = storage.work[work_state.stage];
-    __syncwarp();
+    WorkTile const work = fwd::read_work(storage, work_state);
     if (work.last) return;
     int const batch = work.tile.batch;
     KeySource const keys{batch, work.tile.head / params.group};

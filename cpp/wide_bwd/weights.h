@@ -87,6 +87,12 @@ struct QueryRecords {
     storage.records.full[state.stage].wait(state.phase);
     step = storage.steps[state.stage];
   }
+  // Whether there is one more step, which is read then.
+  CUTLASS_DEVICE bool next() {
+    if (step.last) return false;
+    read();
+    return true;
+  }
   CUTLASS_DEVICE void release() {
     __syncwarp();
     if (threadIdx.x % 32 == 0) storage.records.empty[state.stage].arrive();
@@ -110,11 +116,6 @@ struct ProbabilitiesOfKeys : QueryRecords<Traits> {
   uint16_t* weights = nullptr;
   uint16_t* exchange = nullptr;
 
-  CUTLASS_DEVICE bool next() {
-    if (this->step.last) return false;
-    this->read();
-    return true;
-  }
   CUTLASS_DEVICE void prepare(int buffer) {
     auto& storage = this->storage;
     weights = storage.weights + (buffer * 2 + this->warpgroup) * Traits::kUnit;
@@ -165,11 +166,6 @@ struct ScoreGradsOfKeys : QueryRecords<Traits> {
   uint16_t* weights = nullptr;
   uint32_t p[16];  // packed in pairs
 
-  CUTLASS_DEVICE bool next() {
-    if (this->step.last) return false;
-    this->read();
-    return true;
-  }
   CUTLASS_DEVICE void prepare(int buffer) {
     auto& storage = this->storage;
     weights = storage.weights + (buffer * 2 + this->warpgroup) * Traits::kUnit;

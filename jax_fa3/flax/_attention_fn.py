@@ -49,7 +49,8 @@ def make_attention_fn(
         exact in fp32, which meets every one.
 
     The function raises at trace time:
-        NotImplementedError: sow_weights; an einsum of the layer's own; "fa3" with float32.
+        NotImplementedError: sow_weights; an einsum of the layer's own; "fa3" with
+            float32.
         ValueError: a precision that JAX does not know; is_causal or local_window_size with T != S
             and no query_offset: the function cannot know where the rows stand among the keys.
     """

@@ -16,6 +16,8 @@ def run_joined(script: Path, *arguments: str, cpu: bool, gpus: int = 0) -> list[
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     if cpu:
         environment |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    else:  # of the oracles' products, most of the time otherwise
+        environment["XLA_FLAGS"] = "--xla_gpu_autotune_level=0"
     environment |= {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "localhost"}
     environment |= {"SLURM_STEP_NUM_NODES": "1", "SLURM_NTASKS": str(PROCESSES)}
     environment["JAX_COORDINATOR_PORT"] = str(_free_port())

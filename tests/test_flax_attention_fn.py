@@ -216,5 +216,3 @@ def test_dropout_in_evaluation():
     layer = LINEN.clone(dropout_rate=0.1, attention_fn=make_attention_fn())
     exact = LINEN.apply(VARIABLES, X)
     assert_close(layer.apply(VARIABLES, X, deterministic=True), exact)
-    with pytest.raises(NotImplementedError, match="^sow_weights"):
-        LINEN.clone(attention_fn=make_attention_fn()).apply(VARIABLES, X, sow_weights=True)

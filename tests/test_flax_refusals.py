@@ -7,7 +7,6 @@ import pytest
 from helpers import Results, assert_same
 
 pytest.importorskip("flax")
-from flax import linen as nn
 from flax_layers import (
     CAUSAL,
     IDS,
@@ -29,12 +28,6 @@ FUNCTION: dict[str, tuple[Any, Any, type[Exception], str]] = {
         {"dropout_rate": 0.1},
         ValueError,
         r"^dropout_key: got None, wanted a key of jax.random",
-    ),
-    "sow": (
-        {},
-        {"module": nn.Module()},
-        NotImplementedError,
-        "^sow_weights: got True, wanted False",
     ),
     "precision": (
         {},

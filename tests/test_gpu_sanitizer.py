@@ -67,7 +67,7 @@ def test_sanitizer(tool: str, what: str, clean: bool):
         command, env=environment, capture_output=True, text=True, timeout=280, check=False
     )
     summary = re.search(r"ERROR SUMMARY: (\d+) error", run.stdout)
-    assert summary is not None, run.stdout[-3000:] + run.stderr[-3000:]
+    assert summary is not None, f"exit {run.returncode}: {run.stdout[-3000:]}{run.stderr[-3000:]}"
     if clean:
         assert "all calls made" in run.stdout, run.stdout[-3000:] + run.stderr[-3000:]
     assert (summary[1] == "0") == clean, run.stdout[-5000:]

@@ -16,6 +16,7 @@ from .._arguments import Options
 from .._attention import dot_product_attention
 from .._checks import array, wrong
 from .._values import window_size
+from . import _weights
 from ._mask_to_intervals import mask_to_intervals as to_intervals
 
 
@@ -46,11 +47,11 @@ def make_attention_fn(
         linen drops those that it does not find in the signature. With dropout every batch entry and
         head has its own, whatever broadcast_dropout says. `precision` is that of the XLA
         path's products of fp32, the higher of a pair; the kernels' products of 16-bit numbers are
-        exact in fp32, which meets every one.
+        exact in fp32, which meets every one. With sow_weights the layer stores its weights as with
+        Flax's function, computed beside the result by XLA.
 
     The function raises at trace time:
-        NotImplementedError: sow_weights; an einsum of the layer's own; "fa3" with
-            float32.
+        NotImplementedError: an einsum of the layer's own; "fa3" with float32.
         ValueError: a precision that JAX does not know; is_causal or local_window_size with T != S
             and no query_offset: the function cannot know where the rows stand among the keys.
     """
@@ -88,7 +89,6 @@ def make_attention_fn(
     ) -> Array:
         del broadcast_dropout, force_fp32_for_softmax
         _refuse(
-            sow_weights=module,
             qk_attn_weights_einsum=qk_attn_weights_einsum,
             attn_weights_value_einsum=attn_weights_value_einsum,
             input_positions=input_positions,
@@ -119,6 +119,8 @@ def make_attention_fn(
             x.astype(dtype).reshape(math.prod(batch), *x.shape[-3:]) for x in (query, key, value)
         )
         with _matmul_precision(precision):
+            if module is not None:
+                _weights.sow(module, batch, query, key, mask=mask, **arguments)
             out = dot_product_attention(query, key, value, mask=mask, **arguments)
         return out.reshape(*batch, *out.shape[1:])
 
@@ -126,7 +128,6 @@ def make_attention_fn(
 
 
 _REASONS = {
-    "sow_weights": "False: the probabilities are never stored",
     "qk_attn_weights_einsum": "None: the products are the kernel's own",
     "attn_weights_value_einsum": "None: the products are the kernel's own",
     "input_positions": "None: jax_fa3.flax.nnx.MultiHeadAttention has rotary embeddings",
@@ -150,8 +151,7 @@ def _refuse(**arguments: Any) -> None:
     """Raises for each that is not what stands for "leave it"."""
     for name, x in arguments.items():
         if x is not None:
-            found = "True" if name == "sow_weights" else x
-            raise NotImplementedError(f"{name}: got {found}, wanted {_REASONS[name]}")
+            raise NotImplementedError(f"{name}: got {x}, wanted {_REASONS[name]}")
 
 
 def _check_alignment(arguments: Any, query_length: int, key_length: int) -> None:

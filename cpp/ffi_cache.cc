@@ -64,8 +64,8 @@ ffi::Error to_cache(Decoding const& x, int64_t kv_layout, int64_t heads, int64_t
   if (!one && (x.key_cache.dims[second ? 1 : 2] != heads || x.key_cache.dims[3] != head_dim ||
                value.dims[3] != head_dim_v)) {
     return wrong(x.key_cache, "shape " + shape_of(x.key_cache),
-                 std::to_string(heads) + " heads, of " + std::to_string(head_dim) + " columns and " +
-                     std::to_string(head_dim_v) + " of value_cache");
+                 std::to_string(heads) + " heads, of " + std::to_string(head_dim) +
+                     " columns and " + std::to_string(head_dim_v) + " of value_cache");
   }
   int64_t const every = kv_layout == kInterleaved ? 2 : 1;
   JAX_FA3_RETURN_IF_FAILED(

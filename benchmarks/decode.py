@@ -1,14 +1,14 @@
 """`python -m benchmarks --suite decode`: attention over KV caches, as a share of what a device copy moves.
 
-Keys and values come from memory: calls go round caches of more than the L2 together. The time of one
-call is the difference of two programs of more and of fewer calls, so that what one launch of a program
-costs counts for nobody. The copy negates fp32 numbers in the same run; it reads and writes.
+Keys and values come from memory: calls go round caches of more than the L2 together. Time is the GPU's,
+from the first kernel of a program of many calls, which XLA makes a CUDA graph of, to the end of its last
+one, over the calls: between them is what they cost each other, but not what the host takes to launch the
+program. The copy negates fp32 numbers in the same run; it reads and writes.
 """
 
 import functools
 import json
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from jax_fa3 import kv_cache
 
 from .check import WrongResult
 from .decode_points import DecodePoint
-from .timing import Call, device_time, environment, flusher, gpu_state
+from .timing import Call, device_spans, device_time, environment, flusher, gpu_state
 
 attend: Any = kv_cache.dot_product_attention  # whose arguments are given in tuples here
 
@@ -104,26 +104,14 @@ def takes(point: DecodePoint, name: str) -> bool:
 def microseconds(point: DecodePoint, inputs: Inputs, name: str, rounds: int) -> float:
     """Of one call."""
     calls = len(inputs.queries)
-    fewer = max(1, calls // 3)
 
-    def program(count: int) -> Any:
-        def run(queries: Any, caches: Any) -> Any:
-            call = functools.partial(CONTENDERS[name], point, inputs)
-            return [call(i, queries[i], caches[i % inputs.count]) for i in range(count)]
+    def run(queries: Any, caches: Any) -> Any:
+        call = functools.partial(CONTENDERS[name], point, inputs)
+        return [call(i, queries[i], caches[i % inputs.count]) for i in range(calls)]
 
-        compiled = jax.jit(run)
-        jax.block_until_ready(compiled(inputs.queries, inputs.caches))
-        return compiled
-
-    programs = [program(count) for count in (fewer, calls)]
-    taken: list[list[float]] = [[], []]
-    for _ in range(rounds):
-        for times, run in zip(taken, programs, strict=True):
-            start = time.perf_counter()
-            jax.block_until_ready(run(inputs.queries, inputs.caches))
-            times.append(time.perf_counter() - start)
-    short, long = map(min, taken)
-    return (long - short) / (calls - fewer) * 1e6
+    program = Call(jax.jit(run), (inputs.queries, inputs.caches))
+    program()
+    return min(device_spans(program, rounds)) / calls * 1e3
 
 
 def check(point: DecodePoint, inputs: Inputs) -> float:

@@ -1,11 +1,15 @@
 """Device time in rounds, and what the GPU was doing meanwhile."""
 
 import csv
+import gzip
 import importlib.metadata
+import json
 import statistics
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -62,6 +66,36 @@ def device_time(call: Call, repeats: int = 1) -> Timing:
     records = kernel_records(call, repeats)
     names = tuple(name for name, _ in records[: len(records) // repeats])
     return Timing(sum(ms for _, ms in records) / repeats, names)
+
+
+def device_spans(call: Call, repeats: int) -> list[float]:
+    """Milliseconds on the GPU's timeline from the start of a call's first kernel to the end of its
+    last one, of `repeats` calls: gaps between kernels count, the launch by the host does not."""
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            for _ in range(repeats):
+                call()
+        files = Path(folder).rglob("*.trace.json.gz")
+        events = [
+            e
+            for file in files
+            for e in json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]
+        ]
+    named = [e for e in events if e.get("ph") == "M" and "name" in e.get("args", {})]
+    processes = {e["pid"]: e["args"]["name"] for e in named if e["name"] == "process_name"}
+    threads = {(e["pid"], e["tid"]): e["args"]["name"] for e in named if e["name"] == "thread_name"}
+    kernels = sorted(
+        (e["ts"], e["ts"] + e["dur"])
+        for e in events
+        if e.get("ph") == "X"
+        and "GPU" in processes.get(e["pid"], "")
+        and "Stream" in threads.get((e["pid"], e["tid"]), "")
+    )
+    each, rest = divmod(len(kernels), repeats)
+    if rest or not each:
+        raise RuntimeError(f"the profiler recorded {len(kernels)} kernels of {repeats} equal calls")
+    calls = (kernels[i * each : (i + 1) * each] for i in range(repeats))
+    return [(max(stop for _, stop in x) - x[0][0]) / 1e3 for x in calls]
 
 
 def flusher() -> Callable[[], None]:

@@ -33,6 +33,8 @@ void for_each_target(F const& f) {
   f(jax_fa3::kQuantize, jax_fa3_quantize);
   f(jax_fa3::kSegmentIntervals, jax_fa3_segment_intervals);
   f(jax_fa3::kDecode, jax_fa3_decode);
+  f(jax_fa3::kAppend, jax_fa3_append);
+  f(jax_fa3::kAppendAndAttend, jax_fa3_append_and_attend);
   f(jax_fa3::kJvp, jax_fa3_jvp);
   f(jax_fa3::kMaskBits, jax_fa3_mask_bits);
 }

@@ -38,6 +38,7 @@ enum DTypes : unsigned {
   k16BitsOrWords = k16Bits | kUInt32,  // a word is two numbers of 16 bits
   k16BitsOrFloat32 = k16Bits | kFloat32,
   k16BitsOrE4M3 = k16Bits | kFloat8E4M3,
+  k16BitsOrOther = k16Bits | kFloat8E4M3 | kFloat32,
 };
 std::vector<std::string> names_of(DTypes dtypes);
 

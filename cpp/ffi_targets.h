@@ -74,6 +74,15 @@ struct Decoding {
   Array partials, arrivals;
 };
 
+// New rows of a cache, and attention to it behind them or not. Columns of a cache beside those that
+// are meant, where it has more, stay as they are.
+struct Appending : Decoding {
+  Array key, value;
+  Array positions, rotary_cos, rotary_sin;
+  Array new_key_cache, new_value_cache;  // the caches, where they are
+  Array rotated_query;
+};
+
 // clang-format off
 // A row of a table: where the array goes, and its spec, by the one name.
 #define JAX_FA3_ROW(Arrays, name, ...) {{#name, __VA_ARGS__}, &Arrays::name}
@@ -247,6 +256,64 @@ inline Target<Decoding> const kDecode = {
         JAX_FA3_ROW(Decoding, lse, kFloat32, "rn"),
         JAX_FA3_ROW(Decoding, partials, kFloat32, "*"),
         JAX_FA3_ROW(Decoding, arrivals, kInt32, "*"),
+    },
+};
+
+// Caches may have rows of any size.
+inline Target<Appending> const kAppend = {
+    "jax_fa3.append.v1",
+    {
+        JAX_FA3_ROW(Appending, key, k16BitsOrOther, "rkh"),
+        JAX_FA3_ROW(Appending, value, k16BitsOrOther, "rkv"),
+        JAX_FA3_ROW(Appending, key_cache, k16BitsOrOther, "*", "new_key_cache"),
+        JAX_FA3_ROW(Appending, value_cache, k16BitsOrOther, "*|0", "new_value_cache"),
+        JAX_FA3_ROW(Appending, lengths, kInt32, "b"),
+        JAX_FA3_ROW(Appending, page_table, kInt32, "bw|0"),
+        JAX_FA3_ROW(Appending, query_starts, kInt32, ".|0"),
+        JAX_FA3_ROW(Appending, num_sequences, kInt32, "1|0"),
+        JAX_FA3_ROW(Appending, key_scale, kFloat32, "1|k|bk|p..|0"),
+        JAX_FA3_ROW(Appending, value_scale, kFloat32, "1|k|bk|p..|0"),
+        JAX_FA3_ROW(Appending, query, k16Bits, "rnh|0"),
+        JAX_FA3_ROW(Appending, positions, kInt32, "r|0"),
+        JAX_FA3_ROW(Appending, rotary_cos, k16BitsOrFloat32, "lc|0"),
+        JAX_FA3_ROW(Appending, rotary_sin, k16BitsOrFloat32, "lc|0"),
+    },
+    {
+        JAX_FA3_ROW(Appending, new_key_cache, k16BitsOrOther, "*"),
+        JAX_FA3_ROW(Appending, new_value_cache, k16BitsOrOther, "*|0"),
+        JAX_FA3_ROW(Appending, rotated_query, k16Bits, "rnh|0"),
+    },
+};
+
+// Appends, and attends to what it has written.
+inline Target<Appending> const kAppendAndAttend = {
+    "jax_fa3.append_and_attend.v1",
+    {
+        JAX_FA3_ROW(Appending, query, k16Bits, "rnh"),
+        JAX_FA3_ROW(Appending, key, k16BitsOrE4M3, "rkh"),
+        JAX_FA3_ROW(Appending, value, k16BitsOrE4M3, "rkv"),
+        JAX_FA3_ROW(Appending, key_cache, k16BitsOrE4M3, "p...|p....", "new_key_cache"),
+        JAX_FA3_ROW(Appending, value_cache, k16BitsOrE4M3, "p...|p....|0", "new_value_cache"),
+        JAX_FA3_ROW(Appending, lengths, kInt32, "b"),
+        JAX_FA3_ROW(Appending, page_table, kInt32, "bw|0"),
+        JAX_FA3_ROW(Appending, query_starts, kInt32, ".|0"),
+        JAX_FA3_ROW(Appending, num_sequences, kInt32, "1|0"),
+        JAX_FA3_ROW(Appending, key_begin, kInt32, "b|0"),
+        JAX_FA3_ROW(Appending, sinks, kFloat32, "n|0"),
+        JAX_FA3_ROW(Appending, key_scale, kFloat32, "1|k|bk|p..|0"),
+        JAX_FA3_ROW(Appending, value_scale, kFloat32, "1|k|bk|p..|0"),
+        JAX_FA3_ROW(Appending, positions, kInt32, "r|0"),
+        JAX_FA3_ROW(Appending, rotary_cos, k16BitsOrFloat32, "lc|0"),
+        JAX_FA3_ROW(Appending, rotary_sin, k16BitsOrFloat32, "lc|0"),
+    },
+    {
+        JAX_FA3_ROW(Appending, out, k16Bits, "rnv"),
+        JAX_FA3_ROW(Appending, lse, kFloat32, "rn"),
+        JAX_FA3_ROW(Appending, new_key_cache, k16BitsOrE4M3, "p...|p...."),
+        JAX_FA3_ROW(Appending, new_value_cache, k16BitsOrE4M3, "p...|p....|0"),
+        JAX_FA3_ROW(Appending, rotated_query, k16Bits, "rnh|0"),
+        JAX_FA3_ROW(Appending, partials, kFloat32, "*"),
+        JAX_FA3_ROW(Appending, arrivals, kInt32, "*"),
     },
 };
 

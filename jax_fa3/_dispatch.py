@@ -24,7 +24,7 @@ from ._problem import Implementation
 
 FirstFa3 = tuple[Literal["fa3"], Literal["xla"]]  # None, but without its warning
 ELSEWHERE = "use implementation='xla'"
-_NO_KERNELS = (
+NO_KERNELS = (
     "jax_fa3: got an install without CUDA kernels, wanted one with them: reinstall it on Linux (in a "
     f"checkout, whose folder jax_fa3 has none, start Python elsewhere), or {ELSEWHERE}"
 )
@@ -89,7 +89,7 @@ def refusal_of_build(
     """Why this install has no kernel for these; name: of the argument to blame; wide: whether the
     kernels for heads wider than 256 count."""
     if not _ffi.kernels():
-        return _NO_KERNELS
+        return NO_KERNELS
     built = [(h, v) for kernel, h, v in _ffi.kernels() if kernel == dtype.name]
     built = [dims for dims in built if wide or not _ffi.is_wide(*dims)]
     if not any(h >= head_dim and v >= head_dim_v for h, v in built):
@@ -123,7 +123,7 @@ def machine_refusal() -> str | None:
         wanted = f"wanted an NVIDIA Hopper GPU (9.0, sm_90): {ELSEWHERE}"
         return f"device: got compute capability {found}, {wanted}"
     if not _ffi.is_built():
-        return _NO_KERNELS
+        return NO_KERNELS
     driver, wanted = _ffi.cuda_versions()
     if 0 < driver // 1000 < wanted // 1000:  # a runtime goes with all drivers of its major version
         newer = f"wanted one for CUDA {wanted // 1000}.0 or newer: update it"

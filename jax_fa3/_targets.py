@@ -16,6 +16,8 @@ FWD_FP8 = "jax_fa3.fwd_fp8.v1"
 QUANTIZE = "jax_fa3.quantize.v1"
 SEGMENT_INTERVALS = "jax_fa3.segment_intervals.v1"
 DECODE = "jax_fa3.decode.v1"
+APPEND = "jax_fa3.append.v1"
+APPEND_AND_ATTEND = "jax_fa3.append_and_attend.v1"
 JVP = "jax_fa3.jvp.v1"
 MASK_BITS = "jax_fa3.mask_bits.v1"
 
@@ -39,6 +41,7 @@ _16_BITS = ("bfloat16", "float16")
 _16_BITS_OR_WORDS = (*_16_BITS, "uint32")
 _16_BITS_OR_E4M3 = (*_16_BITS, "float8_e4m3fn")
 _16_BITS_OR_FLOAT32 = (*_16_BITS, "float32")
+_16_BITS_OR_OTHER = (*_16_BITS, "float32", "float8_e4m3fn")
 
 _MASKS = (
     Row("query_offset", _INT32, optional=True),
@@ -60,6 +63,21 @@ _BITS = (
     Row("mask_blocks", ("uint32",), optional=True),
 )
 _DROPOUT = Row("dropout", ("uint32",), optional=True)
+_PLACES = (  # in a KV cache
+    Row("lengths", _INT32),
+    Row("page_table", _INT32, optional=True),
+    Row("query_starts", _INT32, optional=True),
+    Row("num_sequences", _INT32, optional=True),
+)
+_SCALES = (
+    Row("key_scale", _FLOAT32, optional=True),
+    Row("value_scale", _FLOAT32, optional=True),
+)
+_ROTARY = (
+    Row("positions", _INT32, optional=True),
+    Row("rotary_cos", _16_BITS_OR_FLOAT32, optional=True),
+    Row("rotary_sin", _16_BITS_OR_FLOAT32, optional=True),
+)
 _BWD_WORKSPACE = (
     Row("row_stats", _FLOAT32),
     Row("row_intervals", _INT32),
@@ -167,18 +185,54 @@ TARGETS = {
             Row("query", _16_BITS),
             Row("key_cache", _16_BITS_OR_E4M3),
             Row("value_cache", _16_BITS_OR_E4M3, optional=True),
-            Row("lengths", _INT32),
-            Row("page_table", _INT32, optional=True),
-            Row("query_starts", _INT32, optional=True),
-            Row("num_sequences", _INT32, optional=True),
+            *_PLACES,
             Row("key_begin", _INT32, optional=True),
             Row("sinks", _FLOAT32, optional=True),
-            Row("key_scale", _FLOAT32, optional=True),
-            Row("value_scale", _FLOAT32, optional=True),
+            *_SCALES,
         ),
         results=(
             Row("out", _16_BITS),
             Row("lse", _FLOAT32),
+            Row("partials", _FLOAT32),
+            Row("arrivals", _INT32),
+        ),
+    ),
+    APPEND: Target(
+        operands=(
+            Row("key", _16_BITS_OR_OTHER),
+            Row("value", _16_BITS_OR_OTHER),
+            Row("key_cache", _16_BITS_OR_OTHER),
+            Row("value_cache", _16_BITS_OR_OTHER, optional=True),
+            *_PLACES,
+            *_SCALES,
+            Row("query", _16_BITS, optional=True),
+            *_ROTARY,
+        ),
+        results=(
+            Row("new_key_cache", _16_BITS_OR_OTHER),
+            Row("new_value_cache", _16_BITS_OR_OTHER, optional=True),
+            Row("rotated_query", _16_BITS, optional=True),
+        ),
+    ),
+    APPEND_AND_ATTEND: Target(
+        operands=(
+            Row("query", _16_BITS),
+            Row("key", _16_BITS_OR_E4M3),
+            Row("value", _16_BITS_OR_E4M3),
+            Row("key_cache", _16_BITS_OR_E4M3),
+            Row("value_cache", _16_BITS_OR_E4M3, optional=True),
+            *_PLACES,
+            Row("key_begin", _INT32, optional=True),
+            Row("sinks", _FLOAT32, optional=True),
+            *_SCALES,
+            *_ROTARY,
+        ),
+        results=(
+            Row("out", _16_BITS),
+            Row("lse", _FLOAT32),
+            Row("new_key_cache", _16_BITS_OR_E4M3),
+            Row("new_value_cache", _16_BITS_OR_E4M3, optional=True),
+            Row("rotated_query", _16_BITS, optional=True),
             Row("partials", _FLOAT32),
             Row("arrivals", _INT32),
         ),

@@ -85,8 +85,8 @@ def poison(case: Case, dtype: Any) -> None:
 
 
 def equal(x: Any, y: Any) -> bool:
-    """Whether two pytrees of 16-bit and 32-bit numbers are the same bit by bit."""
-    bits = {2: np.uint16, 4: np.uint32}
+    """Whether two pytrees of 8-bit, 16-bit and 32-bit numbers are the same bit by bit."""
+    bits = {1: np.uint8, 2: np.uint16, 4: np.uint32}
     x, y = ([np.asarray(a) for a in jax.tree.leaves(tree)] for tree in (x, y))
     x, y = ([a.view(bits[a.dtype.itemsize]) for a in leaves] for leaves in (x, y))
     return all(np.array_equal(a, b) for a, b in zip(x, y, strict=True))

@@ -32,6 +32,7 @@ def test_measures_checks_and_prints(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(decode, "CONTENDERS", {"fa3": plain, "cudnn": decode.cudnn})
     monkeypatch.setattr(decode, "MOST_CALLS", 3)
     monkeypatch.setattr(decode, "ROTATED_BYTES", 1)
+    monkeypatch.setattr(decode, "device_spans", lambda call, rounds: [call.fn(*call.args) and 1.0])
     monkeypatch.setattr(decode, "copied_bytes_per_second", lambda _: 4e12)
     for name in ("environment", "flusher"):
         monkeypatch.setattr(decode, name, dict)

@@ -6,6 +6,10 @@ import pytest
 
 pytest.importorskip("flax")
 from flax_layers import IDS, B, K, T, X, both, close, make
+from lowering import hide_gpus, lower, targets
+
+import jax_fa3.flax
+from jax_fa3 import _targets
 
 
 @both
@@ -34,6 +38,18 @@ def test_decodes_left_padding(api):
         out = layer(X[:, start:stop], positions=rows - padding, key_begin=begin)
         first = max(start, 3)
         close(out[0, first - start :], exact[first - 3 : stop - 3])
+
+
+@pytest.mark.parametrize("rows, kv_cache", [(1, True), (3, True), (T, True), (100, False)])
+def test_few_rows_go_to_the_kernels_of_caches(rows, kv_cache, monkeypatch):
+    """Which write them where the cache is; a prompt goes to those of training."""
+    hide_gpus(monkeypatch)
+    x = jnp.zeros((B, rows, X.shape[-1]), jnp.bfloat16)
+    options = {"qkv_features": 256, "dtype": jnp.bfloat16, "is_causal": True, "decode": True}
+    layer = jax_fa3.flax.linen.MultiHeadAttention(4, num_kv_heads=K, **options)
+    variables = jax.eval_shape(layer.init, jax.random.key(0), jnp.zeros((B, 128, X.shape[-1])))
+    text = lower(lambda v, x: layer.apply(v, x, mutable=["cache"]), variables, x)
+    assert targets(text) == [_targets.APPEND_AND_ATTEND if kv_cache else _targets.FWD]
 
 
 def test_past_the_end_under_jit():

@@ -22,6 +22,7 @@ from masks import ints
 from test_kv_cache_modes import MISTAKES
 
 import jax_fa3
+from jax_fa3 import kv_cache
 
 pytestmark = pytest.mark.gpu
 
@@ -48,6 +49,7 @@ attention = functools.partial(
     [
         ("memcheck", "table", True),
         ("memcheck", "caches", True),
+        ("memcheck", "appends", True),
         ("memcheck", "overrun", False),
         ("synccheck", "table", True),
         ("synccheck", "caches", True),
@@ -98,6 +100,33 @@ def call_caches() -> None:
     print("all calls made")
 
 
+def call_appends() -> None:
+    """New rows into caches that end where their memory does; then with what tables and lengths should
+    not say."""
+    static = ("kv_layout", "implementation")
+    append: Any = jax.jit(kv_cache.append, static_argnames=static)
+    append_and_attend: Any = jax.jit(kv_cache.append_and_attend, static_argnames=static)
+    wide: Any = {"H": 64, "pages": 5, "ragged": True, "spare": 3}
+    others: list[Any] = [{}, {"cache_dtype": E4M3, "scales": "tokens"}, {"H": 20, "layout": "HND"}]
+    for count in (1, 40):
+        for other in others:
+            case = Case("", (count,) * 3, (count, 80, 50), **{**wide, **other})
+            inputs = Inputs(case, jnp.bfloat16)
+            arguments = inputs.arguments()
+            query = arguments.pop("query")
+            new = dict.fromkeys(("key", "value"), query[:, : case.K])
+            angles = dict.fromkeys(("rotary_cos", "rotary_sin"), jnp.ones((80, case.H // 2)))
+            arguments |= {**new, **angles, "query": query, "implementation": "fa3"}
+            functions = (append, append_and_attend) if case.H % 8 == 0 else (append,)
+            for function in functions:
+                jax.block_until_ready(function(**arguments))
+                for name, place, value in MISTAKES.values():
+                    changed = np.array(arguments[name])
+                    changed[place] = value
+                    jax.block_until_ready(function(**{**arguments, name: changed}))
+    print("all calls made")
+
+
 def call_overrun() -> None:
     """key_end is said to have 2048 numbers, but only 16 of them are its own."""
     cupy = importlib.import_module("cupy")
@@ -109,4 +138,5 @@ def call_overrun() -> None:
 
 
 if __name__ == "__main__":
-    {"table": call_table, "caches": call_caches, "overrun": call_overrun}[sys.argv[1]]()
+    calls = {"table": call_table, "caches": call_caches, "appends": call_appends}
+    {**calls, "overrun": call_overrun}[sys.argv[1]]()

@@ -8,9 +8,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 from kv_cases import E4M3, Case, Inputs, assert_right
+from lowering import hide_gpus, lower, operations, targets
 from modes import strict
 
-from jax_fa3 import kv_cache
+from jax_fa3 import _targets, kv_cache
 from jax_fa3.kv_cache import _rotary
 
 append: Any = kv_cache.append  # whose arguments are given in tuples here
@@ -222,6 +223,33 @@ def test_append_and_attend_rotates_both():
     later = np.arange(6)[None] + 30
     moved, *_ = append_and_attend(*x, cache, cache, [6], **tables, positions=later)
     np.testing.assert_allclose(out, moved, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["NHD", "lanes"])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, E4M3])
+def test_is_one_call_on_cuda(layout: str, dtype: Any, monkeypatch: pytest.MonkeyPatch):
+    """Whose results are its operands, and nothing moves them, or anything else."""
+    hide_gpus(monkeypatch)
+    case = Case("", **MIXED, H=64, V=64, layout=layout, spare=2, cache_dtype=dtype)
+    inputs = Inputs(case, jnp.bfloat16)
+    arguments = {"query": None, **inputs.arguments()}
+    new = (jnp.zeros((case.rows + 2, case.K, 64), jnp.bfloat16) for _ in range(2))
+    arguments |= dict(zip(("key", "value"), new, strict=True))
+    arguments |= dict.fromkeys(("rotary_cos", "rotary_sin"), jnp.ones((100, 16)))
+    static = {"kv_layout": layout}
+    arrays = {k: x for k, x in arguments.items() if k not in static}
+    for function, target in (
+        (append_and_attend, _targets.APPEND_AND_ATTEND),
+        (append, _targets.APPEND),
+    ):
+        text = lower(lambda x, function=function: function(**x, **static), arrays)
+        assert targets(text) == [target]
+        assert operations(text) - {"output_operand_alias"} <= {
+            "custom_call",
+            "reshape",
+            "broadcast_in_dim",
+        }
+        assert text.count("output_operand_alias<") == (2 if layout == "NHD" else 1)
 
 
 def test_has_no_derivative():

@@ -147,9 +147,19 @@ def test_append_and_attend():
         kv_cache.append_and_attend(**both, windows=3)
 
 
-def test_no_kernel_appends():
-    with pytest.raises(NotImplementedError, match="^implementation='fa3': no kernel appends, .* use implementation='xla'"):  # fmt: skip
-        kv_cache.append(**APPEND, implementation="fa3")
+FLOATS = {name: APPEND[name].astype(jnp.float32) for name in ("key", "value", *CACHES)}
+NOT_APPENDED: list[tuple[dict[str, Any], str]] = [
+    ({**FLOATS, **ANGLES}, "key: got dtype float32 for a cache of float32, to be rotated, wanted bfloat16 or float16"),
+    ({**FLOATS, **{name: APPEND[name].astype(jnp.float8_e4m3fn) for name in CACHES}}, "key: got dtype float32 for a cache of float8_e4m3fn, wanted bfloat16 or float16"),
+    ({"key_scale": 2.0}, "key_scale: got an array, wanted None, as the cache is not float8_e4m3fn"),
+    ({"value_scale": 2.0}, "value_scale: got an array, wanted None, as"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("changed", "message"), NOT_APPENDED)
+def test_what_the_kernel_does_not_append(changed: dict[str, Any], message: str):
+    with pytest.raises(NotImplementedError, match=f"^implementation='fa3': {message}.* use implementation='xla'"):  # fmt: skip
+        kv_cache.append(**(APPEND | changed), implementation="fa3")
 
 
 ROWS = np.zeros((B, T), int)

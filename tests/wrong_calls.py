@@ -158,12 +158,15 @@ _FREE = {
     (_targets.BWD_PACKED, "results", 7, 0),
     (_targets.DECODE, "operands", 1, 1),  # positions of a contiguous cache
     (_targets.DECODE, "operands", 4, 1),  # pages of a sequence
+    (_targets.APPEND, "operands", 2, 1),
+    (_targets.APPEND, "operands", 5, 1),
+    (_targets.APPEND_AND_ATTEND, "operands", 6, 1),
 }
 _MAY_BE_NONE = {(_targets.BWD, "results", 8), (_targets.BWD_PACKED, "results", 6)}  # ranges
 
 # Results before the workspace, which may be larger and of any rank.
 _RESULTS = {_targets.FWD: 4, _targets.BWD: 3, _targets.BWD_PACKED: 1, _targets.FWD_FP8: 2}
-_RESULTS |= {_targets.DECODE: 2, _targets.JVP: 2}
+_RESULTS |= {_targets.DECODE: 2, _targets.JVP: 2, _targets.APPEND_AND_ATTEND: 5}
 
 
 def _wrong_arrays(target: str, kind: str, place: int, x: Struct) -> Iterator[Struct]:

@@ -60,6 +60,9 @@ struct Problem {
   // Of workspace() numbers (workspace.h).
   float* partials;
   int* arrivals;
+
+  // The kernel in front writes the cache and the query, and zeroes `arrivals` (append.h).
+  bool appended;
 };
 
 template <DType kDType, int kHeadDim, int kHeadDimV>

@@ -47,17 +47,19 @@ cudaError_t launch_clusters(Problem const& p, Params& params, cudaStream_t strea
       cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
   JAX_FA3_RETURN_IF_ERROR(
       cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = params.cluster;
-  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  cudaLaunchAttribute attributes[2] = {};
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim.x = params.cluster;
+  attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[1].val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(p.num_heads_k * params.cluster, p.sequences.batch);
   config.blockDim = dim3(Traits::kThreads);
   config.dynamicSmemBytes = kBytes;
   config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
+  config.attrs = attributes;
+  config.numAttrs = p.appended ? 2 : 1;
   void* arguments[] = {&params};
   return cudaLaunchKernelExC(&config, function, arguments);
 }
@@ -111,6 +113,7 @@ cudaError_t make_params(Problem const& p, int num_ctas, Params* params) {
   params->partial_lse = p.partials + rows * p.head_dim_v;
   params->arrivals = p.arrivals;
   params->num_ctas = num_ctas;
+  params->appended = p.appended;
   params->cluster = cluster_of<Traits>(p, num_ctas / Traits::kCtasPerSm);
   return cudaSuccess;
 }
@@ -123,7 +126,9 @@ cudaError_t launch_tile(Problem const& problem, cudaStream_t stream) {
   Params params{};
   JAX_FA3_RETURN_IF_ERROR(make_params<Traits>(problem, num_ctas, &params));
   if (params.cluster > 0) return launch_clusters<Traits>(problem, params, stream);
-  JAX_FA3_RETURN_IF_ERROR(launch_kernel(reset_kernel, 1, 256, 0, params, stream));
+  if (!params.appended) {
+    JAX_FA3_RETURN_IF_ERROR(launch_kernel(reset_kernel, 1, 256, 0, params, stream));
+  }
   return launch_kernel(decode_kernel<Traits>, num_ctas, Traits::kThreads,
                        sizeof(typename Traits::SharedStorage), params, stream, Start::kEarly);
 }

@@ -66,6 +66,10 @@ CUTLASS_DEVICE void load(Params const& params, typename Traits::SharedStorage& s
 
   PipelineState<Traits::kWorkStages> work_state;
   PipelineState<Traits::kLoadStages> state;
+  if (params.appended) {
+    cudaGridDependencySynchronize();
+    asm volatile("fence.proxy.async.global;" ::: "memory");  // TMA is to see them, too
+  }
   for (;; work_state.advance()) {
     storage.work_pipeline.full[work_state.stage].wait(work_state.phase);
     Work const& work = storage.work[work_state.stage];
@@ -199,6 +203,7 @@ CUTLASS_DEVICE void schedule(Params const& params, typename Traits::SharedStorag
     __syncwarp();
     if (work.last) break;
     if (work.begin == work.end) continue;
+    if (params.appended) cudaGridDependencySynchronize();
     storage.query_empty.wait(query_phase ^ 1);
     query_phase ^= 1;
     load_query<Traits>(params, storage, work);

@@ -41,6 +41,7 @@ struct Params {
   int cluster;  // CTAs that share a tile by themselves (cluster.h), or 0
   int slots;
   int slot_rows;
+  bool appended;  // the kernel in front, which is overtaken, writes query, keys and values
 };
 
 }  // namespace jax_fa3::decode

@@ -29,14 +29,15 @@ inline int slots(Sequences const& sequences, int split_size) {
   return splits < 2 ? 2 : splits;
 }
 
+// An SM takes two CTAs of 64 rows, or one of 128.
+constexpr int kMostDecodeCtas = 2 * kMostCtas;
+
 struct Workspace {
   int64_t partials, arrivals;
 };
 
 inline Workspace workspace(Sequences const& sequences, int group, int head_dim_v, int split_size) {
-  // An SM takes two CTAs of 64 rows, or one of 128.
-  constexpr int64_t kMostDecodeCtas = 2 * kMostCtas;
-  int64_t const rows = kMostDecodeCtas * slot_rows(sequences, group, 64);
+  int64_t const rows = int64_t{kMostDecodeCtas} * slot_rows(sequences, group, 64);
   return {rows * slots(sequences, split_size) * (head_dim_v + 1), kMostDecodeCtas};
 }
 

@@ -24,9 +24,15 @@ from ._letters import CONTEXT_PARALLEL, Axes, ByLetter, sizes, spec, split_kv_he
 
 
 def partitioned(
-    function: Callable[..., Any], letters: Sequence[str], results: Sequence[str]
+    function: Callable[..., Any],
+    letters: Sequence[str],
+    results: Sequence[str],
+    *,
+    sums: bool = True,
 ) -> Callable[..., tuple[Array, ...]]:
     """function on each device's own part of the operands, whatever part XLA gives it.
+
+    sums: whether results with a `k` are summed over devices that share a key/value head; else none do.
 
     Warns at compilation where a dimension whose letter is a dot, or heads that cannot be split that
     way, are gathered.
@@ -48,7 +54,8 @@ def partitioned(
         partial = mesh.size < len(operands[0].sharding.device_set)
         if partial and "+" in "".join(results):
             axes = {}
-        axes, shared = _fit_heads(axes, mesh, size, sums=not (partial and "k" in "".join(results)))
+        may_sum = sums and not (partial and "k" in "".join(results))
+        axes, shared = _fit_heads(axes, mesh, size, sums=may_sum)
         _warn_of_gathers(axes_of[: len(letters)], letters, axes)
 
         def local(*operands: Array) -> tuple[Array, ...]:

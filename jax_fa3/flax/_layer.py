@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jax.ad_checkpoint import checkpoint_name
-from jax.core import Tracer
 
 from .._arguments import MaskArrays
 from .._checks import Integers, array, static_float, wrong
 from .._problem import Implementations, Window
-from . import _dropout
+from . import _cache, _dropout
+from ._cache import Cache
 
 # What the projections leave for the attention's backward. jax.checkpoint with the policy
 # save_only_these_names(*PROJECTION_NAMES, *jax_fa3.RESIDUAL_NAMES) computes neither again.
@@ -37,14 +37,6 @@ class Layer(Protocol):
     deterministic: bool | None
     implementation: Implementations | None
     attention_fn: Callable[..., Any]
-
-
-class Cache(NamedTuple):
-    """Keys and values seen so far, with Flax's names for them."""
-
-    cached_key: Array  # [B, L, K, H], and so is cached_value; L positions, of which
-    cached_value: Array
-    cache_index: Array  # int32 [], this many are filled
 
 
 def check_heads(
@@ -139,7 +131,7 @@ def attend(
             wanted = "key_begin and key_end: jax_fa3.flax.mask_to_intervals(mask) gives both"
         raise TypeError(f"{min(unknown)}: not an argument of this layer, wanted {wanted}")
     if cache is not None:
-        _check_step(layer, query, key, value, masks, cache)
+        _cache.check(layer, query, key, value, masks, cache)
     if layer.rotary_base is not None:
         start = 0 if cache is None else cache.cache_index
         where = _positions(positions, query, key, start)
@@ -162,19 +154,8 @@ def attend(
     if masks.get("query_segment_ids") is not None:
         arguments["padding_segment_id"] = layer.padding_segment_id
     if cache is None:
-        return _call(layer.attention_fn, query, key, value, arguments), None
-    arguments["query_offset"] = cache.cache_index
-    # Where the cache is too short this overwrites its end; nobody sees that, for cache_index stays
-    # past the end and so every later result is NaN as well.
-    filled = cache.cache_index + query.shape[-3]
-    old = cache.cached_key, cache.cached_value
-    cached_key, cached_value = (
-        lax.dynamic_update_slice_in_dim(x, new, cache.cache_index, axis=x.ndim - 3)
-        for x, new in zip(old, (key, value), strict=True)
-    )
-    out = _call(layer.attention_fn, query, cached_key, cached_value, arguments)
-    out = jnp.where(filled <= cached_key.shape[-3], out, jnp.nan)
-    return out, Cache(cached_key, cached_value, filled)
+        return _cache.call(layer.attention_fn, query, key, value, arguments), None
+    return _cache.step(layer, query, key, value, arguments, cache)
 
 
 def rotate(x: Array, positions: Integers, base: float) -> Array:
@@ -209,40 +190,3 @@ def _positions(positions: Integers | None, query: Array, key: Array, start: int 
     if positions.shape not in ((length,), (*batch, length)):
         raise wrong("positions", f"shape {positions.shape}", f"{(length,)} or {(*batch, length)}")
     return positions
-
-
-def _check_step(
-    layer: Layer, query: Array, key: Array, value: Array, masks: MaskArrays, cache: Cache
-) -> None:
-    if not layer.is_causal:
-        raise wrong("is_causal", False, "True for a layer that decodes")
-    for name, x in masks.items():
-        if x is not None and name not in ("key_begin", "key_end"):
-            wanted = "None: decoding takes key_begin and key_end alone, positions in the cache"
-            raise wrong(name, "an array", wanted)
-    *batch, length, num_heads, head_dim = cache.cached_key.shape
-    new = query.shape[-3]
-    wanted = (*batch, new, num_heads, head_dim)
-    for name, x in (("key", key), ("value", value)):
-        if x.shape != wanted:
-            reason = f"the cache's {wanted}: make it again for this batch"
-            raise wrong(f"cached_{name}", f"new entries of shape {x.shape}", reason)
-        if x.dtype != cache.cached_key.dtype:
-            reason = f"the cache's {cache.cached_key.dtype}: make it with dtype {x.dtype}"
-            raise wrong(f"cached_{name}", f"new entries of dtype {x.dtype}", reason)
-    index = cache.cache_index
-    if not isinstance(index, Tracer) and int(index) + new > length:
-        wanted = f"room for {new} more: make the cache for a longer input, or start a new one"
-        raise wrong("cache_index", f"{int(index)} of {length} positions filled", wanted)
-
-
-def _call(
-    attention_fn: Callable[..., Any],
-    query: Array,
-    key: Array,
-    value: Array,
-    arguments: dict[str, Any],
-) -> Array:
-    """attention_fn with only what is not its default, so that jax.nn's function can stand in."""
-    given = {k: x for k, x in arguments.items() if x is not None and x is not False}
-    return attention_fn(query, key, value, **given)

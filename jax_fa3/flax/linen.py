@@ -16,7 +16,8 @@ from .._attention import dot_product_attention
 from .._checks import Integers, wrong
 from .._problem import Implementations, Window
 from . import _layer
-from ._layer import Cache, KernelAxes, MaskArrays
+from ._cache import Cache
+from ._layer import KernelAxes, MaskArrays
 
 
 class MultiHeadAttention(nn.Module):

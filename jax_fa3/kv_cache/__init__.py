@@ -2,11 +2,12 @@
 
 `append` writes new keys and values, `dot_product_attention` reads them, `append_and_attend` does both,
 and `merge` joins results for parts of the keys. The names that begin with ragged_paged_attention are
-those that engines for TPUs call. Attention has a kernel for Hopper; all the rest runs on XLA.
+those that engines for TPUs call.
 """
 
 from ..context_parallel import merge
-from ._append import append, append_and_attend
+from ._append import append
+from ._append_and_attend import append_and_attend
 from ._attention import dot_product_attention
 from ._ragged_paged import (
     ragged_paged_attention,

@@ -1,9 +1,9 @@
-"""New keys and values into a cache, by themselves or with attention behind."""
+"""New keys and values into a cache."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax import Array
@@ -14,30 +14,19 @@ from .. import _dispatch, _guards
 from .. import _sharding as _devices
 from .._checks import Integers, array, check_floating, static_bool, wrong
 from .._jitted import jitted
-from .._problem import E4M3, Implementations
-from . import _write
+from .._problem import E4M3, Implementation, Implementations
+from . import _append_kernel
 from ._arguments import (
-    Call,
     checked_call,
     checked_heads,
     checked_rows,
     checked_scale,
     per_row,
 )
-from ._attention import dot_product_attention
 from ._layout import KvLayout, Layout
 from ._rotary import Tables
 from ._sharding import Letters, checked_sharding
 from ._write import Config, Operands
-
-# Of the keyword arguments of append: those of its own, and those that dot_product_attention has too.
-_ROTARY = {"positions", "rotary_cos", "rotary_sin", "rotary_interleaved"}
-_SHARED = {"page_table", "cache_rows", "query_starts", "num_sequences", "key_scale", "value_scale"}
-_SHARED |= {"kv_layout", "sharding"}
-_NO_KERNEL = (
-    "implementation='fa3': no kernel appends, XLA writes what is new where it belongs: use "
-    "implementation='xla' or None; append_and_attend takes 'fa3' for its attention"
-)
 
 
 def append(
@@ -83,7 +72,7 @@ def append(
         key_scale, value_scale: what is written is divided by them, and saturates at e4m3's +-448.
             Those per token and head must be there already; `append` writes them as it does keys, for
             they are a cache with H = V = 1.
-        The others: as in `dot_product_attention`.
+        The others: as in `dot_product_attention`; what the kernel takes is in docs/kv_cache.md.
 
     Returns:
         key_cache and value_cache (None where one buffer holds both), and with query a third one:
@@ -94,8 +83,63 @@ def append(
 
     Raises as `dot_product_attention`.
     """
-    if _dispatch.checked_implementation(implementation) == "fa3":
-        raise NotImplementedError(_NO_KERNEL)
+    wanted = _dispatch.checked_implementation(implementation)
+    call = checked(
+        key_cache,
+        value_cache,
+        key,
+        value,
+        key_value_seq_lengths,
+        query=query,
+        positions=positions,
+        rotary_cos=rotary_cos,
+        rotary_sin=rotary_sin,
+        rotary_interleaved=rotary_interleaved,
+        page_table=page_table,
+        cache_rows=cache_rows,
+        query_starts=query_starts,
+        num_sequences=num_sequences,
+        key_scale=key_scale,
+        value_scale=value_scale,
+        kv_layout=kv_layout,
+        sharding=sharding,
+    )
+    chosen = _dispatch.choose(wanted, call.refused, stacklevel=2)
+    found = _append(chosen, call.config, call.letters, sharding, call.key, call.operands)
+    count = len(call.operands.caches)
+    return *as_two(found[:count]), *found[count:]
+
+
+class Checked(NamedTuple):
+    config: Config
+    letters: Any  # of key, and of operands
+    key: Array
+    operands: Operands
+    refused: str | None  # why the kernel cannot take it
+
+
+def checked(
+    key_cache: ArrayLike,
+    value_cache: ArrayLike | None,
+    key: ArrayLike,
+    value: ArrayLike,
+    key_value_seq_lengths: Integers,
+    *,
+    query: ArrayLike | None = None,
+    positions: Integers | None = None,
+    rotary_cos: ArrayLike | None = None,
+    rotary_sin: ArrayLike | None = None,
+    rotary_interleaved: bool = False,
+    page_table: Integers | None = None,
+    cache_rows: Integers | None = None,
+    query_starts: Integers | None = None,
+    num_sequences: Integers | None = None,
+    key_scale: ArrayLike | None = None,
+    value_scale: ArrayLike | None = None,
+    kv_layout: KvLayout | Layout = "NHD",
+    sharding: NamedSharding | PartitionSpec | None = None,
+) -> Checked:
+    """The arguments of `append`."""
     x = checked_rows("key", key, "K, H", e4m3=True)
     where = page_table, cache_rows, query_starts, num_sequences
     call = checked_call("key", x, (key_cache, value_cache, kv_layout), key_value_seq_lengths, where)
@@ -141,44 +185,9 @@ def append(
     )
     config = Config(layout, static_bool("rotary_interleaved", rotary_interleaved))
     operands = Operands(v, call.caches, call.where, q, at, tables, *scales)
-    caches = _append(config, (letters.rows("k"), of_operands), sharding, x, operands)
-    return _as_two(call, caches)
-
-
-def append_and_attend(
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
-    key_cache: ArrayLike,
-    value_cache: ArrayLike | None,
-    key_value_seq_lengths: Integers,
-    *,
-    return_residual: bool = False,
-    **options: Any,
-) -> tuple[Any, ...]:
-    """`append`, and `dot_product_attention` of the caches that it returns.
-
-    Args: theirs; options are the keyword arguments of either, but `query` of `append`. What both have
-        is for both, and sharding is query's.
-
-    Returns:
-        out, key_cache, value_cache (None where one buffer holds both), and with return_residual the
-        log-sum-exp. Each of the two looks at the pages that it needs: where an old one is missing,
-        the new rows are written and the results are NaN.
-
-    Raises as `dot_product_attention`; TypeError for arguments that neither has.
-    """
-    rotary = {name: options.pop(name) for name in _ROTARY & options.keys()}
-    shared = {name: options[name] for name in _SHARED & options.keys()}
-    tables = rotary.get("rotary_cos"), rotary.get("rotary_sin")
-    turned = {} if all(x is None for x in tables) else {"query": query}
-    new, lengths = (key_cache, value_cache, key, value), key_value_seq_lengths
-    key_cache, value_cache, *rotated = append(*new, lengths, **turned, **rotary, **shared)
-    operands = rotated[0] if rotated else query, key_cache, value_cache, lengths
-    with_lse = static_bool("return_residual", return_residual)
-    found = dot_product_attention(*operands, **options, return_residual=with_lse)
-    out, *lse = found if with_lse else (found,)
-    return out, key_cache, value_cache, *lse
+    arrays = (x, *operands.caches)
+    refused = _append_kernel.refusal(x, operands) or _dispatch.refusal_of_devices(arrays)
+    return Checked(config, (letters.rows("k"), of_operands), x, operands, refused)
 
 
 def _tables(cos: Any, sin: Any, head_dim: int) -> Tables | None:
@@ -198,20 +207,26 @@ def _tables(cos: Any, sin: Any, head_dim: int) -> Tables | None:
     return Tables(cos, sin)
 
 
-def _as_two(call: Call, found: tuple[Array, ...]) -> tuple[Any, ...]:
-    """key_cache, value_cache, and what else there is."""
-    return found if call.layout.buffers == 2 else (found[0], None, *found[1:])
+def as_two(caches: tuple[Array, ...]) -> tuple[Array, Array | None]:
+    """key_cache and value_cache."""
+    return caches[0], caches[1] if len(caches) == 2 else None
 
 
-@jitted(static=3)
+@jitted(static=4)
 def _append(
-    config: Config, letters: Any, sharding: Any, key: Array, operands: Operands
+    implementation: Implementation | None,
+    config: Config,
+    letters: Any,
+    sharding: Any,
+    key: Array,
+    operands: Operands,
 ) -> tuple[Array, ...]:
     key, operands = jax.tree.map(_guards.cached, (key, operands))
 
     def local(key: Array, operands: Operands) -> tuple[Array, ...]:
         own = config.layout.with_heads(key.shape[-2])
-        return _write.write(dataclasses.replace(config, layout=own), key, operands)
+        replaced = dataclasses.replace(config, layout=own)
+        return _append_kernel.append(implementation, replaced, letters, key, operands)
 
     of_operands = letters[1]
     results = *of_operands.caches, *(() if of_operands.query is None else (of_operands.query,))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax import Array
@@ -122,6 +122,66 @@ def dot_product_attention(
         NotImplementedError: implementation="fa3" where the kernel cannot take the call; differentiation.
     """
     wanted = _dispatch.checked_implementation(implementation)
+    call = checked(
+        query,
+        key_cache,
+        value_cache,
+        key_value_seq_lengths,
+        page_table=page_table,
+        cache_rows=cache_rows,
+        query_starts=query_starts,
+        num_sequences=num_sequences,
+        key_begin=key_begin,
+        key_end=key_end,
+        sinks=sinks,
+        key_scale=key_scale,
+        value_scale=value_scale,
+        is_causal=is_causal,
+        local_window_size=local_window_size,
+        logits_soft_cap=logits_soft_cap,
+        scale=scale,
+        kv_layout=kv_layout,
+        split_size=split_size,
+        sharding=sharding,
+    )
+    with_lse = static_bool("return_residual", return_residual)
+    chosen = _dispatch.choose(wanted, call.refused, stacklevel=2)
+    out, lse = _attend(chosen, call.config, call.letters, sharding, call.query, call.operands)
+    return (out, lse) if with_lse else out
+
+
+class Checked(NamedTuple):
+    config: Config
+    letters: Any  # of query, and of operands
+    query: Array
+    operands: Operands
+    refused: str | None  # why the kernel cannot take it
+
+
+def checked(
+    query: ArrayLike,
+    key_cache: ArrayLike,
+    value_cache: ArrayLike | None,
+    key_value_seq_lengths: Integers,
+    *,
+    page_table: Integers | None = None,
+    cache_rows: Integers | None = None,
+    query_starts: Integers | None = None,
+    num_sequences: Integers | None = None,
+    key_begin: Integers | None = None,
+    key_end: Integers | None = None,
+    sinks: ArrayLike | None = None,
+    key_scale: ArrayLike | None = None,
+    value_scale: ArrayLike | None = None,
+    is_causal: bool = True,
+    local_window_size: int | Window | None = None,
+    logits_soft_cap: float | None = None,
+    scale: float | None = None,
+    kv_layout: KvLayout | Layout = "NHD",
+    split_size: int | None = None,
+    sharding: NamedSharding | PartitionSpec | None = None,
+) -> Checked:
+    """The arguments of `dot_product_attention`."""
     x = checked_rows("query", query, "N, H")
     where = page_table, cache_rows, query_starts, num_sequences
     call = checked_call(
@@ -160,14 +220,10 @@ def dot_product_attention(
             letters.scale(operands.value_scale),
         ]
     )
-    with_lse = static_bool("return_residual", return_residual)
     refused = _kernel.refusal(config, x, operands) or _dispatch.refusal_of_devices(
         (x, *operands.caches)
     )
-    chosen = _dispatch.choose(wanted, refused, stacklevel=2)
-    letters = letters.rows("n"), of_operands
-    out, lse = _attend(chosen, config, letters, sharding, x, operands)
-    return (out, lse) if with_lse else out
+    return Checked(config, (letters.rows("n"), of_operands), x, operands, refused)
 
 
 @jitted(static=4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +13,8 @@ from jax import Array
 from .._custom_call import custom_call, window_attribute
 from .._problem import E4M3
 from .._targets import DECODE
-from ._layout import LAYOUTS
-from ._sequences import LONGEST
+from ._layout import LAYOUTS, Caches
+from ._sequences import LONGEST, Where
 from ._xla import Config, Operands
 
 # The workspace, as cpp/decode/workspace.h has it: two tiles for each CTA, of which an SM takes two.
@@ -43,56 +44,75 @@ def fits(config: Config, query: Array, operands: Operands) -> bool:
 
 def attention(config: Config, query: Array, operands: Operands) -> tuple[Array, Array]:
     """Like _xla.attention, of what _kernel.refusal lets pass."""
-    layout, where = config.layout, operands.where
-    *lead, num_heads, head_dim = query.shape
-    shape = (*lead, num_heads, layout.head_dim_v)
-    batch = where.lengths.shape[0]
-    if 0 in shape or not batch:
+    shape = (*query.shape[:-1], config.layout.head_dim_v)
+    if 0 in shape or not operands.where.lengths.shape[0]:
         return jnp.zeros(shape, query.dtype), jnp.full(shape[:-1], -jnp.inf, jnp.float32)
-    rows = math.prod(lead)
-    group = num_heads // layout.num_kv_heads
-    tile_rows = min((rows if where.starts is not None else lead[1]) * group, TILE_ROWS)
-    slots = CTAS * tile_rows * max(2, splits_of(config, operands))
-    left, right = map(window_attribute, config.window)
-    key_cache, value_cache = (*operands.caches, jnp.zeros(0, operands.caches[0].dtype))[:2]
     found = custom_call(
         DECODE,
-        {
-            "out": jax.ShapeDtypeStruct((rows, *shape[-2:]), query.dtype),
-            "lse": jax.ShapeDtypeStruct((rows, num_heads), jnp.float32),
-            "partials": jax.ShapeDtypeStruct((slots * (layout.head_dim_v + 1),), jnp.float32),
-            "arrivals": jax.ShapeDtypeStruct((CTAS,), jnp.int32),
-        },
-        {
-            "scale": np.float32(config.scale),
-            "soft_cap": np.float32(config.logits_soft_cap or 0),
-            "window_left": left,
-            "window_right": right,
-            "num_heads_q": num_heads,
-            "num_heads_k": layout.num_kv_heads,
-            "head_dim_v": layout.head_dim_v,
-            "kv_layout": LAYOUTS.index(layout.kind),
-            "split_size": config.split_size or 0,
-        },
-        query=query.reshape(rows, num_heads, head_dim),
-        key_cache=key_cache,
-        value_cache=value_cache,
-        lengths=where.lengths,
-        page_table=where.table,
-        query_starts=where.starts,
-        num_sequences=None if where.num_sequences is None else where.num_sequences.reshape(1),
-        key_begin=operands.key_begin,
-        sinks=None if operands.sinks is None else operands.sinks.astype(jnp.float32),
-        key_scale=_scale(operands.key_scale, operands),
-        value_scale=_scale(operands.value_scale, operands),
+        results_of(config, query, operands),
+        attributes_of(config, query.shape[-2]),
+        **arrays_of(query, operands),
     )
     return found["out"].reshape(shape), found["lse"].reshape(shape[:-1])
 
 
-def _scale(scale: Array | None, operands: Operands) -> Array | None:
-    """Of an e4m3 cache there always is one."""
-    if operands.caches[0].dtype != E4M3:
-        return None
+def results_of(config: Config, query: Array, operands: Operands) -> dict[str, Any]:
+    """Of attention, and its workspace."""
+    *lead, num_heads, _ = query.shape
+    head_dim_v, rows = config.layout.head_dim_v, math.prod(lead)
+    group = num_heads // config.layout.num_kv_heads
+    ragged = operands.where.starts is not None
+    tile_rows = min((rows if ragged else lead[1]) * group, TILE_ROWS)
+    slots = CTAS * tile_rows * max(2, splits_of(config, operands))
+    return {
+        "out": jax.ShapeDtypeStruct((rows, num_heads, head_dim_v), query.dtype),
+        "lse": jax.ShapeDtypeStruct((rows, num_heads), jnp.float32),
+        "partials": jax.ShapeDtypeStruct((slots * (head_dim_v + 1),), jnp.float32),
+        "arrivals": jax.ShapeDtypeStruct((CTAS,), jnp.int32),
+    }
+
+
+def attributes_of(config: Config, num_heads: int) -> dict[str, Any]:
+    layout = config.layout
+    left, right = map(window_attribute, config.window)
+    return {
+        "scale": np.float32(config.scale),
+        "soft_cap": np.float32(config.logits_soft_cap or 0),
+        "window_left": left,
+        "window_right": right,
+        "num_heads_q": num_heads,
+        "num_heads_k": layout.num_kv_heads,
+        "head_dim_v": layout.head_dim_v,
+        "kv_layout": LAYOUTS.index(layout.kind),
+        "split_size": config.split_size or 0,
+    }
+
+
+def arrays_of(query: Array, operands: Operands) -> dict[str, Any]:
+    e4m3 = operands.caches[0].dtype == E4M3  # of which there always is a scale
+    return {
+        "query": query.reshape(-1, *query.shape[-2:]),
+        **places_of(operands.caches, operands.where),
+        "key_begin": operands.key_begin,
+        "sinks": None if operands.sinks is None else operands.sinks.astype(jnp.float32),
+        "key_scale": scale_of(operands.key_scale) if e4m3 else None,
+        "value_scale": scale_of(operands.value_scale) if e4m3 else None,
+    }
+
+
+def places_of(caches: Caches, where: Where) -> dict[str, Any]:
+    key_cache, value_cache = (*caches, jnp.zeros(0, caches[0].dtype))[:2]
+    return {
+        "key_cache": key_cache,
+        "value_cache": value_cache,
+        "lengths": where.lengths,
+        "page_table": where.table,
+        "query_starts": where.starts,
+        "num_sequences": None if where.num_sequences is None else where.num_sequences.reshape(1),
+    }
+
+
+def scale_of(scale: Array | None) -> Array:
     if scale is None or scale.ndim == 0:
         return jnp.ones(1, jnp.float32) if scale is None else scale.reshape(1)
     return scale.reshape(scale.shape[:3])

@@ -79,17 +79,40 @@ def attention(
         own = dataclasses.replace(config, layout=config.layout.with_heads(heads))
         return function(own, query, operands)
 
-    kernel, plain = (functools.partial(local, x.attention) for x in (_ffi, _xla))
+    functions = tuple(functools.partial(local, x.attention) for x in (_ffi, _xla))
+    results = letters[0], letters[0][:-1]
+    whole = "nk" if config.layout.kind == "interleaved" else ""
+    return run(implementation, functions, letters, results, (query, operands), whole=whole)
+
+
+def run(
+    implementation: Implementation | None,
+    functions: tuple[Any, ...],
+    letters: Any,
+    results: tuple[str, ...],
+    operands: tuple[Any, ...],
+    *,
+    whole: str = "",
+    sums: bool = True,
+) -> tuple[Array, ...]:
+    """The first function, a kernel's, or the second, in plain JAX, of the operands.
+
+    Args:
+        letters: like operands, of all; results: of the results.
+        whole: letters of what is not split over automatic mesh axes: the 2K heads of an interleaved
+            cache, whose halves are no halves of K.
+        sums: as in _sharding.partitioned.
+    """
+    kernel, plain = functions
     if implementation == "xla":
-        return plain(query, operands)
-    arrays, tree = jax.tree.flatten((query, operands))
+        return plain(*operands)
+    arrays, tree = jax.tree.flatten(operands)
 
     @jax.jit  # whose constants are its own: a custom_partitioning must have none
     def call(*arrays: Array) -> tuple[Array, ...]:
         given = jax.tree.unflatten(tree, arrays)
         return _dispatch.by_platform(implementation, kernel, plain)(*given)
 
-    dims, results = jax.tree.leaves(letters), (letters[0], letters[0][:-1])
-    if config.layout.kind == "interleaved":  # an axis of 2K heads, whose halves are no halves of K
-        dims, results = ([x.translate({107: ".", 110: "."}) for x in xs] for xs in (dims, results))
-    return sequential_vmap(partitioned(call, dims, results))(*arrays)
+    dots = str.maketrans(whole, "." * len(whole))
+    dims, made = ([x.translate(dots) for x in xs] for xs in (jax.tree.leaves(letters), results))
+    return sequential_vmap(partitioned(call, dims, made, sums=sums))(*arrays)

@@ -12,7 +12,9 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from .._checks import array, wrong
+from .._problem import E4M3
 from ._append import append
+from ._append_and_attend import append_and_attend
 from ._attention import dot_product_attention
 from ._layout import Layout
 
@@ -69,8 +71,6 @@ def run(
     sinks: Array | None,
 ) -> tuple[Array, Array]:
     shared: dict[str, Any] = {**where, "kv_layout": static.layout}
-    if new is not None:
-        cache, _ = append(cache, None, *new, **shared)
     q_scale = static.scales[0]
     if q_scale is not None:
         most = jnp.asarray(jnp.finfo(cache.dtype).max, jnp.float32)
@@ -78,6 +78,11 @@ def run(
         query = narrow.astype(query.dtype)
     options = options_of(static.sm_scale, static.sliding_window, static.soft_cap, static.scales)
     options = {**options, "sinks": sinks, "is_causal": static.is_causal}
+    if new is not None and (options["value_scale"] is None or cache.dtype == E4M3):
+        out, cache, _ = append_and_attend(query, *new, cache, None, **shared, **options)
+        return out, cache
+    if new is not None:  # which are written as they are
+        cache, _ = append(cache, None, *new, **shared)
     return dot_product_attention(query, cache, None, **shared, **options), cache
 
 

@@ -1,0 +1,276 @@
+"""The appending kernel: against writing row by row, against XLA bit by bit, and before attention."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import equal
+from kv_cases import E4M3, Case, Inputs
+from modes import strict
+from test_kv_cache_append import SCALED, TABLE, new_rows, written
+from test_kv_cache_modes import MISTAKES
+
+from jax_fa3 import kv_cache
+
+pytestmark = pytest.mark.gpu
+append: Any = functools.partial(kv_cache.append, implementation="fa3")
+append_and_attend: Any = functools.partial(kv_cache.append_and_attend, implementation="fa3")
+attend: Any = functools.partial(kv_cache.dot_product_attention, implementation="fa3")
+
+MIXED: Any = {"counts": (1, 17, 0, 1, 2, 40, 1), "lengths": (9, 17, 30, 0, 50, 64, 700)}
+RAGGED: Any = {**MIXED, "ragged": True}
+LAYOUTS = "NHD", "HND", "interleaved", "lanes"
+WRITTEN = [
+    *(x for x in (*TABLE, *SCALED) if x.name != "16 bits"),
+    *(Case(f"vectors, {x}", **RAGGED, H=128, V=None if x == "interleaved" else 64, layout=x, spare=9) for x in LAYOUTS),
+    *(Case(f"e4m3, {x}", **RAGGED, H=128, layout=x, cache_dtype=E4M3, scales="tokens") for x in LAYOUTS),
+    *(Case(f"head dim {h}, {dtype and 'e4m3'}", **RAGGED, H=h, cache_dtype=dtype) for h in (12, 20, 36, 80) for dtype in (None, E4M3)),
+    *(Case(f"page {p}", (5,) * 3, (5, 130, 515), p, H=64) for p in (1, 5, 8, 24, 256)),
+    Case("prompts", (1000, 3000), (1000, 5000), 16, K=1, H=64, ragged=True),
+    Case("many", (1,) * 600, (70,) * 600, 8, K=1, H=16, ragged=True),
+    Case("contiguous, odd", (3,) * 3, (1001, 3, 500), 1001, H=128, pages=1, contiguous=True),
+]  # fmt: skip
+
+
+def call_of(inputs: Inputs, key: Any, value: Any, **more: Any) -> dict[str, Any]:
+    arguments = inputs.arguments()
+    for name in ("query", *inputs.case.options):
+        del arguments[name]
+    new = (jnp.asarray(inputs.shaped(x), inputs.dtype) for x in (key, value))
+    return {**arguments, **dict(zip(("key", "value"), new, strict=True)), **more}
+
+
+def run_together(calls: list[dict[str, Any]], implementation: str) -> Any:
+    """kv_cache.append of each, in one program, as compiling takes longest."""
+    arrays = [{k: x for k, x in c.items() if isinstance(x, np.ndarray | jax.Array)} for c in calls]
+    static = [{k: c[k] for k in c.keys() - a.keys()} for c, a in zip(calls, arrays, strict=True)]
+
+    @jax.jit
+    def program(arrays: Any) -> Any:
+        both = zip(arrays, static, strict=True)
+        function: Any = kv_cache.append
+        return [function(**x, **y, implementation=implementation) for x, y in both]
+
+    with strict():
+        return program(arrays)
+
+
+@functools.cache
+def of_table(dtype: Any) -> dict[str, Any]:
+    inputs = [Inputs(case, dtype) for case in WRITTEN]
+    rows = [new_rows(x) for x in inputs]
+    found = run_together([call_of(x, *y) for x, y in zip(inputs, rows, strict=True)], "fa3")
+    return {x.case.name: (x, y, z) for x, y, z in zip(inputs, rows, found, strict=True)}
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("case", WRITTEN, ids=str)
+def test_writes(case: Case, dtype: Any):
+    """Bit by bit, and nothing else: all other places have their NaN still."""
+    inputs, rows, found = of_table(dtype)[case.name]
+    for x, y in zip(found, written(inputs, *rows), strict=True):
+        if x is not None:
+            np.testing.assert_array_equal(np.asarray(x, np.float32), np.asarray(y, np.float32))
+
+
+def rotary(inputs: Inputs, pairs: int, interleaved: bool, dtype: Any, at: bool) -> dict[str, Any]:
+    angles = np.arange(800)[:, None] * 10.0 ** -(np.arange(pairs) * 4 / pairs)
+    query = jnp.asarray(inputs.shaped(inputs.query), inputs.dtype)
+    found = {"rotary_interleaved": interleaved, "query": query}
+    found |= {"rotary_cos": jnp.asarray(np.cos(angles), dtype)}
+    found |= {"rotary_sin": jnp.asarray(np.sin(angles), dtype)}
+    if at:
+        found["positions"] = inputs.rng.integers(-3, 800, query.shape[:-2])
+    return found
+
+
+ROTATED = [
+    (Case("128", **RAGGED, H=128, spare=3), 64, jnp.float32, False),
+    (Case("of positions", **RAGGED, H=128), 64, jnp.float32, True),
+    (Case("some dims", **RAGGED, H=64, layout="HND"), 16, jnp.float32, False),
+    (Case("few dims", **RAGGED, H=64, layout="lanes", V=16), 3, jnp.float32, True),
+    (Case("tables of 16 bits", **RAGGED, H=128, N=8), 64, jnp.bfloat16, False),
+    (Case("e4m3", **RAGGED, H=128, cache_dtype=E4M3, scales="heads"), 64, jnp.float32, False),
+    (Case("rows before", (3,) * 3, (2, 64, 66), 64, H=80, layout="interleaved"), 40, jnp.float32, False),
+    (Case("odd head dim", (3,) * 3, (2, 64, 66), 64, H=20), 10, jnp.float32, False),
+]  # fmt: skip
+
+
+@functools.cache
+def rotated() -> dict[Any, Any]:
+    """As the kernel has it and as XLA does on this GPU."""
+    names, calls = [], []
+    for case, pairs, dtype, at in ROTATED:
+        for interleaved in (False, True):
+            inputs = Inputs(case, jnp.bfloat16)
+            key, value = (np.nan_to_num(x, neginf=0) for x in new_rows(inputs))
+            names.append((case.name, interleaved))
+            calls.append(
+                call_of(inputs, key, value, **rotary(inputs, pairs, interleaved, dtype, at))
+            )
+    both = zip(run_together(calls, "fa3"), run_together(calls, "xla"), strict=True)
+    return dict(zip(names, both, strict=True))
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("case", [x for x, *_ in ROTATED], ids=str)
+def test_rotates_as_xla(case: Case, interleaved: bool):
+    """Bit by bit where halves are rotated. Of neighbours XLA adds the two products the other way round,
+    so that the last bit of fp32 differs, and where that decides a number, the number; and divisions for
+    e4m3 are approximations on GPUs."""
+    found, wanted = rotated()[case.name, interleaved]
+    for x, y in zip(found, wanted, strict=True):
+        if y is not None:
+            unit = 2.0**-3 if x.dtype == E4M3 else 2.0**-7  # the next number
+            x, y = (np.asarray(z, np.float32) for z in (x, y))
+            same = (x == y) | (np.isnan(x) & np.isnan(y))
+            exact = not interleaved and case.cache_dtype != E4M3
+            assert (~same).mean() <= (0 if exact else 1e-4)
+            np.testing.assert_allclose(x[~same], y[~same], rtol=unit, atol=0)
+
+
+@pytest.mark.parametrize("name, ragged", [*((name, True) for name in MISTAKES), ("length", False)])
+@pytest.mark.parametrize("count", [2, 40])
+def test_mistakes_write_nothing(name: str, ragged: bool, count: int):
+    argument, place, value = MISTAKES[name]
+    case = Case("", (count,) * 3, (count, 80, 50), pages=5, H=64, ragged=ragged, spare=3 * ragged)
+    inputs = Inputs(case, jnp.bfloat16)
+    rows = new_rows(inputs)
+    call = call_of(inputs, *rows, **rotary(inputs, 32, False, jnp.float32, False))
+    changed = np.array(call[argument])
+    changed[place] = value
+    found, wanted = (
+        run_together([{**call, argument: changed}], implementation)[0]
+        for implementation in ("fa3", "xla")
+    )
+    for x, y in zip(found, wanted, strict=True):
+        np.testing.assert_array_equal(np.asarray(x, np.float32), np.asarray(y, np.float32))
+
+
+def test_positions_beyond_the_tables_are_mistakes():
+    inputs = Inputs(Case("", (40,) * 3, (40, 80, 50), pages=5, H=64), jnp.bfloat16)
+    call = call_of(inputs, *new_rows(inputs), **rotary(inputs, 32, True, jnp.float32, True))
+    call["positions"][1, 39] = 800
+    found, wanted = (run_together([call], x)[0] for x in ("fa3", "xla"))
+    for x, y in zip(found, wanted, strict=True):
+        np.testing.assert_array_equal(np.asarray(x, np.float32), np.asarray(y, np.float32))
+
+
+def test_scales_are_a_cache_too():
+    case = Case("", **RAGGED, cache_dtype=E4M3, scales="tokens")
+    inputs = Inputs(case, jnp.bfloat16)
+    pools = [jnp.asarray(x[..., None], jnp.float32) for x in inputs.scale]
+    shape = case.rows, case.K, 1
+    new = [jnp.asarray(inputs.rng.uniform(1, 2, shape), jnp.float32) for _ in range(2)]
+    found = append(*pools, *new, **inputs.where())
+    wanted = kv_cache.append(*pools, *new, **inputs.where(), implementation="xla")
+    assert equal(found, wanted)
+
+
+ONE: Any = {"N": 32, "K": 8, "H": 128}
+BOTH = [
+    Case("one, cluster", (1,), (4000,), 64, **ONE),
+    Case("one, cluster, T 2", (2,), (333,), 16, **ONE),
+    Case("one, long", (1,), (9000,), 64, N=8, H=128),
+    Case("eight", (1,) * 8, (700, 1, 0, 33, 64, 65, 3000, 8), 64, **ONE),
+    Case("contiguous, four", (1,) * 4, (100, 0, 2000, 7), 2000, **ONE, pages=1, contiguous=True),
+    Case("mixed", **RAGGED, N=8, H=128, spare=3),
+    Case("prompt", (600,), (3000,), 64, N=8, H=128),
+    *(Case(f"layout {x}", **RAGGED, N=8, H=64, layout=x) for x in LAYOUTS),
+    Case("e4m3, few", (1,) * 3, (700, 65, 1), 64, N=8, H=128, cache_dtype=E4M3, scales="heads"),
+    Case("e4m3, one", (1,), (4000,), 64, **ONE, cache_dtype=E4M3, scales="scalar"),
+    Case("e4m3, tokens", **RAGGED, N=8, H=128, cache_dtype=E4M3, scales="tokens"),
+    Case("window, split", **RAGGED, N=8, H=128, options={"local_window_size": 100, "split_size": 256}),
+]  # fmt: skip
+
+
+@functools.cache
+def both() -> dict[str, Any]:
+    """append_and_attend as one call, and as two."""
+    arguments = []
+    for case in BOTH:
+        inputs = Inputs(case, jnp.bfloat16)
+        rows = [np.clip(np.nan_to_num(x, neginf=0), -9, 9) for x in new_rows(inputs)]
+        call = call_of(inputs, *rows, **rotary(inputs, case.H // 2, False, jnp.float32, False))
+        # Angles for each length that there is.
+        steps = np.arange(9001)[:, None] * 10.0 ** -np.arange(case.H // 2)
+        call |= {"rotary_cos": np.cos(steps), "rotary_sin": np.sin(steps)}
+        arguments.append((call, case.options))
+
+    @jax.jit
+    def program(arrays: Any, lengths: Any) -> Any:
+        found = []
+        for (call, options), x, length in zip(arguments, arrays, lengths, strict=True):
+            call = {**call, **x, "key_value_seq_lengths": length}
+            together = append_and_attend(**call, **options, return_residual=True)
+            *caches, query = append(**call)
+            where = {k: v for k, v in call.items() if k in WHERE}
+            apart = attend(query, *caches, **where, **options, return_residual=True)
+            found.append((together, (apart[0], *caches, apart[1])))
+        return found
+
+    arrays = [{k: c[k] for k in ("key_cache", "value_cache")} for c, _ in arguments]
+    lengths = [jnp.asarray(c["key_value_seq_lengths"], jnp.int32) for c, _ in arguments]
+    found = program(arrays, lengths)
+    return {case.name: x for case, x in zip(BOTH, found, strict=True)}
+
+
+WHERE = {"key_value_seq_lengths", "page_table", "cache_rows", "query_starts", "num_sequences"}
+WHERE |= {"key_scale", "value_scale", "kv_layout"}
+
+
+@pytest.mark.parametrize("case", BOTH, ids=str)
+def test_together_as_apart(case: Case):
+    """Bit by bit."""
+    together, apart = both()[case.name]
+    for x, y in zip(together, apart, strict=True):
+        assert x is None is y or equal(x, y)
+    assert not np.isnan(np.asarray(together[0], np.float32)).any()
+
+
+@pytest.mark.parametrize("batch", [1, 8, 64])
+def test_attention_sees_what_is_appended(batch: int):
+    """Each step's own key has all the weight, so its result is its own value, step after step."""
+    steps, length, heads, dim = 120, 4096, 8, 128
+    pages = batch * length // 64
+    table = jax.random.permutation(jax.random.key(0), pages).reshape(batch, -1).astype(jnp.int32)
+    caches = tuple(jnp.zeros((pages, 64, heads, dim), jnp.bfloat16) for _ in range(2))
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def program(caches: Any) -> Any:
+        def step(caches: Any, i: Any) -> Any:
+            row = 32 * jax.nn.one_hot(i, dim, dtype=jnp.bfloat16)
+            query = jnp.broadcast_to(row, (batch, 1, 4 * heads, dim))
+            key = query[:, :, :heads]
+            value = jnp.full_like(key, 1) * i.astype(jnp.bfloat16)
+            lengths = jnp.full(batch, length - steps + 1, jnp.int32) + i
+            new = query, key, value
+            out, *caches = append_and_attend(*new, *caches, lengths, page_table=table)  # pyright: ignore
+            return tuple(caches), out
+
+        return jax.lax.scan(step, caches, jnp.arange(steps, dtype=jnp.int32))
+
+    _, out = program(caches)
+    out = np.asarray(out, np.float32)
+    wanted = np.broadcast_to(np.arange(steps).reshape(-1, 1, 1, 1, 1), out.shape)
+    np.testing.assert_array_equal(out, wanted)
+
+
+def test_a_pool_of_more_than_2_to_the_31_numbers():
+    """The last page but one, and nothing else."""
+    pages, page, heads, dim = 2**31 // (64 * 16 * 128) + 100, 64, 8, 128
+    pool = jnp.zeros((pages, page, 2 * heads, dim), E4M3)
+    assert pool.size > 2**31
+    new = jnp.ones((1, 3, heads, dim), E4M3)
+    table = np.array([[7, pages - 2]])
+    call = jax.jit(
+        lambda x: append(x, None, new, new, [66], page_table=table, kv_layout="interleaved"),
+        donate_argnums=0,
+    )
+    pool, _ = call(pool)
+    count = jax.jit(lambda x: jnp.sum(x.astype(jnp.bfloat16), (1, 2, 3), jnp.float32))(pool)
+    at = {i: float(count[i]) for i in np.flatnonzero(np.asarray(count))}
+    assert at == {7: 2 * heads * dim, pages - 2: 2 * 2 * heads * dim}

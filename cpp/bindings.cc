@@ -13,6 +13,7 @@
 
 #include "bwd_splits.h"
 #include "common/mask.h"
+#include "common/tile_rows.h"
 #include "common/tile_scheduler.h"
 #include "dispatch.h"
 #include "ffi.h"
@@ -148,15 +149,27 @@ NB_MODULE(_C, module) {
                                          .row_interval(0, row);
                return std::pair{interval.begin, interval.end};
              });
-  module.def("row_interval_of_arrays",
-             [](int key_begin, int key_end, int seqlen_k, int64_t window_left, int length_q) {
-               jax_fa3::Mask mask = closed_form_mask(1, seqlen_k, window_left, jax_fa3::kUnbounded,
-                                                     nullptr, &length_q, nullptr);
-               mask.key_begin = &key_begin;
-               mask.key_end = &key_end;
-               auto const interval = mask.row_interval(0, 0);
-               return std::tuple{interval.begin, interval.end, interval.broken()};
-             });
+  module.def("row_interval_of_arrays", [](int key_begin, int key_end, int seqlen_k,
+                                          int64_t window_left, int length_q, bool of_tile) {
+    jax_fa3::Mask mask = closed_form_mask(1, seqlen_k, window_left, jax_fa3::kUnbounded, nullptr,
+                                          &length_q, nullptr);
+    mask.key_begin = &key_begin;
+    mask.key_end = &key_end;
+    auto const interval = of_tile ? jax_fa3::TileRows(mask, 0, 0)(0) : mask.row_interval(0, 0);
+    return std::tuple{interval.begin, interval.end, interval.broken()};
+  });
+  module.def(
+      "tile_rows", [](int first_row, int count, int seqlen_q, int seqlen_k, int64_t window_left,
+                      int64_t window_right, int query_offset, int length_q, int length_k) {
+        jax_fa3::TileRows const rows(closed_form_mask(seqlen_q, seqlen_k, window_left, window_right,
+                                                      &query_offset, &length_q, &length_k),
+                                     0, first_row);
+        std::vector<std::pair<int, int>> intervals;
+        for (int i = 0; i < count; ++i) intervals.emplace_back(rows(i).begin, rows(i).end);
+        auto const hull = rows.hull(0, count);
+        return std::pair{intervals,
+                         std::tuple{hull.min_begin, hull.max_begin, hull.min_end, hull.max_end}};
+      });
   module.def("block_range", [](std::vector<std::pair<int, int>> const& rows, int block) {
     jax_fa3::IntervalHull hull;
     for (auto const& [begin, end] : rows) hull.add({begin, end});

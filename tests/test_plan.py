@@ -55,9 +55,37 @@ def test_row_interval_of_arrays(window: int):
     for begin, end in zip(*(x[0].tolist() for x in nearly_marked().values()), strict=True):
         mark = (begin, end) == MARK
         seen = (max(begin, 0), min(end, 64)) if max(begin, 0) < min(end, 64) else (0, 0)
-        arguments = begin, end, 64, window
-        assert C.row_interval_of_arrays(*arguments, 0) == (0, 0, False)
-        assert C.row_interval_of_arrays(*arguments, 1) == (*(MARK if mark else seen), mark)
+        for of_tile in (False, True):
+            found = C.row_interval_of_arrays(begin, end, 64, window, 0, of_tile)
+            assert found == (0, 0, False)
+            found = C.row_interval_of_arrays(begin, end, 64, window, 1, of_tile)
+            assert found == (*(MARK if mark else seen), mark)
+
+
+def check_tile(first: int, count: int, *mask: int) -> None:
+    """A tile's rows have the intervals that they have one by one, and the hull of these."""
+    rows, hull = C.tile_rows(first, count, *mask)
+    assert rows == [C.row_interval(first + i, *mask) for i in range(count)], (first, mask)
+    ends = list(zip(*(row for row in rows if row[0] < row[1]), strict=True))
+    wanted = tuple(side(x) for x in ends for side in (min, max)) or (HIGH, 0, HIGH, 0)
+    assert hull == wanted, (first, mask)
+
+
+@pytest.mark.parametrize("window", list(itertools.product(WINDOWS, WINDOWS)), ids=str)
+def test_tile_rows(window: Interval):
+    used = [(7, 7), (5, 3), (-1, 7), (7, LOW), (HIGH, HIGH)]
+    for lengths, offset in itertools.product(used, OFFSETS):
+        for first, S in itertools.product((0, 4), (0, 1, 7)):
+            check_tile(first, 4, 7, S, *window, offset, *lengths)
+
+
+@pytest.mark.parametrize("offset", [LOW, -HIGH, 0, HIGH])
+def test_tile_rows_far_away(offset: int):
+    """In the longest sequences that the handlers take, their last tile, too."""
+    longest = HIGH - 256
+    for first, shift in itertools.product([0, longest // 128 * 128], [-200, -1, 0, 1, 200]):
+        for left, right in itertools.product([offset + shift, UNBOUNDED], [shift - offset, 3]):
+            check_tile(first, 128, longest, longest, left, right, offset, longest, HIGH)
 
 
 def check_blocks(rows: list[Interval], block: int, tight: bool) -> None:

@@ -88,19 +88,22 @@ struct Softmax {
   }
 
   // The same, but exponents stay relative to what they were relative to while none is above kSlack:
-  // no sum is rescaled, and row_max is of this thread's columns only. Returns whether a row of the
-  // warp has another offset now: then O is to be rescaled.
-  template <bool kThreeAtOnce = false, class Scores>
-  CUTLASS_DEVICE bool raise_offset(Scores const& scores) {
-    raise_max<kThreeAtOnce>(scores);
-    if (!__any_sync(~0u, is_above(0) || is_above(1))) return false;
+  // no sum is rescaled, and row_max is of this thread's columns only. Where a row of the warp has
+  // another offset now, `rescale_sums` is called.
+  template <class Scores, class RescaleSums>
+  CUTLASS_DEVICE void raise_offset(Scores const& scores, RescaleSums const& rescale_sums) {
+    raise_max_by_bits(scores);
+    // Both that is rare in one vote, of which each costs 40 clocks.
+    if (!__any_sync(~0u, is_doubtful() | any_is_above())) return;
+    raise_max_by_value(scores);
+    if (!__any_sync(~0u, any_is_above())) return;
     CUTLASS_PRAGMA_UNROLL
     for (int row = 0; row < kRowsPerThread; ++row) {
       row_max[row] = quad_max(row_max[row]);
       rescale[row] = 1.f;
       if (is_above(row)) take_offset(row);  // no other: sum_of_rounded() needs its largest weight
     }
-    return true;
+    rescale_sums();
   }
 
   // After raise_offset(), once there are no more scores.
@@ -151,20 +154,8 @@ struct Softmax {
   template <bool kThreeAtOnce, class Scores>
   CUTLASS_DEVICE void raise_max(Scores const& scores) {
     if constexpr (kThreeAtOnce) {
-      // Of fp32 numbers read as integers the greatest is the right one if any is 0 or more: just
-      // two negative ones are in the wrong order. In the rare other case it is taken again.
-      float largest[kRowsPerThread];
-      max_of_rows(scores, largest, [](float a, float b, float c) {
-        int const bits = __vimax3_s32(__float_as_int(a), __float_as_int(b), __float_as_int(c));
-        return __int_as_float(bits);
-      });
-      if (__any_sync(~0u, fminf(largest[0], largest[1]) < 0.f)) {
-        max_of_rows(scores, largest,
-                    [](float a, float b, float c) { return fmaxf(fmaxf(a, b), c); });
-      }
-      CUTLASS_PRAGMA_UNROLL
-      for (int row = 0; row < kRowsPerThread; ++row)
-        row_max[row] = fmaxf(row_max[row], largest[row]);
+      raise_max_by_bits(scores);
+      if (__any_sync(~0u, is_doubtful())) raise_max_by_value(scores);
     } else {
       CUTLASS_PRAGMA_UNROLL
       for (int i = 0; i < size(scores); ++i) {
@@ -173,10 +164,31 @@ struct Softmax {
     }
   }
 
+  // By an instruction for three integers. Of fp32 numbers read as integers the greatest is the
+  // right one if any is 0 or more: just two negative ones are in the wrong order. So a maximum that
+  // is negative still is in doubt, which is rare.
+  template <class Scores>
+  CUTLASS_DEVICE void raise_max_by_bits(Scores const& scores) {
+    raise_max_to(max_of_rows(scores, [](float a, float b, float c) {
+      int const bits = __vimax3_s32(__float_as_int(a), __float_as_int(b), __float_as_int(c));
+      return __int_as_float(bits);
+    }));
+  }
+  CUTLASS_DEVICE bool is_doubtful() const { return fminf(row_max[0], row_max[1]) < 0.f; }
+  template <class Scores>
+  CUTLASS_DEVICE void raise_max_by_value(Scores const& scores) {
+    raise_max_to(
+        max_of_rows(scores, [](float a, float b, float c) { return fmaxf(fmaxf(a, b), c); }));
+  }
+  CUTLASS_DEVICE void raise_max_to(float2 largest) {
+    row_max[0] = fmaxf(row_max[0], largest.x);
+    row_max[1] = fmaxf(row_max[1], largest.y);
+  }
+
   template <class Scores, class MaxOfThree>
-  CUTLASS_DEVICE static void max_of_rows(Scores const& scores, float (&largest)[kRowsPerThread],
-                                         MaxOfThree max_of_three) {
+  CUTLASS_DEVICE static float2 max_of_rows(Scores const& scores, MaxOfThree max_of_three) {
     constexpr int kSize = decltype(size(scores))::value / kRowsPerThread;
+    float largest[kRowsPerThread];
     CUTLASS_PRAGMA_UNROLL
     for (int row = 0; row < kRowsPerThread; ++row) {
       // Two chains, so that one instruction need not wait for the one before it.
@@ -188,6 +200,7 @@ struct Softmax {
       }
       largest[row] = fmaxf(chains[0], chains[1]);
     }
+    return {largest[0], largest[1]};
   }
 
   // A weight may be up to 2^kSlack: below fp16's largest number, and fp32 has as many digits there.
@@ -199,6 +212,7 @@ struct Softmax {
     return fmaf(row_max[row], factor[row], -offset[row]);
   }
   CUTLASS_DEVICE bool is_above(int row) const { return excess(row) > kSlack; }
+  CUTLASS_DEVICE bool any_is_above() const { return fmaxf(excess(0), excess(1)) > kSlack; }
 
   // Makes the exponents of a row relative to its maximum.
   CUTLASS_DEVICE void take_offset(int row) {

@@ -29,11 +29,9 @@ CUTLASS_DEVICE void consume(
     if (work.last) break;
 
     auto const find_rows = [&](Interval(&rows)[kRowsPerThread]) {
+      TileRows const of_tile(params.mask, work.tile.batch, work.tile.block * Traits::kBlockM);
       CUTLASS_PRAGMA_UNROLL
-      for (int row = 0; row < kRowsPerThread; ++row) {
-        rows[row] = params.mask.row_interval(
-            work.tile.batch, work.tile.block * Traits::kBlockM + tile_row + row * 8);
-      }
+      for (int row = 0; row < kRowsPerThread; ++row) rows[row] = of_tile(tile_row + row * 8);
     };
     Interval rows[kRowsPerThread];
     Softmax softmax{params.exponents};

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common/key_source.h"
+#include "common/tile_rows.h"
 #include "common/tma.h"
 #include "fwd/params.h"
 #include "fwd/traits.h"
@@ -23,9 +24,13 @@ CUTLASS_DEVICE void schedule(typename Traits::Params const& params,
     work.last = index >= num_tiles;
     if (!work.last) {
       work.tile = params.order(index);
-      auto const add_row = [&](IntervalHull& hull, int row) {
-        hull.add(params.mask.row_interval(work.tile.batch,
-                                          work.tile.block * Traits::kBlockM + row + lane));
+      TileRows const rows(params.mask, work.tile.batch, work.tile.block * Traits::kBlockM);
+      auto const hull_of = [&](int first, int count) {
+        if (rows.ascend()) return rows.hull(first, count);
+        IntervalHull hull;
+        for (int row = first; row < first + count; row += 32) hull.add(rows(row + lane));
+        hull.reduce_warp();
+        return hull;
       };
       auto const blocks_of = [&](IntervalHull const& hull) {
         BlockRange blocks = hull.blocks(Traits::kBlockN);
@@ -37,17 +42,12 @@ CUTLASS_DEVICE void schedule(typename Traits::Params const& params,
       if constexpr (Traits::kBlocksByWarpgroup) {
         CUTLASS_PRAGMA_UNROLL
         for (int warpgroup = 0; warpgroup < Traits::kConsumerWarpgroups; ++warpgroup) {
-          IntervalHull own_rows;
-          add_row(own_rows, warpgroup * 64);
-          add_row(own_rows, warpgroup * 64 + 32);
-          own_rows.reduce_warp();
+          IntervalHull const own_rows = hull_of(warpgroup * 64, 64);
           if (lane == 0) storage.warpgroup_blocks[state.stage][warpgroup] = blocks_of(own_rows);
           hull.merge(own_rows);
         }
       } else {
-        CUTLASS_PRAGMA_UNROLL
-        for (int row = 0; row < Traits::kBlockM; row += 32) add_row(hull, row);
-        hull.reduce_warp();
+        hull = hull_of(0, Traits::kBlockM);
       }
       work.blocks = blocks_of(hull);
       if constexpr (Traits::kHasBits) {

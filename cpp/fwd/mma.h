@@ -128,6 +128,8 @@ CUTLASS_DEVICE void mma(typename Traits::Params const& params,
   // S of block n, while the tensor cores also compute P V of block n + 1.
   bool key_is_there = false;  // asked for amid the exponentials: an answer takes 90 clocks
   auto const step = [&](auto masked) {
+    // Rows may see their first key in a masked block: there, offsets would rarely stay.
+    constexpr bool kKeepsOffset = Traits::kKeepsOffset && !decltype(masked)::value;
     if constexpr (decltype(masked)::value) dense.load(n_block);
     if (!key_is_there) keys.full[state.key.stage].wait(state.key.phase);
     turns.wait();
@@ -138,25 +140,30 @@ CUTLASS_DEVICE void mma(typename Traits::Params const& params,
     warpgroup_wait<1>();
     take_scores();
     if constexpr (decltype(masked)::value) mask_block(n_block);
-    bool rescales = true;
-    if constexpr (Traits::kKeepsOffset) {
-      rescales = softmax.template raise_offset<Traits::kMaxOfThree>(tSrS);
+    if constexpr (kKeepsOffset) {
+      softmax.raise_offset(tSrS, [&] {
+        warpgroup_wait<0>();
+        warpgroup_fence_operand(tOrO);
+        softmax.rescale_out(tOrO);
+      });
     } else {
       softmax.template update_max<Traits::kMaxOfThree>(tSrS);
     }
-    // P V was issued right behind S and is done soon after. ptxas waits for it before most of the
-    // exponentials; pinned further back it is slower.
     softmax.template exponentiate<0, 2>(tSrS);
     release_query(n_block);
+    // P V was issued right behind S and takes as long: it is done amid the exponentials. ptxas
+    // would wait for it before them, if it could, and for the barrier's answer first of all; so
+    // what is asked depends on their sum, which is never negative.
     if constexpr (Traits::kKeepsOffset) {
-      key_is_there = keys.full[state.key.stage].test_wait(state.key.phase);
+      uint32_t const never = __any_sync(~0u, softmax.row_sum[1] < 0.f);
+      key_is_there = keys.full[state.key.stage].test_wait(state.key.phase ^ never);
     }
     warpgroup_wait<0>();
     warpgroup_fence_operand(tOrO);
     release(values, state.value);
     softmax.template exponentiate<1, 2>(tSrS);
     convert();
-    if (rescales) softmax.rescale_out(tOrO);
+    if constexpr (!kKeepsOffset) softmax.rescale_out(tOrO);
   };
   LongSums<Traits> long_sums{params, warpgroup, blocks.end};
   if constexpr (Traits::kHasBits) {

@@ -60,9 +60,9 @@ struct Traits {
   static constexpr int kConsumerWarpgroups = kBlockM / 64;
   static constexpr bool kPingPong = true;
   // Exponents stay relative to a maximum that is nearly right (softmax.h), which saves most of the
-  // rescaling: 3 % at head dim 128, 5 % at 256. At 64 it costs 1 %, with a window 3 %.
-  // With dropout it would matter to sum_of_rounded() whether the largest weight was dropped.
-  static constexpr bool kKeepsOffset = kHeadDim > 96 && !kHasDropout;
+  // rescaling. With dropout it would matter to sum_of_rounded() whether the largest weight was
+  // dropped.
+  static constexpr bool kKeepsOffset = !kHasDropout;
   // Maxima of three numbers at once: as fast as of two, or they spill, where two warpgroups rescale
   // O in each step.
   static constexpr bool kMaxOfThree = kKeepsOffset || kConsumerWarpgroups == 3;

@@ -60,6 +60,7 @@ _BITS = (
     Row("mask_blocks", ("uint32",), optional=True),
 )
 _DROPOUT = Row("dropout", ("uint32",), optional=True)
+_SLOPES = Row("alibi_slopes", _FLOAT32, optional=True)
 _BWD_WORKSPACE = (
     Row("row_stats", _FLOAT32),
     Row("row_intervals", _INT32),
@@ -70,6 +71,7 @@ _BWD_WORKSPACE = (
     Row("dkv_parts", _FLOAT32, optional=True),
     Row("dsinks", _FLOAT32, optional=True),
     Row("dbias", _FLOAT32, optional=True),
+    Row("dalibi", _FLOAT32, optional=True),
 )
 
 TARGETS = {
@@ -85,6 +87,7 @@ TARGETS = {
             _BIAS,
             *_BITS,
             _DROPOUT,
+            _SLOPES,
         ),
         results=(
             Row("out", _16_BITS_OR_FLOAT32),
@@ -106,6 +109,7 @@ TARGETS = {
             _BIAS,
             *_BITS,
             _DROPOUT,
+            _SLOPES,
         ),
         results=(
             Row("dquery", _16_BITS, optional=True),
@@ -123,6 +127,7 @@ TARGETS = {
             _BIAS,
             *_BITS,
             _DROPOUT,
+            _SLOPES,
         ),
         results=(Row("dqkv", _16_BITS), *_BWD_WORKSPACE),
     ),

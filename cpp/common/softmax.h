@@ -80,11 +80,7 @@ struct Softmax {
   template <bool kThreeAtOnce = false, class Scores>
   CUTLASS_DEVICE void update_max(Scores const& scores) {
     raise_max<kThreeAtOnce>(scores);
-    CUTLASS_PRAGMA_UNROLL
-    for (int row = 0; row < kRowsPerThread; ++row) {
-      row_max[row] = quad_max(row_max[row]);
-      take_offset(row);
-    }
+    take_max();
   }
 
   // The same, but exponents stay relative to what they were relative to while none is above kSlack:
@@ -93,14 +89,7 @@ struct Softmax {
   template <bool kThreeAtOnce = false, class Scores>
   CUTLASS_DEVICE bool raise_offset(Scores const& scores) {
     raise_max<kThreeAtOnce>(scores);
-    if (!__any_sync(~0u, is_above(0) || is_above(1))) return false;
-    CUTLASS_PRAGMA_UNROLL
-    for (int row = 0; row < kRowsPerThread; ++row) {
-      row_max[row] = quad_max(row_max[row]);
-      rescale[row] = 1.f;
-      if (is_above(row)) take_offset(row);  // no other: sum_of_rounded() needs its largest weight
-    }
-    return true;
+    return take_max_if_above();
   }
 
   // After raise_offset(), once there are no more scores.
@@ -112,13 +101,7 @@ struct Softmax {
   // One of kParts equal parts of the scores becomes probabilities relative to the running maximum.
   template <int kPart, int kParts, class Scores>
   CUTLASS_DEVICE void exponentiate(Scores& scores) {
-    constexpr int kSize = decltype(size(scores))::value;
-    CUTLASS_PRAGMA_UNROLL
-    for (int i = kSize / kParts * kPart; i < kSize / kParts * (kPart + 1); ++i) {
-      int const row = fragment_row(i);
-      scores(i) = exp2f(scores(i) * factor[row] - offset[row]);
-      row_sum[row] += scores(i);
-    }
+    exponentiate_less<kPart, kParts>(offset, scores);
   }
 
   template <class Out>
@@ -146,7 +129,37 @@ struct Softmax {
     return fmaf(row_max[row], exponents.softmax_scale_log2, -subtrahend);
   }
 
- private:
+ protected:
+  // What update_max() and raise_offset() do with the maximum.
+  CUTLASS_DEVICE void take_max() {
+    CUTLASS_PRAGMA_UNROLL
+    for (int row = 0; row < kRowsPerThread; ++row) {
+      row_max[row] = quad_max(row_max[row]);
+      take_offset(row);
+    }
+  }
+  CUTLASS_DEVICE bool take_max_if_above() {
+    if (!__any_sync(~0u, is_above(0) || is_above(1))) return false;
+    CUTLASS_PRAGMA_UNROLL
+    for (int row = 0; row < kRowsPerThread; ++row) {
+      row_max[row] = quad_max(row_max[row]);
+      rescale[row] = 1.f;
+      if (is_above(row)) take_offset(row);  // no other: sum_of_rounded() needs its largest weight
+    }
+    return true;
+  }
+
+  template <int kPart, int kParts, class Scores>
+  CUTLASS_DEVICE void exponentiate_less(float const (&offset)[kRowsPerThread], Scores& scores) {
+    constexpr int kSize = decltype(size(scores))::value;
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = kSize / kParts * kPart; i < kSize / kParts * (kPart + 1); ++i) {
+      int const row = fragment_row(i);
+      scores(i) = exp2f(scores(i) * factor[row] - offset[row]);
+      row_sum[row] += scores(i);
+    }
+  }
+
   // row_max of this thread's columns.
   template <bool kThreeAtOnce, class Scores>
   CUTLASS_DEVICE void raise_max(Scores const& scores) {
@@ -173,6 +186,7 @@ struct Softmax {
     }
   }
 
+ private:
   template <class Scores, class MaxOfThree>
   CUTLASS_DEVICE static void max_of_rows(Scores const& scores, float (&largest)[kRowsPerThread],
                                          MaxOfThree max_of_three) {

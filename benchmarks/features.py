@@ -1,4 +1,4 @@
-"""What is beside a closed-form mask: dense masks, several intervals a row, bias, sinks; and who runs it."""
+"""What is beside a closed-form mask: dense masks, several intervals a row, bias, ALiBi, sinks; and who runs it."""
 
 from functools import partial
 from typing import Any
@@ -30,6 +30,8 @@ def points() -> list[Point]:
         *beside("fa3 mask", 2048, blocks=True),
         *beside("fa3 intervals", 16384, is_causal=True, window=1023, first_keys=128),
         *beside("fa3 sinks", 2048, dims=(128,)),
+        *beside("fa3 alibi", 2048, is_causal=True),
+        *beside("fa3 learned-alibi", 2048, is_causal=True, dims=(128,))[1:],
         *bias(2048),
         *bias(4096, is_causal=True),
     ]
@@ -75,6 +77,15 @@ def _sinks(point: Point) -> Attention:
     return Attention(_fa3(point, sinks=jnp.full(point.num_heads_q, -30.0)))
 
 
+def _alibi(point: Point, learned: bool) -> Attention:
+    """Of slopes 0, which change no result, but are not known when it is compiled."""
+
+    def attention(query, key, value, slopes):
+        return _fa3(point, alibi_slopes=slopes)(query, key, value)
+
+    return Attention(attention, (jnp.zeros(point.num_heads_q),), derivative=learned)
+
+
 def _bias(point: Point, cudnn: bool) -> Attention:
     """Zeros, in the point's dtype; the backward computes their gradient, too."""
     shape = 1, point.num_heads_q, point.seqlen, point.keys
@@ -92,6 +103,8 @@ CONTENDERS = {
     "fa3 mask": _mask,
     "fa3 intervals": _first_keys,
     "fa3 sinks": _sinks,
+    "fa3 alibi": partial(_alibi, learned=False),
+    "fa3 learned-alibi": partial(_alibi, learned=True),
     "fa3 bias": partial(_bias, cudnn=False),
     "cudnn bias": partial(_bias, cudnn=True),
 }

@@ -124,7 +124,7 @@ def _list(results: Iterable[dict[str, Any]]) -> list[str]:
 
 _FEATURES = (
     "Against the closed form: of a dense mask that is causal and of random blocks of 128 × 128, half of them "
-    "hidden, `is_causal`; of a window and the first keys the window alone; of sinks none. A bias is "
+    "hidden, `is_causal`; of a window and the first keys the window alone; of sinks and slopes none. A bias is "
     "`[1, N, T, S]` in bf16, its gradient computed, too. TFLOP/s by what is visible:"
 )
 

@@ -1,6 +1,8 @@
 // XLA's calls: arrays and attributes become a Problem, which is launched on XLA's stream.
 #include "ffi.h"
 
+#include <algorithm>
+
 #include "dispatch.h"
 #include "ffi_call.h"
 #include "plan.h"
@@ -46,6 +48,9 @@ ffi::Error fwd_impl(Stream stream, ffi::RemainingArgs operands, ffi::RemainingRe
     if (!x.sinks.is_absent()) return wrong(x.sinks, "some beside results to merge with", "none");
     if (!x.dropout.is_absent())
       return wrong(x.dropout, "some beside results to merge with", "none");
+    if (!x.alibi_slopes.is_absent()) {
+      return wrong(x.alibi_slopes, "some beside results to merge with", "none");
+    }
   }
   problem.out = to_operand(x.out);
   problem.out_accum = x.out_before.floats();
@@ -59,6 +64,7 @@ ffi::Error fwd_impl(Stream stream, ffi::RemainingArgs operands, ffi::RemainingRe
   JAX_FA3_RETURN_IF_FAILED(set_mask_bits(x.mask_bits, x.mask_blocks, problem.seqlen_q,
                                          problem.seqlen_k, kMaskBlock, &problem));
   JAX_FA3_RETURN_IF_FAILED(set_dropout(x.dropout, attributes.dropout, &problem));
+  JAX_FA3_RETURN_IF_FAILED(set_alibi(x.alibi_slopes, &problem));
   if (x.out.is_absent()) return ffi::Error::Success();
   JAX_FA3_RETURN_IF_FAILED(check_device(stream));
   cudaError_t error = cudaSuccess;
@@ -87,6 +93,19 @@ ffi::Error check_workspace(Problem const& p, bool sums_dq, Backward const& x) {
                      : "at least " + std::to_string(blocks) + " blocks of each head");
   }
   return ffi::Error::Success();
+}
+
+// The parts of the gradient of slopes: one for each consumer thread of each of a head's CTAs.
+ffi::Error check_dalibi(Problem const& p, Backward const& x, int num_splits) {
+  if (x.dalibi.is_absent()) return ffi::Error::Success();  // it is not wanted
+  int64_t const blocks = ceil_div(p.seqlen_k, bwd_tile(p.head_dim).block_n);
+  int64_t const parts = kBwdConsumerThreads * blocks * std::max(num_splits, 1);
+  if (!x.alibi_slopes.is_absent() && x.dalibi.dims[2] >= parts && x.dalibi.dims[2] <= INT32_MAX) {
+    return ffi::Error::Success();
+  }
+  return wrong(x.dalibi, "shape " + shape_of(x.dalibi),
+               x.alibi_slopes.is_absent() ? "none without alibi_slopes"
+                                          : std::to_string(parts) + " parts of each head");
 }
 
 // [splits, b, s, k, h + v], or nothing.
@@ -165,10 +184,15 @@ ffi::Error launch_backward(Stream stream, Backward const& x, Attributes const& a
     return wrong(x.dkv_parts, std::to_string(splits) + " splits beside a mask of each head",
                  "a divisor of the query heads of a key head");
   }
+  JAX_FA3_RETURN_IF_FAILED(set_alibi(x.alibi_slopes, &forward));
+  JAX_FA3_RETURN_IF_FAILED(check_dalibi(forward, x, problem.num_splits));
+  problem.dalibi = x.dalibi.floats();
+  if (!x.dalibi.is_absent()) problem.dalibi_parts = static_cast<int>(x.dalibi.dims[2]);
   if (forward.batch == 0 || forward.num_heads_k == 0) return ffi::Error::Success();
   JAX_FA3_RETURN_IF_FAILED(check_device(stream));
-  if (!x.dbias.is_absent()) {
-    cudaError_t const error = cudaMemsetAsync(x.dbias.data, 0, x.dbias.bytes, *stream);
+  for (Array const& sum : {x.dbias, x.dalibi}) {
+    if (sum.is_absent()) continue;
+    cudaError_t const error = cudaMemsetAsync(sum.data, 0, sum.bytes, *stream);
     if (error != cudaSuccess) return cuda_status(error);
   }
   if (forward.num_heads_q == 0) return clear(x, *stream);

@@ -226,6 +226,22 @@ ffi::Error set_dropout(Array const& words, int64_t dropout, Problem* problem) {
   return ffi::Error::Success();
 }
 
+ffi::Error set_alibi(Array const& slopes, Problem* problem) {
+  if (slopes.is_absent()) return ffi::Error::Success();
+  if (!takes_bias(std::max(problem->head_dim, problem->head_dim_v))) {
+    return wrong(slopes, "some beside so wide heads", "none");
+  }
+  bool const beside_others = problem->soft_cap != 0.f || problem->bias.data != nullptr ||
+                             problem->mask_bits.bits != nullptr || problem->dropout != 0;
+  if (beside_others) {
+    return wrong(slopes, "some beside a soft cap, a bias, a dense mask or dropout", "none");
+  }
+  if (problem->seqlen_k > kMostKeysOfSum) return wrong(slopes, "some beside so many keys", "none");
+  problem->alibi_slopes = slopes.floats();
+  problem->alibi_batch_stride = slopes.dims[0] == 1 ? 0 : problem->num_heads_q;
+  return ffi::Error::Success();
+}
+
 ffi::Error to_problem(Inputs const& inputs, Attributes const& attributes, Dims const& dims,
                       Problem* problem) {
   Array const& query = inputs.query;

@@ -47,6 +47,9 @@ ffi::Error set_mask_bits(Array const& bits, Array const& blocks, int rows, int c
 // Dropout, of which `dropout` is the attribute, if there is any, checked.
 ffi::Error set_dropout(Array const& words, int64_t dropout, Problem* problem);
 
+// ALiBi's slopes, if there are any, checked.
+ffi::Error set_alibi(Array const& slopes, Problem* problem);
+
 struct Attributes {
   float scale;
   float soft_cap;

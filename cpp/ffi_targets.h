@@ -15,7 +15,7 @@ struct Inputs {
 
 struct Forward : Inputs {
   Array out_before, lse_before;  // the result for other keys
-  Array sinks, bias, dropout;
+  Array sinks, bias, dropout, alibi_slopes;
   Array mask_bits, mask_blocks;
   Array out, lse, lse_low;
   Array tile_counter, long_sums;
@@ -25,12 +25,13 @@ struct Backward : Inputs {
   Array qkv;  // of a packed call, in place of query, key and value
   Array out, lse, dout, dlse, lse_low;
   Array summed_dq;  // dq_accum of the call before
-  Array sinks, bias, dropout;
+  Array sinks, bias, dropout, alibi_slopes;
   Array mask_bits, mask_blocks;
   Array dquery, dkey, dvalue, dqkv;
   Array row_stats, row_intervals, query_blocks, dq_accum, turns, ranges, dkv_parts;
   Array dsinks;  // of some rows each
   Array dbias;
+  Array dalibi;  // in parts
 };
 
 struct Fp8Forward : Inputs {
@@ -112,7 +113,8 @@ struct Appending : Decoding {
     JAX_FA3_ROW(Arrays, ranges, kInt32, "*|0"),        \
     JAX_FA3_ROW(Arrays, dkv_parts, kFloat32, "*|0"),   \
     JAX_FA3_ROW(Arrays, dsinks, kFloat32, "bn.|0"),   \
-    JAX_FA3_ROW(Arrays, dbias, kFloat32, JAX_FA3_OF_BIAS)
+    JAX_FA3_ROW(Arrays, dbias, kFloat32, JAX_FA3_OF_BIAS), \
+    JAX_FA3_ROW(Arrays, dalibi, kFloat32, "bn.|0")
 // clang-format on
 
 inline Target<Forward> const kFwd = {
@@ -128,6 +130,7 @@ inline Target<Forward> const kFwd = {
         JAX_FA3_ROW(Forward, bias, k16BitsOrFloat32, JAX_FA3_OF_BIAS),
         JAX_FA3_BITS(Forward),
         JAX_FA3_ROW(Forward, dropout, kUInt32, "bn.|0"),
+        JAX_FA3_ROW(Forward, alibi_slopes, kFloat32, "1n|bn|0"),
     },
     {
         JAX_FA3_ROW(Forward, out, k16BitsOrFloat32, "btnv"),
@@ -151,6 +154,7 @@ inline Target<Backward> const kBwd = {
         JAX_FA3_ROW(Backward, bias, k16BitsOrFloat32, JAX_FA3_OF_BIAS),
         JAX_FA3_BITS(Backward),
         JAX_FA3_ROW(Backward, dropout, kUInt32, "bn.|0"),
+        JAX_FA3_ROW(Backward, alibi_slopes, kFloat32, "1n|bn|0"),
     },
     {
         JAX_FA3_ROW(Backward, dquery, k16Bits, "btnh|0"),
@@ -170,6 +174,7 @@ inline Target<Backward> const kBwdPacked = {
         JAX_FA3_ROW(Backward, bias, k16BitsOrFloat32, JAX_FA3_OF_BIAS),
         JAX_FA3_BITS(Backward),
         JAX_FA3_ROW(Backward, dropout, kUInt32, "bn.|0"),
+        JAX_FA3_ROW(Backward, alibi_slopes, kFloat32, "1n|bn|0"),
     },
     {
         JAX_FA3_ROW(Backward, dqkv, k16Bits, "btph"),

@@ -56,6 +56,8 @@ constexpr BwdTile bwd_tile(int head_dim, bool has_bias) {
   return tile;
 }
 
+inline constexpr int kBwdConsumerThreads = 256;  // of a CTA of the main kernel, up to head dim 256
+
 // CTAs of the backward that a block of keys takes: a cluster of four where heads are wide.
 constexpr int bwd_ctas_of_keys(int head_dim) { return head_dim > 256 ? 4 : 1; }
 

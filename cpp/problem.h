@@ -85,6 +85,11 @@ struct Problem {
   // are some, there is no bias, and out_accum is null.
   uint32_t const* dropout_words;
   int dropout;
+  // [1 or b, n] or null: of each query head a slope, by which the scores, in base e, rise from key
+  // to key; at the key of the row's own index nothing is added. Where there are some, soft_cap is 0,
+  // and there is no out_accum, no bias, no dense mask and no dropout.
+  float const* alibi_slopes;
+  int alibi_batch_stride;
 
   // Workspace.
   int* tile_counter;  // [1]
@@ -116,6 +121,10 @@ struct BackwardProblem {
   int dsinks_blocks;
   // Of forward.bias, fp32, with the same strides; null: its gradient is not wanted.
   float* dbias;
+  // [b, n, dalibi_parts] or null, cleared: parts of the gradient of forward.alibi_slopes, one for
+  // each consumer thread of each of the CTAs of a head (bwd/alibi.h).
+  float* dalibi;
+  int dalibi_parts;
   // Workspace (plan.h). There are m blocks of bwd_tile().block_m query rows each.
   float* row_stats;    // [b, n, m, row_stats_of_block()]
   int* row_intervals;  // [b, m, block_m, 2]: key_begin, key_end

@@ -64,7 +64,9 @@ class Options(MaskArguments, total=False):
 
     scale: ArrayLike | None
     logits_soft_cap: float | None
+    soft_cap_last: bool
     sinks: ArrayLike | None
+    alibi_slopes: ArrayLike | None
     deterministic_backward: bool
     implementation: Implementations | None
     sharding: NamedSharding | PartitionSpec | None
@@ -81,6 +83,7 @@ def parse(
     mask: ArrayLike | None = None,
     *,
     sinks: ArrayLike | None = None,
+    alibi_slopes: ArrayLike | None = None,
     implementation: Implementations | None = None,
     sharding: NamedSharding | PartitionSpec | None = None,
     compute_dtype: DTypeLike | None = None,
@@ -101,13 +104,17 @@ def parse(
     dropout, words = _dropout.checked(dropout_rate, dropout_key)
     config = dataclasses.replace(config, dropout=dropout)
     full = sizes.batch, sizes.num_heads, sizes.query_length, sizes.key_length
-    score = per_head("sinks", sinks, sizes.num_heads)
+    of_heads = {
+        name: None if (given := per_head(name, x, sizes.num_heads)) is None
+        else given[None].astype(wide(operands.query.dtype))
+        for name, x in (("sinks", sinks), ("alibi_slopes", alibi_slopes))
+    }  # fmt: skip
     given = dense("mask", mask, full)
     if given is not None and intervals is not None:
         given &= as_bool(intervals, sizes.key_length)
     operands = dataclasses.replace(
         operands,
-        sinks=None if score is None else score[None].astype(wide(operands.query.dtype)),
+        **of_heads,
         bias=dense("bias", bias, full),
         mask=intervals if given is None else given,
         scale=scale,
@@ -142,6 +149,9 @@ def parse_without_dense(
     if call.operands.mask is not None:
         wanted = f"wanted one: jax_fa3.dot_product_attention alone takes more, not {who}"
         raise NotImplementedError(f"key_begin: got several intervals a row, {wanted}")
+    if call.operands.alibi_slopes is not None:
+        wanted = f"wanted none: jax_fa3.dot_product_attention alone takes them, not {who}"
+        raise NotImplementedError(f"alibi_slopes: got some, {wanted}")
     if call.operands.scale is not None:
         wanted = f"wanted a static float: multiply {instead_of_scale} by it and pass scale=1.0"
         raise NotImplementedError(f"scale: got an array, {wanted}")
@@ -194,6 +204,7 @@ def _config(
     *,
     scale: ArrayLike | None = None,
     logits_soft_cap: float | None = None,
+    soft_cap_last: bool = False,
     deterministic_backward: bool = False,
     checkpoint_name: str | tuple[str, str] | None = None,
 ) -> tuple[Config, Array | None]:
@@ -202,4 +213,6 @@ def _config(
     static, traced = (1.0, factor) if isinstance(factor, Array) else (factor, None)
     deterministic = static_bool("deterministic_backward", deterministic_backward)
     cap, names = soft_cap(logits_soft_cap), checkpoint_names(checkpoint_name)
-    return Config(static, window, cap, deterministic, checkpoint_names=names), traced
+    last = static_bool("soft_cap_last", soft_cap_last)
+    config = Config(static, window, cap, deterministic, checkpoint_names=names, soft_cap_last=last)
+    return config, traced

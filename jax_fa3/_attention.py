@@ -50,7 +50,9 @@ def dot_product_attention(
     key_begin: Integers | None = None,
     key_end: Integers | None = None,
     logits_soft_cap: float | None = None,
+    soft_cap_last: bool = False,
     sinks: ArrayLike | None = None,
+    alibi_slopes: ArrayLike | None = None,
     deterministic_backward: bool = False,
     implementation: Implementations | None = None,
     sharding: NamedSharding | PartitionSpec | None = None,
@@ -109,8 +111,13 @@ def dot_product_attention(
             for head dims up to 128.
         logits_soft_cap: static float c > 0: the scaled scores become c * tanh(scores / c), before
             bias and masks. 0 or None: none.
+        soft_cap_last: the soft cap comes after bias and alibi_slopes, before masks: it is of their sum.
         sinks: floating [N], differentiable: each row that sees a key sees one more, with this score
             and the value 0. The log-sum-exp has it in.
+        alibi_slopes: floating [N], differentiable: slope * (j - i) is added to the scaled score of row i
+            and key j, whatever query_offset is: along a row the differences are all that counts. The
+            kernels take them where they take a bias, but not beside one or dropout, and with a dense mask
+            as beside one.
         deterministic_backward: gradients that are equal bit by bit from run to run. A bias is expanded
             over batch and heads for it, as is its gradient in float32.
         implementation: "fa3", the kernels, or "xla", plain JAX with memory linear in T and S; both
@@ -182,7 +189,9 @@ def dot_product_attention(
         key_begin=key_begin,
         key_end=key_end,
         logits_soft_cap=logits_soft_cap,
+        soft_cap_last=soft_cap_last,
         sinks=sinks,
+        alibi_slopes=alibi_slopes,
         deterministic_backward=deterministic_backward,
         implementation=implementation,
         sharding=sharding,

@@ -204,13 +204,16 @@ def backward(
     rows: Rows,
     with_dbias: bool = True,
 ) -> Operands:
-    """The gradient of operands, of a bias with_dbias alone; by the 16-bit kernels or `plain`."""
+    """The gradient of operands, of a bias or slopes with_dbias alone; by the 16-bit kernels or `plain`."""
     kernel = _ffi.bwd
-    wanted = dataclasses.replace(operands.letters, bias=None, mask=None, dropout=None)
-    if operands.bias is not None and with_dbias:
-        wanted = dataclasses.replace(wanted, bias=_bias.result_letters(operands))
+    others = dict.fromkeys(("bias", "mask", "dropout", "alibi_slopes"))
+    wanted = dataclasses.replace(operands.letters, **others)
+    biased = operands.bias is not None or operands.alibi_slopes is not None
+    if biased and with_dbias:
+        if operands.bias is not None:
+            wanted = dataclasses.replace(wanted, bias=_bias.result_letters(operands))
         plain = _dense_mask.plain_backward
-    elif operands.bias is not None:
+    elif biased:
         kernel, plain = _kernel_without_dbias, _plain_without_dbias
     elif operands.mask is not None or operands.dropout is not None:
         plain = _dense_mask.plain_backward
@@ -218,16 +221,21 @@ def backward(
         plain = _plain.backward_by_rows
     if operands.mask is not None:
         kernel, plain = _dense_mask.taken(method.implementation, kernel, plain)
-    if operands.sinks is not None:  # of each batch entry
-        wanted = dataclasses.replace(wanted, sinks=operands.result_letters[1][:2])
+    of_heads = [name for name in ("sinks", "alibi_slopes") if getattr(operands, name) is not None]
+    if not with_dbias and "alibi_slopes" in of_heads:
+        of_heads.remove("alibi_slopes")
+    for name in of_heads:  # of each batch entry
+        wanted = dataclasses.replace(wanted, **{name: operands.result_letters[1][:2]})
     per_mask = batch_letters(masks, operands.sizes.batch)
     letters = operands.letters, per_mask, rows.letters(operands)
     results = tuple(jax.tree.leaves(wanted))
     static = method.implementation, kernel, plain, (method.config,), letters, results
     grads = _dispatch.run(*static, operands, masks, rows)
     found: Any = jax.tree.unflatten(jax.tree.structure(wanted), grads)
-    if operands.sinks is not None and operands.sinks.shape[0] == 1:
-        found = dataclasses.replace(found, sinks=found.sinks.sum(0, keepdims=True))
+    for name in of_heads:
+        if getattr(operands, name).shape[0] == 1:
+            summed = getattr(found, name).sum(0, keepdims=True)
+            found = dataclasses.replace(found, **{name: summed})
     return found
 
 

@@ -79,6 +79,7 @@ def _by_intervals(
         operands, mask=_mask_bits.as_bool(operands.mask, operands.sizes.key_length)
     )
     begin, end, broken = _rows(operands)
+    takes_dense = takes_dense and operands.alibi_slopes is None
     takes_dense = takes_dense and _bias.refusal(config, operands.sizes) is None
     hull = begin, end
     if masks.key_begin is not None or masks.key_end is not None:
@@ -129,15 +130,16 @@ def _rows(operands: Operands) -> tuple[Array, Array, Array]:
 def plain_backward(
     config: Config, operands: Operands, masks: Masks, rows: Rows, *, with_dbias: bool = True
 ) -> tuple[Array, ...]:
-    """The gradients of operands, those of sinks [B, N], by JAX's derivative: for any mask, and with
-    dropout."""
+    """The gradients of operands, those of sinks and slopes [B, N], by JAX's derivative: for any mask, and
+    with dropout; with_dbias: of bias and slopes, too."""
     others: dict[str, Any] = {"mask": operands.mask, "dropout": operands.dropout}
     if not with_dbias:
-        others["bias"] = operands.bias
+        others |= {"bias": operands.bias, "alibi_slopes": operands.alibi_slopes}
     tensors = dataclasses.replace(operands, **dict.fromkeys(others))
-    if operands.sinks is not None:
-        of_each = operands.sizes.batch, operands.sinks.shape[1]
-        tensors = dataclasses.replace(tensors, sinks=jnp.broadcast_to(operands.sinks, of_each))
+    for name in ("sinks", "alibi_slopes"):
+        if (x := getattr(tensors, name)) is not None:
+            of_each = jnp.broadcast_to(x, (operands.sizes.batch, x.shape[1]))
+            tensors = dataclasses.replace(tensors, **{name: of_each})
 
     def forward(tensors: Operands) -> tuple[Array, Array]:
         return _xla.attention(config, dataclasses.replace(tensors, **others), masks)

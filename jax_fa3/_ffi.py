@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from . import _bias, _mask_bits, _plan
+from . import _alibi, _bias, _mask_bits, _plan
 from ._custom_call import attributes_of, custom_call
 from ._kernel_sizes import BWD_ROWS, KERNELS, BwdTile, bwd_tile
 from ._operands import Operands, Rows
@@ -123,9 +123,7 @@ def fwd(
         **masks._asdict(),
         out_before=out_before,
         lse_before=lse_before,
-        sinks=operands.sinks,
-        **_dense(config, operands),
-        dropout=operands.dropout,
+        **_others(config, operands),
     )
     names = ("out", "lse", "lse_low") if with_lse_low else ("out", "lse")
     return tuple(found[name] for name in names)
@@ -143,7 +141,7 @@ def bwd(
 ) -> tuple[Array, ...]:
     """The backward kernels: (dq, dk, dv), or the gradient of the packed array alone; in the operands'
     dtype, but dk and dv in fp32 if config.partial. Behind them, if there are sinks, theirs, fp32 [B, N],
-    and that of the bias.
+    that of the bias, and that of slopes, fp32 [B, N].
 
     Args:
         operands: as for fwd. Key and value side by side may also be uint32 words of two numbers
@@ -151,7 +149,7 @@ def bwd(
         rows: without lse_low gradients at scores of 1e4 and more are less exact.
         summed_dq: what calls with other keys gave for dq without finish_dq; it is overwritten.
         finish_dq: False for a sum of dq, as dq_sum_of says, which only such calls can read.
-        with_dbias: False: no gradient of a bias.
+        with_dbias: False: no gradient of a bias or of slopes.
     """
     arrays, first_heads, first_column = operands.located()
     query, key, value = (arrays[name] for name in ("query", "key", "value"))
@@ -159,31 +157,32 @@ def bwd(
     head_dim, head_dim_v = sizes.head_dim, sizes.head_dim_v
     attributes = attributes_of(config, operands.heads, first_heads, head_dim_v, first_column)
     dq_accum = dq_sum_of(query, sizes.num_heads, head_dim_v)
-    dense = _dense(config, operands, bwd_tile(_bwd_kernel(query, head_dim_v)))
-    if "mask_bits" in dense:
+    others = _others(config, operands, bwd_tile(_bwd_kernel(query, head_dim_v)))
+    if "mask_bits" in others:
         masks = _mask_bits.without_blind_rows(masks, rows.lse, sizes.key_length)
     *per_row, width = dq_accum.shape
     if not bwd_tile(width).fused and finish_dq and summed_dq is None:
         dq_accum = jax.ShapeDtypeStruct((*per_row, 0), jnp.float32)
     workspace = _plan.bwd_workspace(_C, config, masks, sizes, query.dtype, dq_accum)
-    with_dbias = with_dbias and operands.bias is not None
-    if with_dbias:
-        workspace |= _plan.dbias(config, dense["bias"], workspace)
-    if "mask_bits" in dense:
+    if with_dbias and operands.bias is not None:
+        workspace |= _plan.dbias(config, others["bias"], workspace)
+    if with_dbias and operands.alibi_slopes is not None:
+        workspace |= _alibi.parts(sizes, workspace)
+    if "mask_bits" in others:
         assert operands.mask is not None
         workspace |= _plan.with_mask(operands.mask, sizes, workspace)
     if operands.bias is not None or operands.mask is not None:
         # Rows of which it hides every key: their weights are to be 0.
         rows = rows._replace(lse=jnp.where(rows.lse == -jnp.inf, jnp.inf, rows.lse))
-    common: dict[str, Any] = masks._asdict() | rows._asdict()
-    common |= {"sinks": operands.sinks, **dense, "dropout": operands.dropout}
+    common: dict[str, Any] = masks._asdict() | rows._asdict() | others
     if operands.sinks is not None:
         workspace["dsinks"] = _plan.dsinks(sizes, dq_accum)
 
     def with_others(*grads: Array) -> tuple[Array, ...]:
         dsinks = () if operands.sinks is None else (found["dsinks"].sum(-1),)
-        dbias = () if not with_dbias else (_bias.gradient(found["dbias"], operands),)
-        return *grads, *dsinks, *dbias
+        dbias = () if "dbias" not in workspace else (_bias.gradient(found["dbias"], operands),)
+        dalibi = () if "dalibi" not in workspace else (found["dalibi"].sum(-1),)
+        return *grads, *dsinks, *dbias, *dalibi
 
     if operands.packed is not None:
         results = {"dqkv": jax.ShapeDtypeStruct(query.shape, query.dtype), **workspace}
@@ -209,12 +208,13 @@ def bwd(
     return with_others(found["dquery" if finish_dq else "dq_accum"], found["dkey"], found["dvalue"])
 
 
-def _dense(config: Config, operands: Operands, tile: BwdTile | None = None) -> dict[str, Any]:
-    """The bias or the mask of operands, as operands of the calls; tile: the backward's."""
+def _others(config: Config, operands: Operands, tile: BwdTile | None = None) -> dict[str, Any]:
+    """What stands beside query, key and value, as operands of the calls; tile: the backward's."""
+    others = {name: getattr(operands, name) for name in ("sinks", "dropout", "alibi_slopes")}
     mask = operands.mask
     if mask is None or operands.bias is not None or _mask_bits.refusal(operands) is not None:
-        return {"bias": _bias.for_kernels(config, operands)}
-    return _mask_bits.for_kernels(mask, operands.sizes.key_length, tile)
+        return others | {"bias": _bias.for_kernels(config, operands)}
+    return others | _mask_bits.for_kernels(mask, operands.sizes.key_length, tile)
 
 
 def _bwd_kernel(query: Array, head_dim_v: int) -> int:

@@ -151,7 +151,8 @@ class _Tangent:
         operands = jax.tree.map(not_differentiable, operands)
         moves = jax.tree.unflatten(jax.tree.structure(operands), self.moving)
         rows = Rows(out, lse, *cotangents, *low)
-        grads = self.method.backward(operands, masks, rows, with_dbias=bool(moves.bias))
+        with_dbias = bool(moves.bias or moves.alibi_slopes)
+        grads = self.method.backward(operands, masks, rows, with_dbias=with_dbias)
         found = jax.tree.structure(operands).flatten_up_to(grads)
         return tuple(x for x, moves in zip(found, self.moving, strict=True) if moves)
 

@@ -28,6 +28,8 @@ def refusal(operands: Operands, found: str = "mask: got one") -> str | None:
         return f"{found} beside {dtype}, wanted none beside another dtype than bfloat16"
     if operands.dropout is not None:
         return f"{found} beside dropout, wanted one of the two"
+    if operands.alibi_slopes is not None:
+        return f"{found} beside alibi_slopes, wanted one of the two"
     width = max(sizes.head_dim, sizes.head_dim_v)
     if not bwd_tile(width).fused:
         return f"{found} beside head dim {width}, wanted none beside more than 128"

@@ -35,6 +35,7 @@ class Operands:
     mask: Array | None = None  # or intervals, int32 [B, 1, T, 2 M] (_mask_bits.py)
     scale: Any = None  # [], in place of Config's; plain JAX alone takes it
     dropout: Array | None = None  # [B, N, 2], uint32: which weights (_dropout.py)
+    alibi_slopes: Array | None = None  # [1 or B, N], as sinks
     # (N, K) of a packed array; of the whole array, while `heads` is of a device's part of it.
     packed: tuple[int, int] | None = dataclasses.field(default=None, metadata={"static": True})
 
@@ -71,7 +72,8 @@ class Operands:
             three = "bt.nh" if self.query.ndim == 5 else "bt.h", None, None
         others: Any = {name: dense(getattr(self, name)) for name in ("bias", "mask", "scale")}
         heads = self.result_letters[1][1]
-        others["sinks"] = None if self.sinks is None else "." + heads
+        for name in ("sinks", "alibi_slopes"):
+            others[name] = None if getattr(self, name) is None else "." + heads
         others["dropout"] = None if self.dropout is None else f"b{heads}."
         return Operands(*three, **others, packed=self.packed)
 

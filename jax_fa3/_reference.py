@@ -116,7 +116,9 @@ def attention(
     *,
     scale: Any = None,
     logits_soft_cap: float | None = None,
+    soft_cap_last: bool = False,
     sinks: Any = None,  # [N]
+    alibi_slopes: Any = None,  # [N]
     round_to: DTypeLike | Rounding | None = None,
     kept: Any = None,  # bool [B, N, T, S]: False for weights that dropout has dropped
     dropout_rate: float = 0.0,
@@ -146,9 +148,15 @@ def attention(
     )
 
     scores = rounding.products(query, key) * (h**-0.5 if scale is None else scale)
-    if logits_soft_cap is not None:
+    if logits_soft_cap is not None and not soft_cap_last:
         scores = logits_soft_cap * jnp.tanh(scores / logits_soft_cap)
-    scores = rounding.scores(scores if bias is None else scores + bias)
+    if alibi_slopes is not None:
+        distance = jnp.arange(s) - jnp.arange(t)[:, None]
+        scores += jnp.asarray(alibi_slopes, scores.dtype)[:, None, None] * distance
+    scores = scores if bias is None else scores + bias
+    if logits_soft_cap is not None and soft_cap_last:
+        scores = logits_soft_cap * jnp.tanh(scores / logits_soft_cap)
+    scores = rounding.scores(scores)
     sees = visible.any(-1, keepdims=True)  # [B, 1 or N, T, 1]
     top = scores.max(-1, keepdims=True, initial=-jnp.inf, where=visible)
     sink = -jnp.inf if sinks is None else jnp.asarray(sinks, scores.dtype)[:, None, None]

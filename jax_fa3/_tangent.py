@@ -52,7 +52,8 @@ def of_results(
 def _has_kernel(operands: Operands) -> bool:
     """Whether this install has one for them, but for a dense mask."""
     sizes, dtype = operands.sizes, operands.query.dtype
-    if operands.bias is not None or operands.dropout is not None or drifts(sizes.key_length):
+    others = operands.bias, operands.dropout, operands.alibi_slopes
+    if any(x is not None for x in others) or drifts(sizes.key_length):
         return False
     widest = max(sizes.head_dim, sizes.head_dim_v)
     built = (h for name, h, v in _ffi.kernels() if name == dtype.name and h == v)

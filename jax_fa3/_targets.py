@@ -78,6 +78,7 @@ _ROTARY = (
     Row("rotary_cos", _16_BITS_OR_FLOAT32, optional=True),
     Row("rotary_sin", _16_BITS_OR_FLOAT32, optional=True),
 )
+_SLOPES = Row("alibi_slopes", _FLOAT32, optional=True)
 _BWD_WORKSPACE = (
     Row("row_stats", _FLOAT32),
     Row("row_intervals", _INT32),
@@ -88,6 +89,7 @@ _BWD_WORKSPACE = (
     Row("dkv_parts", _FLOAT32, optional=True),
     Row("dsinks", _FLOAT32, optional=True),
     Row("dbias", _FLOAT32, optional=True),
+    Row("dalibi", _FLOAT32, optional=True),
 )
 
 TARGETS = {
@@ -103,6 +105,7 @@ TARGETS = {
             _BIAS,
             *_BITS,
             _DROPOUT,
+            _SLOPES,
         ),
         results=(
             Row("out", _16_BITS_OR_FLOAT32),
@@ -124,6 +127,7 @@ TARGETS = {
             _BIAS,
             *_BITS,
             _DROPOUT,
+            _SLOPES,
         ),
         results=(
             Row("dquery", _16_BITS, optional=True),
@@ -141,6 +145,7 @@ TARGETS = {
             _BIAS,
             *_BITS,
             _DROPOUT,
+            _SLOPES,
         ),
         results=(Row("dqkv", _16_BITS), *_BWD_WORKSPACE),
     ),

@@ -18,28 +18,26 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from . import _bias, _dropout, _mask_bits
+from . import _alibi, _bias, _dropout, _mask_bits
 from ._broken import nan_rows, row_sums, touched
 from ._mask import row_intervals
 from ._problem import wide
+from ._row_blocks import join, rows_per_block, split
 
 if TYPE_CHECKING:
     from ._operands import Operands, Rows
     from ._problem import Config, Masks
-
-# Scores held at a time, over batch, heads, the rows of a block and keys: 64 MiB in fp32.
-BLOCK_SCORES = 2**24
-MIN_ROWS, SYMBOLIC_ROWS = 16, 128
 
 
 def attention(config: Config, operands: Operands, masks: Masks) -> tuple[Array, Array]:
     """Attention with memory linear in T and S (beside a dense bias or mask that is passed in).
 
     Args:
-        config: scale may have any sign; logits_soft_cap comes after scale and before bias.
+        config: scale may have any sign; logits_soft_cap comes after scale, and before bias and slopes or
+            behind them.
         operands: of any float dtype, with dropout's words if config has dropout; scale takes the place
             of config's; a bias of -inf (of _bias.LEAST or less) and a mask of False hide a key; sinks
-            are fp32, or fp64 for fp64 inputs.
+            and slopes are fp32, or fp64 for fp64 inputs.
 
     Returns:
         out: [B, T, N, V] in query's dtype, or lse's if config.partial.
@@ -50,25 +48,31 @@ def attention(config: Config, operands: Operands, masks: Masks) -> tuple[Array, 
     batch, length, heads, _ = query.shape
     intervals = row_intervals(masks, config.window, batch, length, key.shape[1])
     groups, narrow, einsum = _groups(query, key), query.dtype, _einsum_for(query.dtype)
+    cap = config.logits_soft_cap
     query, key, value = _widened(query, key, value, masks)
     dense = {
         name: x.reshape(x.shape[0], *((1, 1) if x.shape[1] == 1 else groups), *x.shape[2:])
         for name, x in (("bias", operands.bias), ("mask", operands.mask))
         if x is not None
     }
-    sinks = None if operands.sinks is None else operands.sinks.reshape(-1, *groups, 1, 1)
-
+    sinks, slopes = (
+        None if x is None else x.reshape(-1, *groups, 1, 1)
+        for x in (operands.sinks, operands.alibi_slopes)
+    )
     words = None if operands.dropout is None else operands.dropout.reshape(batch, *groups, 2)
 
     def block(rows: tuple[Any, ...]) -> tuple[Array, Array]:
         query, begin, end, broken, numbers, dense_rows = rows
         tensors = dense | dense_rows
         query = jnp.where(((begin < end) | broken)[..., None], query, 0)
-        scores = _scores(einsum, query, key, scale, config.logits_soft_cap)
+        scores = _scores(einsum, query, key, scale, None if config.soft_cap_last else cap)
         visible = _visible(begin, end, key.shape[1])
+        if slopes is not None:
+            scores += _alibi.term(slopes, numbers, key.shape[1])
         if "bias" in tensors:
             scores += tensors["bias"].astype(scores.dtype)
             visible &= ~(tensors["bias"].astype(scores.dtype) <= _bias.LEAST)  # NaN stays NaN
+        scores = _capped(scores, cap) if config.soft_cap_last else scores
         if "mask" in tensors:
             visible &= _mask_bits.as_bool(tensors["mask"], key.shape[1])
 
@@ -93,8 +97,8 @@ def attention(config: Config, operands: Operands, masks: Masks) -> tuple[Array, 
     by_row = {name: x for name, x in dense.items() if x.shape[3] == length}
     numbers = jnp.arange(length, dtype=jnp.int32).reshape(1, 1, 1, length)
     each = (_heads_first(query, groups), *(x[:, None, None] for x in intervals), numbers, by_row)
-    rows = _split(each, _rows_per_block(query, key))
-    out, lse = _join(lax.map(jax.checkpoint(block, prevent_cse=False), rows), length)
+    rows = split(each, rows_per_block(query, key))
+    out, lse = join(lax.map(jax.checkpoint(block, prevent_cse=False), rows), length)
     return _heads_last(out), lse.reshape(batch, heads, length)
 
 
@@ -159,8 +163,8 @@ def backward(
         *(x[:, None, None] for x in intervals),
     )
     sums = jnp.zeros_like(key), jnp.zeros_like(value)
-    (dk, dv), dq = lax.scan(block, sums, _split(each, _rows_per_block(query, key)))
-    return _heads_last(_join(dq, length)), dk.astype(narrow[1]), dv.astype(narrow[2])
+    (dk, dv), dq = lax.scan(block, sums, split(each, rows_per_block(query, key)))
+    return _heads_last(join(dq, length)), dk.astype(narrow[1]), dv.astype(narrow[2])
 
 
 def _widened(query: Array, key: Array, value: Array, masks: Masks) -> list[Array]:
@@ -188,6 +192,10 @@ def _scores(
 ) -> Array:
     """[B, K, G, R, S], fp32 or fp64."""
     scores = einsum("bkgrh,bskh->bkgrs", query, key) * jnp.asarray(scale, query.dtype)
+    return _capped(scores, soft_cap)
+
+
+def _capped(scores: Array, soft_cap: float | None) -> Array:
     return scores if soft_cap is None else soft_cap * jnp.tanh(scores / soft_cap)
 
 
@@ -211,34 +219,3 @@ def _heads_last(x: Array) -> Array:
     """[B, K, G, T, V] to [B, T, N, V]."""
     batch, groups, group, length, dim = x.shape
     return x.transpose(0, 3, 1, 2, 4).reshape(batch, length, groups * group, dim)
-
-
-def _rows_per_block(query: Array, key: Array) -> int:
-    """R, so that a block's scores are at most BLOCK_SCORES; sizes known at trace time only."""
-    sizes = batch, length, heads, key_length = *query.shape[:3], key.shape[1]
-    if not all(isinstance(size, int) for size in sizes):
-        return SYMBOLIC_ROWS
-    rows = max(MIN_ROWS, BLOCK_SCORES // max(1, batch * heads * key_length))
-    blocks = max(1, -(-length // rows))
-    return max(1, -(-length // blocks))  # blocks of equal size pad least
-
-
-def _split(tree: Any, rows: int) -> Any:
-    """[B, K, G, T, ...] to [T / R, B, K, G, R, ...]; the rows added to fill up see no key."""
-
-    def split(x: Array) -> Array:
-        blocks = (x.shape[3] + rows - 1) // rows
-        x = jnp.pad(x, [(0, blocks * rows - x.shape[3] if i == 3 else 0) for i in range(x.ndim)])
-        return jnp.moveaxis(x.reshape(*x.shape[:3], blocks, rows, *x.shape[4:]), 3, 0)
-
-    return jax.tree.map(split, tree)
-
-
-def _join(tree: Any, length: int) -> Any:
-    """The inverse of _split."""
-
-    def join(x: Array) -> Array:
-        x = jnp.moveaxis(x, 0, 3)
-        return x.reshape(*x.shape[:3], x.shape[3] * x.shape[4], *x.shape[5:])[:, :, :, :length]
-
-    return jax.tree.map(join, tree)

@@ -38,11 +38,13 @@ def FORWARD(
     bias: Any = None,
     mask: Any = None,
     dropout: Any = None,
+    slopes: Any = None,
     **options: Any,
 ) -> Any:
     """_ffi.fwd of the arrays of operands, and masks."""
     *tensors, masks = arrays
-    operands = Operands(*tensors, packed=packed, sinks=sinks, bias=bias, mask=mask, dropout=dropout)
+    others: Any = {"sinks": sinks, "bias": bias, "mask": mask, "dropout": dropout}
+    operands = Operands(*tensors, packed=packed, **others, alibi_slopes=slopes)
     return _ffi.fwd(config, operands, masks, **options)
 
 
@@ -57,10 +59,12 @@ def backward_of_three(
     bias: Any = None,
     mask: Any = None,
     dropout: Any = None,
+    slopes: Any = None,
     **options: Any,
 ) -> Any:
     """Of query, key, value, masks, and rows."""
-    operands = Operands(*arrays[:3], sinks=sinks, bias=bias, mask=mask, dropout=dropout)
+    others: Any = {"sinks": sinks, "bias": bias, "mask": mask, "dropout": dropout}
+    operands = Operands(*arrays[:3], **others, alibi_slopes=slopes)
     return BACKWARD(config, operands, *arrays[3:], **options)
 
 
@@ -136,6 +140,10 @@ def right_calls() -> dict[str, Call]:
         ),
         "fwd with a mask": recorded(with_mask, Struct((B, 1, T, S), bool), *operands),
         "fwd with a mask of keys": recorded(with_mask, Struct((1, N, 1, S), bool), *operands),
+        "fwd with slopes": recorded(
+            lambda x, *y: FORWARD(plain, *y, Masks(), slopes=x),
+            *(Struct((1, N), jnp.float32), *operands),
+        ),
         "fwd with dropout": recorded(
             lambda x, *y: FORWARD(dropping, *y, dropout=x), words_of_heads, *operands, masks
         ),
@@ -159,6 +167,10 @@ def right_calls() -> dict[str, Call]:
         "bwd with a mask": recorded(
             lambda mask, *x: backward_of_three(plain, *x[:3], Masks(), *x[3:], mask=mask),
             *(Struct((1, N, T, S), bool), *operands, *rows),
+        ),
+        "bwd with slopes": recorded(
+            lambda x, *y: backward_of_three(plain, *y[:3], Masks(), *y[3:], slopes=x),
+            *(Struct((1, N), jnp.float32), *operands, *rows),
         ),
         "bwd with dropout": recorded(
             lambda x, *y: backward_of_three(dropping, *y[:3], Masks(), *y[3:], dropout=x),

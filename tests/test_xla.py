@@ -14,7 +14,7 @@ from jax.test_util import check_grads
 from masks import ints
 
 import jax_fa3
-from jax_fa3 import _arguments, _mask, _reference, _xla
+from jax_fa3 import _arguments, _mask, _reference, _row_blocks, _xla
 from jax_fa3._operands import Operands, Rows
 from jax_fa3._problem import Config, Sizes
 
@@ -27,7 +27,7 @@ attention = functools.partial(
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch: pytest.MonkeyPatch):
     """So that small cases have several blocks."""
-    monkeypatch.setattr(_xla, "BLOCK_SCORES", 2**17)
+    monkeypatch.setattr(_row_blocks, "BLOCK_SCORES", 2**17)
 
 
 def from_residuals(case: Case, inputs: Any, cotangents: Any, results: Results) -> Results:
@@ -97,7 +97,7 @@ SMALL = Case("small", 20, 26, H=8, V=5, mask={"is_causal": True, "query_offset":
 def test_dense(monkeypatch: pytest.MonkeyPatch, bias: Any, mask: Any, soft_cap: Any):
     """bias and mask in every broadcastable shape, a scale that is traced and negative, and the
     derivatives of bias and scale."""
-    monkeypatch.setattr(_xla, "BLOCK_SCORES", 2**10)
+    monkeypatch.setattr(_row_blocks, "BLOCK_SCORES", 2**10)
     rng = np.random.default_rng(0)
     if bias is not None:
         bias = rng.standard_normal(bias, np.float32)
@@ -131,7 +131,7 @@ def _four_axes(*inputs: Array, bias: Any, mask: Any, **options: Any) -> Any:
 
 
 def test_forward_mode_and_second_derivatives(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(_xla, "BLOCK_SCORES", 2**9)
+    monkeypatch.setattr(_row_blocks, "BLOCK_SCORES", 2**9)
     case = Case("tiny", 20, 7, N=2, K=1, H=3, V=2, B=1, mask={"key_value_seq_lengths": ints(6)})
     with jax.enable_x64(True):
         call = functools.partial(attention, logits_soft_cap=3.0, **case.mask)

@@ -163,6 +163,7 @@ _FREE = {
     (_targets.APPEND_AND_ATTEND, "operands", 6, 1),
 }
 _MAY_BE_NONE = {(_targets.BWD, "results", 8), (_targets.BWD_PACKED, "results", 6)}  # ranges
+_MAY_BE_NONE |= {(_targets.BWD, "results", 12), (_targets.BWD_PACKED, "results", 10)}  # dalibi
 
 # Results before the workspace, which may be larger and of any rank.
 _RESULTS = {_targets.FWD: 4, _targets.BWD: 3, _targets.BWD_PACKED: 1, _targets.FWD_FP8: 2}

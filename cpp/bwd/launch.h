@@ -109,6 +109,11 @@ cudaError_t make_params(BackwardProblem const& problem, typename Traits::Params*
     return make_bias(&params->bias, p.bias, p.batch, p.num_heads_q, p.seqlen_q, p.softmax_scale);
   }
   if constexpr (Traits::kHasBits) params->bits = p.mask_bits;
+  if constexpr (Traits::kHasAlibi) {
+    params->alibi = make_alibi(p);
+    params->dalibi = problem.dalibi;
+    params->dalibi_parts = problem.dalibi_parts;
+  }
   if constexpr (Traits::kHasDropout) params->dropout = make_dropout(p.dropout_words, p.dropout);
   return cudaSuccess;
 }
@@ -174,7 +179,7 @@ cudaError_t launch_kernels(BackwardProblem const& problem, cudaStream_t stream) 
   JAX_FA3_RETURN_IF_ERROR(launch_sum_partial<Element>(problem, params, stream));
   if constexpr (Main::kFused) {
     if (!params.finishes_dq) return cudaSuccess;
-    // Of dropout and bits it knows nothing: the kernel is that without.
+    // Of dropout, bits and slopes it knows nothing: the kernel is that without.
     using Plain = Traits<Element, kWidth, kWidthV, Main::kHasBias>;
     int64_t const blocks =
         int64_t{params.num_m_blocks} * params.num_heads_q * problem.forward.batch;
@@ -208,6 +213,12 @@ cudaError_t launch(BackwardProblem const& problem, cudaStream_t stream) {
   if (problem.forward.mask_bits.bits != nullptr) {
     if constexpr (takes_mask_bits(kHeadDim)) {
       return launch_kernels<BitsTraits<Element, kWidth, kWidthV>>(problem, stream);
+    }
+    return cudaErrorNotSupported;  // likewise
+  }
+  if (problem.forward.alibi_slopes != nullptr) {
+    if constexpr (takes_bias(kHeadDim)) {
+      return launch_kernels<AlibiTraits<Element, kWidth, kWidthV>>(problem, stream);
     }
     return cudaErrorNotSupported;  // likewise
   }

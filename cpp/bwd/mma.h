@@ -6,6 +6,7 @@
 // cores work on dQ of the step before (head dim 64) or on dP (128, where registers are fewer).
 #pragma once
 
+#include "bwd/alibi.h"
 #include "bwd/bias.h"
 #include "bwd/dropout.h"
 #include "bwd/scores.h"
@@ -15,11 +16,11 @@
 namespace jax_fa3::bwd {
 
 // S^T to P^T, once S^T is there. With a soft cap just to tanh, for dS takes both. There is none
-// where there is a bias.
-template <bool kHasBias, class Records, class Scores>
+// where a bias, or a slope's term, was added.
+template <bool kIsBiased, class Records, class Scores>
 CUTLASS_DEVICE void make_p(Params const& params, Records const& records, bool masked, Scores& tS) {
   warpgroup_fence_operand(tS);
-  if (!kHasBias && params.score.cap_scale != 0.f) {
+  if (!kIsBiased && params.score.cap_scale != 0.f) {
     params.score.cap_all(tS);
   } else if (masked) {
     probabilities<true>(params, records, tS);
@@ -29,11 +30,11 @@ CUTLASS_DEVICE void make_p(Params const& params, Records const& records, bool ma
 }
 
 // dP^T to dS^T, once dP^T is there; with a soft cap also what make_p() left to P^T.
-template <bool kHasBias, class Records, class Scores>
+template <bool kIsBiased, class Records, class Scores>
 CUTLASS_DEVICE void make_ds(Params const& params, Records const& records, float scale, Scores& tS,
                             Scores& tdP) {
   warpgroup_fence_operand(tdP);
-  if (!kHasBias && params.score.cap_scale != 0.f) {
+  if (!kIsBiased && params.score.cap_scale != 0.f) {
     CUTLASS_PRAGMA_UNROLL
     for (int i = 0; i < size(tS); ++i) tdP(i) *= scale * Score::cap_grad(tS(i));
     CUTLASS_PRAGMA_UNROLL
@@ -172,6 +173,12 @@ CUTLASS_DEVICE bool mma(typename Traits::Params const& params,
     issue_gemm_zero(mma_dq, tdQrdS(_, _, _, stage), tdQrK, tdQ);
   };
   uint32_t bits[kRowsPerThread];  // of a dense mask, in a step that is masked
+  constexpr bool kIsBiased = Traits::kHasBias || Traits::kHasAlibi;
+  // With slopes: of the thread's first key from its first row. From memory, for registers are few.
+  [[maybe_unused]] auto const distance = [&] {
+    int const m_block = storage.steps[state.stage].m_block;
+    return key - m_block * kBlockM - static_cast<int>(threadIdx.x % 4) * 2;
+  };
   auto const records = [&] {
     RowRecords<kBlockM> const rows{storage.stats + state.stage * RowStats<kBlockM>::kSize,
                                    storage.intervals + state.stage * kBlockM, key};
@@ -201,13 +208,17 @@ CUTLASS_DEVICE bool mma(typename Traits::Params const& params,
     if constexpr (Traits::kHasDropout) {
       make_ds_and_p<Element>(params, records(), scale, tS, tdP, packed_p);
     } else {
-      make_ds<Traits::kHasBias>(params, records(), scale, tS, tdP);
+      make_ds<kIsBiased>(params, records(), scale, tS, tdP);
       copy(packed<Element>(tS), packed_p);
     }
     if constexpr (Traits::kHasBias) {
       add_dbias(params, tile.batch, step.head, step.m_block * kBlockM, key, scale, tdP);
     }
     copy(packed<Element>(tdP), packed_ds);
+    if constexpr (Traits::kHasAlibi) {
+      int const head = storage.steps[state.stage].head;
+      add_dalibi<Traits>(params, tile, head, distance(), scale, packed_ds);
+    }
   };
   auto const make_probabilities = [&] {
     if constexpr (Traits::kHasBias) {
@@ -215,7 +226,12 @@ CUTLASS_DEVICE bool mma(typename Traits::Params const& params,
       add_bias_transposed<Element>(params.bias, storage.bias_rings[warpgroup],
                                    storage.bias(warpgroup), bias_state, tS);
     }
-    make_p<Traits::kHasBias>(params, records(), step.masked, tS);
+    if constexpr (Traits::kHasAlibi) {
+      warpgroup_fence_operand(tS);
+      float const slope = params.alibi.slope(tile.batch, storage.steps[state.stage].head);
+      add_slope_transposed(slope, distance(), tS);
+    }
+    make_p<kIsBiased>(params, records(), step.masked, tS);
     if constexpr (Traits::kHasDropout && Traits::kNarrow) {
       uint2 const head = params.dropout.of_head(tile.batch * params.num_heads_q + step.head);
       mark_dropped(KeyDropout{params.dropout, key}, head, step.m_block * kBlockM,

@@ -3,6 +3,7 @@
 
 #include <cuda.h>
 
+#include "common/alibi.h"
 #include "common/bias.h"
 #include "common/dropout.h"
 #include "common/mask.h"
@@ -100,6 +101,12 @@ struct BitsParams : Params {
 
 struct DropoutParams : Params {
   Dropout dropout;
+};
+
+struct AlibiParams : Params {
+  Alibi alibi;
+  float* dalibi;  // [b, n, dalibi_parts] or null
+  int dalibi_parts;
 };
 
 }  // namespace jax_fa3::bwd

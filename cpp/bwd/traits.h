@@ -37,6 +37,7 @@ template <class Element_, int kHeadDim_, int kHeadDimV_, bool kHasBias_ = false,
 struct Traits {
   static constexpr bool kHasBias = kHasBias_;
   static constexpr bool kHasBits = false;
+  static constexpr bool kHasAlibi = false;
   static constexpr bool kHasDropout = kHasDropout_;
   static_assert(!kHasBias || !kHasDropout);
   using Params = std::conditional_t<kHasBias, BiasParams,
@@ -54,7 +55,7 @@ struct Traits {
 
   // One producer warpgroup (a warp loads, two write dQ), then two consumers. Fused: each owns
   // 64 keys. Wide: both own the same 64 keys, one computes dV, the other dK.
-  static constexpr int kConsumerThreads = 256;
+  static constexpr int kConsumerThreads = kBwdConsumerThreads;
   static constexpr int kThreads = 128 + kConsumerThreads;
   static constexpr int kProducerRegisters = 24;
   static constexpr int kConsumerRegisters = 240;
@@ -169,6 +170,13 @@ template <class Element, int kHeadDim, int kHeadDimV>
 struct BitsTraits : Traits<Element, kHeadDim, kHeadDimV> {
   static constexpr bool kHasBits = true;
   using Params = BitsParams;
+};
+
+// With slopes (common/alibi.h).
+template <class Element, int kHeadDim, int kHeadDimV>
+struct AlibiTraits : Traits<Element, kHeadDim, kHeadDimV> {
+  static constexpr bool kHasAlibi = true;
+  using Params = AlibiParams;
 };
 
 }  // namespace jax_fa3::bwd

@@ -80,11 +80,7 @@ struct Softmax {
   template <bool kThreeAtOnce = false, class Scores>
   CUTLASS_DEVICE void update_max(Scores const& scores) {
     raise_max<kThreeAtOnce>(scores);
-    CUTLASS_PRAGMA_UNROLL
-    for (int row = 0; row < kRowsPerThread; ++row) {
-      row_max[row] = quad_max(row_max[row]);
-      take_offset(row);
-    }
+    take_max();
   }
 
   // The same, but exponents stay relative to what they were relative to while none is above kSlack:
@@ -96,14 +92,7 @@ struct Softmax {
     // Both that is rare in one vote, of which each costs 40 clocks.
     if (!__any_sync(~0u, is_doubtful() | any_is_above())) return;
     raise_max_by_value(scores);
-    if (!__any_sync(~0u, any_is_above())) return;
-    CUTLASS_PRAGMA_UNROLL
-    for (int row = 0; row < kRowsPerThread; ++row) {
-      row_max[row] = quad_max(row_max[row]);
-      rescale[row] = 1.f;
-      if (is_above(row)) take_offset(row);  // no other: sum_of_rounded() needs its largest weight
-    }
-    rescale_sums();
+    if (take_max_if_above()) rescale_sums();
   }
 
   // After raise_offset(), once there are no more scores.
@@ -115,13 +104,7 @@ struct Softmax {
   // One of kParts equal parts of the scores becomes probabilities relative to the running maximum.
   template <int kPart, int kParts, class Scores>
   CUTLASS_DEVICE void exponentiate(Scores& scores) {
-    constexpr int kSize = decltype(size(scores))::value;
-    CUTLASS_PRAGMA_UNROLL
-    for (int i = kSize / kParts * kPart; i < kSize / kParts * (kPart + 1); ++i) {
-      int const row = fragment_row(i);
-      scores(i) = exp2f(scores(i) * factor[row] - offset[row]);
-      row_sum[row] += scores(i);
-    }
+    exponentiate_less<kPart, kParts>(offset, scores);
   }
 
   template <class Out>
@@ -149,7 +132,37 @@ struct Softmax {
     return fmaf(row_max[row], exponents.softmax_scale_log2, -subtrahend);
   }
 
- private:
+ protected:
+  // What update_max() and raise_offset() do with the maximum.
+  CUTLASS_DEVICE void take_max() {
+    CUTLASS_PRAGMA_UNROLL
+    for (int row = 0; row < kRowsPerThread; ++row) {
+      row_max[row] = quad_max(row_max[row]);
+      take_offset(row);
+    }
+  }
+  CUTLASS_DEVICE bool take_max_if_above() {
+    if (!__any_sync(~0u, any_is_above())) return false;
+    CUTLASS_PRAGMA_UNROLL
+    for (int row = 0; row < kRowsPerThread; ++row) {
+      row_max[row] = quad_max(row_max[row]);
+      rescale[row] = 1.f;
+      if (is_above(row)) take_offset(row);  // no other: sum_of_rounded() needs its largest weight
+    }
+    return true;
+  }
+
+  template <int kPart, int kParts, class Scores>
+  CUTLASS_DEVICE void exponentiate_less(float const (&offset)[kRowsPerThread], Scores& scores) {
+    constexpr int kSize = decltype(size(scores))::value;
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = kSize / kParts * kPart; i < kSize / kParts * (kPart + 1); ++i) {
+      int const row = fragment_row(i);
+      scores(i) = exp2f(scores(i) * factor[row] - offset[row]);
+      row_sum[row] += scores(i);
+    }
+  }
+
   // row_max of this thread's columns.
   template <bool kThreeAtOnce, class Scores>
   CUTLASS_DEVICE void raise_max(Scores const& scores) {
@@ -164,6 +177,7 @@ struct Softmax {
     }
   }
 
+ private:
   // By an instruction for three integers. Of fp32 numbers read as integers the greatest is the
   // right one if any is 0 or more: just two negative ones are in the wrong order. So a maximum that
   // is negative still is in doubt, which is rare.

@@ -34,7 +34,11 @@ CUTLASS_DEVICE void consume(
       for (int row = 0; row < kRowsPerThread; ++row) rows[row] = of_tile(tile_row + row * 8);
     };
     Interval rows[kRowsPerThread];
-    Softmax softmax{params.exponents};
+    typename Traits::Softmax softmax{params.exponents};
+    if constexpr (Traits::kHasAlibi) {
+      softmax.slope = params.alibi.slope(work.tile.batch, work.tile.head);
+      softmax.first_row = work.tile.block * Traits::kBlockM + tile_row;
+    }
     if (work.blocks.begin < work.blocks.end) {
       mma<Traits>(params, storage, state, turns, work, find_rows, rows, softmax, tOrO);
       if constexpr (Traits::kHasDropout) {

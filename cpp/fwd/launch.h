@@ -65,6 +65,11 @@ cudaError_t make_params(Problem const& problem, typename Traits::Params* params)
     return make_bias(&params->bias, p.bias, p.batch, p.num_heads_q, p.seqlen_q, factor);
   }
   if constexpr (Traits::kHasBits) params->bits = p.mask_bits;
+  if constexpr (Traits::kHasAlibi) {
+    params->alibi = make_alibi(p);
+    // What a block's scores lack of their term would be multiplied by the wrong factor.
+    params->exponents.huge = INFINITY;
+  }
   if constexpr (Traits::kHasDropout) params->dropout = make_dropout(p.dropout_words, p.dropout);
   return cudaSuccess;
 }
@@ -118,6 +123,12 @@ cudaError_t launch(Problem const& problem, cudaStream_t stream) {
   if (problem.dropout != 0) {
     if constexpr (takes_dropout(size_for(kHeadDim, kHeadDimV))) {
       return launch_tile<Traits<Element, kHeadDim, kHeadDimV, Keys::kDropout>>(problem, stream);
+    }
+    return cudaErrorNotSupported;  // likewise
+  }
+  if (problem.alibi_slopes != nullptr) {
+    if constexpr (takes_bias(kHeadDim)) {
+      return launch_tile<Traits<Element, kHeadDim, kHeadDimV, Keys::kAlibi>>(problem, stream);
     }
     return cudaErrorNotSupported;  // likewise
   }

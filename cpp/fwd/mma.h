@@ -22,7 +22,7 @@ CUTLASS_DEVICE void mma(typename Traits::Params const& params,
                         typename Traits::SharedStorage& storage,
                         typename Traits::ConsumerState& state, Turns turns, WorkTile const& work,
                         FindRows const& find_rows, Interval (&rows)[kRowsPerThread],
-                        Softmax& softmax, Out& tOrO) {
+                        typename Traits::Softmax& softmax, Out& tOrO) {
   using Element = typename Traits::Element;
   BlockRange const& blocks = work.blocks;
   constexpr int kBlockN = Traits::kBlockN;
@@ -65,6 +65,7 @@ CUTLASS_DEVICE void mma(typename Traits::Params const& params,
   auto const release_query = [&](int n_block) {
     if (elected && n_block == blocks.begin) storage.query_empty[warpgroup].arrive();
   };
+  int n_block = blocks.end - 1;
   auto const take_scores = [&] {
     warpgroup_fence_operand(tSrS);
     release(keys, state.key);
@@ -72,10 +73,11 @@ CUTLASS_DEVICE void mma(typename Traits::Params const& params,
       add_bias<Element>(params.bias, storage.bias_rings[warpgroup], storage.bias(warpgroup),
                         state.bias, tSrS);
     }
+    if constexpr (Traits::kHasAlibi) softmax.add_slope(n_block * kBlockN + lane_column, tSrS);
   };
   DenseMask<Traits> dense(params, work, warpgroup);
   auto const mask_block = [&](int n_block) {
-    if constexpr (!Traits::kHasBias) params.score.apply(tSrS);
+    if constexpr (!Traits::kHasBias && !Traits::kHasAlibi) params.score.apply(tSrS);
     if constexpr (Traits::kHasBits) {
       mask_scores(tSrS, rows, n_block * kBlockN + lane_column, dense.bits);
     } else {
@@ -90,7 +92,6 @@ CUTLASS_DEVICE void mma(typename Traits::Params const& params,
     dropout_quad = params.dropout.quads[threadIdx.x % 4];
     dropout_head = params.dropout.of_head(work.tile.batch * params.num_heads_q + work.tile.head);
   }
-  int n_block = blocks.end - 1;
   auto const convert = [&] {
     Tensor packed = recast<uint32_t>(tOrP);
     CUTLASS_PRAGMA_UNROLL

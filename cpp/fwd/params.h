@@ -3,6 +3,7 @@
 
 #include <cuda.h>
 
+#include "common/alibi.h"
 #include "common/bias.h"
 #include "common/dropout.h"
 #include "common/mask.h"
@@ -52,6 +53,10 @@ struct BitsParams : Params {
 
 struct DropoutParams : Params {
   Dropout dropout;
+};
+
+struct AlibiParams : Params {
+  Alibi alibi;
 };
 
 }  // namespace jax_fa3::fwd

@@ -27,18 +27,22 @@ using namespace cute;
 // kBias: with a dense bias (common/bias.h), whose slabs need memory, and registers: so two
 // consumers. kDropout: with dropout on the weights (common/dropout.h).
 // kBits: with a dense mask (common/mask_bits.h), whose blocks are 128 x 128.
-enum class Keys { kFew, kUsual, kMany, kBias, kBits, kDropout };
+// kAlibi: with slopes (common/alibi.h).
+enum class Keys { kFew, kUsual, kMany, kBias, kBits, kDropout, kAlibi };
 
 template <class Element_, int kHeadDim_, int kHeadDimV_, Keys kKeys_>
 struct Traits {
   static constexpr bool kHasBias = kKeys_ == Keys::kBias;
   static constexpr bool kHasBits = kKeys_ == Keys::kBits;
   static constexpr bool kHasDropout = kKeys_ == Keys::kDropout;
+  static constexpr bool kHasAlibi = kKeys_ == Keys::kAlibi;
   using Params = std::conditional_t<
       kHasBias, BiasParams,
-      std::conditional_t<kHasBits, BitsParams,
-                         std::conditional_t<kHasDropout, DropoutParams, fwd::Params>>>;
-  using Softmax = jax_fa3::Softmax;
+      std::conditional_t<
+          kHasBits, BitsParams,
+          std::conditional_t<kHasDropout, DropoutParams,
+                             std::conditional_t<kHasAlibi, AlibiParams, fwd::Params>>>>;
+  using Softmax = std::conditional_t<kHasAlibi, AlibiSoftmax, jax_fa3::Softmax>;
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kHeadDimV = kHeadDimV_;

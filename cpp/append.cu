@@ -152,8 +152,8 @@ __device__ void load_angles(RotaryTables const& tables, void const* table, int64
   }
 }
 
-// Numbers from `column` on of a head's row, turned. In fp32, rounded once: a cos - b sin and
-// b cos + a sin, of which the first product stays exact, as XLA has it on GPUs.
+// Numbers from `column` on of a head's row, turned: a cos - b sin and b cos + a sin in fp32,
+// without fused multiply-adds, as XLA has it on GPUs, and rounded once.
 template <class Element, int kVector>
 __device__ Vector<Element, kVector> turned(RotaryTables const& tables, void const* rows,
                                            int64_t first, int column, int angle) {
@@ -162,8 +162,9 @@ __device__ Vector<Element, kVector> turned(RotaryTables const& tables, void cons
     if (tables.cos == nullptr || column >= 2 * tables.pairs) return own;
     int64_t const row = int64_t{angle} * tables.pairs;
     auto const turn = [](float own, float other, float cos, float sin, bool is_first) {
-      float const product = __fmul_rn(other, sin);
-      return __fmaf_rn(own, cos, is_first ? -product : product);
+      float const x = __fmul_rn(own, cos);
+      float const y = __fmul_rn(other, sin);
+      return is_first ? __fsub_rn(x, y) : __fadd_rn(x, y);
     };
     Vector<Element, kVector> result;
     if (tables.interleaved) {

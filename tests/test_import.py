@@ -34,7 +34,7 @@ def test_is_typed():
 
 def test_export_checks_name_the_targets():
     checks = [jax.export.DisabledSafetyCheck.custom_call(x) for x in jax_fa3._targets.TARGETS]
-    assert list(jax_fa3.DISABLE_JAX_EXPORT_CHECKS) == checks and len(checks) == 9
+    assert list(jax_fa3.DISABLE_JAX_EXPORT_CHECKS) == checks and len(checks) == 11
 
 
 def test_import_initialises_no_backend_and_is_quick():

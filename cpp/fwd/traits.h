@@ -27,7 +27,7 @@ using namespace cute;
 // kBias: with a dense bias (common/bias.h), whose slabs need memory, and registers: so two
 // consumers. kDropout: with dropout on the weights (common/dropout.h).
 // kBits: with a dense mask (common/mask_bits.h), whose blocks are 128 x 128.
-// kAlibi: with slopes (common/alibi.h).
+// kAlibi: with slopes (common/alibi.h), which three consumers have no registers for.
 enum class Keys { kFew, kUsual, kMany, kBias, kBits, kDropout, kAlibi };
 
 template <class Element_, int kHeadDim_, int kHeadDimV_, Keys kKeys_>
@@ -49,7 +49,8 @@ struct Traits {
   static constexpr Keys kKeys = kKeys_;
   static constexpr FwdTile kTile =
       kHasBits ? FwdTile{kMaskBlock, kMaskBlock, false}
-               : fwd_tile(kHeadDim, kHeadDimV, kKeys == Keys::kFew || kHasBias || kHasDropout);
+               : fwd_tile(kHeadDim, kHeadDimV,
+                          kKeys == Keys::kFew || kHasBias || kHasDropout || kHasAlibi);
   static constexpr int kBlockM = kTile.block_m;
   static constexpr int kBlockN = kTile.block_n;
   static constexpr bool kOutOverValue = kTile.out_over_value;

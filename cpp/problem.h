@@ -86,8 +86,8 @@ struct Problem {
   uint32_t const* dropout_words;
   int dropout;
   // [1 or b, n] or null: of each query head a slope, by which the scores, in base e, rise from key
-  // to key; at the key of the row's own index nothing is added. Where there are some, soft_cap is 0,
-  // and there is no out_accum, no bias, no dense mask and no dropout.
+  // to key; at the key of the row's own index nothing is added. Where there are some, soft_cap is
+  // 0, and there is no out_accum, no bias, no dense mask and no dropout.
   float const* alibi_slopes;
   int alibi_batch_stride;
 

@@ -29,7 +29,7 @@ def loss(function: Any, cotangents: Any, *arrays: Array, **options: Any) -> Arra
     q, k, v, slopes = arrays
     found = function(q, k, v, **CAUSAL, alibi_slopes=slopes, sinks=jnp.ones(N), **options)
     pairs = zip(found, cotangents, strict=True)
-    return sum((jnp.nan_to_num(x, neginf=0) * y).sum() for x, y in pairs)
+    return jnp.asarray(sum((jnp.nan_to_num(x, neginf=0) * y).sum() for x, y in pairs))
 
 
 def grads(function: Any, cotangents: Any, *arrays: Array, **options: Any) -> Any:
@@ -42,12 +42,13 @@ def inputs() -> tuple[Array, ...]:
 
 
 def test_results():
-    arrays = inputs()
-    wanted = _reference.attention(*arrays[:3], alibi_slopes=arrays[3], **CAUSAL)
-    assert_close(attention(*arrays[:3], alibi_slopes=arrays[3], **CAUSAL), wanted, 1e-5)
+    q, k, v, slopes = inputs()
+    causal: dict[str, Any] = CAUSAL
+    wanted = _reference.attention(q, k, v, alibi_slopes=slopes, **causal)
+    assert_close(attention(q, k, v, alibi_slopes=slopes, **causal), wanted, 1e-5)
     # A row's own position changes the log-sum-exp alone.
-    bias = arrays[3][:, None, None] * jnp.arange(S)
-    same, _ = attention(*arrays[:3], bias[None], **CAUSAL)
+    bias = slopes[:, None, None] * jnp.arange(S)
+    same, _ = attention(q, k, v, bias[None], **causal)
     assert_close(same, wanted[0], 1e-5)
 
 
@@ -87,7 +88,7 @@ def test_beside_all_that_masks_a_bias_and_a_soft_cap(last: bool):
 @pytest.mark.parametrize("mapped", [3, 0])
 def test_under_vmap(mapped: int):
     arrays, cotangents = list(inputs()), CASE.cotangents(jnp.float32)
-    axes = [None] * 4
+    axes: list[int | None] = [None] * 4
     axes[mapped] = 0
     stacked = arrays.copy()
     stacked[mapped] = jnp.stack((arrays[mapped], -arrays[mapped]))

@@ -109,7 +109,7 @@ constexpr int64_t most_visible_keys(Mask const& mask) {
 }
 
 constexpr bool few_keys(Mask const& mask) {
-  return mask.restricts() && most_visible_keys(mask) <= 1024;
+  return mask.restricts() && most_visible_keys(mask) <= 256;
 }
 
 // Query heads whose K and V fit into the part of the L2 cache that is counted on, as whole groups

@@ -19,6 +19,7 @@ struct QueryTraits {
   static constexpr bool kHasBias = false;
   static constexpr bool kHasDropout = false;
   static constexpr bool kHasBits = false;
+  static constexpr bool kHasAlibi = false;
   static constexpr BwdTile kTile = bwd_tile(kHeadDim_);  // of the main kernel
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;

@@ -39,9 +39,12 @@ CUTLASS_DEVICE float lse_of_keys(Softmax const& softmax, float softmax_scale, in
   return softmax.row_max[row] * softmax_scale + softmax.log_sum(row);
 }
 
-// Divides by the row sums. Rows that see no key get 0 (and -inf, below), broken rows (mask.h) NaN,
-// whatever the accumulators hold: blocks are not masked if all rows that see a key see all of them.
-template <class Element, class Softmax, class Out>
+// What a row that sees no key gets: 0 (and -inf, below), or NaN if it is broken (mask.h).
+CUTLASS_DEVICE float out_of_empty(Interval row) { return row.broken() ? NAN : 0.f; }
+
+// Divides by the row sums. Rows that see no key get out_of_empty(), whatever the accumulators hold:
+// blocks are not masked if all rows that see a key see all of them. (Not if kSeeing.)
+template <class Element, bool kSeeing = false, class Softmax, class Out>
 CUTLASS_DEVICE void normalize(Interval const (&rows)[kRowsPerThread], float softmax_scale,
                               Sink sink, Softmax& softmax, Out& tOrO) {
   float inverse_sum[kRowsPerThread];
@@ -57,7 +60,9 @@ CUTLASS_DEVICE void normalize(Interval const (&rows)[kRowsPerThread], float soft
   for (int i = 0; i < size(tOrO); ++i) {
     int const row = fragment_row(i);
     tOrO(i) = tOrO(i) * inverse_sum[row] * softmax.out_scale;  // their product may be too small
-    if (rows[row].empty()) tOrO(i) = rows[row].broken() ? NAN : 0.f;
+    if constexpr (!kSeeing) {
+      if (rows[row].empty()) tOrO(i) = out_of_empty(rows[row]);
+    }
   }
 }
 
@@ -144,8 +149,15 @@ CUTLASS_DEVICE void store(typename Traits::Params const& params,
   int64_t const index =
       (int64_t{tile.batch} * params.num_heads_q + tile.head) * seqlen_q + first_row;
   float* const lse_out = params.lse + index;
-  normalize<typename Traits::Element>(rows, params.softmax_scale, sink_of(params, tile), softmax,
-                                      tOrO);
+  normalize<typename Traits::Element, true>(rows, params.softmax_scale, sink_of(params, tile),
+                                            softmax, tOrO);
+  if (__any_sync(~0u, rows[0].empty() | rows[1].empty())) {  // seldom
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < size(tOrO); ++i) {
+      int const row = fragment_row(i);
+      if (rows[row].empty()) tOrO(i) = out_of_empty(rows[row]);
+    }
+  }
   float lse[kRowsPerThread];
   bool accumulated = false;
   int64_t const offset =

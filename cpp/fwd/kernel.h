@@ -11,6 +11,24 @@
 
 namespace jax_fa3::fwd {
 
+// Passes over blocks of K and V that other warpgroups need and this one does not, and its turns.
+template <class Storage, class State, class Turns>
+CUTLASS_DEVICE void skip_blocks(Storage& storage, State& state, Turns turns, int count) {
+  auto const skip = [](auto& pipeline, auto& position) {
+    pipeline.full[position.stage].wait(position.phase);
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) pipeline.empty[position.stage].arrive();
+    position.advance();
+  };
+  CUTLASS_PRAGMA_NO_UNROLL
+  for (; count > 0; --count) {
+    turns.wait();
+    turns.pass();
+    skip(storage.key_pipeline, state.key);
+    skip(storage.value_pipeline, state.value);
+  }
+}
+
 template <class Element, int kHeadDim, int kHeadDimV, Keys kKeys>
 CUTLASS_DEVICE void consume(
     Traits<Element, kHeadDim, kHeadDimV, kKeys>,
@@ -25,13 +43,20 @@ CUTLASS_DEVICE void consume(
 
   turns.start();
   for (;; state.work.advance()) {
-    WorkTile const work = take_work(storage, state.work);
+    WorkTile work = read_work(storage, state.work);
+    BlockRange const of_tile = work.blocks;
+    if constexpr (Traits::kBlocksByWarpgroup) {
+      work.blocks = storage.warpgroup_blocks[state.work.stage][warpgroup];
+      __syncwarp();
+      if (work.blocks.begin < work.blocks.end) work.blocks.begin = of_tile.begin;
+    }
+    release_work(storage, state.work);
     if (work.last) break;
 
     auto const find_rows = [&](Interval(&rows)[kRowsPerThread]) {
-      TileRows const of_tile(params.mask, work.tile.batch, work.tile.block * Traits::kBlockM);
+      TileRows const intervals(params.mask, work.tile.batch, work.tile.block * Traits::kBlockM);
       CUTLASS_PRAGMA_UNROLL
-      for (int row = 0; row < kRowsPerThread; ++row) rows[row] = of_tile(tile_row + row * 8);
+      for (int row = 0; row < kRowsPerThread; ++row) rows[row] = intervals(tile_row + row * 8);
     };
     Interval rows[kRowsPerThread];
     typename Traits::Softmax softmax{params.exponents};
@@ -39,7 +64,17 @@ CUTLASS_DEVICE void consume(
       softmax.slope = params.alibi.slope(work.tile.batch, work.tile.head);
       softmax.first_row = work.tile.block * Traits::kBlockM + tile_row;
     }
-    if (work.blocks.begin < work.blocks.end) {
+    bool const sees = work.blocks.begin < work.blocks.end;
+    if constexpr (Traits::kBlocksByWarpgroup) {
+      if (!sees && of_tile.begin < of_tile.end) {
+        storage.query_full[warpgroup].wait(state.query_phase);
+        state.query_phase ^= 1;
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) storage.query_empty[warpgroup].arrive();
+      }
+      skip_blocks(storage, state, turns, of_tile.end - (sees ? work.blocks.end : of_tile.begin));
+    }
+    if (sees) {
       mma<Traits>(params, storage, state, turns, work, find_rows, rows, softmax, tOrO);
       if constexpr (Traits::kHasDropout) {
         CUTLASS_PRAGMA_UNROLL

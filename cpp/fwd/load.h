@@ -40,7 +40,7 @@ CUTLASS_DEVICE void schedule(typename Traits::Params const& params,
       };
       IntervalHull hull;
       if constexpr (Traits::kBlocksByWarpgroup) {
-        CUTLASS_PRAGMA_UNROLL
+        CUTLASS_PRAGMA_NO_UNROLL
         for (int warpgroup = 0; warpgroup < Traits::kConsumerWarpgroups; ++warpgroup) {
           IntervalHull const own_rows = hull_of(warpgroup * 64, 64);
           if (lane == 0) storage.warpgroup_blocks[state.stage][warpgroup] = blocks_of(own_rows);
@@ -72,11 +72,15 @@ CUTLASS_DEVICE WorkTile read_work(Storage& storage, State const& state) {
   __syncwarp();
   return work;
 }
+template <class Storage, class State>
+CUTLASS_DEVICE void release_work(Storage& storage, State const& state) {
+  if (threadIdx.x % 32 == 0) storage.work_pipeline.empty[state.stage].arrive();
+}
 // By a warp that does not keep the next tile waiting.
 template <class Storage, class State>
 CUTLASS_DEVICE WorkTile take_work(Storage& storage, State const& state) {
   WorkTile const work = read_work(storage, state);
-  if (threadIdx.x % 32 == 0) storage.work_pipeline.empty[state.stage].arrive();
+  release_work(storage, state);
   return work;
 }
 

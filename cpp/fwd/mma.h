@@ -137,8 +137,8 @@ CUTLASS_DEVICE void mma(typename Traits::Params const& params,
     issue_scores();
     values.full[state.value.stage].wait(state.value.phase);
     issue_out();
-    turns.pass();
     warpgroup_wait<1>();
+    turns.pass();
     take_scores();
     if constexpr (decltype(masked)::value) mask_block(n_block);
     if constexpr (kKeepsOffset) {

@@ -71,7 +71,10 @@ struct Traits {
   // Maxima of three numbers at once: as fast as of two, or they spill, where two warpgroups rescale
   // O in each step.
   static constexpr bool kMaxOfThree = kKeepsOffset || kConsumerWarpgroups == 3;
-  static constexpr bool kBlocksByWarpgroup = false;  // each visits all blocks of the tile
+  // Whether a warpgroup leaves out those of the tile's key blocks that its own 64 rows do not see,
+  // and masks only what is not full for them. Of a tile no higher than its blocks are long there
+  // would be nothing to leave out.
+  static constexpr bool kBlocksByWarpgroup = kBlockM > kBlockN && !kHasBias && !kHasBits;
   static constexpr int kConsumerThreads = kConsumerWarpgroups * 128;
   static constexpr int kThreads = 128 + kConsumerThreads;
   static constexpr int kProducerRegisters = kConsumerWarpgroups == 2 ? 40 : 32;
@@ -160,6 +163,7 @@ struct Traits {
     Pipeline<kStages> value_pipeline;
     Pipeline<kWorkStages> work_pipeline;
     WorkTile work[kWorkStages];
+    BlockRange warpgroup_blocks[kWorkStages][kBlocksByWarpgroup ? kConsumerWarpgroups : 1];
     BiasRing<kBiasStages> bias_rings[kHasBias ? kConsumerWarpgroups : 1];
 
     CUTLASS_DEVICE void init_barriers() {

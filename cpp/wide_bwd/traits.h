@@ -36,6 +36,7 @@ struct Traits {
   static constexpr bool kOfKeys = kOfKeys_;
   static constexpr bool kHasBias = false;
   static constexpr bool kHasBits = false;
+  static constexpr bool kHasAlibi = false;
   static constexpr bool kHasDropout = false;
   static constexpr int kHeadDim = 512;
   static constexpr int kHeadDimV = 512;

@@ -87,7 +87,6 @@ CUTLASS_DEVICE void load(typename Traits::Params const& params,
 
   PipelineState<Traits::kStages> state;
   uint32_t staged_phase = 0;
-  bool first = true;
 
   auto const load_query = [&](Step step, RowSet const& blind) {
     auto& pipeline = storage.query_pipeline;
@@ -121,21 +120,18 @@ CUTLASS_DEVICE void load(typename Traits::Params const& params,
   };
   auto const load_step = [&](Step step) {
     RowSet const blind = query_block(step.m_block).blind;
-    if (first) {
-      load_tile<kBlockN, Traits::kHeadDim, Traits::kFourSlabs ? Traits::kFourthSlab : 0>(
-          params.key, storage.key_full, storage.staged, staged_phase, kReadOnce, storage.key,
-          keys.block<kBlockN>(tile.n_block), padding());
-    }
     load_query(step, blind);
-    if (first) {
-      load_tile<kBlockN, Traits::kHeadDimV>(params.value, storage.value_full, storage.staged,
-                                            staged_phase, kReadOnce, storage.value,
-                                            keys.block<kBlockN>(tile.n_block), padding());
-    }
     load_dout(step, blind);
-    first = false;
     state.advance();
   };
+
+  // While the first steps are looked for.
+  load_tile<kBlockN, Traits::kHeadDim, Traits::kFourSlabs ? Traits::kFourthSlab : 0>(
+      params.key, storage.key_full, storage.staged, staged_phase, kReadOnce, storage.key,
+      keys.block<kBlockN>(tile.n_block), padding());
+  load_tile<kBlockN, Traits::kHeadDimV>(params.value, storage.value_full, storage.staged,
+                                        staged_phase, kReadOnce, storage.value,
+                                        keys.block<kBlockN>(tile.n_block), padding());
 
   // The steps of all splits are the blocks of query rows that see any of the CTA's keys, head by
   // head of the group. This split's are those of some heads, or an equal share of all in that
@@ -156,6 +152,7 @@ CUTLASS_DEVICE void load(typename Traits::Params const& params,
   // which is given and returned as its first block.
   static_assert(kBlocksOfHull == 32, "a lane for each block");
   auto const next_chunk = [&](int chunk) {
+    if (params.num_m_blocks <= kBlocksOfHull) return chunk;
     for (; chunk < params.num_m_blocks; chunk += 32 * kBlocksOfHull) {
       int const of_lane = chunk / kBlocksOfHull + lane;
       bool const exists = of_lane * kBlocksOfHull < params.num_m_blocks;
@@ -173,15 +170,15 @@ CUTLASS_DEVICE void load(typename Traits::Params const& params,
       return BlockBits{~0u, ~0u};
     }
   };
-  int first_member = 0;
-  int last_member = params.group;
-  int skipped = 0;      // steps of first_member that belong to the split before
+  int head = tile.head_k * params.group;
+  int last_head = head + params.group;
+  int skipped = 0;      // steps of the first that belong to the split before
   int count = INT_MAX;  // of this split's steps
   if (params.num_splits > 1) {
     if (params.group % params.num_splits == 0) {
-      int const members = params.group / params.num_splits;
-      first_member = tile.split * members;
-      last_member = first_member + members;
+      int const heads = params.group / params.num_splits;
+      head += tile.split * heads;
+      last_head = head + heads;
     } else {
       int of_head = 0;
       for (int chunk = 0; chunk < params.num_m_blocks; chunk += 32) {
@@ -192,7 +189,7 @@ CUTLASS_DEVICE void load(typename Traits::Params const& params,
       int64_t const all = int64_t{of_head} * params.group;
       int64_t const begin = all * tile.split / params.num_splits;
       int64_t const end = all * (tile.split + 1) / params.num_splits;
-      first_member = of_head == 0 ? params.group : static_cast<int>(begin / of_head);
+      head = of_head == 0 ? last_head : head + static_cast<int>(begin / of_head);
       skipped = of_head == 0 ? 0 : static_cast<int>(begin % of_head);
       count = static_cast<int>(end - begin);
     }
@@ -203,8 +200,7 @@ CUTLASS_DEVICE void load(typename Traits::Params const& params,
   // dK and dV leave the accumulators after so many steps (partial.h).
   int const most_steps = params.dkv_partial == nullptr ? INT_MAX : kMostRowsOfSum / kBlockM;
   int steps = 0;
-  for (int member = first_member; member < last_member && count > 0; ++member) {
-    int const head = tile.head_k * params.group + member;
+  for (; head < last_head && count > 0; ++head) {
     for (int chunk = 0; count > 0 && (chunk = next_chunk(chunk)) < params.num_m_blocks;
          chunk += kBlocksOfHull) {
       bool full = false;
@@ -233,7 +229,12 @@ CUTLASS_DEVICE void load(typename Traits::Params const& params,
   pending.last = pending.ends = true;
   if (pending.m_block >= 0) {
     load_step(pending);
-  } else if (lane == 0) {
+    return;
+  }
+  // Gradients of 0 are stored from the memory of K and V.
+  storage.key_full.wait(0);
+  storage.value_full.wait(0);
+  if (lane == 0) {
     storage.steps[0] = pending;
     storage.query_pipeline.full[0].arrive();
   }

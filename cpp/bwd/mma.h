@@ -203,6 +203,7 @@ CUTLASS_DEVICE bool mma(typename Traits::Params const& params,
     state.advance();
     read_step();
   };
+  auto const pass_turn_to = [](int other) { named_arrive(NamedBarrier::kTurn, other, 256); };
   // P^T and dS^T as A operands of dV and dK.
   auto const make_operands = [&] {
     if constexpr (Traits::kHasDropout) {
@@ -272,20 +273,26 @@ CUTLASS_DEVICE bool mma(typename Traits::Params const& params,
   mark_beside_dp();
   warpgroup_wait<0>();
   make_operands();
-  if constexpr (Traits::kNarrow) share_ds<Traits>(storage, warpgroup, state.stage, packed_ds);
+  if constexpr (Traits::kNarrow) {
+    share_ds<Traits>(storage, warpgroup, state.stage, packed_ds);
+    if (warpgroup == 1) pass_turn_to(0);
+  }
 
   // dV, dK and dQ of a step, S and dP of the next. Nothing is in flight between iterations.
   while (!step.last) {
     int const last_stage = state.stage;
     if constexpr (Traits::kNarrow) {
       // dQ waits for the other warpgroup last, behind all that does not, and runs while the
-      // exponentials are computed.
+      // exponentials are computed. In turns, so that one warpgroup's exponentials are computed
+      // beside the other's GEMMs from the first step on.
+      named_sync(NamedBarrier::kTurn, warpgroup, 256);
       issue_dv(last_stage);
       issue_dk(last_stage);
       take_next();
       warpgroup_wait<1>();
       release_dout(last_stage);
       issue_s();
+      pass_turn_to(1 - warpgroup);
       issue_dq(last_stage);
       load_bits_of_step();
       warpgroup_wait<1>();
@@ -331,6 +338,9 @@ CUTLASS_DEVICE bool mma(typename Traits::Params const& params,
   release_dout(state.stage);
   release_query(state.stage);
   state.advance();
+  if constexpr (Traits::kNarrow) {
+    if (warpgroup == 0) named_sync(NamedBarrier::kTurn, 0, 256);  // which nobody else will take
+  }
   return step.ends;
 }
 

@@ -46,13 +46,83 @@ __global__ void __launch_bounds__(kPreprocessThreads)
   int64_t const index = params.m_block_index(batch, head, m_block);
   Mask const& mask = params.mask;
 
-  if constexpr (kAccumulators > 0) {
-    auto* const sum = reinterpret_cast<float4*>(params.dq_accum + index * kAccumulators);
-    int const cleared = params.accumulates_dq ? 0 : kAccumulators / 4;
-    for (int i = threadIdx.x; i < cleared; i += kPreprocessThreads) {
-      sum[i] = float4{0.f, 0.f, 0.f, 0.f};
+  // While the first rows are being loaded.
+  auto const clear_sum = [&] {
+    if constexpr (kAccumulators > 0) {
+      auto* const sum = reinterpret_cast<float4*>(params.dq_accum + index * kAccumulators);
+      int const cleared = params.accumulates_dq ? 0 : kAccumulators / 4;
+      for (int i = threadIdx.x; i < cleared; i += kPreprocessThreads) {
+        sum[i] = float4{0.f, 0.f, 0.f, 0.f};
+      }
+      if (params.turns != nullptr && threadIdx.x == 0) params.turns[index] = 0;
     }
-    if (params.turns != nullptr && threadIdx.x == 0) params.turns[index] = 0;
+  };
+
+  // A row's vectors of 8 elements, one a lane, or two of wide heads.
+  constexpr int kVectors = kHeadDimV / 8;
+  constexpr int kLanes = kVectors <= 8 ? 8 : (kVectors <= 16 ? 16 : 32);
+  constexpr int kRowsOfPass = kPreprocessThreads / kLanes;
+  // Rows whose loads are under way at once.
+  constexpr int kAtOnce = cute::min(kVectors <= 32 ? 4 : 2, kBlockM / kRowsOfPass);
+  static_assert(kBlockM % (kAtOnce * kRowsOfPass) == 0);
+  int const lane = threadIdx.x % kLanes;
+  using Stats = RowStats<kBlockM>;
+  float* const stats = params.row_stats + index * Stats::kSize;
+  float const scale = ds_scale<Element>(params, batch, head / params.group);
+  // An error of a log-sum-exp (base 2), and so of P, that is far below the rounding to 16 bits.
+  constexpr float kNegligible = 1.f / 8192;
+  bool careful = false;
+  bool const has_sink = params.sinks != nullptr;
+  float const sink =
+      has_sink ? params.sinks[int64_t{batch} * params.sinks_batch_stride + head] * kLog2E : 0.f;
+  float dsink = 0.f;
+  for (int first = 0; first < kBlockM; first += kAtOnce * kRowsOfPass) {
+    constexpr int kVectorsOfLane = (kVectors + kLanes - 1) / kLanes;
+    uint4 out[kAtOnce][kVectorsOfLane], dout[kAtOnce][kVectorsOfLane];
+    float lse[kAtOnce], low[kAtOnce], dlse[kAtOnce];
+    auto const row_of = [&](int r) { return first + r * kRowsOfPass + int(threadIdx.x) / kLanes; };
+    CUTLASS_PRAGMA_UNROLL
+    for (int r = 0; r < kAtOnce; ++r) {
+      int const row = first_row + row_of(r);
+      bool const exists = row < mask.seqlen_q;
+      CUTLASS_PRAGMA_UNROLL
+      for (int v = 0; v < kVectorsOfLane; ++v) {
+        int const column = (v * kLanes + lane) * 8;
+        bool const loaded = exists && column < params.head_dim_v && params.out.data != nullptr;
+        out[r][v] = loaded ? load_vector(params.out, batch, row, head, column) : uint4{};
+        dout[r][v] = loaded ? load_vector(params.dout_rows, batch, row, head, column) : uint4{};
+      }
+      bool const writes = exists && lane == 0;
+      int64_t const source = (int64_t{batch} * params.num_heads_q + head) * mask.seqlen_q + row;
+      lse[r] = writes ? params.lse[source] : 0.f;
+      dlse[r] = writes ? params.dlse[source] : 0.f;
+      low[r] = writes && params.lse_low != nullptr ? params.lse_low[source] : 0.f;
+    }
+    if (first == 0) clear_sum();
+    CUTLASS_PRAGMA_UNROLL
+    for (int r = 0; r < kAtOnce; ++r) {
+      float delta = 0.f;
+      CUTLASS_PRAGMA_UNROLL
+      for (int v = 0; v < kVectorsOfLane; ++v) {
+        delta = dot8<Element>(out[r][v], dout[r][v], delta);
+      }
+      CUTLASS_PRAGMA_UNROLL
+      for (int other = 1; other < kLanes; other *= 2) {
+        delta += __shfl_xor_sync(~0u, delta, other);
+      }
+      if (lane != 0) continue;
+      // Rows without keys may hold anything. Their probabilities are exp2(score - inf) = 0.
+      int const row = row_of(r);
+      bool const sees = !mask.row_interval(batch, first_row + row).empty();
+      float const lost = sees ? low[r] : 0.f;
+      careful |= fabsf(lost) > kNegligible;
+      float const rounded = sees ? __fmul_rn(lse[r], kLog2E) : INFINITY;
+      delta = sees ? delta - dlse[r] : 0.f;
+      stats[Stats::kLse + row] = rounded;
+      stats[Stats::kDelta + row] = delta * scale;
+      stats[Stats::kLseLow + row] = lost;
+      if (has_sink) dsink -= exp2f(sink - rounded - lost) * delta;
+    }
   }
 
   if (head == 0 && threadIdx.x < 32) {
@@ -86,46 +156,6 @@ __global__ void __launch_bounds__(kPreprocessThreads)
     }
   }
 
-  // A row's vectors of 8 elements, one a lane, or two of wide heads.
-  constexpr int kVectors = kHeadDimV / 8;
-  constexpr int kLanes = kVectors <= 8 ? 8 : (kVectors <= 16 ? 16 : 32);
-  int const column = threadIdx.x % kLanes * 8;
-  using Stats = RowStats<kBlockM>;
-  float* const stats = params.row_stats + index * Stats::kSize;
-  float const scale = ds_scale<Element>(params, batch, head / params.group);
-  // An error of a log-sum-exp (base 2), and so of P, that is far below the rounding to 16 bits.
-  constexpr float kNegligible = 1.f / 8192;
-  bool careful = false;
-  bool const has_sink = params.sinks != nullptr;
-  float const sink =
-      has_sink ? params.sinks[int64_t{batch} * params.sinks_batch_stride + head] * kLog2E : 0.f;
-  float dsink = 0.f;
-  for (int row = threadIdx.x / kLanes; row < kBlockM; row += kPreprocessThreads / kLanes) {
-    // Rows without keys may hold anything. Their probabilities are exp2(score - inf) = 0.
-    bool const sees = !mask.row_interval(batch, first_row + row).empty();
-    float delta = 0.f;
-    CUTLASS_PRAGMA_UNROLL
-    for (int first = column; first < column + kHeadDimV; first += kLanes * 8) {
-      if (!sees || first >= params.head_dim_v || params.out.data == nullptr) continue;
-      delta =
-          dot8<Element>(load_vector(params.out, batch, first_row + row, head, first),
-                        load_vector(params.dout_rows, batch, first_row + row, head, first), delta);
-    }
-    CUTLASS_PRAGMA_UNROLL
-    for (int lane = 1; lane < kLanes; lane *= 2) delta += __shfl_xor_sync(~0u, delta, lane);
-    if (threadIdx.x % kLanes == 0) {
-      int64_t const source =
-          (int64_t{batch} * params.num_heads_q + head) * mask.seqlen_q + first_row + row;
-      float const low = sees && params.lse_low != nullptr ? params.lse_low[source] : 0.f;
-      careful |= fabsf(low) > kNegligible;
-      float const lse = sees ? __fmul_rn(params.lse[source], kLog2E) : INFINITY;
-      delta = sees ? delta - params.dlse[source] : 0.f;
-      stats[Stats::kLse + row] = lse;
-      stats[Stats::kDelta + row] = delta * scale;
-      stats[Stats::kLseLow + row] = low;
-      if (has_sink) dsink -= exp2f(sink - lse - low) * delta;
-    }
-  }
   int const any = __syncthreads_or(careful);
   if (threadIdx.x == 0) stats[Stats::kCareful] = __int_as_float(any);
   if (has_sink) store_dsink(params, batch, head, m_block, dsink);

@@ -94,7 +94,6 @@ CUTLASS_DEVICE void write_dq(typename Traits::Params const& params,
     }
     if (step.ends) break;
   }
-  if (elected) bulk_wait_written();
 }
 
 }  // namespace jax_fa3::bwd

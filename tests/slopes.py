@@ -37,10 +37,11 @@ def assert_slopes(found: Any, case: Case, arrays: Any, cotangents: Any) -> None:
         return *pullback(upper), weights, jnp.swapaxes(change, 1, 2)
 
     with jax.default_matmul_precision("highest"):
-        terms, weights, change = (np.asarray(x, np.float64) for x in found_in_fp32(scores))
+        terms, weights, change = (np.array(x, np.float64) for x in found_in_fp32(scores))
     distance = np.arange(case.S) - np.arange(case.T)[:, None]
     terms = terms * distance
     of_rows = jnp.finfo(dtype).eps * np.abs(terms).sum(-1)
+    change[np.isnan(change)] = 0  # of a broken run's rows, which have no gradient
     of_out = change * np.abs(weights * distance).sum(-1)
     unit = np.sqrt((of_rows**2 + of_out**2).sum((0, 2)))
     assert (np.abs(found - terms.sum((0, 2, 3))) <= 2 * unit + 1e-6).all()

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 pytest.importorskip("flax")
@@ -93,3 +94,14 @@ def test_refuses_to_decode_before_init():
     del layer.variables["cache"]
     with pytest.raises(ValueError, match="^decode: got no cache, wanted the one that init returns"):
         layer(X)
+
+
+@both
+def test_steps_have_derivatives(api):
+    """Few rows go through jax_fa3.kv_cache, which has none: they are those of all rows in one call."""
+
+    def loss(rows: jax.Array, decode: bool) -> jax.Array:
+        return (make(api, decode=decode)(rows) ** 2).sum()
+
+    found, exact = (jax.grad(loss)(X[:, :2], decode) for decode in (True, False))
+    np.testing.assert_allclose(found, exact, rtol=1e-4, atol=1e-5)

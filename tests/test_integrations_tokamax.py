@@ -43,6 +43,10 @@ CASES = {
     },
     "bias": {"bias": jax.random.normal(jax.random.key(9), (1, 4, 48, 40))},
     "mask": {"mask": jnp.tri(48, 40, dtype=bool)},
+    "soft cap of the sum": {
+        "bias": jax.random.normal(jax.random.key(9), (1, 4, 48, 40)),
+        "logits_soft_cap": 1.0,
+    },
 }
 
 
@@ -115,10 +119,6 @@ def test_these_masks_reach_the_kernels(name):
 
 
 REFUSED = {
-    "logits_soft_cap: got it beside bias": {
-        "logits_soft_cap": 1.0,
-        "bias": jnp.ones((1, 1, 1, 40)),
-    },
     "dropout_rate: got 0.5": {"dropout_rate": 0.5, "dropout_mask": None},
     "paging_info: got ": {"paging_info": object()},
     "logits_dtype: got bfloat16, wanted float32": {"logits_dtype": jnp.bfloat16},

@@ -141,12 +141,9 @@ CUTLASS_DEVICE void mma(typename Traits::Params const& params,
     turns.pass();
     take_scores();
     if constexpr (decltype(masked)::value) mask_block(n_block);
+    [[maybe_unused]] bool raised = false;
     if constexpr (kKeepsOffset) {
-      softmax.raise_offset(tSrS, [&] {
-        warpgroup_wait<0>();
-        warpgroup_fence_operand(tOrO);
-        softmax.rescale_out(tOrO);
-      });
+      softmax.raise_offset(tSrS, [&] { raised = true; });
     } else {
       softmax.template update_max<Traits::kMaxOfThree>(tSrS);
     }
@@ -164,7 +161,9 @@ CUTLASS_DEVICE void mma(typename Traits::Params const& params,
     release(values, state.value);
     softmax.template exponentiate<1, 2>(tSrS);
     convert();
-    if constexpr (!kKeepsOffset) softmax.rescale_out(tOrO);
+    // Here and not where offsets are raised: warps do that apart, and all of a warpgroup must wait
+    // for a wgmma by one and the same instruction.
+    if (!kKeepsOffset || raised) softmax.rescale_out(tOrO);
   };
   LongSums<Traits> long_sums{params, warpgroup, blocks.end};
   if constexpr (Traits::kHasBits) {

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -39,21 +41,50 @@ def step(
 ) -> tuple[Array, Cache]:
     """Attention of the next rows, and the cache with them; arguments: those of
     `jax_fa3.dot_product_attention`."""
-    filled = cache.cache_index + query.shape[-3]
-    old = cache.cached_key, cache.cached_value
+    arrays = {"sinks": arguments["sinks"], "key_begin": arguments.get("key_begin")}
+    static = {name: x for name, x in arguments.items() if name not in arrays}
+    by_attention = functools.partial(_by_attention, layer, static)
     options = _of_kv_cache(layer, query, key, arguments)
-    if options is not None:
-        lengths = jnp.full(query.shape[0], filled, jnp.int32)
-        new = query, key, value
-        out, keys, values = kv_cache.append_and_attend(*new, *old, lengths, **options)
-        return out, Cache(keys, values, filled)
+    if options is None:
+        return by_attention(query, key, value, cache, arrays)
+    # Which has no derivatives: these are those of the other way.
+    by_kv_cache = jax.custom_jvp(functools.partial(_by_kv_cache, options))
+    by_kv_cache.defjvp(functools.partial(jax.jvp, by_attention))
+    return by_kv_cache(query, key, value, cache, arrays)
+
+
+def _by_kv_cache(
+    options: dict[str, Any], query: Array, key: Array, value: Array, cache: Cache, arrays: Any
+) -> tuple[Array, Cache]:
+    filled = cache.cache_index + query.shape[-3]
+    begin = arrays["key_begin"]
+    out, keys, values = kv_cache.append_and_attend(
+        *(query, key, value, cache.cached_key, cache.cached_value),
+        jnp.full(query.shape[0], filled, jnp.int32),
+        sinks=arrays["sinks"],
+        key_begin=None if begin is None else begin[:, 0],
+        **options,
+    )
+    return out, Cache(keys, values, filled)
+
+
+def _by_attention(
+    layer: Layer,
+    static: dict[str, Any],
+    query: Array,
+    key: Array,
+    value: Array,
+    cache: Cache,
+    arrays: Any,
+) -> tuple[Array, Cache]:
+    filled = cache.cache_index + query.shape[-3]
     # Where the cache is too short this overwrites its end; nobody sees that, for cache_index stays
     # past the end and so every later result is NaN as well.
     cached_key, cached_value = (
         lax.dynamic_update_slice_in_dim(x, new, cache.cache_index, axis=x.ndim - 3)
-        for x, new in zip(old, (key, value), strict=True)
+        for x, new in ((cache.cached_key, key), (cache.cached_value, value))
     )
-    arguments = {**arguments, "query_offset": cache.cache_index}
+    arguments = {**static, **arrays, "query_offset": cache.cache_index}
     out = call(layer.attention_fn, query, cached_key, cached_value, arguments)
     out = jnp.where(filled <= cached_key.shape[-3], out, jnp.nan)
     return out, Cache(cached_key, cached_value, filled)
@@ -62,8 +93,8 @@ def step(
 def _of_kv_cache(
     layer: Layer, query: Array, key: Array, arguments: dict[str, Any]
 ) -> dict[str, Any] | None:
-    """The arguments of jax_fa3.kv_cache where it does the step: few rows, whose intervals begin
-    together and have no end of their own."""
+    """The arguments of jax_fa3.kv_cache, but arrays, where it does the step: few rows, whose intervals
+    begin together and have no end of their own."""
     if layer.attention_fn is not dot_product_attention or query.ndim != 4:
         return None
     batch, rows, heads, _ = query.shape
@@ -73,9 +104,8 @@ def _of_kv_cache(
     few = rows * (heads // max(key.shape[-2], 1)) <= MOST_ROWS
     if not (few and one_begin and static) or has_end:
         return None
-    names = "local_window_size", "logits_soft_cap", "scale", "sinks", "implementation"
-    found = {name: arguments[name] for name in names}
-    return found if begin is None else {**found, "key_begin": jnp.asarray(begin)[:, 0]}
+    names = "local_window_size", "logits_soft_cap", "scale", "implementation"
+    return {name: arguments[name] for name in names}
 
 
 def check(

@@ -37,10 +37,10 @@ class Attention:
     kernels (tokamax's is_causal, local_window_size and sequence lengths; its Mask's causal_mask,
     k_start, k_end, q_start and q_end); others become a dense mask.
 
-    Calling raises NotImplementedError for what no implementation here has: logits_soft_cap together
-    with bias (tokamax's cap comes after the bias), dropout, paging, quantized arrays, logits_dtype
-    other than fp32, two precisions, normalize_output=False, return_residuals, k_sharding, and
-    q_sharding of other than one batch axis.
+    Calling raises NotImplementedError for what no implementation here has: dropout, paging, quantized
+    arrays, logits_dtype other than fp32, two precisions, normalize_output=False, return_residuals,
+    k_sharding, and q_sharding of other than one batch axis; with "fa3" also for logits_soft_cap
+    together with bias, which only the XLA path has.
     """
 
     implementation: Implementation | None = None
@@ -78,10 +78,6 @@ class Attention:
             return_residuals=return_residuals,
         )
         _check(q, k, v, logits_dtype, normalize_output)
-        if bias is not None and logits_soft_cap is not None:
-            raise refuse(
-                "logits_soft_cap", "it beside bias", "one of the two: the cap is first here"
-            )
         if q_sharding is not None and q.ndim != 4:
             raise refuse("q_sharding", f"it for q {q.shape}", "one batch axis, (B, T, N, H)")
 
@@ -105,6 +101,7 @@ class Attention:
                 mask=None if dense is None else one_batch_axis(dense),
                 scale=logits_scale if _given(logits_scale) else None,
                 logits_soft_cap=logits_soft_cap,
+                soft_cap_last=bias is not None and logits_soft_cap is not None,
                 sharding=q_sharding,
                 implementation=self.implementation,
                 deterministic_backward=self.deterministic_backward,

@@ -19,7 +19,7 @@ from masks import documents, ints, key_lengths, packed, scattered
 from sequences import PER_ROW, Split
 
 import jax_fa3
-from jax_fa3 import _xla, context_parallel
+from jax_fa3 import _row_blocks, context_parallel
 from jax_fa3.context_parallel import to_zigzag
 
 
@@ -170,7 +170,7 @@ QKV, IDS = operands(32, 4), np.zeros((1, 128), np.int32)
 
 
 def test_ring_memory_is_linear(monkeypatch):
-    monkeypatch.setattr(_xla, "BLOCK_SCORES", 2**12)  # or scores are most of it
+    monkeypatch.setattr(_row_blocks, "BLOCK_SCORES", 2**12)  # or scores are most of it
     split = Split(mesh="four")
 
     def temporaries(length: int) -> int:

@@ -14,7 +14,7 @@ from lowering import lower, operations, targets
 from masks import ints
 
 import jax_fa3
-from jax_fa3 import _dispatch, _ffi, _xla, fp8
+from jax_fa3 import _dispatch, _ffi, _row_blocks, fp8
 
 FWD = "jax_fa3.fwd_fp8.v1"
 E4M3 = jnp.float8_e4m3fn
@@ -40,7 +40,7 @@ NAMES = [
 @pytest.mark.parametrize("name", NAMES)
 def test_numbers(name, monkeypatch):
     """The dequantized numbers, in fp32; NaN past the lengths does not show."""
-    monkeypatch.setattr(_xla, "BLOCK_SCORES", 2**18)
+    monkeypatch.setattr(_row_blocks, "BLOCK_SCORES", 2**18)
     case = CASES[name]
     tensors, scales = fp8_oracle.scaled(case)
     out, lse = attention(*tensors, *scales, **case.arguments)

@@ -156,6 +156,7 @@ NOT_APPENDED: list[tuple[dict[str, Any], str]] = [
 ]  # fmt: skip
 
 
+@needs_kernels
 @pytest.mark.parametrize(("changed", "message"), NOT_APPENDED)
 def test_what_the_kernel_does_not_append(changed: dict[str, Any], message: str):
     with pytest.raises(NotImplementedError, match=f"^implementation='fa3': {message}.* use implementation='xla'"):  # fmt: skip

@@ -51,7 +51,8 @@ def make_attention_fn(
         Flax's function, computed beside the result by XLA.
 
     The function raises at trace time:
-        NotImplementedError: an einsum of the layer's own; "fa3" with float32.
+        NotImplementedError: an einsum of the layer's own; input_positions, as rotary embeddings are the
+            layers'; "fa3" with float32.
         ValueError: a precision that JAX does not know; is_causal or local_window_size with T != S
             and no query_offset: the function cannot know where the rows stand among the keys.
     """

@@ -4,6 +4,7 @@ The bars: every row against the best of its rivals, by its length in time; some 
 some against the TFLOP/s of another row.
 """
 
+import statistics
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -87,6 +88,27 @@ def misses(results: Results) -> list[str]:
     return lines
 
 
+def summary(results: Results) -> list[str]:
+    """A line for each pass: how its rows are beside their rivals."""
+    results, lines = list(results), []
+    for name, word in (("fwd", "Forward"), ("bwd", "Backward")):
+        rows = [result for result in results if result["pass_name"] == name]
+        spans = []
+        for whose, of in (
+            ("cuDNN", lambda result: records.ratio(result, "cudnn")),
+            ("the better rival", records.of_the_best),
+        ):
+            shares = [share for result in rows if (share := of(result)) is not None]
+            if shares:
+                span = f"{min(shares):.2f} to {max(shares):.2f}"
+                spans.append(
+                    f"{span} times as fast as {whose}, median {statistics.median(shares):.2f}"
+                )
+        if spans:
+            lines.append(f"{word}, {len(rows)} rows: {'; '.join(spans)}.")
+    return lines
+
+
 def shape(result: dict[str, Any]) -> str:
     keys = f" on {result['seqlen_k']}" if result["seqlen_k"] else ""
     dims = dict.fromkeys((result["head_dim"], result["head_dim_v"]))
@@ -145,6 +167,7 @@ def markdown(results: Results) -> str:
         cells = [one["model"], shape(one), *_cells(passes.get("fwd")), *_cells(passes.get("bwd"))]
         lines.append(f"| {' | '.join(cells)} |")
     missed = misses(results)
+    lines += ["", *summary(results)]
     lines += [
         "",
         f"Bars: {LONG['bwd']:.2f} of the better rival backward and {LONG['fwd']:.2f} forward, "

@@ -115,6 +115,19 @@ struct Appending : Decoding {
     JAX_FA3_ROW(Arrays, dsinks, kFloat32, "bn.|0"),   \
     JAX_FA3_ROW(Arrays, dbias, kFloat32, JAX_FA3_OF_BIAS), \
     JAX_FA3_ROW(Arrays, dalibi, kFloat32, "bn.|0")
+// Where a KV cache has a sequence's rows, the scales of one in e4m3, and the rotation of new rows.
+#define JAX_FA3_PLACES(Arrays)                           \
+    JAX_FA3_ROW(Arrays, lengths, kInt32, "b"),           \
+    JAX_FA3_ROW(Arrays, page_table, kInt32, "bw|0"),     \
+    JAX_FA3_ROW(Arrays, query_starts, kInt32, ".|0"),    \
+    JAX_FA3_ROW(Arrays, num_sequences, kInt32, "1|0")
+#define JAX_FA3_SCALES(Arrays)                                     \
+    JAX_FA3_ROW(Arrays, key_scale, kFloat32, "1|k|bk|p..|0"),      \
+    JAX_FA3_ROW(Arrays, value_scale, kFloat32, "1|k|bk|p..|0")
+#define JAX_FA3_ROTARY(Arrays)                                     \
+    JAX_FA3_ROW(Arrays, positions, kInt32, "r|0"),                 \
+    JAX_FA3_ROW(Arrays, rotary_cos, k16BitsOrFloat32, "lc|0"),     \
+    JAX_FA3_ROW(Arrays, rotary_sin, k16BitsOrFloat32, "lc|0")
 // clang-format on
 
 inline Target<Forward> const kFwd = {
@@ -247,14 +260,10 @@ inline Target<Decoding> const kDecode = {
         JAX_FA3_ROW(Decoding, query, k16Bits, "rnh"),
         JAX_FA3_ROW(Decoding, key_cache, k16BitsOrE4M3, "p...|p...."),
         JAX_FA3_ROW(Decoding, value_cache, k16BitsOrE4M3, "p...|p....|0"),
-        JAX_FA3_ROW(Decoding, lengths, kInt32, "b"),
-        JAX_FA3_ROW(Decoding, page_table, kInt32, "bw|0"),
-        JAX_FA3_ROW(Decoding, query_starts, kInt32, ".|0"),
-        JAX_FA3_ROW(Decoding, num_sequences, kInt32, "1|0"),
+        JAX_FA3_PLACES(Decoding),
         JAX_FA3_ROW(Decoding, key_begin, kInt32, "b|0"),
         JAX_FA3_ROW(Decoding, sinks, kFloat32, "n|0"),
-        JAX_FA3_ROW(Decoding, key_scale, kFloat32, "1|k|bk|p..|0"),
-        JAX_FA3_ROW(Decoding, value_scale, kFloat32, "1|k|bk|p..|0"),
+        JAX_FA3_SCALES(Decoding),
     },
     {
         JAX_FA3_ROW(Decoding, out, k16Bits, "rnv"),
@@ -272,16 +281,10 @@ inline Target<Appending> const kAppend = {
         JAX_FA3_ROW(Appending, value, k16BitsOrOther, "rkv"),
         JAX_FA3_ROW(Appending, key_cache, k16BitsOrOther, "*", "new_key_cache"),
         JAX_FA3_ROW(Appending, value_cache, k16BitsOrOther, "*|0", "new_value_cache"),
-        JAX_FA3_ROW(Appending, lengths, kInt32, "b"),
-        JAX_FA3_ROW(Appending, page_table, kInt32, "bw|0"),
-        JAX_FA3_ROW(Appending, query_starts, kInt32, ".|0"),
-        JAX_FA3_ROW(Appending, num_sequences, kInt32, "1|0"),
-        JAX_FA3_ROW(Appending, key_scale, kFloat32, "1|k|bk|p..|0"),
-        JAX_FA3_ROW(Appending, value_scale, kFloat32, "1|k|bk|p..|0"),
+        JAX_FA3_PLACES(Appending),
+        JAX_FA3_SCALES(Appending),
         JAX_FA3_ROW(Appending, query, k16Bits, "rnh|0"),
-        JAX_FA3_ROW(Appending, positions, kInt32, "r|0"),
-        JAX_FA3_ROW(Appending, rotary_cos, k16BitsOrFloat32, "lc|0"),
-        JAX_FA3_ROW(Appending, rotary_sin, k16BitsOrFloat32, "lc|0"),
+        JAX_FA3_ROTARY(Appending),
     },
     {
         JAX_FA3_ROW(Appending, new_key_cache, k16BitsOrOther, "*"),
@@ -299,17 +302,11 @@ inline Target<Appending> const kAppendAndAttend = {
         JAX_FA3_ROW(Appending, value, k16BitsOrE4M3, "rkv"),
         JAX_FA3_ROW(Appending, key_cache, k16BitsOrE4M3, "p...|p....", "new_key_cache"),
         JAX_FA3_ROW(Appending, value_cache, k16BitsOrE4M3, "p...|p....|0", "new_value_cache"),
-        JAX_FA3_ROW(Appending, lengths, kInt32, "b"),
-        JAX_FA3_ROW(Appending, page_table, kInt32, "bw|0"),
-        JAX_FA3_ROW(Appending, query_starts, kInt32, ".|0"),
-        JAX_FA3_ROW(Appending, num_sequences, kInt32, "1|0"),
+        JAX_FA3_PLACES(Appending),
         JAX_FA3_ROW(Appending, key_begin, kInt32, "b|0"),
         JAX_FA3_ROW(Appending, sinks, kFloat32, "n|0"),
-        JAX_FA3_ROW(Appending, key_scale, kFloat32, "1|k|bk|p..|0"),
-        JAX_FA3_ROW(Appending, value_scale, kFloat32, "1|k|bk|p..|0"),
-        JAX_FA3_ROW(Appending, positions, kInt32, "r|0"),
-        JAX_FA3_ROW(Appending, rotary_cos, k16BitsOrFloat32, "lc|0"),
-        JAX_FA3_ROW(Appending, rotary_sin, k16BitsOrFloat32, "lc|0"),
+        JAX_FA3_SCALES(Appending),
+        JAX_FA3_ROTARY(Appending),
     },
     {
         JAX_FA3_ROW(Appending, out, k16Bits, "rnv"),
@@ -350,5 +347,8 @@ inline Target<Tangent> const kJvp = {
 #undef JAX_FA3_BWD_WORKSPACE
 #undef JAX_FA3_OF_BIAS
 #undef JAX_FA3_BITS
+#undef JAX_FA3_PLACES
+#undef JAX_FA3_SCALES
+#undef JAX_FA3_ROTARY
 
 }  // namespace jax_fa3

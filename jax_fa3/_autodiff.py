@@ -221,9 +221,8 @@ def backward(
         plain = _plain.backward_by_rows
     if operands.mask is not None:
         kernel, plain = _dense_mask.taken(method.implementation, kernel, plain)
-    of_heads = [name for name in ("sinks", "alibi_slopes") if getattr(operands, name) is not None]
-    if not with_dbias and "alibi_slopes" in of_heads:
-        of_heads.remove("alibi_slopes")
+    of_heads = ("sinks", "alibi_slopes") if with_dbias else ("sinks",)
+    of_heads = [name for name in of_heads if getattr(operands, name) is not None]
     for name in of_heads:  # of each batch entry
         wanted = dataclasses.replace(wanted, **{name: operands.result_letters[1][:2]})
     per_mask = batch_letters(masks, operands.sizes.batch)

@@ -12,7 +12,8 @@ import numpy as np
 from jax import Array
 
 from ._problem import Config
-from ._targets import TARGETS, Row
+from ._target_rows import Row
+from ._targets import TARGETS
 from ._varying import vary_as, vary_together
 
 _UNBOUNDED = 2**62

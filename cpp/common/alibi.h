@@ -51,11 +51,12 @@ struct AlibiSoftmax : Softmax {
     find_place();
   }
 
-  template <class Scores, class RescaleSums>
-  CUTLASS_DEVICE void raise_offset(Scores const& scores, RescaleSums const& rescale_sums) {
+  template <class Scores>
+  CUTLASS_DEVICE bool raise_offset(Scores const& scores) {
     raise_shifted_max<true>(scores);
-    if (take_max_if_above()) rescale_sums();
+    bool const raised = take_max_if_above();
     find_place();
+    return raised;
   }
 
   template <int kPart, int kParts, class Scores>

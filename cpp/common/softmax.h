@@ -84,15 +84,15 @@ struct Softmax {
   }
 
   // The same, but exponents stay relative to what they were relative to while none is above kSlack:
-  // no sum is rescaled, and row_max is of this thread's columns only. Where a row of the warp has
-  // another offset now, `rescale_sums` is called.
-  template <class Scores, class RescaleSums>
-  CUTLASS_DEVICE void raise_offset(Scores const& scores, RescaleSums const& rescale_sums) {
+  // no sum is rescaled, and row_max is of this thread's columns only. Returns whether a row of the
+  // warp has another offset now: then O is to be rescaled.
+  template <class Scores>
+  CUTLASS_DEVICE bool raise_offset(Scores const& scores) {
     raise_max_by_bits(scores);
     // Both that is rare in one vote, of which each costs 40 clocks.
-    if (!__any_sync(~0u, is_doubtful() | any_is_above())) return;
+    if (!__any_sync(~0u, is_doubtful() | any_is_above())) return false;
     raise_max_by_value(scores);
-    if (take_max_if_above()) rescale_sums();
+    return take_max_if_above();
   }
 
   // After raise_offset(), once there are no more scores.

@@ -141,9 +141,9 @@ CUTLASS_DEVICE void mma(typename Traits::Params const& params,
     turns.pass();
     take_scores();
     if constexpr (decltype(masked)::value) mask_block(n_block);
-    [[maybe_unused]] bool raised = false;
+    bool rescales = true;
     if constexpr (kKeepsOffset) {
-      softmax.raise_offset(tSrS, [&] { raised = true; });
+      rescales = softmax.raise_offset(tSrS);
     } else {
       softmax.template update_max<Traits::kMaxOfThree>(tSrS);
     }
@@ -163,7 +163,7 @@ CUTLASS_DEVICE void mma(typename Traits::Params const& params,
     convert();
     // Here and not where offsets are raised: warps do that apart, and all of a warpgroup must wait
     // for a wgmma by one and the same instruction.
-    if (!kKeepsOffset || raised) softmax.rescale_out(tOrO);
+    if (rescales) softmax.rescale_out(tOrO);
   };
   LongSums<Traits> long_sums{params, warpgroup, blocks.end};
   if constexpr (Traits::kHasBits) {

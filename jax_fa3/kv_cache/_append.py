@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -83,27 +84,9 @@ def append(
 
     Raises as `dot_product_attention`.
     """
+    given = locals()  # the arguments by their names
     wanted = _dispatch.checked_implementation(implementation)
-    call = checked(
-        key_cache,
-        value_cache,
-        key,
-        value,
-        key_value_seq_lengths,
-        query=query,
-        positions=positions,
-        rotary_cos=rotary_cos,
-        rotary_sin=rotary_sin,
-        rotary_interleaved=rotary_interleaved,
-        page_table=page_table,
-        cache_rows=cache_rows,
-        query_starts=query_starts,
-        num_sequences=num_sequences,
-        key_scale=key_scale,
-        value_scale=value_scale,
-        kv_layout=kv_layout,
-        sharding=sharding,
-    )
+    call = checked(given)
     chosen = _dispatch.choose(wanted, call.refused, stacklevel=2)
     found = _append(chosen, call.config, call.letters, sharding, call.key, call.operands)
     count = len(call.operands.caches)
@@ -118,40 +101,20 @@ class Checked(NamedTuple):
     refused: str | None  # why the kernel cannot take it
 
 
-def checked(
-    key_cache: ArrayLike,
-    value_cache: ArrayLike | None,
-    key: ArrayLike,
-    value: ArrayLike,
-    key_value_seq_lengths: Integers,
-    *,
-    query: ArrayLike | None = None,
-    positions: Integers | None = None,
-    rotary_cos: ArrayLike | None = None,
-    rotary_sin: ArrayLike | None = None,
-    rotary_interleaved: bool = False,
-    page_table: Integers | None = None,
-    cache_rows: Integers | None = None,
-    query_starts: Integers | None = None,
-    num_sequences: Integers | None = None,
-    key_scale: ArrayLike | None = None,
-    value_scale: ArrayLike | None = None,
-    kv_layout: KvLayout | Layout = "NHD",
-    sharding: NamedSharding | PartitionSpec | None = None,
-) -> Checked:
-    """The arguments of `append`."""
-    x = checked_rows("key", key, "K, H", e4m3=True)
-    where = page_table, cache_rows, query_starts, num_sequences
-    call = checked_call("key", x, (key_cache, value_cache, kv_layout), key_value_seq_lengths, where)
+def checked(given: Mapping[str, Any]) -> Checked:
+    """The arguments of `append`, by their names."""
+    x = checked_rows("key", given["key"], "K, H", e4m3=True)
+    call = checked_call("key", x, given)
     layout = call.layout
     if x.shape[-2] != layout.num_kv_heads:
         raise wrong("key", f"{x.shape[-2]} heads", f"the {layout.num_kv_heads} that the cache has")
-    v = array("value", value)
+    v = array("value", given["value"])
     if v.shape != (*x.shape[:-1], layout.head_dim_v):
         wanted = f"{(*x.shape[:-1], layout.head_dim_v)}, to go with key and the cache"
         raise wrong("value", f"shape {v.shape}", wanted)
     if v.dtype != x.dtype:
         raise wrong("value", f"dtype {v.dtype}", f"{x.dtype}, as key has")
+    query, positions = given["query"], given["positions"]
     q = None if query is None else checked_rows("query", query, "N, H")
     if q is not None:
         if q.shape[:-2] != x.shape[:-2] or q.shape[-1] != x.shape[-1]:
@@ -159,19 +122,16 @@ def checked(
             raise wrong("query", f"shape {q.shape}", wanted)
         checked_heads(q, call)
     at = per_row("positions", positions, call, or_sequence=False)
-    tables = _tables(rotary_cos, rotary_sin, x.shape[-1])
+    tables = _tables(given["rotary_cos"], given["rotary_sin"], x.shape[-1])
     if tables is not None and x.dtype == E4M3:
         wanted = "16 bits or more, to be rotated, or no rotary_cos and rotary_sin"
         raise wrong("key", f"dtype {x.dtype}", wanted)
     if tables is None:
-        for name, given in (("positions", positions), ("query", query)):
-            if given is not None:
+        for name in ("positions", "query"):
+            if given[name] is not None:
                 raise wrong(name, "an array", "None, as there are no rotary_cos and rotary_sin")
-    scales = (
-        checked_scale("key_scale", key_scale, call),
-        checked_scale("value_scale", value_scale, call),
-    )
-    letters = Letters(call, checked_sharding(sharding, x, call))
+    scales = [checked_scale(name, given[name], call) for name in ("key_scale", "value_scale")]
+    letters = Letters(call, checked_sharding(given["sharding"], x, call))
     of_operands = Operands._make(
         [
             letters.rows("k"),
@@ -183,7 +143,7 @@ def checked(
             *map(letters.scale, scales),
         ]
     )
-    config = Config(layout, static_bool("rotary_interleaved", rotary_interleaved))
+    config = Config(layout, static_bool("rotary_interleaved", given["rotary_interleaved"]))
     operands = Operands(v, call.caches, call.where, q, at, tables, *scales)
     arrays = (x, *operands.caches)
     refused = _append_kernel.refusal(x, operands) or _dispatch.refusal_of_devices(arrays)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
 from typing import Any
 
 import jax
@@ -54,21 +56,22 @@ def append_and_attend(
     tables = rotary.get("rotary_cos"), rotary.get("rotary_sin")
     turned = {} if all(x is None for x in tables) else {"query": query}
     old, lengths = (key_cache, value_cache), key_value_seq_lengths
-    new = _append.checked(*old, key, value, lengths, **turned, **rotary, **shared)
-    call = _attention.checked(query, *old, lengths, **options)
+    rows = *old, key, value, lengths
+    new = _append.checked(_by_name(_append.append, *rows, **turned, **rotary, **shared))
+    attend = _attention.dot_product_attention
+    call = _attention.checked(_by_name(attend, query, *old, lengths, **options))
     with_lse = static_bool("return_residual", return_residual)
     apart = new.key.shape[:-2] != call.query.shape[:-2]
     if apart or (wanted != "xla" and (new.refused or call.refused)):
         # Each for itself, for one of the two may have its kernel.
         shared["implementation"] = options["implementation"] = implementation
-        found = _append.append(*old, key, value, lengths, **turned, **rotary, **shared)
+        found = _append.append(*rows, **turned, **rotary, **shared)
         caches, rotated = found[:2], found[2] if turned else query
-        out, lse = _attention.dot_product_attention(
-            rotated, caches[0], caches[1], lengths, **options, return_residual=True
-        )
+        pair = caches[0], caches[1]
+        out, lse = attend(rotated, *pair, lengths, **options, return_residual=True)
         return out, *caches, *((lse,) if with_lse else ())
     chosen = _dispatch.choose(wanted, stacklevel=2)
-    rows = NewRows(new.key, new.operands.value, new.operands.positions, new.operands.tables)
+    written = NewRows(new.key, new.operands.value, new.operands.positions, new.operands.tables)
     of_key, of_new = new.letters
     letters = (
         call.letters[0],
@@ -76,8 +79,18 @@ def append_and_attend(
         call.letters[1],
     )
     static = chosen, new.config, call.config, letters, options.get("sharding")
-    out, lse, *found = _both(*static, call.query, rows, call.operands)
+    out, lse, *found = _both(*static, call.query, written, call.operands)
     return out, *_append.as_two(tuple(found)), *((lse,) if with_lse else ())
+
+
+_signature = functools.cache(inspect.signature)
+
+
+def _by_name(function: Any, *arguments: Any, **options: Any) -> dict[str, Any]:
+    """All arguments of the function in a call with these."""
+    bound = _signature(function).bind(*arguments, **options)
+    bound.apply_defaults()
+    return bound.arguments
 
 
 @jitted(static=5)

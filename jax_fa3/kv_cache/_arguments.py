@@ -6,6 +6,7 @@ Every error names the argument, the value found and the value wanted.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -43,22 +44,17 @@ def checked_rows(name: str, x: Any, last: str, *, e4m3: bool = False) -> Array:
     return found
 
 
-def checked_call(
-    name: str,
-    rows: Array,
-    given: tuple[Any, Any, KvLayout | Layout],
-    key_value_seq_lengths: Integers,
-    places: tuple[Integers | None, ...],
-) -> Call:
-    """The user's arguments, checked.
+def checked_call(name: str, rows: Array, given: Mapping[str, Any]) -> Call:
+    """Where the caches have which rows.
 
     Args:
         name: of rows, query or key; their last axis is the keys'.
-        given: key_cache, value_cache, kv_layout.
-        places: page_table, cache_rows, query_starts, num_sequences.
+        given: the user's arguments by their names.
     """
-    page_table, cache_rows, query_starts, num_sequences = places
-    caches, layout = _checked_caches(name, rows, *given)
+    caches = given["key_cache"], given["value_cache"], given["kv_layout"]
+    caches, layout = _checked_caches(name, rows, *caches)
+    names = "key_value_seq_lengths", "query_starts", "num_sequences"
+    key_value_seq_lengths, query_starts, num_sequences = (given[x] for x in names)
     page_size, (*shape, _, _) = layout.page_size(caches), rows.shape
     if page_size < 1:
         found = f"shape {caches[0].shape}"
@@ -75,7 +71,7 @@ def checked_call(
     if num_sequences is not None:
         shape_of_one = (1,) if _shape(num_sequences) == (1,) else ()
         count = _int32("num_sequences", num_sequences, *shape_of_one).reshape(())
-    table = _checked_table(caches, batch, page_table, cache_rows)
+    table = _checked_table(caches, batch, given["page_table"], given["cache_rows"])
     capacity = page_size * (1 if table is None else table.shape[1])
     if len(shape) == 2 and shape[1] > capacity:
         wanted = f"at most {capacity}, the positions that the cache has for a sequence"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -121,29 +122,9 @@ def dot_product_attention(
         ValueError: shapes, dtypes or combinations that mean nothing, at trace time.
         NotImplementedError: implementation="fa3" where the kernel cannot take the call; differentiation.
     """
+    given = locals()  # the arguments by their names
     wanted = _dispatch.checked_implementation(implementation)
-    call = checked(
-        query,
-        key_cache,
-        value_cache,
-        key_value_seq_lengths,
-        page_table=page_table,
-        cache_rows=cache_rows,
-        query_starts=query_starts,
-        num_sequences=num_sequences,
-        key_begin=key_begin,
-        key_end=key_end,
-        sinks=sinks,
-        key_scale=key_scale,
-        value_scale=value_scale,
-        is_causal=is_causal,
-        local_window_size=local_window_size,
-        logits_soft_cap=logits_soft_cap,
-        scale=scale,
-        kv_layout=kv_layout,
-        split_size=split_size,
-        sharding=sharding,
-    )
+    call = checked(given)
     with_lse = static_bool("return_residual", return_residual)
     chosen = _dispatch.choose(wanted, call.refused, stacklevel=2)
     out, lse = _attend(chosen, call.config, call.letters, sharding, call.query, call.operands)
@@ -158,64 +139,40 @@ class Checked(NamedTuple):
     refused: str | None  # why the kernel cannot take it
 
 
-def checked(
-    query: ArrayLike,
-    key_cache: ArrayLike,
-    value_cache: ArrayLike | None,
-    key_value_seq_lengths: Integers,
-    *,
-    page_table: Integers | None = None,
-    cache_rows: Integers | None = None,
-    query_starts: Integers | None = None,
-    num_sequences: Integers | None = None,
-    key_begin: Integers | None = None,
-    key_end: Integers | None = None,
-    sinks: ArrayLike | None = None,
-    key_scale: ArrayLike | None = None,
-    value_scale: ArrayLike | None = None,
-    is_causal: bool = True,
-    local_window_size: int | Window | None = None,
-    logits_soft_cap: float | None = None,
-    scale: float | None = None,
-    kv_layout: KvLayout | Layout = "NHD",
-    split_size: int | None = None,
-    sharding: NamedSharding | PartitionSpec | None = None,
-) -> Checked:
-    """The arguments of `dot_product_attention`."""
-    x = checked_rows("query", query, "N, H")
-    where = page_table, cache_rows, query_starts, num_sequences
-    call = checked_call(
-        "query", x, (key_cache, value_cache, kv_layout), key_value_seq_lengths, where
-    )
+def checked(given: Mapping[str, Any]) -> Checked:
+    """The arguments of `dot_product_attention`, by their names."""
+    x = checked_rows("query", given["query"], "N, H")
+    call = checked_call("query", x, given)
     checked_heads(x, call)
-    causal = static_bool("is_causal", is_causal)
-    size = None if split_size is None else natural("split_size", split_size)
+    causal = static_bool("is_causal", given["is_causal"])
+    size = given["split_size"]
+    size = None if size is None else natural("split_size", size)
     if size == 0:
         raise wrong("split_size", 0, "an int > 0, or None")
     config = Config(
         call.layout,
-        checked_score_scale(scale, x.shape[-1]),
-        fold_window(window_size(local_window_size), causal, None),
-        soft_cap(logits_soft_cap),
+        checked_score_scale(given["scale"], x.shape[-1]),
+        fold_window(window_size(given["local_window_size"]), causal, None),
+        soft_cap(given["logits_soft_cap"]),
         size,
     )
     operands = Operands(
         call.caches,
         call.where,
-        per_row("key_begin", key_begin, call, or_sequence=True),
-        per_row("key_end", key_end, call, or_sequence=False),
-        per_head("sinks", sinks, x.shape[-2]),
-        checked_scale("key_scale", key_scale, call),
-        checked_scale("value_scale", value_scale, call),
+        per_row("key_begin", given["key_begin"], call, or_sequence=True),
+        per_row("key_end", given["key_end"], call, or_sequence=False),
+        per_head("sinks", given["sinks"], x.shape[-2]),
+        checked_scale("key_scale", given["key_scale"], call),
+        checked_scale("value_scale", given["value_scale"], call),
     )
-    letters = Letters(call, checked_sharding(sharding, x, call))
+    letters = Letters(call, checked_sharding(given["sharding"], x, call))
     of_operands = Operands._make(
         [
             letters.caches,
             letters.where,
             letters.per_row(operands.key_begin),
             letters.per_row(operands.key_end),
-            None if sinks is None else "n",
+            None if operands.sinks is None else "n",
             letters.scale(operands.key_scale),
             letters.scale(operands.value_scale),
         ]

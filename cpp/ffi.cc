@@ -41,15 +41,10 @@ ffi::Error fwd_impl(Stream stream, ffi::RemainingArgs operands, ffi::RemainingRe
       return invalid("what is merged with must be where the results are");
     }
     if (!x.lse_low.is_absent()) return wrong(x.lse_low, "one of merged results", "none");
-    if (!x.bias.is_absent()) return wrong(x.bias, "one beside results to merge with", "none");
-    if (!x.mask_bits.is_absent()) {
-      return wrong(x.mask_bits, "some beside results to merge with", "none");
-    }
-    if (!x.sinks.is_absent()) return wrong(x.sinks, "some beside results to merge with", "none");
-    if (!x.dropout.is_absent())
-      return wrong(x.dropout, "some beside results to merge with", "none");
-    if (!x.alibi_slopes.is_absent()) {
-      return wrong(x.alibi_slopes, "some beside results to merge with", "none");
+    std::vector<Array> others = x.all_of_heads();
+    others.insert(others.end(), {x.bias, x.mask_bits, x.dropout});
+    for (Array const& other : others) {
+      if (!other.is_absent()) return wrong(other, "some beside results to merge with", "none");
     }
   }
   problem.out = to_operand(x.out);
@@ -59,12 +54,12 @@ ffi::Error fwd_impl(Stream stream, ffi::RemainingArgs operands, ffi::RemainingRe
   problem.tile_counter = x.tile_counter.ints();
   problem.long_sums = x.long_sums.floats();
   problem.long_sums_size = x.long_sums.size();
-  set_sinks(x.sinks, &problem);
+  problem.heads = to_head_operands(x);
   JAX_FA3_RETURN_IF_FAILED(set_bias(x.bias, &problem));
   JAX_FA3_RETURN_IF_FAILED(set_mask_bits(x.mask_bits, x.mask_blocks, problem.seqlen_q,
                                          problem.seqlen_k, kMaskBlock, &problem));
   JAX_FA3_RETURN_IF_FAILED(set_dropout(x.dropout, attributes.dropout, &problem));
-  JAX_FA3_RETURN_IF_FAILED(set_alibi(x.alibi_slopes, &problem));
+  JAX_FA3_RETURN_IF_FAILED(check_alibi(x.alibi_slopes, problem));
   if (x.out.is_absent()) return ffi::Error::Success();
   JAX_FA3_RETURN_IF_FAILED(check_device(stream));
   cudaError_t error = cudaSuccess;
@@ -165,7 +160,7 @@ ffi::Error launch_backward(Stream stream, Backward const& x, Attributes const& a
   problem.turns = x.turns.ints();
   problem.ranges = x.ranges.ints();
   problem.dkv_partial = x.dkv_parts.floats();
-  set_sinks(x.sinks, &forward);
+  forward.heads = to_head_operands(x);
   problem.dsinks = x.dsinks.floats();
   if (!x.dsinks.is_absent()) problem.dsinks_blocks = static_cast<int>(x.dsinks.dims[2]);
   if (!x.dkv_parts.is_absent()) problem.num_splits = static_cast<int>(x.dkv_parts.dims[0]);
@@ -184,7 +179,7 @@ ffi::Error launch_backward(Stream stream, Backward const& x, Attributes const& a
     return wrong(x.dkv_parts, std::to_string(splits) + " splits beside a mask of each head",
                  "a divisor of the query heads of a key head");
   }
-  JAX_FA3_RETURN_IF_FAILED(set_alibi(x.alibi_slopes, &forward));
+  JAX_FA3_RETURN_IF_FAILED(check_alibi(x.alibi_slopes, forward));
   JAX_FA3_RETURN_IF_FAILED(check_dalibi(forward, x, problem.num_splits));
   problem.dalibi = x.dalibi.floats();
   if (!x.dalibi.is_absent()) problem.dalibi_parts = static_cast<int>(x.dalibi.dims[2]);

@@ -139,9 +139,15 @@ Operand to_operand(Array const& x, int64_t first_head, int64_t first_column) {
           x.dims[1] * heads * columns, heads * columns, columns};
 }
 
-void set_sinks(Array const& sinks, Problem* problem) {
-  problem->sinks = sinks.floats();
-  problem->sinks_batch_stride = sinks.is_absent() || sinks.dims[0] == 1 ? 0 : problem->num_heads_q;
+PerHead to_per_head(Array const& x) {
+  bool const same_for_all = x.is_absent() || x.dims[0] == 1;
+  return {x.floats(), same_for_all ? 0 : static_cast<int>(x.dims[1])};
+}
+
+HeadOperands to_head_operands(HeadArrays const& x) {
+#define JAX_FA3_OPERAND(name, ...) to_per_head(x.name),
+  return {JAX_FA3_PER_HEAD(JAX_FA3_OPERAND)};
+#undef JAX_FA3_OPERAND
 }
 
 ffi::Error set_bias(Array const& bias, Problem* problem) {
@@ -226,19 +232,17 @@ ffi::Error set_dropout(Array const& words, int64_t dropout, Problem* problem) {
   return ffi::Error::Success();
 }
 
-ffi::Error set_alibi(Array const& slopes, Problem* problem) {
+ffi::Error check_alibi(Array const& slopes, Problem const& problem) {
   if (slopes.is_absent()) return ffi::Error::Success();
-  if (!takes_bias(std::max(problem->head_dim, problem->head_dim_v))) {
+  if (!takes_bias(std::max(problem.head_dim, problem.head_dim_v))) {
     return wrong(slopes, "some beside so wide heads", "none");
   }
-  bool const beside_others = problem->soft_cap != 0.f || problem->bias.data != nullptr ||
-                             problem->mask_bits.bits != nullptr || problem->dropout != 0;
+  bool const beside_others = problem.soft_cap != 0.f || problem.bias.data != nullptr ||
+                             problem.mask_bits.bits != nullptr || problem.dropout != 0;
   if (beside_others) {
     return wrong(slopes, "some beside a soft cap, a bias, a dense mask or dropout", "none");
   }
-  if (problem->seqlen_k > kMostKeysOfSum) return wrong(slopes, "some beside so many keys", "none");
-  problem->alibi_slopes = slopes.floats();
-  problem->alibi_batch_stride = slopes.dims[0] == 1 ? 0 : problem->num_heads_q;
+  if (problem.seqlen_k > kMostKeysOfSum) return wrong(slopes, "some beside so many keys", "none");
   return ffi::Error::Success();
 }
 

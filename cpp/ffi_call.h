@@ -34,8 +34,9 @@ ffi::Error to_dtype(Array const& x, DType* dtype);
 // `first_column` on.
 Operand to_operand(Array const& x, int64_t first_head = 0, int64_t first_column = 0);
 
-// The sinks, if there are any.
-void set_sinks(Array const& sinks, Problem* problem);
+// An [1 or b, n] operand.
+PerHead to_per_head(Array const& x);
+HeadOperands to_head_operands(HeadArrays const& x);
 
 // The bias, if there is one, checked.
 ffi::Error set_bias(Array const& bias, Problem* problem);
@@ -47,8 +48,8 @@ ffi::Error set_mask_bits(Array const& bits, Array const& blocks, int rows, int c
 // Dropout, of which `dropout` is the attribute, if there is any, checked.
 ffi::Error set_dropout(Array const& words, int64_t dropout, Problem* problem);
 
-// ALiBi's slopes, if there are any, checked.
-ffi::Error set_alibi(Array const& slopes, Problem* problem);
+// Whether what stands in the Problem goes with slopes, if there are any.
+ffi::Error check_alibi(Array const& slopes, Problem const& problem);
 
 struct Attributes {
   float scale;

@@ -30,7 +30,7 @@ ffi::Error fwd_fp8_impl(Stream stream, ffi::RemainingArgs operands, ffi::Remaini
   JAX_FA3_RETURN_IF_FAILED(to_dtype(x.out, &p.out_dtype));
   p.out = to_operand(x.out);
   p.lse = x.lse.floats();
-  set_sinks(x.sinks, &p);
+  p.heads.sinks = to_per_head(x.sinks);
   p.tile_counter = problem.counters = x.counters.ints();
   problem.query_scale = x.query_scale.floats();
   problem.key_scale = x.key_scale.floats();

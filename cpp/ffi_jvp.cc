@@ -32,7 +32,7 @@ ffi::Error jvp_impl(Stream stream, ffi::RemainingArgs operands, ffi::RemainingRe
   p.out = to_operand(x.out);
   p.lse = x.lse.floats();
   p.lse_low = x.lse_low.floats();
-  set_sinks(x.sinks, &p);
+  p.heads.sinks = to_per_head(x.sinks);
   problem.out_dot = to_operand(x.out_dot);
   problem.lse_dot = x.lse_dot.floats();
   p.tile_counter = x.tile_counter.ints();

@@ -2,6 +2,7 @@
 // with which a test compares it. Once released, a target's table stays as it is.
 #pragma once
 
+#include "common/per_head.h"
 #include "ffi_arrays.h"
 
 namespace jax_fa3 {
@@ -13,19 +14,28 @@ struct Inputs {
   Array query_offset, query_seq_lengths, key_value_seq_lengths, key_begin, key_end;
 };
 
-struct Forward : Inputs {
+struct HeadArrays {
+#define JAX_FA3_FIELD(name, ...) Array name;
+  JAX_FA3_PER_HEAD(JAX_FA3_FIELD)
+#undef JAX_FA3_FIELD
+#define JAX_FA3_NAME(name, ...) name,
+  std::vector<Array> all_of_heads() const { return {JAX_FA3_PER_HEAD(JAX_FA3_NAME)}; }
+#undef JAX_FA3_NAME
+};
+
+struct Forward : Inputs, HeadArrays {
   Array out_before, lse_before;  // the result for other keys
-  Array sinks, bias, dropout, alibi_slopes;
+  Array bias, dropout;
   Array mask_bits, mask_blocks;
   Array out, lse, lse_low;
   Array tile_counter, long_sums;
 };
 
-struct Backward : Inputs {
+struct Backward : Inputs, HeadArrays {
   Array qkv;  // of a packed call, in place of query, key and value
   Array out, lse, dout, dlse, lse_low;
   Array summed_dq;  // dq_accum of the call before
-  Array sinks, bias, dropout, alibi_slopes;
+  Array bias, dropout;
   Array mask_bits, mask_blocks;
   Array dquery, dkey, dvalue, dqkv;
   Array row_stats, row_intervals, query_blocks, dq_accum, turns, ranges, dkv_parts;
@@ -99,6 +109,8 @@ struct Appending : Decoding {
     JAX_FA3_ROW(Arrays, dout, k16Bits, "btnv"),        \
     JAX_FA3_ROW(Arrays, dlse, kFloat32, "bnt"),        \
     JAX_FA3_ROW(Arrays, lse_low, kFloat32, "bnt|0")
+#define JAX_FA3_ROW_OF_HEADS(name, Arrays) JAX_FA3_ROW(Arrays, name, kFloat32, "1n|bn|0"),
+#define JAX_FA3_HEADS(Arrays) JAX_FA3_PER_HEAD(JAX_FA3_ROW_OF_HEADS, Arrays)
 #define JAX_FA3_OF_BIAS "bnt.|1nt.|b1t.|11t.|bn1.|1n1.|b11.|111.|0"
 // A dense mask (problem.h).
 #define JAX_FA3_BITS(Arrays)                                                        \
@@ -132,19 +144,13 @@ struct Appending : Decoding {
 
 inline Target<Forward> const kFwd = {
     "jax_fa3.fwd.v1",
-    {
-        JAX_FA3_ROW(Forward, query, k16Bits, "bt.h"),
-        JAX_FA3_ROW(Forward, key, k16BitsOrWords, "bs.."),
-        JAX_FA3_ROW(Forward, value, k16BitsOrWords, "bs.."),
-        JAX_FA3_MASKS(Forward),
-        JAX_FA3_ROW(Forward, out_before, kFloat32, "btnv|0", "out"),
-        JAX_FA3_ROW(Forward, lse_before, kFloat32, "bnt|0", "lse"),
-        JAX_FA3_ROW(Forward, sinks, kFloat32, "1n|bn|0"),
-        JAX_FA3_ROW(Forward, bias, k16BitsOrFloat32, JAX_FA3_OF_BIAS),
-        JAX_FA3_BITS(Forward),
-        JAX_FA3_ROW(Forward, dropout, kUInt32, "bn.|0"),
-        JAX_FA3_ROW(Forward, alibi_slopes, kFloat32, "1n|bn|0"),
-    },
+    {JAX_FA3_ROW(Forward, query, k16Bits, "bt.h"),
+     JAX_FA3_ROW(Forward, key, k16BitsOrWords, "bs.."),
+     JAX_FA3_ROW(Forward, value, k16BitsOrWords, "bs.."), JAX_FA3_MASKS(Forward),
+     JAX_FA3_ROW(Forward, out_before, kFloat32, "btnv|0", "out"),
+     JAX_FA3_ROW(Forward, lse_before, kFloat32, "bnt|0", "lse"),
+     JAX_FA3_ROW(Forward, bias, k16BitsOrFloat32, JAX_FA3_OF_BIAS), JAX_FA3_BITS(Forward),
+     JAX_FA3_ROW(Forward, dropout, kUInt32, "bn.|0"), JAX_FA3_HEADS(Forward)},
     {
         JAX_FA3_ROW(Forward, out, k16BitsOrFloat32, "btnv"),
         JAX_FA3_ROW(Forward, lse, kFloat32, "bnt"),
@@ -156,19 +162,12 @@ inline Target<Forward> const kFwd = {
 
 inline Target<Backward> const kBwd = {
     "jax_fa3.bwd.v1",
-    {
-        JAX_FA3_ROW(Backward, query, k16Bits, "btnh"),
-        JAX_FA3_ROW(Backward, key, k16BitsOrWords, "bsk."),
-        JAX_FA3_ROW(Backward, value, k16BitsOrWords, "bsk."),
-        JAX_FA3_MASKS(Backward),
-        JAX_FA3_COTANGENTS(Backward),
-        JAX_FA3_ROW(Backward, summed_dq, kFloat32, "*|0", "dq_accum"),
-        JAX_FA3_ROW(Backward, sinks, kFloat32, "1n|bn|0"),
-        JAX_FA3_ROW(Backward, bias, k16BitsOrFloat32, JAX_FA3_OF_BIAS),
-        JAX_FA3_BITS(Backward),
-        JAX_FA3_ROW(Backward, dropout, kUInt32, "bn.|0"),
-        JAX_FA3_ROW(Backward, alibi_slopes, kFloat32, "1n|bn|0"),
-    },
+    {JAX_FA3_ROW(Backward, query, k16Bits, "btnh"),
+     JAX_FA3_ROW(Backward, key, k16BitsOrWords, "bsk."),
+     JAX_FA3_ROW(Backward, value, k16BitsOrWords, "bsk."), JAX_FA3_MASKS(Backward),
+     JAX_FA3_COTANGENTS(Backward), JAX_FA3_ROW(Backward, summed_dq, kFloat32, "*|0", "dq_accum"),
+     JAX_FA3_ROW(Backward, bias, k16BitsOrFloat32, JAX_FA3_OF_BIAS), JAX_FA3_BITS(Backward),
+     JAX_FA3_ROW(Backward, dropout, kUInt32, "bn.|0"), JAX_FA3_HEADS(Backward)},
     {
         JAX_FA3_ROW(Backward, dquery, k16Bits, "btnh|0"),
         JAX_FA3_ROW(Backward, dkey, k16BitsOrFloat32, "bskh"),
@@ -179,16 +178,10 @@ inline Target<Backward> const kBwd = {
 
 inline Target<Backward> const kBwdPacked = {
     "jax_fa3.bwd_packed.v1",
-    {
-        JAX_FA3_ROW(Backward, qkv, k16Bits, "btph"),
-        JAX_FA3_MASKS(Backward),
-        JAX_FA3_COTANGENTS(Backward),
-        JAX_FA3_ROW(Backward, sinks, kFloat32, "1n|bn|0"),
-        JAX_FA3_ROW(Backward, bias, k16BitsOrFloat32, JAX_FA3_OF_BIAS),
-        JAX_FA3_BITS(Backward),
-        JAX_FA3_ROW(Backward, dropout, kUInt32, "bn.|0"),
-        JAX_FA3_ROW(Backward, alibi_slopes, kFloat32, "1n|bn|0"),
-    },
+    {JAX_FA3_ROW(Backward, qkv, k16Bits, "btph"), JAX_FA3_MASKS(Backward),
+     JAX_FA3_COTANGENTS(Backward), JAX_FA3_ROW(Backward, bias, k16BitsOrFloat32, JAX_FA3_OF_BIAS),
+     JAX_FA3_BITS(Backward), JAX_FA3_ROW(Backward, dropout, kUInt32, "bn.|0"),
+     JAX_FA3_HEADS(Backward)},
     {
         JAX_FA3_ROW(Backward, dqkv, k16Bits, "btph"),
         JAX_FA3_BWD_WORKSPACE(Backward),
@@ -345,6 +338,8 @@ inline Target<Tangent> const kJvp = {
 #undef JAX_FA3_MASKS
 #undef JAX_FA3_COTANGENTS
 #undef JAX_FA3_BWD_WORKSPACE
+#undef JAX_FA3_ROW_OF_HEADS
+#undef JAX_FA3_HEADS
 #undef JAX_FA3_OF_BIAS
 #undef JAX_FA3_BITS
 #undef JAX_FA3_PLACES

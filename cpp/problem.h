@@ -11,6 +11,7 @@
 #include <cstdint>
 
 #include "common/mask.h"
+#include "common/per_head.h"
 
 namespace jax_fa3 {
 
@@ -71,10 +72,9 @@ struct Problem {
   // Out and lse become the result for those and this call's keys. Unless the call is the last (out
   // is then of dtype) `out` is the same array.
   float const* out_accum;
-  // [1 or b, n] or null: of each query head a score, in base e, of one more key, whose value is 0.
-  // Rows that see a key see it, too. Null where there is out_accum.
-  float const* sinks;
-  int sinks_batch_stride;
+  // Where there is out_accum, there are none. Where there are alibi_slopes, soft_cap is 0, and
+  // there is no bias, no dense mask and no dropout.
+  HeadOperands heads;
   Mask mask;
   // Where there is one, soft_cap is 0 and out_accum null. A row all of whose keys it hides, by -inf
   // or a number below -1e37, sees nothing.
@@ -85,11 +85,6 @@ struct Problem {
   // are some, there is no bias, and out_accum is null.
   uint32_t const* dropout_words;
   int dropout;
-  // [1 or b, n] or null: of each query head a slope, by which the scores, in base e, rise from key
-  // to key; at the key of the row's own index nothing is added. Where there are some, soft_cap is
-  // 0, and there is no out_accum, no bias, no dense mask and no dropout.
-  float const* alibi_slopes;
-  int alibi_batch_stride;
 
   // Workspace.
   int* tile_counter;  // [1]
@@ -115,14 +110,14 @@ struct BackwardProblem {
   Operand dkey;     // [b, s, k, h], of dkv_dtype
   Operand dvalue;   // [b, s, k, v], of dkv_dtype
   DType dkv_dtype;  // dtype, or kFloat32 for partial results
-  // [b, n, dsinks_blocks], or null as forward.sinks is: of each block of bwd_tile().block_m query
-  // rows what it adds to the gradient; behind the last block zeros.
+  // [b, n, dsinks_blocks], or null as forward.heads.sinks is: of each block of bwd_tile().block_m
+  // query rows what it adds to the gradient; behind the last block zeros.
   float* dsinks;
   int dsinks_blocks;
   // Of forward.bias, fp32, with the same strides; null: its gradient is not wanted.
   float* dbias;
-  // [b, n, dalibi_parts] or null, cleared: parts of the gradient of forward.alibi_slopes, one for
-  // each consumer thread of each of the CTAs of a head (bwd/alibi.h).
+  // [b, n, dalibi_parts] or null, cleared: parts of the gradient of alibi_slopes, one for each
+  // consumer thread of each of the CTAs of a head (bwd/alibi.h).
   float* dalibi;
   int dalibi_parts;
   // Workspace (plan.h). There are m blocks of bwd_tile().block_m query rows each.

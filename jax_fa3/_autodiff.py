@@ -29,7 +29,7 @@ from . import (
 )
 from ._forward_mode import RESIDUAL_NAMES, named
 from ._jitted import finite_in_debug_mode, jitted
-from ._operands import Call, Operands, Rows, batch_letters
+from ._operands import PER_HEAD, Call, Operands, Rows, batch_letters
 from ._problem import Config, Implementation, Masks, wide
 from ._varying import vary_together
 
@@ -221,7 +221,7 @@ def backward(
         plain = _plain.backward_by_rows
     if operands.mask is not None:
         kernel, plain = _dense_mask.taken(method.implementation, kernel, plain)
-    of_heads = ("sinks", "alibi_slopes") if with_dbias else ("sinks",)
+    of_heads = PER_HEAD if with_dbias else ("sinks",)
     of_heads = [name for name in of_heads if getattr(operands, name) is not None]
     for name in of_heads:  # of each batch entry
         wanted = dataclasses.replace(wanted, **{name: operands.result_letters[1][:2]})

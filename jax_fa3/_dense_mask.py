@@ -22,7 +22,7 @@ from jax import Array, lax
 from . import _bias, _mask_bits, _xla
 from ._broken import marked
 from ._mask import intersect
-from ._operands import Operands, Rows
+from ._operands import PER_HEAD, Operands, Rows
 from ._problem import Config, Masks
 from ._varying import vary_together
 
@@ -136,7 +136,7 @@ def plain_backward(
     if not with_dbias:
         others |= {"bias": operands.bias, "alibi_slopes": operands.alibi_slopes}
     tensors = dataclasses.replace(operands, **dict.fromkeys(others))
-    for name in ("sinks", "alibi_slopes"):
+    for name in PER_HEAD:
         if (x := getattr(tensors, name)) is not None:
             of_each = jnp.broadcast_to(x, (operands.sizes.batch, x.shape[1]))
             tensors = dataclasses.replace(tensors, **{name: of_each})

@@ -15,7 +15,7 @@ from jax import Array
 from . import _alibi, _bias, _mask_bits, _plan
 from ._custom_call import attributes_of, custom_call
 from ._kernel_sizes import BWD_ROWS, KERNELS, BwdTile, bwd_tile
-from ._operands import Operands, Rows
+from ._operands import PER_HEAD, Operands, Rows
 from ._problem import Config, Masks
 from ._targets import BWD, BWD_PACKED, FWD, SEGMENT_INTERVALS
 
@@ -210,7 +210,7 @@ def bwd(
 
 def _others(config: Config, operands: Operands, tile: BwdTile | None = None) -> dict[str, Any]:
     """What stands beside query, key and value, as operands of the calls; tile: the backward's."""
-    others = {name: getattr(operands, name) for name in ("sinks", "dropout", "alibi_slopes")}
+    others = {name: getattr(operands, name) for name in (*PER_HEAD, "dropout")}
     mask = operands.mask
     if mask is None or operands.bias is not None or _mask_bits.refusal(operands) is not None:
         return others | {"bias": _bias.for_kernels(config, operands)}

@@ -14,6 +14,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from ._problem import Config, Implementation, Masks, SegmentIds, Sizes
 
+# Of Operands, those that are one number for each query head; twin of cpp/common/per_head.h.
+PER_HEAD = "sinks", "alibi_slopes"
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +75,7 @@ class Operands:
             three = "bt.nh" if self.query.ndim == 5 else "bt.h", None, None
         others: Any = {name: dense(getattr(self, name)) for name in ("bias", "mask", "scale")}
         heads = self.result_letters[1][1]
-        for name in ("sinks", "alibi_slopes"):
+        for name in PER_HEAD:
             others[name] = None if getattr(self, name) is None else "." + heads
         others["dropout"] = None if self.dropout is None else f"b{heads}."
         return Operands(*three, **others, packed=self.packed)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from ._operands import PER_HEAD
+
 
 class Row(NamedTuple):
     """An operand or a result."""
@@ -61,7 +63,7 @@ ROTARY = (
     Row("rotary_cos", SIXTEEN_BITS_OR_FLOAT32, optional=True),
     Row("rotary_sin", SIXTEEN_BITS_OR_FLOAT32, optional=True),
 )
-SLOPES = Row("alibi_slopes", FLOAT32, optional=True)
+HEADS = tuple(Row(name, FLOAT32, optional=True) for name in PER_HEAD)
 BWD_WORKSPACE = (
     Row("row_stats", FLOAT32),
     Row("row_intervals", INT32),

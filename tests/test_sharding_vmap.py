@@ -1,5 +1,5 @@
-"""vmap over the query alone: more heads of each group, nothing copied; and per-sample gradients where
-the mapped axis is split over devices."""
+"""vmap over the query alone: more heads of each group, or one entry after the other, nothing copied; and
+per-sample gradients where the mapped axis is split over devices."""
 
 import dataclasses
 import functools
@@ -20,6 +20,7 @@ import jax_fa3
 from jax_fa3 import _sharding, _xla
 from jax_fa3._operands import Operands
 from jax_fa3._problem import Config, Masks
+from jax_fa3._sharding import _groups
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
 
@@ -30,8 +31,17 @@ HEADS = [(4, 4), (6, 3), (4, 2), (4, 1)]
 CASES = {h: Case(f"{h} heads", **SMALL, N=h[0], K=h[1], mask=MASK, planted=True) for h in HEADS}
 
 
+@pytest.fixture(params=[False, True], ids=["at once", "in turn"])
+def in_turn(request, monkeypatch):
+    """Whether gradients are computed one entry after the other."""
+    monkeypatch.setattr(_groups, "MANY", 0 if request.param else 2**62)
+    jax.clear_caches()
+    yield request.param
+    jax.clear_caches()
+
+
 @pytest.mark.parametrize("heads", HEADS)
-def test_numbers(heads):
+def test_numbers(heads, in_turn):
     """Forward, the gradients of each entry, and those of all of them."""
     case = CASES[heads]
     tensors, cotangents = inputs(case)
@@ -97,6 +107,59 @@ def test_program_for_cuda_copies_no_keys():
     assert "(tensor<64x8192x4x64xbf16>, tensor<64x8192x2x64xbf16>" in lower(forward, long, key, key)
 
 
+def gradients(query: Any, key: Any, value: Any) -> Any:
+    """Of key and value for each entry of query."""
+
+    def loss(query: Any, key: Any, value: Any) -> Any:
+        out = jax_fa3.dot_product_attention(query, key, value, implementation="fa3")
+        return jnp.sin(out.astype(jnp.float32)).sum()
+
+    return jax.vmap(jax.grad(loss, (1, 2)), (0, None, None))(query, key, value)
+
+
+def test_gradients_for_cuda_copy_no_keys():
+    """Few and small ones they do; of more than one vmap's axes the entries of all wait."""
+    query = jax.ShapeDtypeStruct((64, 1, 128, 4, 64), jnp.bfloat16)
+    large, small = (jax.ShapeDtypeStruct((1, keys, 4, 64), jnp.bfloat16) for keys in (16384, 512))
+    text = lower(gradients, query, large, large)
+    assert targets(text) == ["jax_fa3.fwd.v1", "jax_fa3.bwd.v1"]
+    assert "(tensor<1x128x4x64xbf16>, tensor<1x16384x4x64xbf16>" in text
+    assert "(tensor<64x128x4x64xbf16>, tensor<64x512x4x64xbf16>" in lower(
+        gradients, query, small, small
+    )
+    nested = jax.vmap(gradients, (0, None, None))
+    queries = jax.ShapeDtypeStruct((3, *query.shape), jnp.bfloat16)
+    assert "(tensor<1x128x4x64xbf16>, tensor<1x16384x4x64xbf16>" in lower(
+        nested, queries, large, large
+    )
+
+
+@pytest.mark.parametrize("order", [(0, None), (None, 0)])
+def test_entries_of_two_vmaps_in_turn(order, in_turn):
+    """The other axis is of key and value, too, or of the query alone."""
+    case = dataclasses.replace(CASES[4, 2], mask={}, planted=False)
+    (queries, key, value), _ = inputs(case)
+    queries = jnp.stack([queries, queries[::-1]])
+    if order[0] == 0:
+        key, value = (jnp.stack([x, x / 2]) for x in (key, value))
+    axes = (0, order[0], order[0])
+
+    def one(query: Any, key: Any, value: Any) -> Any:
+        out = jax_fa3.dot_product_attention(query, key, value, is_causal=True)
+        return jnp.sin(out.astype(jnp.float32)).sum()
+
+    grads = jax.grad(one, (0, 1, 2))
+    found = jax.jit(jax.vmap(jax.vmap(grads, (0, None, None)), axes))(queries, key, value)
+    for i in range(2):
+        own = [x if axis is None else x[i] for x, axis in zip((key, value), axes[1:], strict=True)]
+        for j in range(M):
+            entry = jax.tree.map(lambda x, i=i, j=j: x[i, j], found)
+            exact = jax.jit(grads)(queries[i, j], *own)
+            for x, y in zip(entry, exact, strict=True):
+                x, y = (np.asarray(z, np.float32) for z in (x, y))
+                np.testing.assert_allclose(x, y, atol=8e-3 * np.abs(y).max())
+
+
 def test_memory():
     """As much as where JAX itself maps over plain JAX, which copies nothing."""
     query = jax.ShapeDtypeStruct((256, 1, 1, 2, 64), jnp.bfloat16)
@@ -136,7 +199,7 @@ LAYOUTS = {  # axes; what splits entries, batch, query's heads, the others' head
 
 @pytest.mark.parametrize("kind", [AUTO, EXPLICIT])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_per_sample_gradients_on_a_mesh(kind, layout):
+def test_per_sample_gradients_on_a_mesh(kind, layout, in_turn):
     """The issue's: key and value are whole on each device, or follow query in batch and heads."""
     axes, (entries, batch, heads, kv_heads) = LAYOUTS[layout]
     case = CASES[4, 2]

@@ -104,9 +104,8 @@ def wrong_throughout() -> Iterator[tuple[str, Call]]:
     capped = dataclasses.replace(config, logits_soft_cap=30.0)
     yield "fwd with bias and soft cap", recorded(with_bias(capped), bias, *operands_of())
     right = recorded(with_bias(config), bias, *operands_of())
-    for place, shape in [(11, (1, N, T, S - 8)), (11, (1, N, T, 0)), (11, (2, 2, T, S))]:
-        operands = (*right.operands[:place], Struct(shape, bias.dtype), *right.operands[12:])
-        yield f"fwd with bias {shape}", dataclasses.replace(right, operands=operands)
+    for shape in [(1, N, T, S - 8), (1, N, T, 0), (2, 2, T, S)]:
+        yield f"fwd with bias {shape}", _with_operand(right, "bias", Struct(shape, bias.dtype))
 
     # No kernel has both.
     mask, words = Struct((B, 1, T, S), jnp.bool_), Struct((B, N, 2), jnp.uint32)
@@ -119,9 +118,8 @@ def wrong_throughout() -> Iterator[tuple[str, Call]]:
     }
     for name, right in masked.items():
         attributes = {**right.attributes, "dropout": np.int64(1000)}
-        operands = *right.operands[:-1], words
-        new = dataclasses.replace(right, operands=operands, attributes=attributes)
-        yield f"{name} with a mask and dropout", new
+        new = _with_operand(right, "dropout", words)
+        yield f"{name} with a mask and dropout", dataclasses.replace(new, attributes=attributes)
 
     # Sizes beyond 32 bits, in arrays without elements.
     long = 2**31
@@ -133,24 +131,36 @@ def wrong_throughout() -> Iterator[tuple[str, Call]]:
     yield "fwd of 2^31 heads", recorded(lambda *x: FORWARD(config, *x, Masks()), q, k, x)
 
 
+def _with_operand(call: Call, name: str, x: Struct) -> Call:
+    _, _, place = _operand(call.target, name)
+    operands = *call.operands[:place], x, *call.operands[place + 1 :]
+    return dataclasses.replace(call, operands=operands)
+
+
+def _operand(target: str, name: str) -> tuple[str, str, int]:
+    """Its kind and place."""
+    names = [row.name for row in _targets.TARGETS[target].operands]
+    return target, "operands", names.index(name)
+
+
 # Dtypes that an array, by its kind and place, may have as well.
 _MAY_BE = {
     (_targets.FWD, "results", 0): ("float32",),
-    (_targets.FWD, "operands", 11): ("float32",),  # bias
-    (_targets.BWD, "operands", 15): ("float32",),
-    (_targets.BWD_PACKED, "operands", 12): ("float32",),
+    _operand(_targets.FWD, "bias"): ("float32",),
+    _operand(_targets.BWD, "bias"): ("float32",),
+    _operand(_targets.BWD_PACKED, "bias"): ("float32",),
     (_targets.FWD_FP8, "results", 0): ("float32", "float16", "bfloat16"),
     (_targets.QUANTIZE, "operands", 0): ("float16", "bfloat16"),
 }
 
-_BIAS = {(_targets.FWD, "operands", 11), (_targets.BWD, "operands", 15)}
+_BIAS = {_operand(_targets.FWD, "bias"), _operand(_targets.BWD, "bias")}
 _BIAS.add((_targets.MASK_BITS, "operands", 1))  # intervals
 
 # Dimensions of any size, or of several: S, which this operand says; how many parts there are, or none;
 # sinks and bias of one or of each batch entry; rows in whole blocks.
 _FREE = {
-    (_targets.FWD, "operands", 10, 0),
-    (_targets.FWD, "operands", 11, 0),
+    (*_operand(_targets.FWD, "sinks"), 0),
+    (*_operand(_targets.FWD, "bias"), 0),
     (_targets.SEGMENT_INTERVALS, "operands", 1, 1),
     (_targets.MASK_BITS, "operands", 0, 2),  # rows, of which there are bits in whole blocks
     (_targets.MASK_BITS, "operands", 1, 2),

@@ -76,8 +76,7 @@ cudaError_t make_params(BackwardProblem const& problem, typename Traits::Params*
   params->softmax_scale_log2 = scale.softmax_scale * kLog2E;
   params->score = scale.score;
   params->softmax_scale = p.softmax_scale;
-  params->sinks = p.sinks;
-  params->sinks_batch_stride = p.sinks_batch_stride;
+  params->heads = p.heads;
   params->dsinks = problem.dsinks;
   params->dsinks_blocks = problem.dsinks_blocks;
 
@@ -216,7 +215,7 @@ cudaError_t launch(BackwardProblem const& problem, cudaStream_t stream) {
     }
     return cudaErrorNotSupported;  // likewise
   }
-  if (problem.forward.alibi_slopes != nullptr) {
+  if (problem.forward.heads.alibi_slopes.exists()) {
     if constexpr (takes_bias(kHeadDim)) {
       return launch_kernels<AlibiTraits<Element, kWidth, kWidthV>>(problem, stream);
     }

@@ -72,9 +72,8 @@ struct Params {
   float softmax_scale_log2;  // of what `score` gives
   Score score;
   float softmax_scale;  // of dQ and dK
-  float const* sinks;   // [1 or b, n] or null, as dsinks
-  int sinks_batch_stride;
-  float* dsinks;  // [b, n, dsinks_blocks]
+  HeadOperands heads;
+  float* dsinks;  // [b, n, dsinks_blocks], or null as sinks
   int dsinks_blocks;
 
   CUTLASS_HOST_DEVICE QueryBlock* blocks_of(int batch) const {

@@ -72,9 +72,8 @@ __global__ void __launch_bounds__(kPreprocessThreads)
   // An error of a log-sum-exp (base 2), and so of P, that is far below the rounding to 16 bits.
   constexpr float kNegligible = 1.f / 8192;
   bool careful = false;
-  bool const has_sink = params.sinks != nullptr;
-  float const sink =
-      has_sink ? params.sinks[int64_t{batch} * params.sinks_batch_stride + head] * kLog2E : 0.f;
+  bool const has_sink = params.heads.sinks.data != nullptr;
+  float const sink = has_sink ? params.heads.sinks(batch, head) * kLog2E : 0.f;
   float dsink = 0.f;
   for (int first = 0; first < kBlockM; first += kAtOnce * kRowsOfPass) {
     constexpr int kVectorsOfLane = (kVectors + kLanes - 1) / kLanes;

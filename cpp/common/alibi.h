@@ -9,17 +9,16 @@
 namespace jax_fa3 {
 
 struct Alibi {
-  float const* slopes;  // [1 or b, n]
-  int batch_stride;
+  PerHead slopes;
   float inverse_scale;
 
   CUTLASS_DEVICE float slope(int batch, int head) const {
-    return __ldg(slopes + int64_t{batch} * batch_stride + head) * inverse_scale;
+    return slopes(batch, head) * inverse_scale;
   }
 };
 
 inline Alibi make_alibi(Problem const& problem) {
-  return {problem.alibi_slopes, problem.alibi_batch_stride, 1.f / problem.softmax_scale};
+  return {problem.heads.alibi_slopes, 1.f / problem.softmax_scale};
 }
 
 // The forward's: scores of a block lack the term of the block's place, which is the same for all of

@@ -29,8 +29,8 @@ struct Sink {
 
 template <class Params>
 CUTLASS_DEVICE Sink sink_of(Params const& params, TileCoord tile) {
-  if (params.sinks == nullptr) return {-INFINITY};
-  return {__ldg(params.sinks + int64_t{tile.batch} * params.sinks_batch_stride + tile.head)};
+  PerHead const& sinks = params.heads.sinks;
+  return {sinks.data == nullptr ? -INFINITY : sinks(tile.batch, tile.head)};
 }
 
 // The log-sum-exp of a row's keys, once normalize() has summed the rows of all threads.

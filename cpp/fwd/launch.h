@@ -36,8 +36,7 @@ inline void set_common(Problem const& p, int block_m, Params* params) {
   params->softmax_scale = scale.softmax_scale;
   params->exponents = exponents_of(scale.softmax_scale * kLog2E);
   params->score = scale.score;
-  params->sinks = p.sinks;
-  params->sinks_batch_stride = p.sinks_batch_stride;
+  params->heads = p.heads;
 }
 
 template <class Traits>
@@ -131,7 +130,7 @@ cudaError_t launch(Problem const& problem, cudaStream_t stream) {
     }
     return cudaErrorNotSupported;  // likewise
   }
-  if (problem.alibi_slopes != nullptr) {
+  if (problem.heads.alibi_slopes.exists()) {
     if constexpr (takes_bias(kHeadDim)) {
       return launch_tile<Traits<Element, kHeadDim, kHeadDimV, Keys::kAlibi>>(problem, stream);
     }

@@ -8,6 +8,7 @@
 #include "common/dropout.h"
 #include "common/mask.h"
 #include "common/mask_bits.h"
+#include "common/per_head.h"
 #include "common/score.h"
 #include "common/softmax.h"
 #include "common/tile_scheduler.h"
@@ -38,8 +39,7 @@ struct Params {
   float softmax_scale;  // of what `score` gives, in base e: with a soft cap it is the cap
   Exponents exponents;  // the same in base 2
   Score score;
-  float const* sinks;  // [1 or b, n] or null: a score, in base e, of one more key, whose value is 0
-  int sinks_batch_stride;
+  HeadOperands heads;
 };
 
 // With a bias `score` is the identity, and softmax_scale 1: Bias has the factor of q.k.

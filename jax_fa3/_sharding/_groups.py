@@ -1,5 +1,5 @@
-"""vmap over the query alone: its axis becomes more query heads of each key/value head, so that key and
-value are read as they are, not copied for every entry."""
+"""vmap over the query alone: its axis becomes more query heads of each key/value head, or its entries are
+computed one after the other, so that key and value are read as they are, not copied for every entry."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from typing import Any
 from jax import Array
 
 from ._letters import sizes
+
+# Numbers in key and value from which on the gradients of one entry keep a whole GPU busy.
+MANY = 2**22
 
 
 def worth_it(
@@ -40,6 +43,22 @@ def worth_it(
     copied = entries * sum(math.prod(x.shape) for x, dims in others if "k" in dims)
     known = all(isinstance(n, int) for n in (moved, copied))
     return grouped if grouped and known and copied >= moved else ""
+
+
+def in_turn(
+    operands: Sequence[Array],
+    letters: Sequence[str],
+    results: Sequence[str],
+    size: dict[str, int],
+) -> str:
+    """The capitals whose entries shall be computed one after the other: those that key and value, of which
+    each entry has gradients of its own, have not, where these are large."""
+    shared = [(x, dims) for x, dims in zip(operands, letters, strict=True) if "k" in dims]
+    copied = sum(math.prod(x.shape) for x, _ in shared)
+    if "k" not in "".join(results) or not isinstance(copied, int) or copied < MANY:
+        return ""
+    mapped = (letter for letter in size if letter.isupper())
+    return "".join(letter for letter in mapped if not any(letter in dims for _, dims in shared))
 
 
 def folded(

@@ -1,10 +1,10 @@
 """vmap of a call: one call of more batch entries, or of more query heads, with no collective; and with no
-loop, but where a gradient of a bias is shared."""
+loop, but where a gradient of a bias is shared, or many keys and values would be copied."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -41,7 +41,9 @@ def folded_into_batch(
     def rule(_: int, in_batched: Any, *operands: Array) -> tuple[tuple[Array, ...], Any]:
         if "+" in "".join(results):  # each entry has sums of its own
             whole = folded_into_batch(function, letters, results)
-            return _one_by_one(whole, in_batched, operands)
+            places = [0 if batched else None for batched in in_batched]
+            found = _in_turn(whole, places, operands)
+            return found, tuple(True for _ in found)
         new = chr(ord("A") + results[0].index("b"))
         more = tuple(
             new + dims if batched else dims
@@ -53,18 +55,20 @@ def folded_into_batch(
     return call
 
 
-def _one_by_one(
-    call: Callable[..., tuple[Array, ...]], in_batched: Any, operands: tuple[Array, ...]
-) -> tuple[tuple[Array, ...], Any]:
-    mapped = [x for x, batched in zip(operands, in_batched, strict=True) if batched]
+def _in_turn(
+    call: Callable[..., tuple[Array, ...]],
+    places: Sequence[int | None],
+    operands: Sequence[Array],
+) -> tuple[Array, ...]:
+    """call of each entry of the axis that operands have at places; in front in the results."""
+    pairs = list(zip(operands, places, strict=True))
+    mapped = [jnp.moveaxis(x, place, 0) for x, place in pairs if place is not None]
 
     def entry(own: list[Array]) -> tuple[Array, ...]:
         rest = iter(own)
-        pairs = zip(operands, in_batched, strict=True)
-        return call(*(next(rest) if batched else x for x, batched in pairs))
+        return call(*(x if place is None else next(rest) for x, place in pairs))
 
-    found = lax.map(entry, mapped)
-    return found, tuple(True for _ in found)
+    return lax.map(entry, mapped)
 
 
 def _folded(
@@ -78,13 +82,16 @@ def _folded(
     def call(*operands: Array) -> tuple[Array, ...]:
         size = sizes(operands, letters)
         grouped = _groups.worth_it(operands, letters, results, size)
+        waiting = _groups.in_turn(operands, letters, results, size)
         if grouped:
-            fewer, made = (
-                tuple(dims.translate(dict.fromkeys(map(ord, grouped))) for dims in group)
-                for group in (letters, results)
-            )
-            local = _folded(function, fewer, made)
+            local = _folded(function, _without(grouped, letters), _without(grouped, results))
             return _groups.folded(local, letters, results, grouped)(*operands)
+        if waiting:
+            letter = waiting[0]
+            local = _folded(function, _without(letter, letters), _without(letter, results))
+            places = [dims.index(letter) if letter in dims else None for dims in letters]
+            found = zip(_in_turn(local, places, operands), results, strict=True)
+            return tuple(jnp.moveaxis(x, 0, dims.index(letter)) for x, dims in found)
         batch = [size[letter] for letter in lead]
 
         def fold(x: Array, dims: str) -> Array:
@@ -100,3 +107,7 @@ def _folded(
         return tuple(x.reshape(*batch, *x.shape[1:]) for x in found)
 
     return call
+
+
+def _without(letters: str, group: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(dims.translate(dict.fromkeys(map(ord, letters))) for dims in group)

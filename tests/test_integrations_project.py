@@ -36,3 +36,14 @@ def test_refusals_are_of_what_was_given():
     _project.refuse_given(bias=None, dropout=0.0, sinks=False)
     with pytest.raises(NotImplementedError, match="dropout: got 0.1, wanted its default"):
         _project.refuse_given(bias=None, dropout=0.1)
+
+
+def test_versions_without_the_hook_say_so():
+    message = "json: got a version without the hook, wanted its sources, which have json.{}"
+    with pytest.raises(ImportError, match=message.format("decoder.register")):
+        _project.hook("json.decoder", "register")
+    with pytest.raises(ImportError, match=message.format("kernels.register")):
+        _project.hook("json.kernels", "register")
+    with pytest.raises(ModuleNotFoundError, match="No module named 'no_such_project'"):
+        _project.hook("no_such_project.kernels", "register")
+    assert _project.hook("json.decoder", "JSONDecoder").__name__ == "JSONDecoder"

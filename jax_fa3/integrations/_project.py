@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.metadata
 import re
 import warnings
@@ -22,6 +23,18 @@ def check_version(distribution: str, oldest: str, newest: str) -> None:
 def _numbers(version: str) -> tuple[int, ...]:
     """Of the first three parts, so that 0.2.227.dev4 is 0.2.227."""
     return tuple(map(int, re.findall(r"\d+", version)[:3]))
+
+
+def hook(module: str, name: str) -> Any:
+    """module.name, for projects whose released versions do not have it."""
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (AttributeError, ModuleNotFoundError) as error:
+        project = module.partition(".")[0]
+        if getattr(error, "name", None) == project:
+            raise
+        wanted = f"its sources, which have {module}.{name}"
+        raise ImportError(f"{project}: got a version without the hook, wanted {wanted}") from error
 
 
 def refuse(name: str, found: object, wanted: str) -> NotImplementedError:

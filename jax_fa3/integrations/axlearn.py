@@ -14,6 +14,7 @@ from .._attention import dot_product_attention
 from .._broken import marked
 from .._problem import Implementation
 from .._supported import is_supported
+from ._project import hook
 
 NAME = "JaxFa3FlashAttention"  # in AXLearn's log
 CHECKPOINT_NAME = "flash_residuals"  # by which AXLearn's remat policies save attention
@@ -45,7 +46,8 @@ def install(
     backward needs.
     """
     flash = "axlearn.common.flash_attention"
-    utils, common = (importlib.import_module(f"{flash}.{x}") for x in ("utils", "common"))
+    kernels = hook(f"{flash}.utils", "BACKENDS")["gpu"]
+    base = hook(f"{flash}.common", "BaseFlashAttention")
     biases: Any = importlib.import_module("axlearn.common.attention_bias")
     options = {
         "implementation": implementation,
@@ -53,7 +55,7 @@ def install(
         "checkpoint_name": CHECKPOINT_NAME,
     }
 
-    class Attention(common.BaseFlashAttention):
+    class Attention(base):
         def name(self) -> str:
             return NAME
 
@@ -72,8 +74,8 @@ def install(
         def __call__(self, input_batch: Any) -> Array:
             return dot_product_attention(**_arguments(biases, self.cfg, input_batch), **options)
 
-    others = [x for x in utils.BACKENDS["gpu"] if x.__qualname__ != Attention.__qualname__]
-    utils.BACKENDS["gpu"][:] = [Attention, *others]
+    others = [x for x in kernels if x.__qualname__ != Attention.__qualname__]
+    kernels[:] = [Attention, *others]
 
 
 def _arguments(axlearn: Any, cfg: Any, batch: Any) -> dict[str, Any]:

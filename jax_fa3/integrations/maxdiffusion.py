@@ -14,10 +14,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from .. import context_parallel
 from .._attention import dot_product_attention
 from .._problem import Implementation
-from ._project import refuse
+from ._project import hook, refuse
 
 KERNEL = "jax_fa3"  # of MaxDiffusion's key `attention`
-_MODULE = "maxdiffusion.models.attention_flax"
 
 
 def install(
@@ -41,7 +40,7 @@ def install(
     The kernel raises NotImplementedError, while it is traced, for keys that are split otherwise, and for
     a mask in a ring.
     """
-    registry: Any = importlib.import_module(_MODULE)
+    register_kernel = hook("maxdiffusion.models.attention_flax", "register_kernel")
     linen: Any = importlib.import_module("flax.linen")
     options = {
         "implementation": implementation,
@@ -55,7 +54,7 @@ def install(
         out = _attend(specs, options, arrays, context)
         return out.reshape(*out.shape[:2], -1)
 
-    registry.register_kernel(KERNEL)(kernel)
+    register_kernel(KERNEL)(kernel)
 
 
 def _attend(specs: list[Any], options: dict[str, Any], arrays: list[Array], context: Any) -> Array:

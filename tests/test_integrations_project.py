@@ -32,6 +32,13 @@ def test_others_warn_once_by_name(version, monkeypatch):
         _project.check_version("some-project", "0.2", "0.10.0")
 
 
+def test_a_checkout_warns_as_well():
+    with pytest.warns(
+        UserWarning, match="got no-such-project of no known version, was tried with 1.0"
+    ):
+        _project.check_version("no-such-project", "1.0", "1.0")
+
+
 def test_refusals_are_of_what_was_given():
     _project.refuse_given(bias=None, dropout=0.0, sinks=False)
     with pytest.raises(NotImplementedError, match="dropout: got 0.1, wanted its default"):

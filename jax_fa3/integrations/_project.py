@@ -12,8 +12,12 @@ from typing import Any
 
 @functools.cache
 def check_version(distribution: str, oldest: str, newest: str) -> None:
-    """Warns, once, where a project is installed in a version that the adapter was not tried with."""
-    found = importlib.metadata.version(distribution)
+    """Warns, once, where a project is of a version that the adapter was not tried with, or of none, as a
+    checkout that was not installed is."""
+    try:
+        found = importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        found = "of no known version"
     if not _numbers(oldest) <= _numbers(found) <= _numbers(newest):
         tried = oldest if oldest == newest else f"{oldest} to {newest}"
         text = f"jax_fa3.integrations: got {distribution} {found}, was tried with {tried}"

@@ -50,8 +50,9 @@ def integer(name: str, x: Any, wanted: str = "a static int") -> int:
             return operator.index(x)
     except TypeError:
         pass
-    many = isinstance(x, (Array, np.ndarray)) and x.size > 1
-    raise wrong(name, f"shape {x.shape}" if many else repr(x), wanted)
+    if isinstance(x, (Array, np.ndarray)) and x.size > 1:
+        raise wrong(name, f"shape {x.shape}", wanted)
+    raise wrong(name, repr(x), wanted)
 
 
 def natural(name: str, x: Any) -> int:

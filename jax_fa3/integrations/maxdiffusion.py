@@ -74,7 +74,7 @@ def _attend(specs: list[Any], options: dict[str, Any], arrays: list[Array], cont
         arguments["sharding"] = NamedSharding(mesh, PartitionSpec(batch, axis, heads))
     if not keys:
         return dot_product_attention(*arrays, mask=mask, **arguments)
-    if keys != rows or len(keys) > 1:
+    if keys != rows or len(keys) != 1:
         raise refuse("axis_names_kv", f"{keys} for keys, {rows} for rows", "one mesh axis for both")
     if mask is not None:
         raise refuse("attention_mask", "it where keys are split", "None")
@@ -95,7 +95,7 @@ def _attend_by_rows(
         return dot_product_attention(query, key, value, mask=mask, query_offset=first, **arguments)
 
     whole = PartitionSpec(batch, None, heads)
-    split = jax.shard_map(
+    split: Any = jax.shard_map(
         local,
         mesh=mesh,
         in_specs=(PartitionSpec(*spec), whole, whole, PartitionSpec(batch)),

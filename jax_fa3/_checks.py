@@ -43,14 +43,16 @@ def static_bool(name: str, x: Any) -> bool:
     return bool(x)
 
 
-def integer(name: str, x: Any) -> int:
+def integer(name: str, x: Any, wanted: str = "a static int") -> int:
     """x as a Python int of any size, if it is static."""
     try:
         if not isinstance(x, (bool, np.bool_, Array)):
             return operator.index(x)
     except TypeError:
         pass
-    raise wrong(name, repr(x), "a static int")
+    if isinstance(x, (Array, np.ndarray)) and x.size > 1:
+        raise wrong(name, f"shape {x.shape}", wanted)
+    raise wrong(name, repr(x), wanted)
 
 
 def natural(name: str, x: Any) -> int:

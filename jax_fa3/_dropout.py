@@ -67,7 +67,7 @@ def _words(key: Any) -> Array:
     """uint32 [2], random bits of any key: typed or raw."""
     wanted = "one key of jax.random, typed or raw uint32"
     if not isinstance(key, Array):
-        raise wrong("dropout_key", f"a {type(key).__name__}", wanted)
+        raise wrong("dropout_key", repr(key), wanted)
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         try:
             key = jax.random.wrap_key_data(key)

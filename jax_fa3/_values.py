@@ -79,7 +79,8 @@ def checkpoint_names(name: Any) -> tuple[str, str] | None:
 def window_size(size: Any) -> Window | None:
     """(left, right), None where there is no bound; None if there is neither."""
     pair = size if isinstance(size, (tuple, list)) and len(size) == 2 else (size, size)
-    left, right = (None if x is None else integer("local_window_size", x) for x in pair)
+    wanted = "a static int, or two, (left, right)"
+    left, right = (None if x is None else integer("local_window_size", x, wanted) for x in pair)
     for side in (left, right):
         if side is not None and side < -1:
             raise wrong("local_window_size", side, "an int >= 0, or -1 or None for no bound")
@@ -119,7 +120,10 @@ def dense(name: str, x: ArrayLike | None, full: tuple[int, ...]) -> Array | None
         raise wrong(name, f"dtype {x.dtype}", "bool; an additive mask is a bias")
     shape = (1,) * (4 - x.ndim) + x.shape
     if x.ndim > 4 or any(n not in (1, m) for n, m in zip(shape, full, strict=True)):
-        raise wrong(name, f"shape {x.shape}", f"one that broadcasts to (B, N, T, S) = {full}")
+        batch, _, *rows_and_keys = full
+        usual = {(batch, full[3]): "[:, None, None]", (batch, *rows_and_keys): "[:, None]"}
+        hint = f", such as {name}{usual[x.shape]}" if x.shape in usual else ""
+        raise wrong(name, f"shape {x.shape}", f"one that broadcasts to (B, N, T, S) = {full}{hint}")
     return x.reshape(shape)
 
 

@@ -12,7 +12,7 @@ import pytest
 from jax import Array
 from lowering import lower, targets
 
-from jax_fa3 import _ffi
+from jax_fa3 import _ffi, _targets
 
 
 def project(distribution: str, *modules: str) -> Any:
@@ -76,12 +76,14 @@ def assert_no_further(
 
 def assert_runs_kernels(function: Any, arrays: Sequence[Any], calls: int = 1) -> None:
     """Lowered for a Hopper GPU, forward and gradient are one kernel each for each call of attention,
-    beside the one that turns segment ids into intervals. (The fixture `on_cpu` hides the GPUs.)"""
+    beside those that turn segment ids into intervals and masks into bits. (The fixture `on_cpu` hides
+    the GPUs.)"""
 
     def run(arrays: Any) -> Any:
         out, pullback = jax.vjp(function, *arrays)
         return out, pullback(out)
 
     found = targets(lower(run, tuple(arrays)))
-    found = sorted(x for x in found if x != _ffi.SEGMENT_INTERVALS)
+    beside = {_targets.SEGMENT_INTERVALS, _targets.MASK_BITS}
+    found = sorted(x for x in found if x not in beside)
     assert found == [_ffi.BWD] * calls + [_ffi.FWD] * calls

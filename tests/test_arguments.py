@@ -44,6 +44,11 @@ INVALID: list[tuple[dict[str, Any], str]] = [
     ({"query": zeros(B, T, N, H, dtype=jnp.int8)}, "query: got dtype int8, wanted a floating"),
     ({"key": zeros(B, S, K, H, dtype=jnp.float32)}, "key: got dtype float32, wanted bfloat16, as query has, or compute_dtype="),
     ({"value": zeros(B, S, K, H, dtype=jnp.float16)}, "value: got dtype float16, wanted bfloat16"),
+    (
+        {"mask": zeros(B, S, dtype=bool)},
+        f"wanted one that broadcasts to (B, N, T, S) = {(B, N, T, S)}, such as mask[:, None, None]",
+    ),
+    ({"bias": zeros(B, T, S)}, f"(B, N, T, S) = {(B, N, T, S)}, such as bias[:, None]"),
     ({"bias": zeros(B, N, T, T)}, "bias: got shape (2, 4, 16, 16), wanted one that broadcasts to"),
     ({"bias": zeros(B, N, T, S, dtype=int)}, "bias: got dtype int32, wanted a floating dtype"),
     ({"mask": zeros(T, S)}, "mask: got dtype bfloat16, wanted bool; an additive mask is a bias"),
@@ -65,7 +70,10 @@ INVALID: list[tuple[dict[str, Any], str]] = [
     ({"local_window_size": -2}, "local_window_size: got -2, wanted an int >= 0, or -1 or None"),
     ({"local_window_size": (3, -2)}, "local_window_size: got -2, wanted an int >= 0"),
     ({"local_window_size": 1.5}, "local_window_size: got 1.5, wanted a static int"),
-    ({"local_window_size": (1, 2, 3)}, "local_window_size: got (1, 2, 3), wanted a static int"),
+    (
+        {"local_window_size": (1, 2, 3)},
+        "local_window_size: got (1, 2, 3), wanted a static int, or two, (left, right)",
+    ),
     ({"query_offset": 0.5}, "query_offset: got 0.5, wanted a static int"),
     ({"query_offset": True}, "query_offset: got True, wanted a static int"),
     ({"query_offset": [1, 2, 3]}, "query_offset: got shape (3,), wanted (2,)"),

@@ -23,7 +23,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "nan": ({**SOME, "dropout_rate": float("nan")}, "dropout_rate: got nan"),
     "text": ({**SOME, "dropout_rate": "0.1"}, "dropout_rate: got '0.1'"),
     "bool": ({**SOME, "dropout_rate": True}, "dropout_rate: got True"),
-    "int key": ({**SOME, "dropout_key": 3}, "dropout_key: got a int, wanted one key of jax.random"),
+    "int key": ({**SOME, "dropout_key": 3}, "dropout_key: got 3, wanted one key of jax.random"),
     "keys": (
         {**SOME, "dropout_key": jax.random.split(KEY)},
         r"dropout_key: got keys of shape \(2,",

@@ -84,11 +84,21 @@ def test_a_batch_of_a_float32_layer_is_one_kernel():
     np.testing.assert_allclose(jax.vmap(call)(*batch), exact, atol=0.02)
 
 
-def test_dropout_is_refused_unless_it_is_off():
-    found = inputs(SHAPES, jnp.float32)
-    with pytest.raises(
-        NotImplementedError, match="dropout_p: got 0.1, wanted 0, or inference=True"
-    ):
-        ours(layer(dropout_p=0.1), *found, key=jax.random.key(0))
-    off = ours(layer(dropout_p=0.1), *found, inference=True)
+def test_dropout():
+    found, dropping = inputs(SHAPES, jnp.float32), layer(dropout_p=0.25)
+    off = ours(dropping, *found, inference=True)
     np.testing.assert_allclose(off, layer()(*found), atol=1e-5)
+    with pytest.raises(ValueError, match="key: got None, wanted one for dropout of 0.25, or"):
+        ours(dropping, *found)
+    keys = jax.random.split(jax.random.key(0), 4000)
+    outs = jax.vmap(lambda key: ours(dropping, *found, key=key))(keys)
+    assert np.abs(outs[0] - outs[1]).max() > 0.1
+    np.testing.assert_allclose(outs.mean(0), off, atol=6 * outs.std(0).max() / np.sqrt(len(keys)))
+    expected = jax.vmap(lambda key: theirs(dropping, *found, key=key))(keys)
+    np.testing.assert_allclose(outs.std(0), expected.std(0), rtol=0.15)
+
+
+@pytest.mark.parametrize("name", ["full", "window", "a mask by head"])
+def test_reaches_the_kernels(name):
+    call = partial(ours, layer(), compute_dtype=jnp.bfloat16, **CASES[name][0])
+    assert_runs_kernels(call, inputs(SHAPES, jnp.float32))

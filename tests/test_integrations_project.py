@@ -32,7 +32,25 @@ def test_others_warn_once_by_name(version, monkeypatch):
         _project.check_version("some-project", "0.2", "0.10.0")
 
 
+def test_a_checkout_warns_as_well():
+    with pytest.warns(
+        UserWarning, match="got no-such-project of no known version, was tried with 1.0"
+    ):
+        _project.check_version("no-such-project", "1.0", "1.0")
+
+
 def test_refusals_are_of_what_was_given():
     _project.refuse_given(bias=None, dropout=0.0, sinks=False)
     with pytest.raises(NotImplementedError, match="dropout: got 0.1, wanted its default"):
         _project.refuse_given(bias=None, dropout=0.1)
+
+
+def test_versions_without_the_hook_say_so():
+    message = "json: got a version without the hook, wanted its sources, which have json.{}"
+    with pytest.raises(ImportError, match=message.format("decoder.register")):
+        _project.hook("json.decoder", "register")
+    with pytest.raises(ImportError, match=message.format("kernels.register")):
+        _project.hook("json.kernels", "register")
+    with pytest.raises(ModuleNotFoundError, match="No module named 'no_such_project'"):
+        _project.hook("no_such_project.kernels", "register")
+    assert _project.hook("json.decoder", "JSONDecoder").__name__ == "JSONDecoder"

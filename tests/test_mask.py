@@ -156,6 +156,10 @@ def test_key_intervals_shape(shape: tuple[int, ...], arguments: dict[str, Any]):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (
+            {"query_length": np.zeros((2, 4))},
+            r"query_length: got shape \(2, 4\), wanted a static int",
+        ),
         ({"batch": -1}, "batch: got -1, wanted an int >= 0"),
         ({"query_length": 2.5}, "query_length: got 2.5, wanted a static int"),
         ({"key_length": -3}, "key_length: got -3"),

@@ -56,13 +56,15 @@ def make_attention_fn(
         ValueError: a precision that JAX does not know; is_causal or local_window_size with T != S
             and no query_offset: the function cannot know where the rows stand among the keys.
     """
+    of_the_layer = "dropout_rate", "dropout_key"
     unknown = options.keys() - Options.__annotations__.keys()
     if unknown:
+        known = (x for x in Options.__annotations__ if x not in of_the_layer)
         raise TypeError(
             f"make_attention_fn: got {', '.join(sorted(unknown))}, wanted options of "
-            f"jax_fa3.dot_product_attention: {', '.join(Options.__annotations__)}"
+            f"jax_fa3.dot_product_attention: {', '.join(known)}"
         )
-    for name in ("dropout_rate", "dropout_key"):
+    for name in of_the_layer:
         if options.get(name) is not None:
             raise wrong(name, "one", "none: the layer passes its own")
     if mask_to_intervals and not {"key_begin", "key_end"}.isdisjoint(options):

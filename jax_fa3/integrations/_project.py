@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.metadata
 import re
 import warnings
@@ -11,8 +12,12 @@ from typing import Any
 
 @functools.cache
 def check_version(distribution: str, oldest: str, newest: str) -> None:
-    """Warns, once, where a project is installed in a version that the adapter was not tried with."""
-    found = importlib.metadata.version(distribution)
+    """Warns, once, where a project is of a version that the adapter was not tried with, or of none, as a
+    checkout that was not installed is."""
+    try:
+        found = importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        found = "of no known version"
     if not _numbers(oldest) <= _numbers(found) <= _numbers(newest):
         tried = oldest if oldest == newest else f"{oldest} to {newest}"
         text = f"jax_fa3.integrations: got {distribution} {found}, was tried with {tried}"
@@ -22,6 +27,18 @@ def check_version(distribution: str, oldest: str, newest: str) -> None:
 def _numbers(version: str) -> tuple[int, ...]:
     """Of the first three parts, so that 0.2.227.dev4 is 0.2.227."""
     return tuple(map(int, re.findall(r"\d+", version)[:3]))
+
+
+def hook(module: str, name: str) -> Any:
+    """module.name, for projects whose released versions do not have it."""
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (AttributeError, ModuleNotFoundError) as error:
+        project = module.partition(".")[0]
+        if getattr(error, "name", None) == project:
+            raise
+        wanted = f"its sources, which have {module}.{name}"
+        raise ImportError(f"{project}: got a version without the hook, wanted {wanted}") from error
 
 
 def refuse(name: str, found: object, wanted: str) -> NotImplementedError:

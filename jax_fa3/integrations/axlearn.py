@@ -11,8 +11,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from .._attention import dot_product_attention
+from .._broken import marked
 from .._problem import Implementation
 from .._supported import is_supported
+from ._project import hook
 
 NAME = "JaxFa3FlashAttention"  # in AXLearn's log
 CHECKPOINT_NAME = "flash_residuals"  # by which AXLearn's remat policies save attention
@@ -27,21 +29,25 @@ def install(
     """Puts these kernels first among those that AXLearn's FlashAttention layer tries on GPUs.
 
     AXLearn takes the first of a list of classes whose is_supported says yes, and logs the reasons of
-    the others. It has no releases: this was written for its sources of 2026 (34aed43).
+    the others. Its releases do not have that list: this was written for its sources, as of fc1f41e
+    (attention_bias.py), 4574891 (flash_attention/utils.py) and f4f5bd1 (common.py, layer.py), in
+    which masks come with the positions of rows and keys.
 
     Args:
         implementation, deterministic_backward: of `jax_fa3.dot_product_attention`.
         device: of `jax_fa3.is_supported`: "sm_90" where programs are compiled ahead on a machine
             without such a GPU.
 
-    On the kernels: causal and sliding masks with their target positions, segment ids, sinks, grouped
-    heads, which AXLearn's cuDNN kernel has repeated, and head dims up to 256. Other masks and biases
-    are arrays, as wherever the kernels take one. Decoding and dropout are left to the next of the list,
-    and so is what `is_supported` says no to. AXLearn's remat policies that save "flash_residuals" save
-    what the backward needs.
+    On the kernels: causal and sliding masks, as intervals of keys by their positions, segment ids,
+    sinks, grouped heads, and head dims up to 512. Keys whose positions decrease somewhere give NaN.
+    Other masks and biases are arrays, as wherever the kernels take one. Decoding, paged caches and
+    dropout, for which AXLearn draws the weights, are left to the next of the list, and so is what
+    `is_supported` says no to. AXLearn's remat policies that save "flash_residuals" save what the
+    backward needs.
     """
     flash = "axlearn.common.flash_attention"
-    utils, common = (importlib.import_module(f"{flash}.{x}") for x in ("utils", "common"))
+    kernels = hook(f"{flash}.utils", "BACKENDS")["gpu"]
+    base = hook(f"{flash}.common", "BaseFlashAttention")
     biases: Any = importlib.import_module("axlearn.common.attention_bias")
     options = {
         "implementation": implementation,
@@ -49,17 +55,17 @@ def install(
         "checkpoint_name": CHECKPOINT_NAME,
     }
 
-    class Attention(common.BaseFlashAttention):
+    class Attention(base):
         def name(self) -> str:
             return NAME
 
-        def is_supported(self, input_batch: Any, kv_cache_type: Any = None) -> bool:
+        def is_supported(self, input_batch: Any, kv_cache_type: Any) -> bool:
+            if kv_cache_type is not None or input_batch.get("page_tables") is not None:
+                return self._log_unsupported("it does not decode.")
             if not super().is_supported(input_batch, kv_cache_type):
                 return False
-            if kv_cache_type is not None:
-                return self._log_unsupported("it does not decode.")
             if self.cfg.dropout_rate:
-                return self._log_unsupported("it has no dropout.")
+                return self._log_unsupported("it does not draw AXLearn's dropout.")
             arguments = _arguments(biases, self.cfg, input_batch)
             reason = is_supported(**arguments, device=device, implementation=implementation)
             return reason is None or self._log_unsupported(reason)
@@ -68,8 +74,8 @@ def install(
         def __call__(self, input_batch: Any) -> Array:
             return dot_product_attention(**_arguments(biases, self.cfg, input_batch), **options)
 
-    others = [x for x in utils.BACKENDS["gpu"] if x.__qualname__ != Attention.__qualname__]
-    utils.BACKENDS["gpu"][:] = [Attention, *others]
+    others = [x for x in kernels if x.__qualname__ != Attention.__qualname__]
+    kernels[:] = [Attention, *others]
 
 
 def _arguments(axlearn: Any, cfg: Any, batch: Any) -> dict[str, Any]:
@@ -84,32 +90,23 @@ def _arguments(axlearn: Any, cfg: Any, batch: Any) -> dict[str, Any]:
     causal, sliding, segments, mask, rest = axlearn.split(batch["bias"], *kinds)
     arguments: dict[str, Any] = {"query": query, "key": key, "value": batch["value"]}
     arguments |= {"scale": cfg.softmax_scale, "compute_dtype": query.dtype}
-    ends, begins = [], []  # [B or 1, T], of the masks with positions of rows
-    for bias in (causal, sliding):
-        if not bias.has_value():
-            continue
-        where = _positions(bias.target_positions, query.shape[1])
-        size = getattr(bias, "sliding_window_size", None)
-        if where is None:
-            arguments["is_causal"] = True
-            arguments |= {} if size is None else {"local_window_size": (size, 0)}
-        else:
-            ends.append(where + 1)
-            begins += [] if size is None else [where - size]
-    for name, bounds, tightest in (
-        ("key_begin", begins, jnp.maximum),
-        ("key_end", ends, jnp.minimum),
-    ):
-        if bounds:
-            shape = query.shape[:2]
-            arguments[name] = functools.reduce(
-                tightest, [jnp.broadcast_to(x, shape) for x in bounds]
-            )
+    size = getattr(sliding, "sliding_window_size", None)
+    masks = [mask]
+    if size is None:  # none, or the functions of several windows joined in one
+        masks.append(sliding)
+    else:
+        causal = sliding  # a window is causal, and rows and keys have the same positions in both
+    if causal.has_value():
+        shape = query.shape[:2]
+        intervals = _intervals(causal.target_positions, causal.source_positions, size)
+        bounds = (jnp.broadcast_to(x, shape) for x in intervals)
+        arguments |= zip(("key_begin", "key_end"), bounds, strict=True)
     if segments.has_value():
         ids = segments.segment_ids
         arguments |= {"query_segment_ids": ids, "key_value_segment_ids": ids}
-    if mask.has_value():
-        arguments["mask"] = mask.bool_value()
+    given = [x.bool_value() for x in masks if x.has_value()]
+    if given:
+        arguments["mask"] = functools.reduce(jnp.logical_and, given)
     if rest.has_value():
         arguments["bias"] = rest.value()
     if batch.get("logit_sink") is not None:
@@ -117,8 +114,13 @@ def _arguments(axlearn: Any, cfg: Any, batch: Any) -> dict[str, Any]:
     return arguments
 
 
-def _positions(target_positions: Array | None, rows: int) -> Array | None:
-    """[B, T], of the rows among the keys: [B] is of the first."""
-    if target_positions is None or target_positions.ndim == 2:
-        return target_positions
-    return target_positions[:, None] + jnp.arange(rows)
+def _intervals(rows: Array, keys: Array, size: int | None) -> tuple[Array, Array]:
+    """The keys that are not after each row, and at most size before it: [B or 1, T] each. Of the positions
+    of rows, [B or 1, T], and of keys, [B or 1, S], which must not decrease: where they do rows give NaN."""
+    before, rows = keys[:, None, :], rows[:, :, None]
+    end = (before <= rows).sum(-1, dtype=jnp.int32)
+    begin = jnp.zeros_like(end)
+    if size is not None:
+        begin = (before < rows - size).sum(-1, dtype=jnp.int32)
+    unordered = (keys[:, 1:] < keys[:, :-1]).any(-1, keepdims=True)
+    return marked(unordered, begin, end)

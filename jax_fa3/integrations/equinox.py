@@ -11,7 +11,8 @@ from jax.typing import ArrayLike
 
 from .._arguments import Options
 from .._attention import dot_product_attention
-from ._project import check_version, refuse
+from .._checks import wrong
+from ._project import check_version
 
 
 def multihead_attention(
@@ -33,18 +34,20 @@ def multihead_attention(
 
     Args:
         layer, query, key_, value, mask, inference, process_heads: as for the layer. A mask is an
-            array, as `jax_fa3.dot_product_attention` takes it; is_causal=True and the like need none. Under jax.vmap over the batch all entries are one call of the kernels.
-        key: unused, for dropout is refused.
+            array, as `jax_fa3.dot_product_attention` takes it; is_causal=True and the like need none.
+            Under jax.vmap over the batch all entries are one call of the kernels.
+        key: for the layer's dropout, as often as there, but not of the same weights.
         options: of `jax_fa3.dot_product_attention`, for one sequence: lengths are scalars, segment
             ids, key_begin and key_end [T] or [S]. compute_dtype=jnp.bfloat16 for the kernels: they
             take 16 bits, and the layer is float32 by default.
 
-    Raises NotImplementedError for dropout on the weights.
+    Raises ValueError for dropout without a key.
     """
     check_version("equinox", "0.13.8", "0.13.8")
-    del key
     if layer.dropout.p and not (layer.dropout.inference if inference is None else inference):
-        raise refuse("dropout_p", layer.dropout.p, "0, or inference=True")
+        if key is None:
+            raise wrong("key", None, f"one for dropout of {layer.dropout.p}, or inference=True")
+        options |= {"dropout_rate": layer.dropout.p, "dropout_key": key}
     projections = layer.query_proj, layer.key_proj, layer.value_proj
     heads = [
         jax.vmap(project)(x).reshape(x.shape[0], layer.num_heads, -1)

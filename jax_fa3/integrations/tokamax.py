@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from .. import _arguments, _mask_bits, _tensors
 from .._attention import dot_product_attention
 from .._problem import Implementation
 from ._project import check_version, refuse, refuse_given
@@ -35,7 +36,8 @@ class Attention:
     tokamax's results, but for rows that see no key: they give 0, not the mean of all values. Masks in
     which each row of a batch entry sees one interval of keys, the same for all heads, reach the
     kernels (tokamax's is_causal, local_window_size and sequence lengths; its Mask's causal_mask,
-    k_start, k_end, q_start and q_end); others become a dense mask.
+    k_start, k_end, q_start and q_end) as intervals; others become a dense mask, which the kernels take
+    as bits, in bfloat16 up to head dim 128. Where they might not, "fa3" refuses it.
 
     Calling raises NotImplementedError for what no implementation here has: dropout, paging, quantized
     arrays, logits_dtype other than fp32, two precisions, normalize_output=False, return_residuals,
@@ -83,9 +85,6 @@ class Attention:
 
         batch = q.shape[:-3]
         masks, dense = _masks(mask, is_causal, q, k, q_indices, k_indices)
-        if dense is not None and self.implementation == "fa3":
-            wanted = "one interval of keys per row, the same for all heads"
-            raise refuse("mask", "a dense array, or arrays by head or by query and key", wanted)
 
         def one_batch_axis(x: Array) -> Array:
             """[*#B, N or 1, T or 1, S or 1] to [B or 1, ...]."""
@@ -94,18 +93,23 @@ class Attention:
                 x = jnp.broadcast_to(x, (*batch, *x.shape[-3:]))
             return x.reshape(-1, *x.shape[-3:])
 
+        tensors = [x.reshape(math.prod(batch), *x.shape[-3:]) for x in (q, k, v)]
+        arguments = masks | {
+            "bias": None if bias is None else one_batch_axis(bias),
+            "mask": None if dense is None else one_batch_axis(dense),
+            "scale": logits_scale if _given(logits_scale) else None,
+            "logits_soft_cap": logits_soft_cap,
+            "soft_cap_last": bias is not None and logits_soft_cap is not None,
+        }
+        if dense is not None and self.implementation == "fa3":
+            _check_any_mask(tensors, arguments)
         with _matmul_precision(precision, q.dtype):
             out = dot_product_attention(
-                *(x.reshape(math.prod(batch), *x.shape[-3:]) for x in (q, k, v)),
-                bias=None if bias is None else one_batch_axis(bias),
-                mask=None if dense is None else one_batch_axis(dense),
-                scale=logits_scale if _given(logits_scale) else None,
-                logits_soft_cap=logits_soft_cap,
-                soft_cap_last=bias is not None and logits_soft_cap is not None,
+                *tensors,
                 sharding=q_sharding,
                 implementation=self.implementation,
                 deterministic_backward=self.deterministic_backward,
-                **masks,
+                **arguments,
             )
         return out.reshape(*batch, *out.shape[1:])
 
@@ -126,6 +130,16 @@ def _check(q: Any, k: Any, v: Any, logits_dtype: Any, normalize_output: bool) ->
         raise refuse("logits_dtype", jnp.dtype(logits_dtype), f"{wide}, as scores always have")
     if not normalize_output:
         raise refuse("normalize_output", False, "True")
+
+
+def _check_any_mask(tensors: list[Array], arguments: dict[str, Any]) -> None:
+    """Raises where the kernels might find out, when they run, that they cannot take a dense mask."""
+    operands = _arguments.parse(*_tensors.separate(*tensors), **arguments).operands
+    reason = _mask_bits.refusal(operands)
+    if operands.bias is not None:
+        reason = "mask: got one beside a bias, wanted one of the two"
+    if reason is not None:
+        raise NotImplementedError(reason)
 
 
 def _matmul_precision(precision: Any, dtype: Any) -> contextlib.AbstractContextManager[Any]:

@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from .._arguments import MaskArrays
 from .._checks import Integers, array, static_float, wrong
 from .._problem import Implementations, Window
-from . import _cache, _dropout
+from . import _cache
 from ._cache import Cache
 
 # What the projections leave for the attention's backward. jax.checkpoint with the policy
@@ -113,12 +113,10 @@ def attend(
     positions: Integers | None,
     masks: MaskArrays,
     cache: Cache | None = None,
-    *,
-    sinks: Array | None = None,
-    dropout_key: Callable[[], Any] | None = None,
-    deterministic: bool | None = None,
+    **options: Any,
 ) -> tuple[Array, Cache | None]:
-    """The layer from projection to projection: [..., T, N, H], and the cache with these T keys.
+    """The layer from projection to projection: [..., T, N, H], and the cache with these T keys; options:
+    sinks and dropout, as attention has them.
 
     With a cache the rows are the T positions after those that it holds, and see causally what it
     holds and themselves. If it has no room for them: ValueError, or under jit, where cache_index is
@@ -145,10 +143,9 @@ def attend(
         "local_window_size": layer.local_window_size,
         "logits_soft_cap": layer.logits_soft_cap,
         "scale": layer.scale,
-        "sinks": sinks,
         "deterministic_backward": layer.deterministic_backward,
         "implementation": layer.implementation,
-        **_dropout.arguments(layer, dropout_key, deterministic),
+        **options,
         **masks,
     }
     if masks.get("query_segment_ids") is not None:

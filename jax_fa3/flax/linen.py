@@ -15,7 +15,7 @@ from jax import Array
 from .._attention import dot_product_attention
 from .._checks import Integers, wrong
 from .._problem import Implementations, Window
-from . import _layer
+from . import _dropout, _layer
 from ._cache import Cache
 from ._layer import KernelAxes, MaskArrays
 
@@ -113,10 +113,10 @@ class MultiHeadAttention(nn.Module):
         else:
             if self.decode:
                 self._cache(key, value)
+            dropout = _dropout.arguments(self, lambda: self.make_rng("dropout"), deterministic)
             out, _ = _layer.attend(
-                self, query, key, value, positions, masks, sinks=sinks,
-                dropout_key=lambda: self.make_rng("dropout"), deterministic=deterministic,
-            )  # fmt: skip
+                self, query, key, value, positions, masks, sinks=sinks, **dropout
+            )
         return self._dense(
             "out",
             features if self.out_features is None else self.out_features,
@@ -132,9 +132,7 @@ class MultiHeadAttention(nn.Module):
             raise wrong("decode", "no cache", wanted)
         variables = self._cache(key, value)
         cache = Cache(*(x.value for x in variables))
-        out, cache = _layer.attend(
-            self, query, key, value, positions, masks, cache, sinks=sinks, deterministic=True
-        )
+        out, cache = _layer.attend(self, query, key, value, positions, masks, cache, sinks=sinks)
         assert cache is not None
         for variable, x in zip(variables, cache, strict=True):
             variable.value = x

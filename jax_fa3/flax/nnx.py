@@ -15,7 +15,7 @@ from jax import Array
 from .._attention import dot_product_attention
 from .._checks import Integers, wrong
 from .._problem import Implementations, Window
-from . import _layer
+from . import _dropout, _layer
 from ._cache import Cache
 from ._layer import KernelAxes, MaskArrays
 
@@ -170,18 +170,17 @@ class MultiHeadAttention(nnx.Module):
 
         sinks = None if self.sinks is None else self.sinks[...]
         if not (self.decode if decode is None else decode):
+            dropout_key = None if rngs is None else rngs.dropout
+            dropout = _dropout.arguments(self, dropout_key, deterministic)
             out, _ = _layer.attend(
-                self, query, key, value, positions, masks, sinks=sinks,
-                dropout_key=None if rngs is None else rngs.dropout, deterministic=deterministic,
-            )  # fmt: skip
+                self, query, key, value, positions, masks, sinks=sinks, **dropout
+            )
             return self.out(out)
         variables: Any = self.cached_key, self.cached_value, self.cache_index
         if self.cached_key is None:
             raise wrong("decode", "no cache", "one: call init_cache(inputs.shape) first")
         cache = Cache(*(x[...] for x in variables))
-        out, cache = _layer.attend(
-            self, query, key, value, positions, masks, cache, sinks=sinks, deterministic=True
-        )
+        out, cache = _layer.attend(self, query, key, value, positions, masks, cache, sinks=sinks)
         assert cache is not None
         for variable, x in zip(variables, cache, strict=True):
             variable[...] = x

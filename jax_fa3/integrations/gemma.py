@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
@@ -57,26 +57,27 @@ def interceptor(
         own = type(module) in (older.Attention, newer.Attention)
         if context.method_name != "__call__" or not own:
             return call(*args, **kwargs)
-        return _attend(older, module, options, call, *args, **kwargs)
+        inputs = _Inputs(*args, **kwargs)
+        if inputs.cache is not None or inputs.kv_shared_cache is not None:
+            return call(*args, **kwargs)
+        return _attend(older, module, inputs, options)
 
     return intercept
 
 
-def _attend(
-    gemma: Any,
-    self: Any,
-    options: dict[str, Any],
-    original: Any,
-    x: Array,
-    segment_pos: Array,
-    cache: Any,
-    attn_mask: Array,
-    kv_shared_cache: Any = None,
-) -> Any:
+class _Inputs(NamedTuple):
+    """Of a layer."""
+
+    x: Array
+    segment_pos: Array
+    cache: Any
+    attn_mask: Array
+    kv_shared_cache: Any = None
+
+
+def _attend(gemma: Any, self: Any, inputs: _Inputs, options: dict[str, Any]) -> Any:
     """What a layer returns: a new cache, if it has one without any, and its output."""
-    shared = () if kv_shared_cache is None else (kv_shared_cache,)
-    if cache is not None or shared:
-        return original(x, segment_pos, cache, attn_mask, *shared)
+    x, segment_pos, _, attn_mask, _ = inputs
     newest = hasattr(self, "rope_proportion")  # Gemma 4
     query, key, value = (_heads_of_4 if newest else _heads)(self, x)
     rope: dict[str, Any] = {"base_frequency": self.rope_base_frequency}

@@ -90,8 +90,6 @@ def refusal_of_build(
 ) -> str | None:
     """Why this install has no kernel for these; name: of the argument to blame; wide: whether the
     kernels for heads wider than 256 count."""
-    if not _ffi.kernels():
-        return NO_KERNELS
     built = [(h, v) for kernel, h, v in _ffi.kernels() if kernel == dtype.name]
     built = [dims for dims in built if wide or not _ffi.is_wide(*dims)]
     if not any(h >= head_dim and v >= head_dim_v for h, v in built):

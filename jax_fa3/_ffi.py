@@ -34,14 +34,14 @@ _C = _load()
 
 
 def is_built() -> bool:
-    """Whether this install has the kernels."""
-    return _C is not None
+    """Whether this install has kernels."""
+    return _C is not None and bool(_C.kernels())
 
 
 def kernels() -> list[tuple[str, int, int]]:
     """The kernels as (dtype, greatest head_dim, greatest head_dim_v), in the order of choice; an
-    install without kernels lowers for those of the default build."""
-    return KERNELS if _C is None else _C.kernels()
+    install without kernels, Python alone or of JAX_FA3_CUDA=OFF, lowers for those of the default build."""
+    return (_C and _C.kernels()) or KERNELS
 
 
 def is_wide(head_dim: int, head_dim_v: int) -> bool:

@@ -59,7 +59,9 @@ def warned(text: str):
     assert warning.filename == __file__
 
 
-def test_without_a_gpu_the_platform_decides():
+@pytest.mark.parametrize("kernels", [KERNELS, None, []])
+def test_without_a_gpu_the_platform_decides(machine, kernels):
+    machine(kernels=kernels)
     assert targets(lower(attention(), *arguments())) == [FWD]
     assert targets(lower(attention("fa3"), *arguments())) == [FWD]
     for implementation, platform in [(None, "cpu"), (None, "tpu"), (None, "rocm"), ("xla", "cuda")]:
@@ -104,8 +106,9 @@ def test_hopper_gpu_left_unused(machine):
     assert targets(lower(attention("xla"), *arguments(jnp.float32))) == []  # asked for: no warning
 
 
-def test_hopper_gpu_without_kernels(machine):
-    machine("9.0", kernels=None)
+@pytest.mark.parametrize("kernels", [None, []])  # Python alone, and JAX_FA3_CUDA=OFF
+def test_hopper_gpu_without_kernels(machine, kernels):
+    machine("9.0", kernels=kernels)
     reason = "jax_fa3: got an install without CUDA kernels"
     with warned(reason):
         assert targets(lower(attention(), *arguments())) == []
@@ -180,7 +183,7 @@ def test_is_supported_takes_shapes_values_and_bad_arguments():
 @pytest.mark.parametrize("machines", [[], ["9.0"], ["8.9"], ["9.0", "8.9"]])
 def test_is_supported_on_a_hopper_elsewhere(machine, machines):
     """The arguments alone count, whatever this machine is; without kernels those of the default build."""
-    for kernels in (_ffi.KERNELS, None):
+    for kernels in (_ffi.KERNELS, None, []):
         machine(*machines, kernels=kernels, driver=12000)
         assert (
             jax_fa3.is_supported(*arguments(head_dim=256), is_causal=True, device="sm_90") is None

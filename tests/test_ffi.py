@@ -16,9 +16,7 @@ from jax_fa3._problem import Config, Masks
 
 B, T, S, N, K, H, V = 2, 16, 24, 4, 2, 192, 128
 CONFIG = Config(0.5, (None, None), None, False)
-needs_kernels = pytest.mark.skipif(
-    _ffi._C is None or not _ffi._C.kernels(), reason="no kernels in this install"
-)
+needs_kernels = pytest.mark.skipif(not _ffi.is_built(), reason="no kernels in this install")
 
 
 def struct(*shape: Any, dtype: Any = jnp.bfloat16) -> Any:

@@ -154,8 +154,30 @@ def test_a_policy_that_saves_attention_runs_the_forward_once():
     assert (forwards(adapter.CHECKPOINT_NAME), forwards("mlp_output")) == (1, 2)
 
 
+def test_dropout():
+    """Other weights than EasyDeL's are dropped, with the same mean and spread."""
+    found, options = inputs(SHAPES, jnp.float32), {"causal": True, "dropout_prob": 0.25}
+    exact = attention("vanilla", causal=True)(*found)
+    keys = jax.random.split(jax.random.key(1), 200)
+    off = attention("jax_fa3", **options, dropout_rng=keys[0])(*found)  # deterministic
+    np.testing.assert_allclose(off, exact, atol=1e-5)
+
+    def outs(mechanism: str) -> Any:
+        return jax.lax.map(
+            lambda key: attention(mechanism, **options, deterministic=False, dropout_rng=key)(
+                *found
+            ),
+            keys,
+        )
+
+    ours, theirs = outs("jax_fa3"), outs("vanilla")
+    assert np.abs(ours[0] - ours[1]).max() > 0.1
+    limit = 6 * ours.std(0).max() / np.sqrt(len(keys))
+    np.testing.assert_allclose(ours.mean(0), exact, atol=limit)
+    np.testing.assert_allclose(ours.std(0).mean(), theirs.std(0).mean(), rtol=0.05)
+
+
 REFUSED = {
-    "dropout_prob: got 0.1": {"dropout_prob": 0.1, "deterministic": False},
     "bias: got it beside mask_info": CASES["bias"] | CASES["documents"],
     "cum_seqlens_q: got": {"cum_seqlens_q": jnp.array([0, T])},
     "unnormalized_output: got True": {"normalize_output": False},

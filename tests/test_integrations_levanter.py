@@ -58,6 +58,16 @@ def segments(ids: Any, axis: Any) -> Any:
 ids = np.repeat([[0, 1, 2], [4, 4, 7]], 8, axis=1)
 pair = segments(ids, (Batch, QPos)), segments(ids[:, :20], (Batch, KPos))
 one = segments(ids[0], QPos), segments(ids[0, :20], KPos)
+scattered = (np.indices((24, 20)).sum(0) % 3 == 0) | np.eye(24, 20, dtype=bool)
+scattered[:, 0] = True
+by_head = (np.indices((24, 20, 3)).sum(0) % 2 == 0) | (np.arange(20) == 0)[:, None]
+
+
+def normal(*axes: Any) -> Any:
+    shape = [axis.size for axis in axes]
+    return hax.named(jax.random.normal(jax.random.key(5), shape), axes)
+
+
 CASES = {
     "full": {},
     "causal": {"mask": Mask.causal()},
@@ -68,6 +78,13 @@ CASES = {
     "both sides": {"mask": Mask.bidirectional_sliding_window(6)},
     "segments": {"mask": Mask.causal(segment_ids=pair)},
     "segments of all": {"mask": Mask(segment_ids=one)},
+    "explicit": {"mask": Mask.explicit(hax.named(jnp.asarray(scattered), (QPos, KPos)))},
+    "explicit by head, causal": {
+        "mask": Mask.causal() & Mask.explicit(hax.named(jnp.asarray(by_head), (QPos, KPos, Group)))
+    },
+    "named array": {"mask": hax.named(jnp.asarray(scattered), (QPos, KPos))},
+    "bias": {"mask": Mask.causal(), "bias": normal(KVHeads, Group, QPos, KPos)},
+    "bias of keys": {"bias": normal(Batch, KPos)},
     "soft cap, scale": {"mask": Mask.causal(), "logits_soft_cap": 2.0, "scaling_factor": 0.5},
 }
 
@@ -102,18 +119,34 @@ def test_a_float32_model_reaches_the_kernels_by_attention_dtype():
     assert call(*inputs(SHAPES, jnp.float32)).dtype == jnp.float32
 
 
-REFUSED = {
-    "explicit_mask: got NamedArray": {"mask": Mask.explicit(hax.ones((QPos, KPos), dtype=bool))},
-    "mask: got NamedArray, wanted an AttentionMask": {"mask": hax.ones((QPos, KPos), dtype=bool)},
-    "bias: got NamedArray": {"bias": hax.ones((QPos, KPos))},
-    "dropout: got 0.1": {"dropout": 0.1, "inference": False},
-}
+def test_soft_cap_of_the_sum_with_a_bias():
+    options = {"bias": 3 * normal(QPos, KPos), "logits_soft_cap": 2.0}
+    ours, theirs = (attention(x, **options) for x in ("nvte", "vanilla"))
+    assert_same_as_theirs(ours, theirs, inputs(SHAPES, jnp.float32))
 
 
-@pytest.mark.parametrize("message", REFUSED)
-def test_refused_by_name(message):
-    with pytest.raises(NotImplementedError, match=message):
-        attention("nvte", **REFUSED[message])(*inputs(SHAPES, jnp.float32))
+def test_dropout():
+    options = {"mask": Mask.causal(), "dropout": 0.25, "inference": False}
+    keys, found = jax.random.split(jax.random.key(1), 1000), inputs(SHAPES, jnp.float32)
+    ours, theirs = (
+        jax.vmap(lambda key, name=name: attention(name, prng=key, **options)(*found))(keys)
+        for name in ("nvte", "vanilla")
+    )
+    exact = attention("vanilla", mask=Mask.causal())(*found)
+    assert np.abs(ours[0] - ours[1]).max() > 0.1
+    np.testing.assert_allclose(ours.mean(0), exact, atol=6 * ours.std(0).max() / np.sqrt(1000))
+    np.testing.assert_allclose(ours.std(0).mean(), theirs.std(0).mean(), rtol=0.02)
+    off = attention("nvte", mask=Mask.causal(), dropout=0.25, inference=True)(*found)
+    np.testing.assert_allclose(off, exact, atol=1e-5)
+
+
+def test_values_of_another_axis_are_refused():
+    value = hax.ones((Batch, KPos, KVHeads, D.alias("v")))
+    query, key = (
+        hax.named(x, y) for x, y in zip(inputs(SHAPES, jnp.float32)[:2], AXES[:2], strict=True)
+    )
+    with pytest.raises(NotImplementedError, match="value: got axes .*, wanted d=?.* among them"):
+        lv._te_flash_attention(QPos, KPos, D, query, key, value, scaling_factor=1.0)
 
 
 @pytest.mark.parametrize(

@@ -50,4 +50,4 @@ def refuse_given(**arguments: Any) -> None:
     for name, x in arguments.items():
         if not (x is None or (isinstance(x, (bool, int, float)) and not x)):
             found = type(x).__name__ if hasattr(x, "shape") else repr(x)
-            raise refuse(name, found, "its default: this library does not have it")
+            raise refuse(name, found, "its default: jax_fa3's adapter does not take it")

@@ -28,13 +28,13 @@ def install(
 
     The results are those of EasyDeL's "vanilla", but for rows that see no key: they give 0. Causal
     masks, sliding windows, MaskInfo (segment ids as such, its other masks as dense ones), bias, soft
-    cap, and sinks, those of a head joined; sharded over batch and heads by EasyDeL's own rules, a split
+    cap, dropout (not of the same weights), and sinks, those of a head joined; sharded over batch and heads by EasyDeL's own rules, a split
     sequence is gathered. Scores and softmax are fp32. EasyDeL's remat policies that save "attn_output"
     save what the backward needs.
 
     The operation raises NotImplementedError, while it is traced, for bias beside mask_info (which
-    EasyDeL's implementations read in different ways), dropout, cumulative lengths, unnormalized
-    output, and paged caches.
+    EasyDeL's implementations read in different ways), cumulative lengths, unnormalized output, and
+    paged caches.
     """
     check_version("easydel", "0.3.0", "0.3.0")
     operations: Any = importlib.import_module("easydel.operations")
@@ -80,6 +80,7 @@ _DEFAULTS: dict[str, Any] = {
     "softmax_scale": None,
     "logits_soft_cap": None,
     "dropout_prob": 0.0,
+    "dropout_rng": None,
     "causal": False,
     "sliding_window": None,
     "normalize_output": True,
@@ -93,7 +94,6 @@ def _attend(
 ) -> Array:
     call, (query, key, _) = SimpleNamespace(**_DEFAULTS | arguments), tensors
     refuse_given(
-        dropout_prob=0 if call.deterministic else call.dropout_prob,
         cum_seqlens_q=call.cum_seqlens_q,
         cum_seqlens_k=call.cum_seqlens_k,
         unnormalized_output=not call.normalize_output,
@@ -115,6 +115,8 @@ def _attend(
         sinks=None if aux is None else _joined_sinks(aux, query, key),
         compute_dtype=self.metadata.runtime_dtype,
         sharding=_sharding(self, query),
+        dropout_rate=0 if call.deterministic else call.dropout_prob,
+        dropout_key=None if call.deterministic else call.dropout_rng,
         **_masks(mask_info, query.shape[1], key.shape[1]),
         **options,
     )

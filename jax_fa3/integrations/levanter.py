@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import itertools
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +15,7 @@ from jax import Array
 
 from .._attention import dot_product_attention
 from .._problem import Implementation
-from ._project import check_version, refuse, refuse_given
+from ._project import check_version, refuse
 
 
 def install(
@@ -28,12 +30,12 @@ def install(
 
     Levanter's results, but for rows with a negative segment id, which see nothing and give 0: causal
     masks with offsets, sliding windows (which Levanter's own call of TransformerEngine leaves out),
-    windows to both sides, segment ids, soft cap, several head axes and batch axes. Scores are fp32
-    whatever attention_dtype is; a narrower one than the arrays' is what they are cast to.
+    windows to both sides, segment ids, explicit masks, bias, soft cap, dropout (not of the same
+    weights), several head axes and batch axes. Scores are fp32 whatever attention_dtype is; a narrower
+    one than the arrays' is what they are cast to.
 
     Refused with NotImplementedError, at which Levanter takes its own implementation and warns, or
-    raises if "nvte" was asked for by name: explicit masks, bias, dropout, value with another axis than
-    Key. (Sinks it refuses before.)
+    raises if "nvte" was asked for by name: value with another axis than Key. (Sinks it refuses before.)
     """
     check_version("marin-levanter", "0.2.227", "0.2.227")
     module: Any = importlib.import_module("levanter.layers.attention")
@@ -59,9 +61,6 @@ def _attend(levanter: Any, options: dict[str, Any], call: Any) -> Any:
     exact, and summed in fp32."""
     QPos, KPos, Key, mask = call.QPos, call.KPos, call.Key, call.mask
     query, key, value = named = call.query, call.key, call.value
-    refuse_given(bias=call.bias, dropout=0 if call.inference else call.dropout)
-    if not (mask is None or isinstance(mask, levanter.AttentionMask)):
-        raise refuse("mask", type(mask).__name__, "an AttentionMask")
     if query.resolve_axis(Key) not in value.axes:
         raise refuse("value", f"axes {value.axes}", f"{Key} among them")
     classes = levanter._bin_and_group_axes_by_function(*named, QPos, KPos, Key)
@@ -69,17 +68,22 @@ def _attend(levanter: Any, options: dict[str, Any], call: Any) -> Any:
         levanter._reshape_axes_for_bshd_bins(x, axes).array
         for x, axes in zip(named, classes, strict=True)
     )
-    batch = tuple(classes[0]["B"])
-    masks = (
-        {}
-        if mask is None
-        else _masks(mask, batch, query.resolve_axis(QPos), key.resolve_axis(KPos))
-    )
+    groups = tuple(classes[0]["B"]), tuple(classes[0]["H"])
+    groups += (query.resolve_axis(QPos),), (key.resolve_axis(KPos),)
+    arguments = {}
+    if isinstance(mask, levanter.AttentionMask):
+        arguments = _masks(mask, groups)
+    elif mask is not None:
+        arguments["mask"] = _by_score(mask, groups) != 0
+    if call.bias is not None:
+        arguments |= {"bias": _by_score(call.bias, groups), "soft_cap_last": True}
+    if call.dropout and not call.inference:
+        arguments |= {"dropout_rate": call.dropout, "dropout_key": call.prng}
     out = dot_product_attention(
         *(x.astype(_narrower(q.dtype, call.attention_dtype)) for x in (q, k, v)),
         scale=call.scaling_factor,
         logits_soft_cap=call.logits_soft_cap,
-        **masks,
+        **arguments,
         **options,
     )
     like = levanter.eqx.filter_eval_shape(
@@ -99,20 +103,29 @@ def _narrower(dtype: Any, attention_dtype: Any) -> Any:
     return attention_dtype if narrow else dtype
 
 
-def _masks(mask: Any, batch: tuple[Any, ...], QPos: Any, KPos: Any) -> dict[str, Any]:
+def _by_score(x: Any, groups: tuple[Any, ...]) -> Array:
+    """[1|B, 1|N, 1|T, 1|S] of a named array with some of the axes in these four groups."""
+    given = [group if any(axis in x.axes for axis in group) else () for group in groups]
+    shape = [math.prod(axis.size for axis in group) for group in given]
+    return _array(x, *itertools.chain(*given)).reshape(shape)
+
+
+def _array(x: Any, *axes: Any) -> Array:
+    return x.broadcast_to(axes).rearrange(axes).array
+
+
+def _masks(mask: Any, groups: tuple[Any, ...]) -> dict[str, Any]:
     """The arguments that an AttentionMask, the conjunction of its fields, is here."""
-    refuse_given(explicit_mask=mask.explicit_mask)
-    count, arguments = 1, {}
-    for axis in batch:
-        count *= axis.size
+    batch, _, (QPos,), (KPos,) = groups
+    arguments: dict[str, Any] = {}
 
     def spread(x: Any, *axes: Any) -> Array:
         """[B, ...] of a named array with some of these axes."""
         shape = [axis.size for axis in axes]
-        return (
-            x.broadcast_to((*batch, *axes)).rearrange((*batch, *axes)).array.reshape(count, *shape)
-        )
+        return _array(x, *batch, *axes).reshape(math.prod(axis.size for axis in batch), *shape)
 
+    if mask.explicit_mask is not None:
+        arguments["mask"] = _by_score(mask.explicit_mask, groups) != 0
     if mask.is_causal and mask.causal_offset is None:
         arguments["is_causal"] = True
     elif mask.is_causal:  # windows are not shifted by the offset

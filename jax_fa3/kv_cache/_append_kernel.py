@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from .. import _dispatch, _ffi
 from .._dispatch import ELSEWHERE
 from .._problem import E4M3, Implementation
 from . import _append_ffi, _kernel, _write, _xla
@@ -24,8 +23,6 @@ MOST_NUMBERS = 2**25  # of a row, as cpp/ffi_append.cc has it
 def refusal(key: Array, operands: Operands) -> str | None:
     """Why the kernel cannot take these arguments, and what to do about it; None if it can."""
     cache, tables = operands.caches[0], operands.tables
-    if not _ffi.kernels():
-        return _dispatch.NO_KERNELS
     computes = key.dtype in (jnp.bfloat16, jnp.float16)
     copied = key.dtype in (jnp.float32, E4M3) and key.dtype == cache.dtype
     if not computes and (not copied or tables is not None):

@@ -9,6 +9,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jax_fa3 import fp8
+from jax_fa3.fp8._means import means_of
 
 from . import check
 from .check import Rounding, WrongResult, fetch, nearest
@@ -43,13 +44,19 @@ def dequantized(inputs: Arrays, dtype: DTypeLike) -> Arrays:
     return tuple(_product(*pair, dtype=dtype) for pair in zip(inputs[:3], inputs[3:], strict=True))
 
 
-def _fa3(point: Point, inputs: Arrays) -> Call:
+def _fa3(point: Point, inputs: Arrays, transposed: bool = False) -> Call:
+    """transposed: value as `quantize` writes it for this kernel, the same numbers."""
     attention = partial(
         fp8.quantized_dot_product_attention,
         dtype=jnp.dtype(point.dtype),
         is_causal=point.is_causal,
+        value_transposed=transposed,
         implementation="fa3",
     )
+    if transposed:
+        value = _product(inputs[2], inputs[5], dtype=jnp.float32)
+        value, scale = fp8.quantize(value, quantization="tensor", transposed=True)
+        inputs = (*inputs[:2], value, *inputs[3:5], scale)
     return Call(jax.jit(attention), inputs)
 
 
@@ -85,7 +92,12 @@ def _cudnn(point: Point, inputs: Arrays) -> Call:
     return Call(attention, (*inputs[:3], cudnn_parameters(inputs)))
 
 
-CONTENDERS = {"fa3 fp8": _fa3, "cudnn fp8": _cudnn}
+TRANSPOSED = "fa3 fp8, transposed"
+CONTENDERS = {
+    "fa3 fp8": _fa3,
+    TRANSPOSED: partial(_fa3, transposed=True),
+    "cudnn fp8": _cudnn,
+}
 
 
 def check_forward(point: Point, inputs: Arrays, out: jax.Array) -> float:
@@ -103,12 +115,16 @@ def check_forward(point: Point, inputs: Arrays, out: jax.Array) -> float:
     return check.check_forward(point, dequantized(inputs, jnp.float32), out, rounding)
 
 
+MEANS = "fa3 fp8, means"
+
+
 def _signs(point: Point) -> jax.Array:
     return fp8.random_signs(0, point.head_dim)
 
 
 def preparation(point: Point, name: str, inputs: Arrays) -> Call:
-    """Query and key made incoherent and quantized, value quantized; or a copy of as many bytes."""
+    """Query and key made incoherent and quantized, value quantized; the same with the means of keys and
+    values taken out; or a copy of as many bytes."""
     if name == "copy":
         # With the sign changed: a copy that is no kernel is not among CUPTI's kernel records.
         numbers = jnp.ones(point.moved_bytes() // 8, jnp.float32)
@@ -117,7 +133,11 @@ def preparation(point: Point, name: str, inputs: Arrays) -> Call:
     quantize = partial(fp8.quantize, implementation="fa3")
 
     def prepare(query, key, value, signs):
-        return quantize(query, signs=signs), quantize(key, signs=signs), quantize(value)
+        if name != MEANS:
+            return quantize(query, signs=signs), quantize(key, signs=signs), quantize(value)
+        of_key, of_value = means = means_of(key, value, None)
+        key = quantize(key, signs=signs, mean=of_key)
+        return quantize(query, signs=signs), key, quantize(value, mean=of_value), means
 
     return Call(jax.jit(prepare), (*inputs, _signs(point)))
 
@@ -143,11 +163,18 @@ def check_preparation(point: Point, inputs: Arrays, results) -> float:
     # In fp64: small numbers are sums of large ones, which fp32 does not give to a thousandth.
     transform = np.asarray(_signs(point), np.float64)[:, None] * _hadamard(point.head_dim)
     worst = 0.0
-    for what, x, (x8, scale), matrix in zip(
-        ("query", "key", "value"), inputs, results, (transform, transform, None), strict=True
+    means = (None, *(results[3] if len(results) > 3 else (None, None)))
+    for what, x, (x8, scale), matrix, mean in zip(
+        ("query", "key", "value"),
+        inputs,
+        results[:3],
+        (transform, transform, None),
+        means,
+        strict=True,
     ):
         for b, n in {(0, 0), (x.shape[0] - 1, x.shape[2] - 1)}:
-            truth = fetch(x, b, n) if matrix is None else fetch(x, b, n) @ matrix
+            truth = fetch(x, b, n) - (0 if mean is None else np.asarray(mean[b, n], np.float64))
+            truth = truth if matrix is None else truth @ matrix
             starts = np.arange(0, len(truth), fp8.BLOCK)
             wanted = np.maximum.reduceat(np.abs(truth).max(axis=1), starts) / LARGEST
             got = np.asarray(scale[b, :, n])

@@ -5,7 +5,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import models_report, records
+from . import fp8_report, models_report, records
+from .grid import grid
 
 COLUMN = 22
 OWN_SECTION = ("fp8", "masks", "deterministic", "models", "features")  # the other suites share one
@@ -52,53 +53,6 @@ def over_expected(result: dict[str, Any]) -> float | None:
 def _expectation(result: dict[str, Any]) -> str:
     over = over_expected(result)
     return "" if over is None else f"{over:.3f} of {result['visible_share']:.1%} of the blocks"
-
-
-def _by_length(rows: dict[str, dict[int, str]]) -> list[str]:
-    """A table of these rows, each with its cells by sequence length."""
-    lengths = sorted({n for cells in rows.values() for n in cells})
-    lines = ["| | " + " | ".join(str(n) for n in lengths) + " |", "|---" * (len(lengths) + 1) + "|"]
-    for name, cells in rows.items():
-        lines.append(f"| {name} | " + " | ".join(cells.get(n, "–") for n in lengths) + " |")
-    return lines
-
-
-def _grid(results: Iterable[dict[str, Any]], beside: str | None = None) -> list[str]:
-    """One row per pass, head dim and mask, one column per length: TFLOP/s, ratio to the baseline and,
-    behind a semicolon, to the contender `beside`."""
-    title = {"fwd": "forward", "bwd": "backward", "fwd+bwd": "both", "fp8": "FP8 forward"}
-    rows: dict[str, dict[int, str]] = {}
-    for result in results:
-        record = records.ours(result)
-        cell = "–"
-        if "tflops" in record:
-            ratios = [record["ratio"]] + ([records.ratio(result, beside)] if beside else [])
-            shown = "; ".join("–" if x is None else f"{x:.2f}" for x in ratios)
-            cell = f"{record['tflops']:.0f}" + (f" ({shown})" if any(ratios) else "")
-        name = f"{title[result['pass_name']]}, head dim {result['head_dim']}, {result['mask']}"
-        rows.setdefault(name, {})[result["seqlen"]] = cell
-    return _by_length(rows)
-
-
-def _preparation(results: list[dict[str, Any]]) -> list[str]:
-    """GB/s and ratio to the copy; the time as a share of the attention's on what was prepared."""
-    ms = {
-        (r["head_dim"], r["seqlen"], r["mask"]): records.ours(r).get("ms")
-        for r in results
-        if r["pass_name"] == "fp8"
-    }
-    rows: dict[str, dict[int, str]] = {}
-    for result in (r for r in results if r["pass_name"] == "prepare"):
-        record = records.ours(result)
-        dim, length = result["head_dim"], result["seqlen"]
-        speed = rows.setdefault(f"preparation, head dim {dim}, GB/s", {})
-        share = rows.setdefault(f"its time of the attention's, head dim {dim}, full / causal", {})
-        if "ms" in record:
-            attention = [ms.get((dim, length, mask)) for mask in ("full", "causal")]
-            ratio = "" if record["ratio"] is None else f" ({record['ratio']:.2f})"
-            speed[length] = f"{record['gb_per_s']:.0f}{ratio}"
-            share[length] = " / ".join(f"{record['ms'] / x:.0%}" if x else "–" for x in attention)
-    return _by_length(rows)
 
 
 def _list(results: Iterable[dict[str, Any]]) -> list[str]:
@@ -191,27 +145,13 @@ def markdown(report: dict[str, Any]) -> str:
                 "TFLOP/s, in brackets times as fast as cuDNN (`jax.nn`, in the same rounds); bf16, "
                 f"{shapes}:"
             )
-            blocks.append("\n".join([intro, "", *_grid(results)]))
+            blocks.append("\n".join([intro, "", *grid(results)]))
         elif suite == "models":
             blocks.append(models_report.markdown(results))
         elif suite == "features":
             blocks.append("\n".join([_FEATURES, "", *_beside(results)]))
         elif suite == "fp8":
-            intro = (
-                "TFLOP/s of the attention alone, on inputs that are e4m3 already; in brackets times "
-                "as fast as cuDNN's FP8 (JAX's private API), and as this library in bf16; "
-                f"{shapes}:"
-            )
-            forward = [r for r in results if r["pass_name"] == "fp8"]
-            if forward:
-                blocks.append("\n".join([intro, "", *_grid(forward, beside="fa3")]))
-            intro = (
-                "Preparation: Hadamard transform and quantization of query and key, quantization of "
-                "value. GB/s of 16-bit numbers read and e4m3 numbers written, in brackets as a share "
-                "of what a copy of as many bytes reaches:"
-            )
-            if len(results) > len(forward):
-                blocks.append("\n".join([intro, "", *_preparation(results)]))
+            blocks += fp8_report.tables(results, shapes)
         else:
             blocks.append("\n".join([f"Suite `{suite}`:", "", *_list(results)]))
     return "\n\n".join(blocks) + "\n"

@@ -4,6 +4,7 @@ import fnmatch
 from collections.abc import Iterable
 
 from . import features
+from .fp8 import MEANS, TRANSPOSED
 from .models import models
 from .points import RIVALS, TOKENS, Point, point
 
@@ -124,8 +125,9 @@ def _wide() -> list[Point]:
 
 def _fp8() -> list[Point]:
     """FP8 in the paper's shapes; and what the preparation takes of a copy's bandwidth."""
-    forward = {"contenders": ("fa3 fp8", "cudnn fp8", "fa3"), "baseline": "cudnn fp8"}
-    prepare = {"contenders": ("fa3 fp8", "copy"), "baseline": "copy"}
+    names = "fa3 fp8", TRANSPOSED, "cudnn fp8", "fa3"
+    forward = {"contenders": names, "baseline": "cudnn fp8"}
+    prepare = {"contenders": ("fa3 fp8", MEANS, "copy"), "baseline": "copy"}
     return [
         *(
             point("fp8", d, s, is_causal=is_causal, pass_name="fp8", **forward)

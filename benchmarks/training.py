@@ -84,7 +84,7 @@ def curves(models: list[Contender]) -> dict[str, list[float]]:
     for name, config in models:
         print(name)
         text = example.Text(config)
-        every = max(1, config.steps // 10)
+        every = max(1, config.steps // 20)
         _, losses[name] = example.train(config, example.initialize(config), text, every)
     return losses
 
@@ -145,7 +145,7 @@ def main(argv: list[str] | None = None) -> None:
         packed = [(n, dataclasses.replace(c, packed=True)) for n, c in models if not c.packed]
         report["losses"] = curves(packed)
         for name, losses in report["losses"].items():
-            print(f"{name}: mean loss of the last 20 steps {statistics.mean(losses[-20:]):.4f}")
+            print(f"{name}: mean loss of the last 50 steps {statistics.mean(losses[-50:]):.4f}")
         if args.plot:
             plot(report["losses"], args.plot)
     else:

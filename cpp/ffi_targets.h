@@ -47,6 +47,7 @@ struct Backward : Inputs, HeadArrays {
 struct Fp8Forward : Inputs {
   Array query_scale, key_scale, value_scale, value_mean;
   Array sinks;
+  Array value_transposed;  // in place of value: quantize's transposed
   Array out, lse;
   Array counters, transposed_value;
 };
@@ -54,6 +55,7 @@ struct Fp8Forward : Inputs {
 struct Quantization {
   Array x, signs, lengths, mean;
   Array quantized, scales;
+  Array transposed;  // in place of quantized: [b, n, h, whole blocks of t]
 };
 
 struct BitsOfMask {
@@ -193,13 +195,14 @@ inline Target<Fp8Forward> const kFwdFp8 = {
     {
         JAX_FA3_ROW(Fp8Forward, query, kFloat8E4M3, "btnh"),
         JAX_FA3_ROW(Fp8Forward, key, kFloat8E4M3, "bskh"),
-        JAX_FA3_ROW(Fp8Forward, value, kFloat8E4M3, "bskv"),
+        JAX_FA3_ROW(Fp8Forward, value, kFloat8E4M3, "bskv|0"),
         JAX_FA3_ROW(Fp8Forward, query_scale, kFloat32, "bTn"),
         JAX_FA3_ROW(Fp8Forward, key_scale, kFloat32, "bSk"),
         JAX_FA3_ROW(Fp8Forward, value_scale, kFloat32, "bSk"),
         JAX_FA3_ROW(Fp8Forward, value_mean, kFloat32, "bkv|0"),
         JAX_FA3_MASKS(Fp8Forward),
         JAX_FA3_ROW(Fp8Forward, sinks, kFloat32, "1n|bn|0"),
+        JAX_FA3_ROW(Fp8Forward, value_transposed, kFloat8E4M3, "bkv.|0"),
     },
     {
         JAX_FA3_ROW(Fp8Forward, out, k16BitsOrFloat32, "btnv"),
@@ -218,8 +221,9 @@ inline Target<Quantization> const kQuantize = {
         JAX_FA3_ROW(Quantization, mean, kFloat32, "bnh|0"),
     },
     {
-        JAX_FA3_ROW(Quantization, quantized, kFloat8E4M3, "btnh"),
+        JAX_FA3_ROW(Quantization, quantized, kFloat8E4M3, "btnh|0"),
         JAX_FA3_ROW(Quantization, scales, kFloat32, "bTn"),
+        JAX_FA3_ROW(Quantization, transposed, kFloat8E4M3, "bnh.|0"),
     },
 };
 

@@ -100,13 +100,14 @@ TARGETS = {
         operands=(
             Row("query", FLOAT8),
             Row("key", FLOAT8),
-            Row("value", FLOAT8),
+            Row("value", FLOAT8, optional=True),
             Row("query_scale", FLOAT32),
             Row("key_scale", FLOAT32),
             Row("value_scale", FLOAT32),
             Row("value_mean", FLOAT32, optional=True),
             *MASKS,
             Row("sinks", FLOAT32, optional=True),
+            Row("value_transposed", FLOAT8, optional=True),
         ),
         results=(
             Row("out", SIXTEEN_BITS_OR_FLOAT32),
@@ -122,7 +123,11 @@ TARGETS = {
             Row("lengths", INT32, optional=True),
             Row("mean", FLOAT32, optional=True),
         ),
-        results=(Row("quantized", FLOAT8), Row("scales", FLOAT32)),
+        results=(
+            Row("quantized", FLOAT8, optional=True),
+            Row("scales", FLOAT32),
+            Row("transposed", FLOAT8, optional=True),
+        ),
     ),
     SEGMENT_INTERVALS: Target(
         operands=(Row("query_segment_ids", INT32), Row("key_value_segment_ids", INT32)),

@@ -195,10 +195,19 @@ def right_calls() -> dict[str, Call]:
             fp8_forward(plain), *fp8_operands(T, S, 64), Masks(), None, Struct((1, N), jnp.float32)
         ),
         "fp8 without masks": recorded(fp8_forward(plain), *fp8_operands(T, S, 64), Masks()),
+        "fp8 of transposed value": recorded(
+            lambda x, *y: fp8_forward(plain)((*y[0][:2], _fp8.Transposed(x)), *y[1:]),
+            Struct((B, K, 64, 2 * _fp8.BLOCK), jnp.float8_e4m3fn),
+            *(*fp8_operands(T, _fp8.BLOCK + 1, 64), Masks()),  # one key less is a block less
+        ),
         "quantize": recorded(
             _fp8.quantize, q, Struct((H,), jnp.float32), lengths, Struct((B, N, H), jnp.float32)
         ),
         "quantize alone": recorded(lambda x: _fp8.quantize(x, None, None), q),
+        "quantize transposed": recorded(
+            lambda x: _fp8.quantize(x, None, None, transposed=True)[0],
+            operands_of(length=_fp8.BLOCK + 1)[0],
+        ),
         "jvp": recorded(tangent(every), *operands, masks, *rows[:2], Struct((1, N), jnp.float32)),
         "jvp without masks": recorded(tangent(plain), *operands, Masks(), *rows[:2], None),
         "segment_intervals": recorded(_ffi.segment_intervals, *ids),

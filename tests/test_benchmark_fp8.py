@@ -22,7 +22,7 @@ from benchmarks.suites import select
 
 cudnn = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
 
-NAMES = {"contenders": ("fa3 fp8", "cudnn fp8", "fa3"), "baseline": "cudnn fp8"}
+NAMES = {"contenders": ("fa3 fp8", fp8.TRANSPOSED, "cudnn fp8", "fa3"), "baseline": "cudnn fp8"}
 SMALL = point("fp8", 64, 256, heads=(4, 2), batch=2, is_causal=True, pass_name="fp8", **NAMES)
 PREPARE = point(
     "fp8",
@@ -31,7 +31,7 @@ PREPARE = point(
     heads=(4, 2),
     batch=2,
     pass_name="prepare",
-    contenders=("fa3 fp8", "copy"),
+    contenders=("fa3 fp8", fp8.MEANS, "copy"),
     baseline="copy",
 )
 
@@ -74,12 +74,13 @@ def cudnn_in_numpy(query, key, value, *, scale, mask_type, use_fp8, fp8_params):
 def test_everybody_computes_the_same_and_is_checked(on_xla, monkeypatch):
     monkeypatch.setattr(cudnn, "dot_product_attention", cudnn_in_numpy)
     calls, records = run.prepare(SMALL)
-    assert list(calls) == ["fa3 fp8", "cudnn fp8", "fa3"]
+    assert list(calls) == ["fa3 fp8", "fa3 fp8, transposed", "cudnn fp8", "fa3"]
     assert all(0 < record["error_share"] < 1 for record in records.values())
     assert calls["fa3 fp8"]().dtype == jnp.bfloat16 and calls["cudnn fp8"]().dtype == fp8.E4M3
 
     inputs = contenders.PASSES["fp8"].inputs(SMALL)
     out = calls["fa3 fp8"]()
+    assert jnp.array_equal(out, calls[fp8.TRANSPOSED]())
     fp8.check_forward(SMALL, inputs, out)
     wrong = out * 1.25, out.at[0, 0, 0, 0].set(jnp.nan), jnp.roll(out, 1, axis=1)
     for x in (*wrong, (calls["cudnn fp8"]().astype(jnp.float32) * 1.25).astype(fp8.E4M3)):
@@ -107,10 +108,11 @@ def test_kernels_are_what_is_timed(monkeypatch):
     """Nothing beside them in the calls; and no variant of the error table goes to XLA."""
     hide_gpus(monkeypatch)
     inputs = contenders.PASSES["fp8"].inputs(SMALL)
-    call = fp8.CONTENDERS["fa3 fp8"](SMALL, inputs)
-    text = lower(call.fn, *call.args)
-    assert targets(text) == ["jax_fa3.fwd_fp8.v1"]
-    assert operations(text) - NO_WORK == {"custom_call"}
+    for name in ("fa3 fp8", fp8.TRANSPOSED):
+        call = fp8.CONTENDERS[name](SMALL, inputs)
+        text = lower(call.fn, *call.args)
+        assert targets(text) == ["jax_fa3.fwd_fp8.v1"]
+        assert operations(text) - NO_WORK == {"custom_call"}
     inputs = contenders.PASSES["prepare"].inputs(PREPARE)
     call = fp8.preparation(PREPARE, "fa3 fp8", inputs)
     text = lower(call.fn, *call.args)
@@ -134,7 +136,8 @@ def test_wrong_results_of_ours_stop_the_benchmark(on_xla, monkeypatch):
 
 def test_preparation_is_checked(on_xla, monkeypatch):
     calls, records = run.prepare(PREPARE)
-    assert 0 < records["fa3 fp8"]["error_share"] <= 1
+    for name in ("fa3 fp8", fp8.MEANS):
+        assert 0 < records[name]["error_share"] <= 1
     numbers = 2 * 192 * (4 + 2 + 2) * 64
     assert PREPARE.moved_bytes() == 3 * numbers and PREPARE.flops() == 0
     assert calls["copy"].args[0].nbytes * 2 == PREPARE.moved_bytes()
@@ -177,15 +180,15 @@ def fake_report():
 def test_tables_and_plot(tmp_path):
     made = json.loads(json.dumps(fake_report()))
     text = report.markdown(made)
-    assert "| FP8 forward, head dim 64, causal | 0 (1.20; 1.40) |" in text
+    assert "| FP8 forward, head dim 64, causal | 0 (1.40; 1.60; 1.17) |" in text
     speed = PREPARE.moved_bytes() * 256 / 192 / 0.5e6
-    assert f"| preparation, head dim 64, GB/s | {speed:.0f} (1.20) |" in text
+    assert f"| preparation, head dim 64, GB/s | {speed:.0f} (1.40; 1.17) |" in text
     assert "| its time of the attention's, head dim 64, full / causal | 100% / 100% |" in text
-    assert f"{speed:.0f} GB/s 1.20x" in report.line(made["points"][2], PREPARE.contenders)
+    assert f"{speed:.0f} GB/s 1.40x" in report.line(made["points"][2], PREPARE.contenders)
 
     refused = made["points"][0]["results"]
     refused["cudnn fp8"], refused["fa3 fp8"]["ratio"] = {"refused": "no"}, None
-    assert "causal | 0 (–; 1.40) |" in report.markdown(made)
+    assert "causal | 0 (–; 1.60; 1.17) |" in report.markdown(made)
 
     page = tmp_path / "benchmarks.md"
     sections = [

@@ -199,7 +199,7 @@ def test_lowers_to_the_call_alone():
     text = lower(fp8.quantize, struct())
     assert targets(text) == [QUANTIZE]
     assert operations(text) == {"custom_call", "broadcast_in_dim"}  # the latter: of no elements
-    made = "-> (tensor<2x200x3x64xf8E4M3FN>, tensor<2x2x3xf32>)"
+    made = "-> (tensor<2x200x3x64xf8E4M3FN>, tensor<2x2x3xf32>, tensor<0xf8E4M3FN>)"
     assert (
         f": (tensor<2x200x3x64xbf16>, tensor<0xf32>, tensor<0xi32>, tensor<0xf32>) {made}" in text
     )

@@ -190,7 +190,7 @@ def test_lowers_to_the_call_alone():
     assert targets(text) == [FWD]
     assert operations(text) == {"custom_call", "broadcast_in_dim"}  # the latter: of no elements
     shapes = "2x140x4x64xf8E4M3FN, 2x260x2x64xf8E4M3FN, 2x260x2x64xf8E4M3FN, "
-    shapes += "2x2x4xf32, 2x3x2xf32, 2x3x2xf32, 0xf32, " + "0xi32, " * 5 + "0xf32, "
+    shapes += "2x2x4xf32, 2x3x2xf32, 2x3x2xf32, 0xf32, " + "0xi32, " * 5 + "0xf32, 0xf8E4M3FN, "
     operands = ", ".join(f"tensor<{shape}>" for shape in shapes.split(", ")[:-1])
     made = "tensor<2x140x4x64xbf16>, tensor<2x4x140xf32>, tensor<14xi32>, tensor<2x2x64x384xui8>"
     assert f": ({operands}) -> ({made})" in text

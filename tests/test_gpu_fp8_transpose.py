@@ -1,4 +1,5 @@
-"""The transposition of V for FP8 attention on a Hopper GPU: beside many tiles, or by a kernel before."""
+"""The transposition of V for FP8 attention on a Hopper GPU: as it is quantized, beside many tiles, or by a
+kernel before."""
 
 import functools
 from typing import Any
@@ -6,6 +7,7 @@ from typing import Any
 import fp8_oracle
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from cases import Case
 from helpers import equal
@@ -55,3 +57,41 @@ def test_value_transposed_beside_the_tiles(head_dim: int, mask: Any):
     for _ in range(20):
         for operands, results in calls:
             assert equal(call(*operands), results)
+
+
+@pytest.mark.parametrize("shifted", [False, True], ids=["mean 0", "mean 1"])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("head_dim", [64, 80, 128, 192, 256])
+@pytest.mark.parametrize(
+    ("lengths", "heads"),
+    [((100, 1), (2, 1)), ((300, 450), (4, 2)), ((900, 1500), (32, 8)), ((64, 256), (5, 5))],
+    ids=str,
+)
+def test_value_transposed_as_it_is_quantized(
+    lengths: Any, heads: Any, head_dim: int, dtype: Any, shifted: bool
+):
+    """What comes out is that of value quantized as it stands, bit by bit: with padding that holds NaN,
+    without a mean, and where a block's scale is none."""
+    (length, keys), (n, k) = lengths, heads
+    case = Case("quantized", length, keys, n, k, head_dim)
+    query, key, value = case.inputs(dtype)
+    value = value * 0.3 + 1 if shifted else value
+    if keys > 300:
+        value = value.at[0, keys // 2, 0, 3].set(jnp.inf)
+    counts = jnp.array([keys, keys // 2], jnp.int32)
+    value = value.at[1, keys // 2 :].set(jnp.nan)
+    quantize = functools.partial(fp8.quantize, implementation="fa3")
+    (q8, q_scale), (k8, k_scale) = quantize(query), quantize(key)
+    for mean in (None, jax.random.normal(jax.random.key(0), (2, k, head_dim))):
+        options: Any = {"key_value_seq_lengths": counts, "dtype": dtype, "value_mean": mean}
+        results = []
+        for transposed in (False, True):
+            how: Any = {"lengths": counts, "mean": mean, "transposed": transposed}
+            v8, v_scale = quantize(value, **how)
+            operands = q8, k8, v8, q_scale, k_scale, v_scale
+            found = quantized_attention(*operands, value_transposed=transposed, **options)
+            results.append((*found, v_scale))
+        assert equal(*results)
+        plain = fp8.quantize(value, implementation="xla", **how)
+        different = np.asarray(plain[0], np.float32) != np.asarray(v8, np.float32)
+        assert different.sum() <= max(4, different.size / 1000)

@@ -22,7 +22,8 @@ struct Problem {
   float const* key_scale;    // [b, ceil(s / kBlock), k]
   float const* value_scale;  // [b, ceil(s / kBlock), k]
   float const* value_mean;   // [b, k, v]: what was subtracted from each row of V, or null
-  // Workspace. V^T (transpose.h), e4m3: [b, k, v, ceil(s / kBlock) * kBlock].
+  // V^T (transpose.h), e4m3: [b, k, v, ceil(s / kBlock) * kBlock]. Workspace, unless V came so:
+  // then forward.value is none.
   uint8_t* transposed_value;
   // [2 + b * k * ceil(s / kBlock)]: forward.tile_counter, then Transpose's warp_tile_counter, then
   // its num_done of every block of keys.

@@ -1,5 +1,6 @@
 // Host side of the FP8 forward: Problem -> descriptors and scalars -> the launch of the forward,
-// and before it that of the transposition of V where the forward does not do that itself.
+// and before it that of the transposition of V where that is not done and the forward does not do
+// it.
 #pragma once
 
 #include "fp8/consume.h"
@@ -63,6 +64,10 @@ cudaError_t launch_fwd(Problem const& problem, cudaStream_t stream) {
   JAX_FA3_RETURN_IF_ERROR(make_params<kHeadDim>(problem, &params));
   int num_sms = 0;
   JAX_FA3_RETURN_IF_ERROR(count_sms(&num_sms));
+  if (p.value.data == nullptr) {
+    JAX_FA3_RETURN_IF_ERROR(fwd::reset_counter(params, stream));
+    return fwd::launch_persistent<Traits<kHeadDim>>(params, stream);
+  }
   Transpose& transpose = params.transpose;
   // Tiles that read a block of V, if nothing is masked; a last one with fewer rows does not count.
   int const readers = p.seqlen_q / Traits<kHeadDim>::kBlockM * params.group;

@@ -2,116 +2,24 @@
 #include <cutlass/bfloat16.h>
 
 #include <algorithm>
-#include <cute/arch/mma_sm80.hpp>
 
 #include "common/element.h"
 #include "common/fragment.h"
 #include "common/launch.h"
+#include "fp8/hadamard.h"
 #include "fp8/quantize.h"
 #include "fp8/softmax.h"
+#include "fp8/transpose.h"
 #include "plan.h"
 
 namespace jax_fa3::fp8 {
 namespace {
 
-// The fragment of a warp: 8 rows by 32 columns, of which lane 4 r + q has the 8 columns from 8 q on
-// of row r. A warp has several, next to each other until they fill a row, then below.
-constexpr int kFragmentRows = 8;
-constexpr int kFragmentColumns = 32;
-constexpr int kFragments = 8;       // of a warp
 constexpr int kThreadsPerSm = 512;  // of all its CTAs
 constexpr float kLargestE4m3 = 448.f;
 
 template <int kFragmentsPerRow>
 constexpr int kThreads = kBlock / kFragmentRows * kFragmentsPerRow / kFragments * 32;
-
-// The Hadamard matrix over bits 0, 2, 3 and 4 of a column's number, as operand B of two
-// mma.m16n8k16, each for half of the results. Row 8 w + 2 q + i of the matrix stands for column
-// 8 q + 4 w + i of a fragment, or for that + 2. So the four registers that a lane has loaded are
-// operand A as they are: bit 1 of the column is the upper bit of A's row.
-template <class Element>
-struct Hadamard16 {
-  uint32_t operand_b[2][2];  // [half of the results][w]
-
-  // With a transform of 16 columns, bit 4 is left out.
-  __device__ explicit Hadamard16(int transform) {
-    int const lane = threadIdx.x % 32;
-    int const bits = transform < 32 ? 7 : 15;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-#pragma unroll
-      for (int w = 0; w < 2; ++w) {
-        float entries[2];
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          int const row = lane % 4 << 2 | w << 1 | i;  // bits 4, 3, 2, 0 of its column
-          int const column = lane / 8 << 2 | half << 1 | lane / 4 % 2;
-          bool const zero = ((row ^ column) & ~bits) != 0;
-          entries[i] = zero ? 0.f : __popc(row & column & bits) % 2 == 0 ? 1.f : -1.f;
-        }
-        operand_b[half][w] = pack<Element>(entries[0], entries[1]);
-      }
-    }
-  }
-
-  // A lane's 8 columns.
-  __device__ void multiply(uint4 const& x, float (&out)[8]) const {
-    using Mma = std::conditional_t<std::is_same_v<Element, cutlass::bfloat16_t>,
-                                   cute::SM80_16x8x16_F32BF16BF16F32_TN,
-                                   cute::SM80_16x8x16_F32F16F16F32_TN>;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float* const part = out + 4 * half;
-      Mma::fma(part[0], part[1], part[2], part[3], x.x, x.y, x.z, x.w, operand_b[half][0],
-               operand_b[half][1], 0.f, 0.f, 0.f, 0.f);
-    }
-  }
-};
-
-__device__ __forceinline__ void butterfly(float& a, float& b) {
-  float const sum = a + b;
-  b = a - b;
-  a = sum;
-}
-
-// The steps of a Walsh-Hadamard transform of each `size` columns (a power of two from 16 on) that
-// Hadamard16 leaves: over bit 1 of the column, and over the bits from 5 on.
-template <int kFragmentsPerRow>
-__device__ __forceinline__ void finish_hadamard(float (&x)[kFragments][8], int size) {
-#pragma unroll
-  for (int fragment = 0; fragment < kFragments; ++fragment) {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      if ((i & 2) == 0) butterfly(x[fragment][i], x[fragment][i + 2]);
-    }
-  }
-#pragma unroll
-  for (int step = 1; step < kFragmentsPerRow; step *= 2) {
-    if (size >= 2 * step * kFragmentColumns) {
-#pragma unroll
-      for (int fragment = 0; fragment < kFragments; ++fragment) {
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          if ((fragment & step) == 0) butterfly(x[fragment][i], x[fragment + step][i]);
-        }
-      }
-    }
-  }
-}
-
-// The sign bits of +1 and -1 in pairs, as they are in 16-bit elements: xor multiplies by the signs.
-__device__ __forceinline__ uint4 sign_bits(Quantize const& p, int first_column) {
-  uint32_t pairs[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    int const column = first_column + 2 * i;
-    bool const exists = column < p.head_dim;
-    uint32_t const even = exists ? __float_as_uint(p.signs[column]) : 0;
-    uint32_t const odd = exists ? __float_as_uint(p.signs[column + 1]) : 0;
-    pairs[i] = (even & 0x80000000u) >> 16 | (odd & 0x80000000u);
-  }
-  return uint4{pairs[0], pairs[1], pairs[2], pairs[3]};
-}
 
 // Where a thread's elements are: in global memory, and on their way from there in shared memory, in
 // slots that no other thread uses.
@@ -162,6 +70,9 @@ struct Tiling {
   __device__ uint4* slot(int stage, int fragment) const {
     return loaded + (stage * kFragments + fragment) * kThreads<kFragmentsPerRow> + threadIdx.x;
   }
+  using Tile = ValueTile<kFragmentsPerRow * kFragmentColumns / 4>;
+  static_assert(sizeof(uint32_t) * Tile::kWords <=
+                sizeof(uint4) * kFragments * kThreads<kFragmentsPerRow>);
 
   // Starts to load the thread's elements, rows past the length as 0.
   __device__ void load(Coord const& coord, int stage) const {
@@ -179,6 +90,31 @@ struct Tiling {
     if (exists(coord, fragment, p.seqlen)) {
       *reinterpret_cast<uint2*>(p.out + offset(coord, fragment)) = elements;
     }
+  }
+
+  // Stores a block of a head, transposed, by way of the memory of a stage that all have read.
+  __device__ __forceinline__ void store_transposed(int block, int batch, int stage,
+                                                   uint2 const (&elements)[kFragments],
+                                                   bool valid) const {
+    static_assert(kThreads<kFragmentsPerRow> == Tile::kVec4s * 8);
+    int thread;  // read anew: else ptxas keeps what is computed of it in registers throughout
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    auto* const tile =
+        reinterpret_cast<uint32_t*>(loaded + stage * kFragments * kThreads<kFragmentsPerRow>);
+#pragma unroll
+    for (int fragment = 0; fragment < kFragments; ++fragment) {
+      int const key = thread / 32 * kWarpRows + thread % 32 / 4 + rows_to(fragment);
+      int const vec4 = thread % 4 * 2 + columns_to(fragment) / 4;
+      *reinterpret_cast<uint2*>(tile + Tile::index(key, vec4)) =
+          valid ? elements[fragment] : uint2{0, 0};
+    }
+    __syncthreads();
+    int64_t const row_bytes = int64_t{blocks_per_head} * kBlock;
+    int64_t const head = int64_t{batch} * p.num_heads + block % p.num_heads;
+    uint8_t* const out = p.transposed + head * p.head_dim * row_bytes +
+                         int64_t{block / p.num_heads % blocks_per_head} * kBlock;
+    store_columns<Tile::kVec4s>(tile, thread % 8, thread / 8, p.head_dim, row_bytes, out);
+    __syncthreads();  // before the memory is a stage again
   }
 };
 
@@ -341,16 +277,22 @@ __global__ void __launch_bounds__(kThreads<kFragmentsPerRow>,
     float const checked = largest < INFINITY ? scale : NAN;  // a comparison with NaN is false
     float const factor = norm * __frcp_rn(checked);
     if (threadIdx.x == 0) p.scales[block] = checked;  // [b, blocks, n], as `block` counts them
+    uint2 packed[kFragments];
 #pragma unroll
     for (int fragment = 0; fragment < kFragments; ++fragment) {
-      uint32_t packed[2];
+      float const* const own = x[fragment];
+      packed[fragment] = {
+          pack_e4m3(own[0] * factor, own[1] * factor, own[2] * factor, own[3] * factor),
+          pack_e4m3(own[4] * factor, own[5] * factor, own[6] * factor, own[7] * factor)};
+    }
+    if (p.transposed == nullptr) {
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        float const* const four = &x[fragment][4 * i];
-        packed[i] =
-            pack_e4m3(four[0] * factor, four[1] * factor, four[2] * factor, four[3] * factor);
+      for (int fragment = 0; fragment < kFragments; ++fragment) {
+        tiling.store(coord, fragment, packed[fragment]);
       }
-      tiling.store(coord, fragment, uint2{packed[0], packed[1]});
+    } else {
+      // The attention wants zeros where a scale is none (transpose.h).
+      tiling.store_transposed(block, coord.batch, stage, packed, checked > 0.f);
     }
   }
 }

@@ -17,8 +17,10 @@ struct Quantize {
   float const* signs;  // [h], of +1 and -1 (their sign bit is read), or null: no transform
   int const* lengths;  // [b], or null: t. Rows from there on count as 0
   float const* mean;   // [b, n, h], or null: subtracted before the transform from rows that count
-  uint8_t* out;        // [b, t, n, h]
-  float* scales;       // [b, ceil(t / kBlock), n]: x = scale * out, NaN where a row is not finite
+  uint8_t* out;        // [b, t, n, h], or
+  uint8_t*
+      transposed;  // [b, n, h, ceil(t / kBlock) * kBlock], as V (transpose.h); the other is null
+  float* scales;   // [b, ceil(t / kBlock), n]: x = scale * out, NaN where a row is not finite
 };
 
 #ifdef JAX_FA3_HAS_FP8

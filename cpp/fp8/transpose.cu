@@ -15,9 +15,8 @@ __global__ void __launch_bounds__(kThreads)
     transpose_kernel(__grid_constant__ Transpose const params) {
   constexpr int kVec4s = kColumns / 4;
   cudaTriggerProgrammaticLaunchCompletion();  // the forward may start where an SM has room
-  // After each 16 keys 16 bytes are left empty: then no two lanes read from one bank.
-  __shared__ alignas(16) uint32_t tile[kBlock * kVec4s + kBlock / 16 * 4];
-  auto const index_of = [](int key, int vec4) { return key * kVec4s + key / 16 * 4 + vec4; };
+  using Tile = ValueTile<kVec4s>;
+  __shared__ alignas(16) uint32_t tile[Tile::kWords];
   int const num_columns = (params.head_dim + kColumns - 1) / kColumns;
   int const column = blockIdx.x % num_columns * kColumns;
   KeyBlock const block = key_block(params, static_cast<int>(blockIdx.x) / num_columns);
@@ -40,33 +39,15 @@ __global__ void __launch_bounds__(kThreads)
   }
 #pragma unroll
   for (int i = 0; i < kLoads; ++i) {
-    *reinterpret_cast<uint4*>(tile + index_of(key_of(i), vector * 4)) =
+    *reinterpret_cast<uint4*>(tile + Tile::index(key_of(i), vector * 4)) =
         valid ? data[i] : uint4{0, 0, 0, 0};
   }
   __syncthreads();
 
-  // A thread takes 16 keys of 4 columns; 8 neighbours write 128 bytes of each column.
-  int const group = threadIdx.x % 8;
-  int64_t const row_bytes = row_bytes_of(params);
+  uint8_t* const out = block_of_out(params, block) + column * row_bytes_of(params);
   for (int vec4 = threadIdx.x / 8; vec4 < kVec4s; vec4 += kThreads / 8) {
-    uint32_t out[4][4];  // [column][slots 4 c + {0, 1, 2, 3}]
-#pragma unroll
-    for (int c = 0; c < 4; ++c) {
-      int const key = group * 16 + 2 * c;
-      uint32_t const rows[4] = {tile[index_of(key, vec4)], tile[index_of(key + 1, vec4)],
-                                tile[index_of(key + 8, vec4)], tile[index_of(key + 9, vec4)]};
-      uint32_t columns[4];
-      transpose_4x4(rows, columns);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) out[i][c] = columns[i];
-    }
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      int const target = column + vec4 * 4 + i;
-      if (target >= params.head_dim) break;
-      uint8_t* const bytes = block_of_out(params, block) + target * row_bytes + group * 16;
-      *reinterpret_cast<uint4*>(bytes) = uint4{out[i][0], out[i][1], out[i][2], out[i][3]};
-    }
+    store_columns<kVec4s>(tile, threadIdx.x % 8, vec4, params.head_dim - column,
+                          row_bytes_of(params), out);
   }
 }
 

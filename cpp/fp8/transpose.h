@@ -9,10 +9,10 @@
 // A block whose scale is invalid becomes 0, too: rows that see it are NaN by their scores (load.h),
 // and rows that do not see it must not become NaN by 0 times it.
 //
-// Two ways: transpose_kernel in transpose.cu, before the forward; or where many tiles read each
-// block of V, the forward itself, in the order in which tiles need it. Then each consumer warp does
-// a little at the start, and the producer's two spare warps the rest (transpose_all()) while the
-// tensor cores work on what is done.
+// Three ways: quantize writes V so (quantize.cu); or transpose_kernel in transpose.cu, before the
+// forward; or where many tiles read each block of V, the forward itself, in the order in which
+// tiles need it. Then each consumer warp does a little at the start, and the producer's two spare
+// warps the rest (transpose_all()) while the tensor cores work on what is done.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -59,6 +59,19 @@ inline constexpr int kWarpTileColumns = 32;
 JAX_FA3_HOST_DEVICE constexpr int warp_tiles_of_block(int head_dim) {
   return kBlock / kWarpTileKeys * ((head_dim + kWarpTileColumns - 1) / kWarpTileColumns);
 }
+
+// A block of V in shared memory, words of 4 columns of one key: where a word is. After each 16 keys
+// 16 bytes are left empty, and words change places by eights: no two lanes read from one bank, nor
+// write to one if they have 8 columns each of rows next to each other.
+template <int kVec4s_>
+struct ValueTile {
+  static constexpr int kVec4s = kVec4s_;
+  static constexpr int kWords = kBlock * kVec4s + kBlock / 16 * 4;
+  __device__ static constexpr int index(int key, int vec4) {
+    int const eights = kVec4s >= 32 ? key % 4 : key / 2 % 2;
+    return key * kVec4s + key / 16 * 4 + (vec4 ^ eights * 8);
+  }
+};
 
 // 4 rows of 4 bytes to 4 columns of 4 bytes.
 __device__ __forceinline__ void transpose_4x4(uint32_t const (&rows)[4], uint32_t (&columns)[4]) {
@@ -127,6 +140,31 @@ __device__ __forceinline__ void transpose_warp_tile(Transpose const& params, Key
       auto* const address = target + (half * 4 + i) * row_bytes;
       *reinterpret_cast<uint2*>(address) = uint2{slots[0][i], slots[1][i]};
     }
+  }
+}
+
+// Stores 16 keys (group * 16 on) of 4 columns of a block in shared memory; 8 neighbouring threads,
+// each with a group, write 128 bytes of each column. `out`: of the block's first key and column.
+template <int kVec4s>
+__device__ __forceinline__ void store_columns(uint32_t const* tile, int group, int vec4,
+                                              int num_columns, int64_t row_bytes, uint8_t* out) {
+  uint32_t slots[4][4];  // [column][slots 4 c + {0, 1, 2, 3}]
+#pragma unroll
+  for (int c = 0; c < 4; ++c) {
+    auto const word = [&](int i) {
+      return tile[ValueTile<kVec4s>::index(group * 16 + 2 * c + i, vec4)];
+    };
+    uint32_t columns[4];
+    transpose_4x4({word(0), word(1), word(8), word(9)}, columns);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) slots[i][c] = columns[i];
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    int const column = vec4 * 4 + i;
+    if (column >= num_columns) break;
+    auto* const address = reinterpret_cast<uint4*>(out + column * row_bytes + group * 16);
+    *address = uint4{slots[i][0], slots[i][1], slots[i][2], slots[i][3]};
   }
 }
 

@@ -15,7 +15,7 @@ from .._operands import Operands, Rows, batch_letters
 from .._plain import backward_by_rows
 from .._problem import Config, Masks
 from . import _ffi, _quantize, _xla
-from ._means import log_sum_exp, mean_of
+from ._means import log_sum_exp, mean_of, means_of
 from ._quantize import Quantization, Unquantized
 
 
@@ -57,10 +57,13 @@ def by_operand(
     query, key, value = operands.split()
     signs, tops = preparation.signs, preparation.tops or (None, None, None)
     key_lengths = masks.key_value_seq_lengths
-    key_mean, value_mean = (
-        mean_of(x, key_lengths) if wanted else None
-        for x, wanted in zip((key, value), smooth, strict=True)
-    )
+    if all(smooth):
+        key_mean, value_mean = means_of(key, value, key_lengths)
+    else:
+        key_mean, value_mean = (
+            mean_of(x, key_lengths) if wanted else None
+            for x, wanted in zip((key, value), smooth, strict=True)
+        )
     return (
         Unquantized(query, signs, masks.query_seq_lengths, tops[0]),
         Unquantized(key, signs, key_lengths, tops[1], key_mean),
@@ -78,8 +81,13 @@ def _quantize_and_attend(
     preparation: Preparation,
     masks: Masks,
 ) -> tuple[Array, Array]:
-    query, key, value = each = by_operand(operands, preparation, masks, smooth)
-    tensors, scales = zip(*(quantize(quantization, x) for x in each), strict=True)
+    query, key, value = by_operand(operands, preparation, masks, smooth)
+    # Where XLA quantizes, for coarser scales are not the kernel's, it is slower to transpose.
+    transposed = quantize is _quantize.kernel and quantization == "block"
+    each = (query, False), (key, False), (value, transposed)
+    tensors, scales = zip(*(quantize(quantization, how, x) for x, how in each), strict=True)
+    if transposed:
+        tensors = *tensors[:2], _ffi.Transposed(tensors[2])
     out, lse = attend(config, query.x.dtype, tensors, scales, masks, value.mean, operands.sinks)
     return out, lse if key.mean is None else log_sum_exp(lse, config, query.x, key.mean)
 

@@ -12,7 +12,7 @@ from .. import _dispatch
 from .._checks import array, wrong
 from .._operands import Call
 from .._problem import E4M3
-from ._ffi import blocks
+from ._ffi import BLOCK, blocks
 
 
 def refusal(call: Call) -> str | None:
@@ -74,6 +74,18 @@ def checked_mean(name: str, mean: Any, shape: tuple[int, ...]) -> Array | None:
     if mean.shape != wanted or not jnp.issubdtype(mean.dtype, jnp.floating):
         raise wrong(name, f"{mean.dtype}{list(mean.shape)}", f"float32{list(wanted)}")
     return mean.astype(jnp.float32)
+
+
+def checked_transposed(value: Array, key_shape: tuple[int, ...]) -> Array:
+    """value as quantize(transposed=True) gives it, beside a key of this shape; whose checks come later."""
+    if len(key_shape) < 3:
+        return value
+    *batch, length, heads, head_dim = key_shape
+    wanted = *batch, heads, head_dim, blocks(length) * BLOCK
+    if value.shape != wanted:
+        form = "[B, K, V, blocks of S * 128]" if batch else "[K, V, blocks of S * 128]"
+        raise wrong("value", f"shape {value.shape}", f"{wanted}, {form} beside value_transposed")
+    return value
 
 
 def checked_result_dtype(dtype: Any) -> np.dtype:

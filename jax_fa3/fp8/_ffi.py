@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,10 +17,16 @@ from .._targets import FWD_FP8, QUANTIZE
 BLOCK = 128
 
 
+class Transposed(NamedTuple):
+    """Value as the kernel wants it, in place of [B, S, K, V] (_transposed.py). A pytree."""
+
+    value: Array  # e4m3 [B, K, V, blocks of S * BLOCK]
+
+
 def fwd(
     config: Config,
     dtype: np.dtype,
-    tensors: tuple[Array, Array, Array],
+    tensors: tuple[Array, Array, Array | Transposed],
     scales: tuple[Array, Array, Array],
     masks: Masks,
     value_mean: Array | None = None,
@@ -28,23 +36,25 @@ def fwd(
 
     Args:
         dtype: bf16, fp16 or fp32.
-        tensors: query, key and value, e4m3 [B, T, N, H], [B, S, K, H], [B, S, K, H].
+        tensors: query, key and value, e4m3 [B, T, N, H], [B, S, K, H], [B, S, K, H], or Transposed.
         scales: theirs, fp32 [B, blocks of T, N], [B, blocks of S, K] twice.
         value_mean: fp32 [B, K, H], added to every row of value.
         sinks: fp32 [1 or B, N].
     """
     query, key, value = tensors
     query_scale, key_scale, value_scale = scales
-    batch, length, heads, _ = query.shape
-    _, key_length, kv_heads, head_dim_v = value.shape
+    batch, length, heads, head_dim_v = query.shape  # the kernel takes H = V
+    _, key_length, kv_heads, _ = key.shape
     columns = blocks(key_length) * BLOCK
+    given = isinstance(value, Transposed)
+    of_value = jax.ShapeDtypeStruct((batch, kv_heads, head_dim_v, columns), jnp.uint8)
     results = {
         "out": jax.ShapeDtypeStruct((batch, length, heads, head_dim_v), dtype),
         "lse": jax.ShapeDtypeStruct((batch, heads, length), jnp.float32),
         # Of tiles, of what is transposed, and of that in each block.
         "counters": jax.ShapeDtypeStruct((2 + batch * kv_heads * blocks(key_length),), jnp.int32),
         # V with its keys innermost, as FP8 WGMMA wants it.
-        "transposed_value": jax.ShapeDtypeStruct((batch, kv_heads, head_dim_v, columns), jnp.uint8),
+        "transposed_value": jax.ShapeDtypeStruct((0,), jnp.uint8) if given else of_value,
     }
     found = custom_call(
         FWD_FP8,
@@ -52,22 +62,28 @@ def fwd(
         attributes_of(config, (heads, kv_heads), (0, 0, 0), head_dim_v),
         query=query,
         key=key,
-        value=value,
+        value=None if given else value,
         query_scale=query_scale,
         key_scale=key_scale,
         value_scale=value_scale,
         value_mean=value_mean,
         **masks._asdict(),
         sinks=sinks,
+        value_transposed=value.value if given else None,
     )
     return found["out"], found["lse"]
 
 
 def quantize(
-    x: Array, signs: Array | None, lengths: Array | None, mean: Array | None = None
+    x: Array,
+    signs: Array | None,
+    lengths: Array | None,
+    mean: Array | None = None,
+    *,
+    transposed: bool = False,
 ) -> tuple[Array, Array]:
-    """The kernel for _quantize.plain with one scale per block: e4m3 [B, T, N, H] and its scales, fp32
-    [B, blocks of T, N].
+    """The kernel for _quantize.plain with one scale per block: e4m3 [B, T, N, H], or transposed, and its
+    scales, fp32 [B, blocks of T, N].
 
     Args:
         x: bf16 or fp16 [B, T, N, H].
@@ -75,13 +91,17 @@ def quantize(
         lengths: int32 [B].
         mean: fp32 [B, N, H].
     """
-    batch, length, heads, _ = x.shape
+    batch, length, heads, head_dim = x.shape
+    count = blocks(length)
+    name, shape = "quantized", x.shape
+    if transposed:
+        name, shape = "transposed", (batch, heads, head_dim, count * BLOCK)
     results = {
-        "quantized": jax.ShapeDtypeStruct(x.shape, jnp.float8_e4m3fn),
-        "scales": jax.ShapeDtypeStruct((batch, blocks(length), heads), jnp.float32),
+        name: jax.ShapeDtypeStruct(shape, jnp.float8_e4m3fn),
+        "scales": jax.ShapeDtypeStruct((batch, count, heads), jnp.float32),
     }
     found = custom_call(QUANTIZE, results, {}, x=x, signs=signs, lengths=lengths, mean=mean)
-    return found["quantized"], found["scales"]
+    return found[name], found["scales"]
 
 
 def blocks(length: int) -> int:

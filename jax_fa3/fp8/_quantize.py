@@ -14,7 +14,7 @@ from .._checks import Integers, array, integers, wrong
 from .._integers import clamped
 from .._jitted import jitted
 from .._problem import E4M3_MAX, Implementation, Implementations
-from . import _ffi
+from . import _ffi, _transposed
 from ._checks import check_not_quantized, checked_mean, refusal_of_head_dim
 from ._ffi import BLOCK, blocks
 from ._hadamard import check_head_dim, checked_signs, transform
@@ -39,6 +39,7 @@ def quantize(
     quantization: Quantization = "block",
     signs: ArrayLike | None = None,
     mean: ArrayLike | None = None,
+    transposed: bool = False,
     implementation: Implementations | None = None,
 ) -> tuple[Array, Array]:
     """x as e4m3 numbers times fp32 scales: scale * quantized is x, rounded.
@@ -57,12 +58,15 @@ def quantize(
         mean: fp32 [B, N, H], or [N, H], subtracted from each row before all else, such as `token_mean`
             gives. Without key's mean scores change by a constant of the row, query @ mean * scale, which
             the log-sum-exp lacks; value's goes to `quantized_dot_product_attention`, which adds it again.
+        transposed: for value: in the form in which the attention's kernel reads it, which spares that
+            kernel a pass over it (`quantized_dot_product_attention`'s value_transposed).
         implementation: "fa3", the kernel, "xla", plain JAX, or whichever
             `jax_fa3.dot_product_attention` would choose (None, or a sequence; plain JAX for "head"
             and "tensor").
 
     Returns:
-        quantized: float8_e4m3fn, x's shape, computed in fp32 and rounded to nearest even.
+        quantized: float8_e4m3fn, x's shape, computed in fp32 and rounded to nearest even. Transposed:
+            [B, N, H, ceil(T / 128) * 128] or without B, rows innermost in an order of the kernel's own.
         scales: fp32 [B, ceil(T / 128), N], or without B, whichever numbers share one.
         Where a NaN or an infinity is among the numbers of a scale, it is NaN, and so are they.
 
@@ -95,14 +99,17 @@ def quantize(
         raise NotImplementedError(f"quantization: got {quantization!r}, {wanted}")
     else:
         chosen = "xla"
-    quantized, scales = _quantize(chosen, quantization, whole, flips, counts, center)
+    if not isinstance(transposed, bool):
+        raise wrong("transposed", repr(transposed), "True or False")
+    how = quantization, transposed
+    quantized, scales = _quantize(chosen, how, whole, flips, counts, center)
     return (quantized, scales) if batched else (quantized[0], scales[0])
 
 
 @jitted(static=2)
 def _quantize(
     implementation: Implementation | None,
-    quantization: Quantization,
+    how: tuple[Quantization, bool],
     x: Array,
     signs: Array | None,
     lengths: Array | None,
@@ -111,28 +118,30 @@ def _quantize(
     x = _guards.quantized(x)
     signs = None if signs is None else _guards.quantized(signs)[None]
     given = Unquantized(x, signs, lengths, mean=None if mean is None else _guards.quantized(mean))
-    if quantization == "tensor":
+    if how[0] == "tensor":
         given = given._replace(top=whole_top(given))
     all_letters = zip(given, ("b.n.", "..", "b", "...", "bn."), strict=True)
     letters = tuple(None if x is None else dims for x, dims in all_letters)
-    static = implementation, kernel, plain, (quantization,), (letters,), ("b.n.", "b.n")
+    made = "bn.." if how[1] else "b.n."
+    static = implementation, kernel, plain, how, (letters,), (made, "b.n")
     quantized, scales = _dispatch.run(*static, given)
     return quantized, scales
 
 
-def kernel(quantization: Quantization, given: Unquantized) -> tuple[Array, Array]:
+def kernel(quantization: Quantization, transposed: bool, given: Unquantized) -> tuple[Array, Array]:
     """`plain` by the kernel, where that does it."""
     if quantization != "block":
-        return plain(quantization, given)
+        return plain(quantization, transposed, given)
     x, signs, lengths, _, mean = given
     if signs is not None and signs.shape[0] > 1:  # under vmap; the kernel takes the same for all
         mean = None if mean is None else mean * signs[:, None]
         x, signs = x * signs[:, None, None].astype(x.dtype), jnp.ones_like(signs)
-    return _ffi.quantize(x, None if signs is None else signs[0], lengths, mean)
+    signs = None if signs is None else signs[0]
+    return _ffi.quantize(x, signs, lengths, mean, transposed=transposed)
 
 
-def plain(quantization: Quantization, given: Unquantized) -> tuple[Array, Array]:
-    """e4m3 [B, T, N, H] and its scales, fp32 [B, blocks of T, N]."""
+def plain(quantization: Quantization, transposed: bool, given: Unquantized) -> tuple[Array, Array]:
+    """e4m3 [B, T, N, H], or transposed, and its scales, fp32 [B, blocks of T, N]."""
     batch, length, heads, head_dim = given.x.shape
     count, top = blocks(length), given.top
     x = _prepared(given)
@@ -148,7 +157,8 @@ def plain(quantization: Quantization, given: Unquantized) -> tuple[Array, Array]
     x = jnp.clip(x / scales[:, :, None, :, None], -E4M3_MAX, E4M3_MAX)
     x = x.reshape(batch, count * BLOCK, heads, head_dim)[:, :length]
     # The barrier keeps XLA from dropping this conversion and that back, which it may do to be exact.
-    return lax.optimization_barrier(x.astype(jnp.float8_e4m3fn)), scales
+    x = lax.optimization_barrier(x.astype(jnp.float8_e4m3fn))
+    return (_transposed.transposed(x, scales) if transposed else x), scales
 
 
 def whole_top(given: Unquantized) -> Array:

@@ -19,13 +19,21 @@ from .._checks import array, wrong
 from .._operands import Operands, batch_letters
 from .._problem import Masks
 from . import _ffi, _xla
-from ._checks import check_e4m3, checked_mean, checked_result_dtype, checked_scale, refusal
+from ._checks import (
+    check_e4m3,
+    checked_mean,
+    checked_result_dtype,
+    checked_scale,
+    checked_transposed,
+    refusal,
+)
 from ._means import refuse_smoothing
 
 
 class _Options(Options, total=False):
     dtype: DTypeLike
     value_mean: ArrayLike | None
+    value_transposed: bool
 
 
 # fmt: off
@@ -54,6 +62,7 @@ def quantized_dot_product_attention(
     *,
     dtype: DTypeLike = jnp.bfloat16,
     value_mean: ArrayLike | None = None,
+    value_transposed: bool = False,
     **options: Any,
 ) -> Array | tuple[Array, Array]:
     """jax_fa3.dot_product_attention of quantized arrays: each e4m3 number times its block's scale.
@@ -73,6 +82,8 @@ def quantized_dot_product_attention(
         dtype: of the result; bfloat16, float16 or float32.
         value_mean: [B, K, V], floating: what was subtracted from value before it was quantized
             (`quantize`), for the result to have it again; None for nothing.
+        value_transposed: whether value is what `quantize` gave with transposed=True, [B, K, V,
+            ceil(S / 128) * 128] or without B; V = H, and value_scale is by the same blocks.
         options: those of jax_fa3.dot_product_attention except bias, mask,
             deterministic_backward, checkpoint_name and compute_dtype; scale is static.
 
@@ -94,6 +105,12 @@ def quantized_dot_product_attention(
     tensors = [*map(array, names, (query, key, value))]
     for name, x in zip(names, tensors, strict=True):
         check_e4m3(name, x)
+    by_columns = None
+    if not isinstance(value_transposed, bool):
+        raise wrong("value_transposed", repr(value_transposed), "True or False")
+    if value_transposed:
+        by_columns = checked_transposed(tensors[2], tensors[1].shape)
+        tensors[2] = tensors[1]  # it has the shape that value had
     call = _arguments.parse_without_dense(
         "jax_fa3.fp8", *tensors, instead_of_scale="query_scale", **options
     )
@@ -113,7 +130,9 @@ def quantized_dot_product_attention(
     mean = checked_mean("value_mean", value_mean, v.shape if call.batched else v.shape[1:])
     mean = mean if mean is None or call.batched else mean[None]
     result = checked_result_dtype(dtype)
-    more = (*scales, mean)
+    if by_columns is not None and not call.batched:
+        by_columns = by_columns[None]
+    more = (*scales, mean, by_columns)
     operands, more = jax.tree.map(_guards.quantized, (call.operands, more))
     implementation = _dispatch.choose(call.implementation, refusal(call), stacklevel=2)
     method = Quantized(implementation, call.config, dtype=result)
@@ -121,7 +140,8 @@ def quantized_dot_product_attention(
 
 
 class Quantized(Method):
-    """Of e4m3 arrays; `more` is the scales of query, key and value, and value's mean."""
+    """Of e4m3 arrays; `more` is the scales of query, key and value, value's mean, and value, where it
+    is transposed."""
 
     def __call__(self, operands: Operands, masks: Masks, more: Any = None) -> tuple[Array, ...]:
         per_mask = batch_letters(masks, operands.sizes.batch)
@@ -132,7 +152,8 @@ class Quantized(Method):
         return _dispatch.run(*call, operands.split(), more, masks, operands.sinks)
 
     def letters(self, more: Any) -> Any:
-        return "b.n", "b.k", "b.k", None if more[3] is None else "bk."
+        rest = zip(more[3:], ("bk.", "bk.."), strict=True)
+        return "b.n", "b.k", "b.k", *(None if x is None else letters for x, letters in rest)
 
 
 def _with(
@@ -144,7 +165,9 @@ def _with(
     masks: Any,
     sinks: Any,
 ) -> Any:
-    *scales, mean = more
+    *scales, mean, by_columns = more
+    if by_columns is not None:
+        tensors = *tensors[:2], _ffi.Transposed(by_columns)
     return attend(config, dtype, tensors, tuple(scales), masks, mean, sinks)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,20 +13,24 @@ from jax import Array
 from .. import _xla
 from .._operands import Operands
 from .._problem import Config, Masks
-from ._ffi import BLOCK
+from . import _transposed
+from ._ffi import BLOCK, Transposed
 
 
 def attention(
     config: Config,
     dtype: np.dtype,
-    tensors: Sequence[Array],
+    tensors: Sequence[Any],
     scales: Sequence[Array],
     masks: Masks,
     value_mean: Array | None = None,
     sinks: Array | None = None,
 ) -> tuple[Array, Array]:
     """What _ffi.fwd computes, in fp32 from the dequantized arrays; memory linear in T and S."""
-    query, key, value = map(dequantized, tensors, scales)
+    q8, k8, v8 = tensors
+    if isinstance(v8, Transposed):
+        v8 = _transposed.undone(v8.value, k8.shape[1])
+    query, key, value = map(dequantized, (q8, k8, v8), scales)
     # A bad scale of value's must not reach rows that do not see it, but 0 * NaN is NaN; scores of keys
     # that a row does not see are no part of any product.
     bad = _rows(jnp.isnan(_checked(scales[2])), value.shape[1])[..., None]

@@ -49,6 +49,7 @@ ffi::Error set_dropout(Array const& words, int64_t dropout, Problem* problem);
 
 // ALiBi's slopes, if there are any, checked.
 ffi::Error set_alibi(Array const& slopes, Problem* problem);
+ffi::Error set_relative_bias(Array const& table, Problem* problem);
 
 struct Attributes {
   float scale;

@@ -15,7 +15,7 @@ struct Inputs {
 
 struct Forward : Inputs {
   Array out_before, lse_before;  // the result for other keys
-  Array sinks, bias, dropout, alibi_slopes;
+  Array sinks, bias, dropout, alibi_slopes, relative_bias;
   Array mask_bits, mask_blocks;
   Array out, lse, lse_low;
   Array tile_counter, long_sums;
@@ -25,13 +25,13 @@ struct Backward : Inputs {
   Array qkv;  // of a packed call, in place of query, key and value
   Array out, lse, dout, dlse, lse_low;
   Array summed_dq;  // dq_accum of the call before
-  Array sinks, bias, dropout, alibi_slopes;
+  Array sinks, bias, dropout, alibi_slopes, relative_bias;
   Array mask_bits, mask_blocks;
   Array dquery, dkey, dvalue, dqkv;
   Array row_stats, row_intervals, query_blocks, dq_accum, turns, ranges, dkv_parts;
   Array dsinks;  // of some rows each
   Array dbias;
-  Array dalibi;  // in parts
+  Array dalibi, drelative;  // in parts
 };
 
 struct Fp8Forward : Inputs {
@@ -114,7 +114,8 @@ struct Appending : Decoding {
     JAX_FA3_ROW(Arrays, dkv_parts, kFloat32, "*|0"),   \
     JAX_FA3_ROW(Arrays, dsinks, kFloat32, "bn.|0"),   \
     JAX_FA3_ROW(Arrays, dbias, kFloat32, JAX_FA3_OF_BIAS), \
-    JAX_FA3_ROW(Arrays, dalibi, kFloat32, "bn.|0")
+    JAX_FA3_ROW(Arrays, dalibi, kFloat32, "bn.|0"),        \
+    JAX_FA3_ROW(Arrays, drelative, kFloat32, "bn..|0")
 // Where a KV cache has a sequence's rows, the scales of one in e4m3, and the rotation of new rows.
 #define JAX_FA3_PLACES(Arrays)                           \
     JAX_FA3_ROW(Arrays, lengths, kInt32, "b"),           \
@@ -144,6 +145,7 @@ inline Target<Forward> const kFwd = {
         JAX_FA3_BITS(Forward),
         JAX_FA3_ROW(Forward, dropout, kUInt32, "bn.|0"),
         JAX_FA3_ROW(Forward, alibi_slopes, kFloat32, "1n|bn|0"),
+        JAX_FA3_ROW(Forward, relative_bias, kFloat32, "1n..|bn..|0"),
     },
     {
         JAX_FA3_ROW(Forward, out, k16BitsOrFloat32, "btnv"),
@@ -168,6 +170,7 @@ inline Target<Backward> const kBwd = {
         JAX_FA3_BITS(Backward),
         JAX_FA3_ROW(Backward, dropout, kUInt32, "bn.|0"),
         JAX_FA3_ROW(Backward, alibi_slopes, kFloat32, "1n|bn|0"),
+        JAX_FA3_ROW(Backward, relative_bias, kFloat32, "1n..|bn..|0"),
     },
     {
         JAX_FA3_ROW(Backward, dquery, k16Bits, "btnh|0"),
@@ -188,6 +191,7 @@ inline Target<Backward> const kBwdPacked = {
         JAX_FA3_BITS(Backward),
         JAX_FA3_ROW(Backward, dropout, kUInt32, "bn.|0"),
         JAX_FA3_ROW(Backward, alibi_slopes, kFloat32, "1n|bn|0"),
+        JAX_FA3_ROW(Backward, relative_bias, kFloat32, "1n..|bn..|0"),
     },
     {
         JAX_FA3_ROW(Backward, dqkv, k16Bits, "btph"),

@@ -18,6 +18,7 @@ from ._target_rows import (
     INT32,
     MASKS,
     PLACES,
+    RELATIVE_BIAS,
     ROTARY,
     SCALES,
     SIXTEEN_BITS,
@@ -56,6 +57,7 @@ TARGETS = {
             *BITS,
             DROPOUT,
             SLOPES,
+            RELATIVE_BIAS,
         ),
         results=(
             Row("out", SIXTEEN_BITS_OR_FLOAT32),
@@ -78,6 +80,7 @@ TARGETS = {
             *BITS,
             DROPOUT,
             SLOPES,
+            RELATIVE_BIAS,
         ),
         results=(
             Row("dquery", SIXTEEN_BITS, optional=True),
@@ -96,6 +99,7 @@ TARGETS = {
             *BITS,
             DROPOUT,
             SLOPES,
+            RELATIVE_BIAS,
         ),
         results=(Row("dqkv", SIXTEEN_BITS), *BWD_WORKSPACE),
     ),

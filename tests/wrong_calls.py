@@ -119,7 +119,9 @@ def wrong_throughout() -> Iterator[tuple[str, Call]]:
     }
     for name, right in masked.items():
         attributes = {**right.attributes, "dropout": np.int64(1000)}
-        operands = *right.operands[:-1], words
+        names = [row.name for row in _targets.TARGETS[right.target].operands]
+        place = names.index("dropout")
+        operands = *right.operands[:place], words, *right.operands[place + 1 :]
         new = dataclasses.replace(right, operands=operands, attributes=attributes)
         yield f"{name} with a mask and dropout", new
 
@@ -151,6 +153,7 @@ _BIAS.add((_targets.MASK_BITS, "operands", 1))  # intervals
 _FREE = {
     (_targets.FWD, "operands", 10, 0),
     (_targets.FWD, "operands", 11, 0),
+    (_targets.BWD, "operands", 20, 0),  # a table of one or of each batch entry
     (_targets.SEGMENT_INTERVALS, "operands", 1, 1),
     (_targets.MASK_BITS, "operands", 0, 2),  # rows, of which there are bits in whole blocks
     (_targets.MASK_BITS, "operands", 1, 2),
@@ -164,6 +167,7 @@ _FREE = {
 }
 _MAY_BE_NONE = {(_targets.BWD, "results", 8), (_targets.BWD_PACKED, "results", 6)}  # ranges
 _MAY_BE_NONE |= {(_targets.BWD, "results", 12), (_targets.BWD_PACKED, "results", 10)}  # dalibi
+_MAY_BE_NONE |= {(_targets.BWD, "results", 13), (_targets.BWD_PACKED, "results", 11)}  # drelative
 
 # Results before the workspace, which may be larger and of any rank.
 _RESULTS = {_targets.FWD: 4, _targets.BWD: 3, _targets.BWD_PACKED: 1, _targets.FWD_FP8: 2}
@@ -184,7 +188,9 @@ def _wrong_arrays(target: str, kind: str, place: int, x: Struct) -> Iterator[Str
         # Of the heads of a packed array less than the last may be meant.
         packed = kind == "operands" and len(x.shape) == 4
         shapes = [_with(x.shape, i, n // 4 if packed and i == 2 else n - 1) for i, n in sizes]
-        if (target, kind, place) not in _MAY_BE_NONE:
+        if (target, kind, place) in _MAY_BE_NONE:
+            shapes = [shape for shape in shapes if 0 not in shape]
+        else:
             shapes += [_with(x.shape, i, 0) for i, n in sizes if n > 1]
     if x.shape != (0,) and not workspace:
         shapes += [(*x.shape, 1), (1, *x.shape)]

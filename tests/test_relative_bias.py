@@ -138,8 +138,8 @@ def test_export_of_symbolic_lengths():
 
     shapes = q, k, k, jax.ShapeDtypeStruct(table.shape, table.dtype)
     exported = jax.export.export(jax.jit(call))(*shapes)
-    tensors = [x.repeat(N // x.shape[2], 2) for x in tensors]
-    assert_close(exported.call(*tensors, table), call(*tensors, table), 1e-6)
+    q, k, v = (x.repeat(N // x.shape[2], 2) for x in tensors)
+    assert_close(exported.call(q, k, v, table), call(q, k, v, table), 1e-6)
 
 
 def bucket_of(distance: int, count: int, farthest: int, bidirectional: bool) -> int:

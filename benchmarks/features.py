@@ -32,6 +32,11 @@ def points() -> list[Point]:
         *beside("fa3 sinks", 2048, dims=(128,)),
         *beside("fa3 alibi", 2048, is_causal=True),
         *beside("fa3 learned-alibi", 2048, is_causal=True, dims=(128,))[1:],
+        *beside("fa3 alibi", 4096, is_causal=True, heads=(32, 8), dims=(128,)),
+        *beside("fa3 alibi", 512, is_causal=True, dims=(64,)),
+        *beside("fa3 table", 2048),
+        *beside("fa3 learned-table", 2048),
+        *beside("fa3 learned-table", 512, dims=(64,)),
         *bias(2048),
         *bias(4096, is_causal=True),
     ]
@@ -86,6 +91,15 @@ def _alibi(point: Point, learned: bool) -> Attention:
     return Attention(attention, (jnp.zeros(point.num_heads_q),), derivative=learned)
 
 
+def _table(point: Point, learned: bool) -> Attention:
+    """Of 128 distances either way, as T5 has it, likewise of 0."""
+
+    def attention(query, key, value, table):
+        return _fa3(point, relative_bias=table)(query, key, value)
+
+    return Attention(attention, (jnp.zeros((point.num_heads_q, 257)),), derivative=learned)
+
+
 def _bias(point: Point, cudnn: bool) -> Attention:
     """Zeros, in the point's dtype; the backward computes their gradient, too."""
     shape = 1, point.num_heads_q, point.seqlen, point.keys
@@ -105,6 +119,8 @@ CONTENDERS = {
     "fa3 sinks": _sinks,
     "fa3 alibi": partial(_alibi, learned=False),
     "fa3 learned-alibi": partial(_alibi, learned=True),
+    "fa3 table": partial(_table, learned=False),
+    "fa3 learned-table": partial(_table, learned=True),
     "fa3 bias": partial(_bias, cudnn=False),
     "cudnn bias": partial(_bias, cudnn=True),
 }

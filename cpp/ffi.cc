@@ -42,7 +42,7 @@ ffi::Error fwd_impl(Stream stream, ffi::RemainingArgs operands, ffi::RemainingRe
     }
     if (!x.lse_low.is_absent()) return wrong(x.lse_low, "one of merged results", "none");
     std::vector<Array> others = x.all_of_heads();
-    others.insert(others.end(), {x.bias, x.mask_bits, x.dropout});
+    others.insert(others.end(), {x.bias, x.mask_bits, x.dropout, x.relative_bias});
     for (Array const& other : others) {
       if (!other.is_absent()) return wrong(other, "some beside results to merge with", "none");
     }
@@ -60,6 +60,7 @@ ffi::Error fwd_impl(Stream stream, ffi::RemainingArgs operands, ffi::RemainingRe
                                          problem.seqlen_k, kMaskBlock, &problem));
   JAX_FA3_RETURN_IF_FAILED(set_dropout(x.dropout, attributes.dropout, &problem));
   JAX_FA3_RETURN_IF_FAILED(check_alibi(x.alibi_slopes, problem));
+  JAX_FA3_RETURN_IF_FAILED(set_relative_bias(x.relative_bias, &problem));
   if (x.out.is_absent()) return ffi::Error::Success();
   JAX_FA3_RETURN_IF_FAILED(check_device(stream));
   cudaError_t error = cudaSuccess;
@@ -101,6 +102,22 @@ ffi::Error check_dalibi(Problem const& p, Backward const& x, int num_splits) {
   return wrong(x.dalibi, "shape " + shape_of(x.dalibi),
                x.alibi_slopes.is_absent() ? "none without alibi_slopes"
                                           : std::to_string(parts) + " parts of each head");
+}
+
+// Likewise of a bias by distance: one, or one for each consumer warp.
+ffi::Error check_drelative(Problem const& p, Backward const& x, int num_splits) {
+  if (x.drelative.is_absent()) return ffi::Error::Success();  // it is not wanted
+  int64_t const blocks = ceil_div(p.seqlen_k, bwd_tile(p.head_dim).block_n);
+  int64_t const parts = kBwdConsumerThreads / 32 * blocks * std::max(num_splits, 1);
+  int64_t const found = x.drelative.dims[2];
+  bool const is_right = found == 1 || (found >= parts && found <= INT32_MAX);
+  if (!x.relative_bias.is_absent() && x.drelative.dims[3] == x.relative_bias.dims[3] && is_right) {
+    return ffi::Error::Success();
+  }
+  return wrong(x.drelative, "shape " + shape_of(x.drelative),
+               x.relative_bias.is_absent()
+                   ? "none without relative_bias"
+                   : "1 or " + std::to_string(parts) + " tables of each head");
 }
 
 // [splits, b, s, k, h + v], or nothing.
@@ -183,9 +200,13 @@ ffi::Error launch_backward(Stream stream, Backward const& x, Attributes const& a
   JAX_FA3_RETURN_IF_FAILED(check_dalibi(forward, x, problem.num_splits));
   problem.dalibi = x.dalibi.floats();
   if (!x.dalibi.is_absent()) problem.dalibi_parts = static_cast<int>(x.dalibi.dims[2]);
+  JAX_FA3_RETURN_IF_FAILED(set_relative_bias(x.relative_bias, &forward));
+  JAX_FA3_RETURN_IF_FAILED(check_drelative(forward, x, problem.num_splits));
+  problem.drelative = x.drelative.floats();
+  if (!x.drelative.is_absent()) problem.drelative_parts = static_cast<int>(x.drelative.dims[2]);
   if (forward.batch == 0 || forward.num_heads_k == 0) return ffi::Error::Success();
   JAX_FA3_RETURN_IF_FAILED(check_device(stream));
-  for (Array const& sum : {x.dbias, x.dalibi}) {
+  for (Array const& sum : {x.dbias, x.dalibi, x.drelative}) {
     if (sum.is_absent()) continue;
     cudaError_t const error = cudaMemsetAsync(sum.data, 0, sum.bytes, *stream);
     if (error != cudaSuccess) return cuda_status(error);

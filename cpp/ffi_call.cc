@@ -246,6 +246,29 @@ ffi::Error check_alibi(Array const& slopes, Problem const& problem) {
   return ffi::Error::Success();
 }
 
+ffi::Error set_relative_bias(Array const& table, Problem* problem) {
+  if (table.dims.size() != 4) return ffi::Error::Success();  // none
+  int64_t const size = relative_bias_size(problem->seqlen_q, problem->seqlen_k);
+  if (table.dims[2] != 2 || table.dims[3] != size || size > INT32_MAX) {
+    return wrong(table, "shape " + shape_of(table),
+                 "twice " + std::to_string(size) + " entries of each head");
+  }
+  if (table.is_absent()) return ffi::Error::Success();
+  if (!takes_bias(std::max(problem->head_dim, problem->head_dim_v))) {
+    return wrong(table, "one beside so wide heads", "none");
+  }
+  bool const beside_others = problem->soft_cap != 0.f || problem->bias.data != nullptr ||
+                             problem->mask_bits.bits != nullptr || problem->dropout != 0 ||
+                             problem->heads.alibi_slopes.exists();
+  if (beside_others) {
+    return wrong(table, "one beside a soft cap, a bias, a dense mask, dropout or slopes", "none");
+  }
+  if (problem->seqlen_k > kMostKeysOfSum) return wrong(table, "one beside so many keys", "none");
+  problem->relative_bias = table.floats();
+  problem->relative_bias_batch_stride = table.dims[0] == 1 ? 0 : problem->num_heads_q * 2 * size;
+  return ffi::Error::Success();
+}
+
 ffi::Error to_problem(Inputs const& inputs, Attributes const& attributes, Dims const& dims,
                       Problem* problem) {
   Array const& query = inputs.query;

@@ -51,6 +51,9 @@ ffi::Error set_dropout(Array const& words, int64_t dropout, Problem* problem);
 // Whether what stands in the Problem goes with slopes, if there are any.
 ffi::Error check_alibi(Array const& slopes, Problem const& problem);
 
+// A bias by distance, if there is one, checked.
+ffi::Error set_relative_bias(Array const& table, Problem* problem);
+
 struct Attributes {
   float scale;
   float soft_cap;

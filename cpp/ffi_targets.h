@@ -25,7 +25,7 @@ struct HeadArrays {
 
 struct Forward : Inputs, HeadArrays {
   Array out_before, lse_before;  // the result for other keys
-  Array bias, dropout;
+  Array bias, dropout, relative_bias;
   Array mask_bits, mask_blocks;
   Array out, lse, lse_low;
   Array tile_counter, long_sums;
@@ -35,13 +35,13 @@ struct Backward : Inputs, HeadArrays {
   Array qkv;  // of a packed call, in place of query, key and value
   Array out, lse, dout, dlse, lse_low;
   Array summed_dq;  // dq_accum of the call before
-  Array bias, dropout;
+  Array bias, dropout, relative_bias;
   Array mask_bits, mask_blocks;
   Array dquery, dkey, dvalue, dqkv;
   Array row_stats, row_intervals, query_blocks, dq_accum, turns, ranges, dkv_parts;
   Array dsinks;  // of some rows each
   Array dbias;
-  Array dalibi;  // in parts
+  Array dalibi, drelative;  // in parts
 };
 
 struct Fp8Forward : Inputs {
@@ -128,7 +128,8 @@ struct Appending : Decoding {
     JAX_FA3_ROW(Arrays, dkv_parts, kFloat32, "*|0"),   \
     JAX_FA3_ROW(Arrays, dsinks, kFloat32, "bn.|0"),   \
     JAX_FA3_ROW(Arrays, dbias, kFloat32, JAX_FA3_OF_BIAS), \
-    JAX_FA3_ROW(Arrays, dalibi, kFloat32, "bn.|0")
+    JAX_FA3_ROW(Arrays, dalibi, kFloat32, "bn.|0"),        \
+    JAX_FA3_ROW(Arrays, drelative, kFloat32, "bn..|0")
 // Where a KV cache has a sequence's rows, the scales of one in e4m3, and the rotation of new rows.
 #define JAX_FA3_PLACES(Arrays)                           \
     JAX_FA3_ROW(Arrays, lengths, kInt32, "b"),           \
@@ -146,13 +147,18 @@ struct Appending : Decoding {
 
 inline Target<Forward> const kFwd = {
     "jax_fa3.fwd.v1",
-    {JAX_FA3_ROW(Forward, query, k16Bits, "bt.h"),
-     JAX_FA3_ROW(Forward, key, k16BitsOrWords, "bs.."),
-     JAX_FA3_ROW(Forward, value, k16BitsOrWords, "bs.."), JAX_FA3_MASKS(Forward),
-     JAX_FA3_ROW(Forward, out_before, kFloat32, "btnv|0", "out"),
-     JAX_FA3_ROW(Forward, lse_before, kFloat32, "bnt|0", "lse"),
-     JAX_FA3_ROW(Forward, bias, k16BitsOrFloat32, JAX_FA3_OF_BIAS), JAX_FA3_BITS(Forward),
-     JAX_FA3_ROW(Forward, dropout, kUInt32, "bn.|0"), JAX_FA3_HEADS(Forward)},
+    {
+        JAX_FA3_ROW(Forward, query, k16Bits, "bt.h"),
+        JAX_FA3_ROW(Forward, key, k16BitsOrWords, "bs.."),
+        JAX_FA3_ROW(Forward, value, k16BitsOrWords, "bs.."),
+        JAX_FA3_MASKS(Forward),
+        JAX_FA3_ROW(Forward, out_before, kFloat32, "btnv|0", "out"),
+        JAX_FA3_ROW(Forward, lse_before, kFloat32, "bnt|0", "lse"),
+        JAX_FA3_ROW(Forward, bias, k16BitsOrFloat32, JAX_FA3_OF_BIAS),
+        JAX_FA3_BITS(Forward),
+        JAX_FA3_ROW(Forward, dropout, kUInt32, "bn.|0"),
+        JAX_FA3_HEADS(Forward) JAX_FA3_ROW(Forward, relative_bias, kFloat32, "1n..|bn..|0"),
+    },
     {
         JAX_FA3_ROW(Forward, out, k16BitsOrFloat32, "btnv"),
         JAX_FA3_ROW(Forward, lse, kFloat32, "bnt"),
@@ -164,12 +170,18 @@ inline Target<Forward> const kFwd = {
 
 inline Target<Backward> const kBwd = {
     "jax_fa3.bwd.v1",
-    {JAX_FA3_ROW(Backward, query, k16Bits, "btnh"),
-     JAX_FA3_ROW(Backward, key, k16BitsOrWords, "bsk."),
-     JAX_FA3_ROW(Backward, value, k16BitsOrWords, "bsk."), JAX_FA3_MASKS(Backward),
-     JAX_FA3_COTANGENTS(Backward), JAX_FA3_ROW(Backward, summed_dq, kFloat32, "*|0", "dq_accum"),
-     JAX_FA3_ROW(Backward, bias, k16BitsOrFloat32, JAX_FA3_OF_BIAS), JAX_FA3_BITS(Backward),
-     JAX_FA3_ROW(Backward, dropout, kUInt32, "bn.|0"), JAX_FA3_HEADS(Backward)},
+    {
+        JAX_FA3_ROW(Backward, query, k16Bits, "btnh"),
+        JAX_FA3_ROW(Backward, key, k16BitsOrWords, "bsk."),
+        JAX_FA3_ROW(Backward, value, k16BitsOrWords, "bsk."),
+        JAX_FA3_MASKS(Backward),
+        JAX_FA3_COTANGENTS(Backward),
+        JAX_FA3_ROW(Backward, summed_dq, kFloat32, "*|0", "dq_accum"),
+        JAX_FA3_ROW(Backward, bias, k16BitsOrFloat32, JAX_FA3_OF_BIAS),
+        JAX_FA3_BITS(Backward),
+        JAX_FA3_ROW(Backward, dropout, kUInt32, "bn.|0"),
+        JAX_FA3_HEADS(Backward) JAX_FA3_ROW(Backward, relative_bias, kFloat32, "1n..|bn..|0"),
+    },
     {
         JAX_FA3_ROW(Backward, dquery, k16Bits, "btnh|0"),
         JAX_FA3_ROW(Backward, dkey, k16BitsOrFloat32, "bskh"),
@@ -180,10 +192,15 @@ inline Target<Backward> const kBwd = {
 
 inline Target<Backward> const kBwdPacked = {
     "jax_fa3.bwd_packed.v1",
-    {JAX_FA3_ROW(Backward, qkv, k16Bits, "btph"), JAX_FA3_MASKS(Backward),
-     JAX_FA3_COTANGENTS(Backward), JAX_FA3_ROW(Backward, bias, k16BitsOrFloat32, JAX_FA3_OF_BIAS),
-     JAX_FA3_BITS(Backward), JAX_FA3_ROW(Backward, dropout, kUInt32, "bn.|0"),
-     JAX_FA3_HEADS(Backward)},
+    {
+        JAX_FA3_ROW(Backward, qkv, k16Bits, "btph"),
+        JAX_FA3_MASKS(Backward),
+        JAX_FA3_COTANGENTS(Backward),
+        JAX_FA3_ROW(Backward, bias, k16BitsOrFloat32, JAX_FA3_OF_BIAS),
+        JAX_FA3_BITS(Backward),
+        JAX_FA3_ROW(Backward, dropout, kUInt32, "bn.|0"),
+        JAX_FA3_HEADS(Backward) JAX_FA3_ROW(Backward, relative_bias, kFloat32, "1n..|bn..|0"),
+    },
     {
         JAX_FA3_ROW(Backward, dqkv, k16Bits, "btph"),
         JAX_FA3_BWD_WORKSPACE(Backward),

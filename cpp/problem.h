@@ -37,6 +37,13 @@ struct DenseBias {
   bool is_fp32;
 };
 
+// Entries of a table by distance, a multiple of 4: beside those that there are tiles read a margin
+// on either side.
+inline constexpr int kRelativeMargin = 256;
+constexpr int64_t relative_bias_size(int64_t seqlen_q, int64_t seqlen_k) {
+  return (seqlen_q + seqlen_k + 2 * kRelativeMargin + 3) / 4 * 4;
+}
+
 // A dense mask (common/mask_bits.h): rows of query and columns of keys, in the backward the other
 // way round. Strides are 0 where it is the same for all.
 struct MaskBits {
@@ -85,6 +92,12 @@ struct Problem {
   // are some, there is no bias, and out_accum is null.
   uint32_t const* dropout_words;
   int dropout;
+  // [1 or b, n, 2, relative_bias_size()] or null: of each query head what is added to the scores by
+  // key - query row, from -seqlen_q - kRelativeMargin on, divided by softmax_scale; and the same
+  // without its first entry, so that any two neighbours are aligned in one of them. It excludes
+  // what slopes do, and slopes.
+  float const* relative_bias;
+  int64_t relative_bias_batch_stride;
 
   // Workspace.
   int* tile_counter;  // [1]
@@ -120,6 +133,11 @@ struct BackwardProblem {
   // consumer thread of each of the CTAs of a head (bwd/alibi.h).
   float* dalibi;
   int dalibi_parts;
+  // [b, n, drelative_parts, relative_bias_size()] or null, cleared: the gradient of
+  // forward.relative_bias before it was divided; in one part, or for a fixed order one for each
+  // consumer warp of each of the CTAs of a head (bwd/relative_bias.h).
+  float* drelative;
+  int drelative_parts;
   // Workspace (plan.h). There are m blocks of bwd_tile().block_m query rows each.
   float* row_stats;    // [b, n, m, row_stats_of_block()]
   int* row_intervals;  // [b, m, block_m, 2]: key_begin, key_end

@@ -6,6 +6,7 @@ from . import _ffi, _targets, context_parallel
 from ._attention import dot_product_attention, qkv_dot_product_attention
 from ._forward_mode import RESIDUAL_NAMES
 from ._mask import key_intervals
+from ._relative_bias import t5_relative_bias
 from ._sharding import own_kv_heads
 from ._supported import is_supported
 
@@ -18,6 +19,7 @@ __all__ = [
     "key_intervals",
     "own_kv_heads",
     "qkv_dot_product_attention",
+    "t5_relative_bias",
 ]
 __version__ = "0.1.0"
 

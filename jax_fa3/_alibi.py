@@ -9,29 +9,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from ._kernel_sizes import MOST_KEYS_OF_SUM, bwd_tile, drifts
-from ._operands import Operands
-from ._problem import Config, Sizes
+from ._kernel_sizes import bwd_tile
+from ._problem import Sizes
 
 _THREADS = 256  # kBwdConsumerThreads of cpp/plan.h
-
-
-def refusal(config: Config, operands: Operands) -> str | None:
-    """Why the kernels take no slopes here."""
-    found, sizes = "alibi_slopes: got some beside", operands.sizes
-    if config.logits_soft_cap is not None:
-        return f"{found} logits_soft_cap, wanted one of the two"
-    if operands.bias is not None:
-        return f"{found} a bias, wanted one of the two: add their term to it"
-    if config.dropout:
-        return f"{found} dropout, wanted one of the two"
-    width = max(sizes.head_dim, sizes.head_dim_v)
-    if not bwd_tile(width).fused:
-        return f"{found} head dim {width}, wanted none beside more than 128"
-    keys = sizes.key_length
-    if drifts(keys):
-        return f"{found} {keys} keys, wanted at most {MOST_KEYS_OF_SUM}"
-    return None
 
 
 def term(slopes: Array, rows: Array, key_length: int) -> Array:

@@ -15,7 +15,7 @@ from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
-from . import _dropout
+from . import _dropout, _relative_bias
 from ._checks import Integers, check_names, integers, refuse_dense, static_bool, wrong
 from ._dispatch import checked_implementation
 from ._integers import clamped, offset_and_window
@@ -67,6 +67,7 @@ class Options(MaskArguments, total=False):
     soft_cap_last: bool
     sinks: ArrayLike | None
     alibi_slopes: ArrayLike | None
+    relative_bias: ArrayLike | None
     deterministic_backward: bool
     implementation: Implementations | None
     sharding: NamedSharding | PartitionSpec | None
@@ -84,6 +85,7 @@ def parse(
     *,
     sinks: ArrayLike | None = None,
     alibi_slopes: ArrayLike | None = None,
+    relative_bias: ArrayLike | None = None,
     implementation: Implementations | None = None,
     sharding: NamedSharding | PartitionSpec | None = None,
     compute_dtype: DTypeLike | None = None,
@@ -99,6 +101,8 @@ def parse(
     sizes, names = operands.sizes, options.keys() & MaskArguments.__annotations__
     arguments: Any = {name: options.pop(name) for name in names}
     intervals = several_intervals(sizes, batched, arguments)
+    dtype, offset = wide(operands.query.dtype), arguments.get("query_offset", 0)
+    table = _relative_bias.of_all_distances(relative_bias, sizes, offset, batched, dtype)
     masks, window, segment_ids = parse_masks(sizes, batched, **arguments)
     config, scale = _config(window, sizes.head_dim, **options)
     dropout, words = _dropout.checked(dropout_rate, dropout_key)
@@ -106,7 +110,7 @@ def parse(
     full = sizes.batch, sizes.num_heads, sizes.query_length, sizes.key_length
     of_heads = {
         name: None if (given := per_head(name, x, sizes.num_heads)) is None
-        else given[None].astype(wide(operands.query.dtype))
+        else given[None].astype(dtype)
         for name, x in (("sinks", sinks), ("alibi_slopes", alibi_slopes))
     }  # fmt: skip
     given = dense("mask", mask, full)
@@ -115,6 +119,7 @@ def parse(
     operands = dataclasses.replace(
         operands,
         **of_heads,
+        relative_bias=table,
         bias=dense("bias", bias, full),
         mask=intervals if given is None else given,
         scale=scale,
@@ -149,9 +154,10 @@ def parse_without_dense(
     if call.operands.mask is not None:
         wanted = f"wanted one: jax_fa3.dot_product_attention alone takes more, not {who}"
         raise NotImplementedError(f"key_begin: got several intervals a row, {wanted}")
-    if call.operands.alibi_slopes is not None:
-        wanted = f"wanted none: jax_fa3.dot_product_attention alone takes them, not {who}"
-        raise NotImplementedError(f"alibi_slopes: got some, {wanted}")
+    for name in ("alibi_slopes", "relative_bias"):
+        if getattr(call.operands, name) is not None:
+            wanted = f"wanted none: jax_fa3.dot_product_attention alone takes them, not {who}"
+            raise NotImplementedError(f"{name}: got some, {wanted}")
     if call.operands.scale is not None:
         wanted = f"wanted a static float: multiply {instead_of_scale} by it and pass scale=1.0"
         raise NotImplementedError(f"scale: got an array, {wanted}")

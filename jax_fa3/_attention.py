@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Literal, Unpack, overload
 
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
-from . import _arguments, _tensors
+from . import _batch_axes, _tensors
 from ._arguments import Options
-from ._autodiff import attend
 from ._checks import Integers
 from ._problem import Implementations, Window
 
@@ -53,6 +53,7 @@ def dot_product_attention(
     soft_cap_last: bool = False,
     sinks: ArrayLike | None = None,
     alibi_slopes: ArrayLike | None = None,
+    relative_bias: ArrayLike | None = None,
     deterministic_backward: bool = False,
     implementation: Implementations | None = None,
     sharding: NamedSharding | PartitionSpec | None = None,
@@ -69,8 +70,9 @@ def dot_product_attention(
 
     Letters: B batch, T query length, S key length, N query heads, K key/value heads, H head dim of
     query and key, V head dim of value. Query, key and value may all lack B; then the arguments per
-    batch entry lack it too (or have a leading 1). "int32" takes integers
-    of any dtype, and keeps the meaning of any value.
+    batch entry lack it too (or have a leading 1). Or they have several axes in its place, and so have
+    those: bias and mask, broadcast over some of these axes and not over others, have a copy. "int32"
+    takes integers of any dtype, and keeps the meaning of any value.
 
     Args:
         query, key, value: [B, T, N, H], [B, S, K, H], [B, S, K, V] of one floating dtype, or with
@@ -84,7 +86,7 @@ def dot_product_attention(
             copied first. They take none beside logits_soft_cap, head dims above 128,
             and more than 262,144 keys.
         mask: bool, False for hidden, broadcastable to [B, N, T, S]. The kernels read it as bits, which are
-            made in one pass over it, and leave out the blocks that it hides. In float16, beside a bias, and
+            made in one pass over it, and leave out the blocks that it hides. Beside terms of the scores, and
             for head dims above 128, they take it if each row of it is one interval of keys, the same for all
             heads, which is found out when the program runs; if not, it is taken as a bias; where they take
             none such rows give NaN with "fa3", and with None it runs on XLA.
@@ -107,19 +109,25 @@ def dot_product_attention(
             padding has segment id 0. None: only they are.
         key_begin, key_end: int32 [B, T]: row i sees keys in [key_begin[i], key_end[i]); either may
             be left out. `key_intervals` turns all of the mask arguments into these two. Or [B, T, M],
-            M <= 4, both: row i sees the keys of any of its M intervals; on the kernels in bfloat16 and
-            for head dims up to 128.
+            M <= 4, both: row i sees the keys of any of its M intervals; on the kernels for head dims up
+            to 128.
         logits_soft_cap: static float c > 0: the scaled scores become c * tanh(scores / c), before
             bias and masks. 0 or None: none.
-        soft_cap_last: the soft cap comes after bias and alibi_slopes, before masks: it is of their sum.
+        soft_cap_last: the soft cap comes after bias, alibi_slopes and relative_bias, before masks: it is of
+            their sum.
         sinks: floating [N], differentiable: each row that sees a key sees one more, with this score
             and the value 0. The log-sum-exp has it in.
         alibi_slopes: floating [N], differentiable: slope * (j - i) is added to the scaled score of row i
             and key j, whatever query_offset is: along a row the differences are all that counts. The
             kernels take them where they take a bias, but not beside one or dropout, and with a dense mask
             as beside one.
+        relative_bias: floating [N, 2 * max + 1], differentiable: the entry of the distance
+            clip(j - (i + query_offset), -max, max), counted from -max, is added to the scaled score of row i
+            and key j, as in T5 (`t5_relative_bias` makes it of buckets). Finite. The kernels take it where
+            they take alibi_slopes, and not beside those.
         deterministic_backward: gradients that are equal bit by bit from run to run. A bias is expanded
-            over batch and heads for it, as is its gradient in float32.
+            over batch and heads for it, as is its gradient in float32; that of relative_bias takes as much memory
+            as half a byte for each score of a head.
         implementation: "fa3", the kernels, or "xla", plain JAX with memory linear in T and S; both
             without fallback. A sequence of "fa3", "xla" and None is tried in order: the first that can
             take the arguments on this machine, or the last one's error. None takes the kernels when
@@ -173,10 +181,12 @@ def dot_product_attention(
             Hopper GPU, at trace time; lowering for other platforms than CUDA, at lowering.
             `is_supported` asks beforehand.
     """
-    call = _arguments.parse(
-        *_tensors.separate(query, key, value),
-        bias,
-        mask,
+    return _batch_axes.attention(
+        _tensors.separate,
+        {"query": query, "key": key, "value": value},
+        3,
+        bias=bias,
+        mask=mask,
         scale=scale,
         is_causal=is_causal,
         query_seq_lengths=query_seq_lengths,
@@ -192,6 +202,7 @@ def dot_product_attention(
         soft_cap_last=soft_cap_last,
         sinks=sinks,
         alibi_slopes=alibi_slopes,
+        relative_bias=relative_bias,
         deterministic_backward=deterministic_backward,
         implementation=implementation,
         sharding=sharding,
@@ -201,7 +212,6 @@ def dot_product_attention(
         dropout_rate=dropout_rate,
         dropout_key=dropout_key,
     )
-    return attend(call)
 
 
 # fmt: off
@@ -234,4 +244,6 @@ def qkv_dot_product_attention(
 
     Returns and raises as `dot_product_attention`; V = H.
     """
-    return attend(_arguments.parse(*_tensors.packed(qkv, num_kv_heads), **options))
+    make = functools.partial(_tensors.packed, num_kv_heads=num_kv_heads)
+    behind = 4 if num_kv_heads is None else 3
+    return _batch_axes.attention(make, {"qkv": qkv}, behind, **options)

@@ -29,7 +29,7 @@ from . import (
 )
 from ._forward_mode import RESIDUAL_NAMES, named
 from ._jitted import finite_in_debug_mode, jitted
-from ._operands import PER_HEAD, Call, Operands, Rows, batch_letters
+from ._operands import Call, Operands, Rows, batch_letters
 from ._problem import Config, Implementation, Masks, wide
 from ._varying import vary_together
 
@@ -61,11 +61,11 @@ class Method:
         return None
 
 
-def attend(call: Call) -> Any:
-    """The results that the user asked for, of 16-bit kernels or plain JAX. To be called by the public
-    functions only: it warns in the name of their caller."""
+def attend(call: Call, *, stacklevel: int) -> Any:
+    """The results that the user asked for, of 16-bit kernels or plain JAX; stacklevel: of the public
+    function's caller, in whose name it warns."""
     refused = _dispatch.refusal(call)
-    implementation = _dispatch.choose(call.implementation, refused, stacklevel=3)
+    implementation = _dispatch.choose(call.implementation, refused, stacklevel=stacklevel)
     if implementation == "xla" and call.operands.scale is None:
         # As an array, so that an eager call with another scale is the same program.
         operands = dataclasses.replace(call.operands, scale=call.config.scale)
@@ -204,11 +204,11 @@ def backward(
     rows: Rows,
     with_dbias: bool = True,
 ) -> Operands:
-    """The gradient of operands, of a bias or slopes with_dbias alone; by the 16-bit kernels or `plain`."""
+    """The gradient of operands, of terms of the scores with_dbias alone; by the 16-bit kernels or `plain`."""
     kernel = _ffi.bwd
-    others = dict.fromkeys(("bias", "mask", "dropout", "alibi_slopes"))
+    others = dict.fromkeys((*_bias.TERMS, "mask", "dropout"))
     wanted = dataclasses.replace(operands.letters, **others)
-    biased = operands.bias is not None or operands.alibi_slopes is not None
+    biased = any(getattr(operands, name) is not None for name in _bias.TERMS)
     if biased and with_dbias:
         if operands.bias is not None:
             wanted = dataclasses.replace(wanted, bias=_bias.result_letters(operands))
@@ -221,10 +221,11 @@ def backward(
         plain = _plain.backward_by_rows
     if operands.mask is not None:
         kernel, plain = _dense_mask.taken(method.implementation, kernel, plain)
-    of_heads = PER_HEAD if with_dbias else ("sinks",)
+    of_heads = ("sinks", *_bias.TERMS[1:]) if with_dbias else ("sinks",)
     of_heads = [name for name in of_heads if getattr(operands, name) is not None]
     for name in of_heads:  # of each batch entry
-        wanted = dataclasses.replace(wanted, **{name: operands.result_letters[1][:2]})
+        of_each = operands.result_letters[1][:2] + "." * (getattr(operands, name).ndim - 2)
+        wanted = dataclasses.replace(wanted, **{name: of_each})
     per_mask = batch_letters(masks, operands.sizes.batch)
     letters = operands.letters, per_mask, rows.letters(operands)
     results = tuple(jax.tree.leaves(wanted))

@@ -16,6 +16,7 @@ from ._operands import Operands
 from ._problem import Config, Sizes
 
 LEAST = -1e37  # what is not above hides its key, as -inf does; the kernels' softmax knows no less
+TERMS = "bias", "alibi_slopes", "relative_bias"  # Operands' terms of the scores, with gradients
 _VECTOR = 16  # bytes of which a row is a multiple
 
 
@@ -32,6 +33,26 @@ def refusal(config: Config, sizes: Sizes) -> str | None:
     if drifts(keys):
         return f"bias: got {keys} keys, wanted at most {MOST_KEYS_OF_SUM} beside it"
     return None
+
+
+def refusal_of_terms(config: Config, operands: Operands) -> str | None:
+    """Why the kernels do not take the terms of the scores that the operands have."""
+    *others, name = [name for name in TERMS if getattr(operands, name) is not None] or [None]
+    if name in (None, "bias"):
+        return None if name is None else refusal(config, operands.sizes)
+    found, sizes = f"{name}: got some beside", operands.sizes
+    if config.logits_soft_cap is not None:
+        return f"{found} logits_soft_cap, wanted one of the two"
+    if others:
+        beside = "a bias" if others[0] == "bias" else others[0]
+        return f"{found} {beside}, wanted one of the two: the sum of both is a bias"
+    if config.dropout:
+        return f"{found} dropout, wanted one of the two"
+    width = max(sizes.head_dim, sizes.head_dim_v)
+    if not bwd_tile(width).fused:
+        return f"{found} head dim {width}, wanted none beside more than 128"
+    keys = sizes.key_length
+    return f"{found} {keys} keys, wanted at most {MOST_KEYS_OF_SUM}" if drifts(keys) else None
 
 
 def for_kernels(config: Config, operands: Operands) -> Array | None:

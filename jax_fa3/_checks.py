@@ -84,7 +84,7 @@ def integers(name: str, x: Integers, shape: tuple[int, ...], batched: bool) -> A
     are too narrow; JAX's arrays, whose values are not looked at, stay what they are. _integers
     makes int32 of either.
     """
-    found = _known_integers(x)
+    found = known_integers(x)
     found = array(name, x) if found is None else found
     if found.dtype != object and not jnp.issubdtype(found.dtype, jnp.integer):
         raise wrong(name, f"values of dtype {found.dtype}", "integers")
@@ -94,7 +94,7 @@ def integers(name: str, x: Integers, shape: tuple[int, ...], batched: bool) -> A
     return found.reshape(shape)
 
 
-def _known_integers(x: Any) -> np.ndarray | None:
+def known_integers(x: Any) -> np.ndarray | None:
     """x in NumPy, if it is of Python or NumPy."""
     if not isinstance(x, (int, list, tuple, np.ndarray, np.generic)):
         return None

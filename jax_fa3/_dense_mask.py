@@ -79,7 +79,8 @@ def _by_intervals(
         operands, mask=_mask_bits.as_bool(operands.mask, operands.sizes.key_length)
     )
     begin, end, broken = _rows(operands)
-    takes_dense = takes_dense and operands.alibi_slopes is None
+    by_distance = operands.alibi_slopes, operands.relative_bias
+    takes_dense = takes_dense and all(x is None for x in by_distance)
     takes_dense = takes_dense and _bias.refusal(config, operands.sizes) is None
     hull = begin, end
     if masks.key_begin is not None or masks.key_end is not None:
@@ -130,15 +131,15 @@ def _rows(operands: Operands) -> tuple[Array, Array, Array]:
 def plain_backward(
     config: Config, operands: Operands, masks: Masks, rows: Rows, *, with_dbias: bool = True
 ) -> tuple[Array, ...]:
-    """The gradients of operands, those of sinks and slopes [B, N], by JAX's derivative: for any mask, and
-    with dropout; with_dbias: of bias and slopes, too."""
+    """The gradients of operands, those of sinks and slopes [B, N], and of relative_bias, by JAX's derivative: for any mask, and
+    with dropout; with_dbias: of the terms of scores, too."""
     others: dict[str, Any] = {"mask": operands.mask, "dropout": operands.dropout}
     if not with_dbias:
-        others |= {"bias": operands.bias, "alibi_slopes": operands.alibi_slopes}
+        others |= {name: getattr(operands, name) for name in _bias.TERMS}
     tensors = dataclasses.replace(operands, **dict.fromkeys(others))
-    for name in PER_HEAD:
+    for name in (*PER_HEAD, "relative_bias"):
         if (x := getattr(tensors, name)) is not None:
-            of_each = jnp.broadcast_to(x, (operands.sizes.batch, x.shape[1]))
+            of_each = jnp.broadcast_to(x, (operands.sizes.batch, *x.shape[1:]))
             tensors = dataclasses.replace(tensors, **{name: of_each})
 
     def forward(tensors: Operands) -> tuple[Array, Array]:

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax import Array, lax
 
-from . import _alibi, _bias, _devices, _dropout, _ffi, _guards, _mask_bits, _sharding
+from . import _bias, _devices, _dropout, _ffi, _guards, _mask_bits, _sharding
 from ._checks import wrong
 from ._jitted import jitted
 from ._kernel_sizes import BWD_TILES, MOST_KEYS_OF_SUM, drifts
@@ -57,11 +57,8 @@ def refusal(call: Call) -> str | None:
 
 def refusal_of_options(call: Call) -> str | None:
     """`refusal`, as far as it does not depend on dtype and head dims."""
-    reason, mask, dropout = None, call.operands.mask, call.config.dropout
-    if call.operands.bias is not None:
-        reason = _bias.refusal(call.config, call.operands.sizes)
-    if reason is None and call.operands.alibi_slopes is not None:
-        reason = _alibi.refusal(call.config, call.operands)
+    mask, dropout = call.operands.mask, call.config.dropout
+    reason = _bias.refusal_of_terms(call.config, call.operands)
     if reason is None and mask is not None and _mask_bits.are_intervals(mask):
         got = "key_begin: got several intervals a row"
         beside = f"{got} beside dropout, wanted one of the two" if dropout else None

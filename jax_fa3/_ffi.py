@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from . import _alibi, _bias, _mask_bits, _plan
+from . import _alibi, _bias, _mask_bits, _plan, _relative_bias
 from ._custom_call import attributes_of, custom_call
 from ._kernel_sizes import BWD_ROWS, KERNELS, BwdTile, bwd_tile
 from ._operands import PER_HEAD, Operands, Rows
@@ -141,7 +141,7 @@ def bwd(
 ) -> tuple[Array, ...]:
     """The backward kernels: (dq, dk, dv), or the gradient of the packed array alone; in the operands'
     dtype, but dk and dv in fp32 if config.partial. Behind them, if there are sinks, theirs, fp32 [B, N],
-    that of the bias, and that of slopes, fp32 [B, N].
+    that of the bias, that of slopes, fp32 [B, N], and that of relative_bias, fp32 [B, N, T + S].
 
     Args:
         operands: as for fwd. Key and value side by side may also be uint32 words of two numbers
@@ -149,7 +149,7 @@ def bwd(
         rows: without lse_low gradients at scores of 1e4 and more are less exact.
         summed_dq: what calls with other keys gave for dq without finish_dq; it is overwritten.
         finish_dq: False for a sum of dq, as dq_sum_of says, which only such calls can read.
-        with_dbias: False: no gradient of a bias or of slopes.
+        with_dbias: False: no gradient of a term of the scores.
     """
     arrays, first_heads, first_column = operands.located()
     query, key, value = (arrays[name] for name in ("query", "key", "value"))
@@ -168,6 +168,8 @@ def bwd(
         workspace |= _plan.dbias(config, others["bias"], workspace)
     if with_dbias and operands.alibi_slopes is not None:
         workspace |= _alibi.parts(sizes, workspace)
+    if with_dbias and operands.relative_bias is not None:
+        workspace |= _relative_bias.parts(config, sizes, workspace)
     if "mask_bits" in others:
         assert operands.mask is not None
         workspace |= _plan.with_mask(operands.mask, sizes, workspace)
@@ -179,10 +181,7 @@ def bwd(
         workspace["dsinks"] = _plan.dsinks(sizes, dq_accum)
 
     def with_others(*grads: Array) -> tuple[Array, ...]:
-        dsinks = () if operands.sinks is None else (found["dsinks"].sum(-1),)
-        dbias = () if "dbias" not in workspace else (_bias.gradient(found["dbias"], operands),)
-        dalibi = () if "dalibi" not in workspace else (found["dalibi"].sum(-1),)
-        return *grads, *dsinks, *dbias, *dalibi
+        return *grads, *_plan.gradients_of_others(operands, workspace, found)
 
     if operands.packed is not None:
         results = {"dqkv": jax.ShapeDtypeStruct(query.shape, query.dtype), **workspace}
@@ -211,6 +210,7 @@ def bwd(
 def _others(config: Config, operands: Operands, tile: BwdTile | None = None) -> dict[str, Any]:
     """What stands beside query, key and value, as operands of the calls; tile: the backward's."""
     others = {name: getattr(operands, name) for name in (*PER_HEAD, "dropout")}
+    others["relative_bias"] = _relative_bias.for_kernels(config, operands)
     mask = operands.mask
     if mask is None or operands.bias is not None or _mask_bits.refusal(operands) is not None:
         return others | {"bias": _bias.for_kernels(config, operands)}

@@ -19,6 +19,7 @@ from jax.core import eval_jaxpr
 from jax.custom_derivatives import SymbolicZero
 from jax.interpreters import ad, batching, mlir
 
+from . import _bias
 from ._guards import Primitive, not_differentiable
 from ._jitted import finite_in_debug_mode
 from ._operands import Operands, Rows
@@ -151,7 +152,7 @@ class _Tangent:
         operands = jax.tree.map(not_differentiable, operands)
         moves = jax.tree.unflatten(jax.tree.structure(operands), self.moving)
         rows = Rows(out, lse, *cotangents, *low)
-        with_dbias = bool(moves.bias or moves.alibi_slopes)
+        with_dbias = any(getattr(moves, name) for name in _bias.TERMS)
         grads = self.method.backward(operands, masks, rows, with_dbias=with_dbias)
         found = jax.tree.structure(operands).flatten_up_to(grads)
         return tuple(x for x, moves in zip(found, self.moving, strict=True) if moves)

@@ -23,13 +23,12 @@ _BLOCK = 128  # rows and columns; kMaskBlock in cpp/plan.h
 
 def refusal(operands: Operands, found: str = "mask: got one") -> str | None:
     """Why the kernels take none here."""
-    sizes, dtype = operands.sizes, operands.query.dtype
-    if dtype == jnp.float16:  # no GPU has run those of all head dims yet
-        return f"{found} beside {dtype}, wanted none beside another dtype than bfloat16"
+    sizes = operands.sizes
     if operands.dropout is not None:
         return f"{found} beside dropout, wanted one of the two"
-    if operands.alibi_slopes is not None:
-        return f"{found} beside alibi_slopes, wanted one of the two"
+    for name in ("alibi_slopes", "relative_bias"):
+        if getattr(operands, name) is not None:
+            return f"{found} beside {name}, wanted one of the two"
     width = max(sizes.head_dim, sizes.head_dim_v)
     if not bwd_tile(width).fused:
         return f"{found} beside head dim {width}, wanted none beside more than 128"

@@ -39,6 +39,7 @@ class Operands:
     scale: Any = None  # [], in place of Config's; plain JAX alone takes it
     dropout: Array | None = None  # [B, N, 2], uint32: which weights (_dropout.py)
     alibi_slopes: Array | None = None  # [1 or B, N], as sinks
+    relative_bias: Array | None = None  # [1 or B, N, T + S], as sinks (_relative_bias.py)
     # (N, K) of a packed array; of the whole array, while `heads` is of a device's part of it.
     packed: tuple[int, int] | None = dataclasses.field(default=None, metadata={"static": True})
 
@@ -77,6 +78,10 @@ class Operands:
         heads = self.result_letters[1][1]
         for name in PER_HEAD:
             others[name] = None if getattr(self, name) is None else "." + heads
+        if (x := self.relative_bias) is not None:
+            others["relative_bias"] = (
+                "b" if x.shape[0] == self.query.shape[0] else "."
+            ) + f"{heads}."
         others["dropout"] = None if self.dropout is None else f"b{heads}."
         return Operands(*three, **others, packed=self.packed)
 

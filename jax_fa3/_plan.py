@@ -7,17 +7,19 @@ do not fill the GPU."""
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
-from . import _bias
+from . import _bias, _relative_bias
 from ._custom_call import window_attribute
 from ._kernel_sizes import BWD_FEWEST_ROWS
+from ._operands import Operands
 from ._problem import Config, Masks, Sizes
 
 Workspace = dict[str, jax.ShapeDtypeStruct]
@@ -71,7 +73,7 @@ def dsinks(sizes: Sizes, dq_accum: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct
     return jax.ShapeDtypeStruct((sizes.batch, sizes.num_heads, blocks), jnp.float32)
 
 
-def dbias(config: Config, bias: jax.Array, workspace: Workspace) -> Workspace:
+def dbias(config: Config, bias: Array, workspace: Workspace) -> Workspace:
     """No workspace either: the gradient of a bias, as the kernels write it. One that is the same for all
     rows has a fixed order only where one CTA goes through them."""
     found = {"dbias": _bias.gradient_of(bias)}
@@ -81,7 +83,20 @@ def dbias(config: Config, bias: jax.Array, workspace: Workspace) -> Workspace:
     return found
 
 
-def with_mask(mask: jax.Array, sizes: Sizes, workspace: Workspace) -> Workspace:
+def gradients_of_others(
+    operands: Operands, wanted: Workspace, found: dict[str, Array]
+) -> tuple[Array, ...]:
+    """Of sinks and the terms of the scores, as far as they were wanted, from what the backward wrote."""
+    finish: dict[str, Callable[[Array], Array]] = {
+        "dsinks": lambda x: x.sum(-1),
+        "dbias": lambda x: _bias.gradient(x, operands),
+        "dalibi": lambda x: x.sum(-1),
+        "drelative": lambda x: _relative_bias.gradient(x, operands.sizes),
+    }
+    return tuple(make(found[name]) for name, make in finish.items() if name in wanted)
+
+
+def with_mask(mask: Array, sizes: Sizes, workspace: Workspace) -> Workspace:
     """Workspace that is other with a dense mask. Where it is of each head, heads have different numbers of
     steps, which the kernels do not share out."""
     parts, group = workspace.get("dkv_parts"), sizes.num_heads // max(sizes.num_kv_heads, 1)

@@ -57,7 +57,7 @@ class Config:
     keys. Results that are summed elsewhere, out, dk and dv, are fp32; what the backward is given of
     the forward, out and lse, is of all keys.
     checkpoint_names: of out, and of lse with its rest, beside RESIDUAL_NAMES; or none.
-    soft_cap_last: the soft cap comes after bias and slopes, if there are any: plain JAX alone.
+    soft_cap_last: the soft cap comes after bias, slopes and relative_bias, if there are any: plain JAX alone.
     dropout: of _dropout.WHOLE weights so many are dropped; 0 where there are no Operands.dropout.
     """
 

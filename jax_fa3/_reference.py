@@ -119,6 +119,7 @@ def attention(
     soft_cap_last: bool = False,
     sinks: Any = None,  # [N]
     alibi_slopes: Any = None,  # [N]
+    relative_bias: Any = None,  # [N, 2 max + 1]
     round_to: DTypeLike | Rounding | None = None,
     kept: Any = None,  # bool [B, N, T, S]: False for weights that dropout has dropped
     dropout_rate: float = 0.0,
@@ -153,6 +154,11 @@ def attention(
     if alibi_slopes is not None:
         distance = jnp.arange(s) - jnp.arange(t)[:, None]
         scores += jnp.asarray(alibi_slopes, scores.dtype)[:, None, None] * distance
+    if relative_bias is not None:
+        table, offset = jnp.asarray(relative_bias, scores.dtype), masks.get("query_offset", 0)
+        rows = jnp.arange(t)[:, None] + jnp.reshape(jnp.asarray(offset), (-1, 1, 1))
+        place = jnp.arange(s) - rows + table.shape[1] // 2  # [1 or B, T, S]
+        scores += jnp.swapaxes(table[:, jnp.clip(place, 0, table.shape[1] - 1)], 0, 1)
     scores = scores if bias is None else scores + bias
     if logits_soft_cap is not None and soft_cap_last:
         scores = logits_soft_cap * jnp.tanh(scores / logits_soft_cap)

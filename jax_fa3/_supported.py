@@ -8,7 +8,7 @@ import jax
 from jax import Array
 from jax.typing import ArrayLike
 
-from . import _arguments, _dispatch, _tensors
+from . import _batch_axes, _dispatch, _tensors
 from ._checks import wrong
 
 
@@ -40,9 +40,8 @@ def is_supported(
 
     def check(tracers: dict[str, Array]) -> None:
         known: dict[str, Any] = arguments | tracers
-        tensors = (known.pop(k) for k in ("query", "key", "value"))
-        operands = _tensors.separate(*tensors)
-        reason = _dispatch.refusal(_arguments.parse(*operands, **known))
+        tensors = {k: known.pop(k) for k in ("query", "key", "value")}
+        reason = _dispatch.refusal(_batch_axes.parse(_tensors.separate, tensors, 3, **known))
         if reason is not None:
             raise NotImplementedError(reason)
 

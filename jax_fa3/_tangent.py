@@ -52,7 +52,7 @@ def of_results(
 def _has_kernel(operands: Operands) -> bool:
     """Whether this install has one for them, but for a dense mask."""
     sizes, dtype = operands.sizes, operands.query.dtype
-    others = operands.bias, operands.dropout, operands.alibi_slopes
+    others = (getattr(operands, name) for name in ("dropout", *_bias.TERMS))
     if any(x is not None for x in others) or drifts(sizes.key_length):
         return False
     widest = max(sizes.head_dim, sizes.head_dim_v)

@@ -64,6 +64,7 @@ ROTARY = (
     Row("rotary_sin", SIXTEEN_BITS_OR_FLOAT32, optional=True),
 )
 HEADS = tuple(Row(name, FLOAT32, optional=True) for name in PER_HEAD)
+RELATIVE_BIAS = Row("relative_bias", FLOAT32, optional=True)
 BWD_WORKSPACE = (
     Row("row_stats", FLOAT32),
     Row("row_intervals", INT32),
@@ -75,4 +76,5 @@ BWD_WORKSPACE = (
     Row("dsinks", FLOAT32, optional=True),
     Row("dbias", FLOAT32, optional=True),
     Row("dalibi", FLOAT32, optional=True),
+    Row("drelative", FLOAT32, optional=True),
 )

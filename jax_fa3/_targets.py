@@ -19,6 +19,7 @@ from ._target_rows import (
     INT32,
     MASKS,
     PLACES,
+    RELATIVE_BIAS,
     ROTARY,
     SCALES,
     SIXTEEN_BITS,
@@ -55,6 +56,7 @@ TARGETS = {
             *BITS,
             DROPOUT,
             *HEADS,
+            RELATIVE_BIAS,
         ),
         results=(
             Row("out", SIXTEEN_BITS_OR_FLOAT32),
@@ -76,6 +78,7 @@ TARGETS = {
             *BITS,
             DROPOUT,
             *HEADS,
+            RELATIVE_BIAS,
         ),
         results=(
             Row("dquery", SIXTEEN_BITS, optional=True),
@@ -93,6 +96,7 @@ TARGETS = {
             *BITS,
             DROPOUT,
             *HEADS,
+            RELATIVE_BIAS,
         ),
         results=(Row("dqkv", SIXTEEN_BITS), *BWD_WORKSPACE),
     ),

@@ -136,7 +136,7 @@ def several_intervals(sizes: Sizes, batched: bool, arguments: dict[str, Any]) ->
     batch, length = sizes[:2]
     names = "key_begin", "key_end"
     given = {name: arguments[name] for name in names if arguments.get(name) is not None}
-    shapes = [_shape(x) for x in given.values()]
+    shapes = [shape_of(x) for x in given.values()]
     if not any(len(x) == 3 or (len(x) == 2 and not batched and x[0] != 1) for x in shapes):
         return None
     count = shapes[0][-1]
@@ -151,7 +151,8 @@ def several_intervals(sizes: Sizes, batched: bool, arguments: dict[str, Any]) ->
     return jnp.concatenate([clamped(x) for x in both], axis=-1)[:, None]
 
 
-def _shape(x: Any) -> tuple[int, ...]:
+def shape_of(x: Any) -> tuple[int, ...]:
+    """() of what has none."""
     try:
         return tuple(np.shape(x))
     except (

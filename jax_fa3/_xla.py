@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from . import _alibi, _bias, _dropout, _mask_bits
+from . import _alibi, _bias, _dropout, _mask_bits, _relative_bias
 from ._broken import nan_rows, row_sums, touched
 from ._mask import row_intervals
 from ._problem import wide
@@ -33,11 +33,11 @@ def attention(config: Config, operands: Operands, masks: Masks) -> tuple[Array, 
     """Attention with memory linear in T and S (beside a dense bias or mask that is passed in).
 
     Args:
-        config: scale may have any sign; logits_soft_cap comes after scale, and before bias and slopes or
-            behind them.
+        config: scale may have any sign; logits_soft_cap comes after scale, and before the terms that are
+            added or behind them.
         operands: of any float dtype, with dropout's words if config has dropout; scale takes the place
-            of config's; a bias of -inf (of _bias.LEAST or less) and a mask of False hide a key; sinks
-            and slopes are fp32, or fp64 for fp64 inputs.
+            of config's; a bias of -inf (of _bias.LEAST or less) and a mask of False hide a key; sinks,
+            slopes and relative_bias are fp32, or fp64 for fp64 inputs.
 
     Returns:
         out: [B, T, N, V] in query's dtype, or lse's if config.partial.
@@ -59,6 +59,8 @@ def attention(config: Config, operands: Operands, masks: Masks) -> tuple[Array, 
         None if x is None else x.reshape(-1, *groups, 1, 1)
         for x in (operands.sinks, operands.alibi_slopes)
     )
+    table = operands.relative_bias
+    table = None if table is None else table.reshape(table.shape[0], *groups, table.shape[2])
     words = None if operands.dropout is None else operands.dropout.reshape(batch, *groups, 2)
 
     def block(rows: tuple[Any, ...]) -> tuple[Array, Array]:
@@ -69,6 +71,8 @@ def attention(config: Config, operands: Operands, masks: Masks) -> tuple[Array, 
         visible = _visible(begin, end, key.shape[1])
         if slopes is not None:
             scores += _alibi.term(slopes, numbers, key.shape[1])
+        if table is not None:
+            scores += _relative_bias.term(table, numbers.reshape(-1), key.shape[1], length)
         if "bias" in tensors:
             scores += tensors["bias"].astype(scores.dtype)
             visible &= ~(tensors["bias"].astype(scores.dtype) <= _bias.LEAST)  # NaN stays NaN

@@ -39,12 +39,14 @@ def FORWARD(
     mask: Any = None,
     dropout: Any = None,
     slopes: Any = None,
+    table: Any = None,
     **options: Any,
 ) -> Any:
     """_ffi.fwd of the arrays of operands, and masks."""
     *tensors, masks = arrays
     others: Any = {"sinks": sinks, "bias": bias, "mask": mask, "dropout": dropout}
-    operands = Operands(*tensors, packed=packed, **others, alibi_slopes=slopes)
+    others |= {"alibi_slopes": slopes, "relative_bias": table}
+    operands = Operands(*tensors, packed=packed, **others)
     return _ffi.fwd(config, operands, masks, **options)
 
 
@@ -60,11 +62,13 @@ def backward_of_three(
     mask: Any = None,
     dropout: Any = None,
     slopes: Any = None,
+    table: Any = None,
     **options: Any,
 ) -> Any:
     """Of query, key, value, masks, and rows."""
     others: Any = {"sinks": sinks, "bias": bias, "mask": mask, "dropout": dropout}
-    operands = Operands(*arrays[:3], **others, alibi_slopes=slopes)
+    others |= {"alibi_slopes": slopes, "relative_bias": table}
+    operands = Operands(*arrays[:3], **others)
     return BACKWARD(config, operands, *arrays[3:], **options)
 
 
@@ -75,6 +79,7 @@ def right_calls() -> dict[str, Call]:
     every = Config(0.5, (7, 3), 30.0, True)
     plain = Config(0.5, (None, None), None, False)
     partial = dataclasses.replace(plain, partial=True)
+    ordered = dataclasses.replace(plain, deterministic_backward=True)
     dropping, words_of_heads = dataclasses.replace(every, dropout=9), Struct((B, N, 2), jnp.uint32)
     qkv = Struct((B, T, N + 2 * K, H), q.dtype)
     together = Struct((B, S, K, H + V), q.dtype)
@@ -99,11 +104,11 @@ def right_calls() -> dict[str, Call]:
     def with_sinks(config: Config) -> Any:
         return lambda *x: FORWARD(config, *x[:3], Masks(), sinks=x[3])
 
-    def with_bias(bias: Any, *x: Any) -> Any:
-        return FORWARD(plain, *x, Masks(), bias=bias)
+    def forward_with(**others: Struct) -> Call:
+        def call(x: Any, *y: Any) -> Any:
+            return FORWARD(plain, *y, Masks(), **dict.fromkeys(others, x))
 
-    def with_mask(mask: Any, *x: Any) -> Any:
-        return FORWARD(plain, *x, Masks(), mask=mask)
+        return recorded(call, *others.values(), *operands)
 
     def joined(config: Config) -> Any:
         return lambda *x: FORWARD(config, *x[:3], Masks(), before=x[3:])
@@ -121,6 +126,12 @@ def right_calls() -> dict[str, Call]:
 
         return call
 
+    def backward_with(config: Config = plain, **others: Struct) -> Call:
+        def call(x: Any, *y: Any) -> Any:
+            return backward_of_three(config, *y[:3], Masks(), *y[3:], **dict.fromkeys(others, x))
+
+        return recorded(call, *others.values(), *operands, *rows)
+
     def of_words(q: Any, words: Any, *rows: Any) -> Any:
         return BACKWARD(partial, Operands(q, words), Masks(), None, *rows, finish_dq=False)
 
@@ -134,16 +145,12 @@ def right_calls() -> dict[str, Call]:
         "fwd with sinks of each entry": recorded(
             with_sinks(every), *operands, Struct((B, N), jnp.float32)
         ),
-        "fwd with bias": recorded(with_bias, Struct((1, N, T, S), q.dtype), *operands),
-        "fwd with bias of each entry": recorded(
-            with_bias, Struct((B, 1, 1, S), jnp.float32), *operands
-        ),
-        "fwd with a mask": recorded(with_mask, Struct((B, 1, T, S), bool), *operands),
-        "fwd with a mask of keys": recorded(with_mask, Struct((1, N, 1, S), bool), *operands),
-        "fwd with slopes": recorded(
-            lambda x, *y: FORWARD(plain, *y, Masks(), slopes=x),
-            *(Struct((1, N), jnp.float32), *operands),
-        ),
+        "fwd with bias": forward_with(bias=Struct((1, N, T, S), q.dtype)),
+        "fwd with bias of each entry": forward_with(bias=Struct((B, 1, 1, S), jnp.float32)),
+        "fwd with a mask": forward_with(mask=Struct((B, 1, T, S), bool)),
+        "fwd with a mask of keys": forward_with(mask=Struct((1, N, 1, S), bool)),
+        "fwd with slopes": forward_with(slopes=Struct((1, N), jnp.float32)),
+        "fwd with a table": forward_with(table=Struct((1, N, T + S), jnp.float32)),
         "fwd with dropout": recorded(
             lambda x, *y: FORWARD(dropping, *y, dropout=x), words_of_heads, *operands, masks
         ),
@@ -156,21 +163,13 @@ def right_calls() -> dict[str, Call]:
         "fwd joined last": recorded(joined(plain), *operands, *before),
         "bwd": recorded(backward(every), *operands, masks, *rows),
         "bwd without masks": recorded(backward(plain), *operands, Masks(), *rows),
-        "bwd with sinks": recorded(
-            lambda s, *x: backward_of_three(plain, *x[:3], Masks(), *x[3:], sinks=s),
-            *(Struct((1, N), jnp.float32), *operands, *rows),
-        ),
-        "bwd with bias": recorded(
-            lambda bias, *x: backward_of_three(plain, *x[:3], Masks(), *x[3:], bias=bias),
-            *(Struct((1, N, T, S), q.dtype), *operands, *rows),
-        ),
-        "bwd with a mask": recorded(
-            lambda mask, *x: backward_of_three(plain, *x[:3], Masks(), *x[3:], mask=mask),
-            *(Struct((1, N, T, S), bool), *operands, *rows),
-        ),
-        "bwd with slopes": recorded(
-            lambda x, *y: backward_of_three(plain, *y[:3], Masks(), *y[3:], slopes=x),
-            *(Struct((1, N), jnp.float32), *operands, *rows),
+        "bwd with sinks": backward_with(sinks=Struct((1, N), jnp.float32)),
+        "bwd with bias": backward_with(bias=Struct((1, N, T, S), q.dtype)),
+        "bwd with a mask": backward_with(mask=Struct((1, N, T, S), bool)),
+        "bwd with slopes": backward_with(slopes=Struct((1, N), jnp.float32)),
+        "bwd with a table": backward_with(table=Struct((B, N, T + S), jnp.float32)),
+        "bwd with a table, in order": backward_with(
+            ordered, table=Struct((1, N, T + S), jnp.float32)
         ),
         "bwd with dropout": recorded(
             lambda x, *y: backward_of_three(dropping, *y[:3], Masks(), *y[3:], dropout=x),

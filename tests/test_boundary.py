@@ -93,12 +93,19 @@ def test_messages_name_the_array(cpu, name):
 def test_parts(cpu, name):
     """Any number up to the greatest, in exactly their shape; or no parts."""
     call = CALLS[name]
-    *others, parts, dsinks, dbias, dalibi = call.results
+    *others, parts, dsinks, dbias, dalibi, drelative = call.results
     splits, *shape = parts.shape
     assert splits == 3
 
     def given(*shape: int) -> str:
-        results = (*others, jax.ShapeDtypeStruct(shape, jnp.float32), dsinks, dbias, dalibi)
+        results = (
+            *others,
+            jax.ShapeDtypeStruct(shape, jnp.float32),
+            dsinks,
+            dbias,
+            dalibi,
+            drelative,
+        )
         return outcome(dataclasses.replace(call, results=results), cpu)
 
     assert all(given(n, *shape).startswith(LAUNCHES) for n in (0, 1, 2, 5))

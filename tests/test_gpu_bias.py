@@ -111,3 +111,24 @@ def test_under_vmap():
         entry = jax.tree.map(lambda y, i=i: y[i], found)
         wanted = both(one.case, (x, k, v, bias), cotangents)
         assert_right(entry, wanted, one.case, jnp.finfo(jnp.bfloat16).eps)
+
+
+@pytest.mark.parametrize("lead", [(1, 1), (2, 3), (2, 1), (1, 3)])
+def test_several_batch_axes(lead: tuple[int, int]):
+    """As one of them all, and its bias: the same bit by bit."""
+    case = Case("batch axes", 100, 136, B=6, H=64, mask=CAUSAL)
+    arrays, cotangents = case.inputs(jnp.bfloat16), case.cotangents(jnp.bfloat16)
+    bias = jax.random.normal(jax.random.key(0), (*lead, case.N, 100, 136), jnp.bfloat16)
+    call = functools.partial(with_gradients, of(case, deterministic_backward=True))
+    apart = [x.reshape(2, 3, *x.shape[1:]) for x in arrays]
+    found = jax.jit(call)(tuple(x.reshape(2, 3, *x.shape[1:]) for x in cotangents), *apart, bias)
+
+    def folded(q: Any, k: Any, v: Any, bias: Any) -> Any:
+        whole = bias if lead == (1, 1) else jnp.broadcast_to(bias, (2, 3, *bias.shape[2:]))
+        whole = whole.reshape(-1, *bias.shape[2:])
+        return of(case, deterministic_backward=True)(q, k, v, whole)
+
+    wanted = jax.jit(functools.partial(with_gradients, folded))(cotangents, *arrays, bias)
+    for x, y in zip(found.results, wanted.results, strict=True):
+        assert equal(x.reshape(y.shape), y)
+    assert equal(found.dbias, wanted.dbias)

@@ -71,10 +71,11 @@ def check(case: Case, mask: Any, dtype: Any = jnp.bfloat16, deterministic: bool 
     return found
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("name", MASKS)
-def test_is_right(name: str, head_dim: int):
-    check(Case(name, T, S, H=head_dim), MASKS[name])
+def test_is_right(name: str, head_dim: int, dtype: Any):
+    check(Case(name, T, S, H=head_dim), MASKS[name], dtype)
 
 
 def test_packed():
@@ -115,10 +116,12 @@ LENGTHS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize(
+    "head_dim, dtype", [(64, jnp.bfloat16), (128, jnp.bfloat16), (64, jnp.float16)]
+)
 @pytest.mark.parametrize("name", ["blocks", "blocks of all"])
 @pytest.mark.parametrize("more", ["causal", "window", "lengths", "capped", "sinks"])
-def test_beside(more: str, name: str, head_dim: int):
+def test_beside(more: str, name: str, head_dim: int, dtype: Any):
     others: dict[str, Any] = {
         "causal": {"mask": CAUSAL},
         "window": {"mask": {"local_window_size": (200, 100)}},
@@ -126,7 +129,7 @@ def test_beside(more: str, name: str, head_dim: int):
         "capped": {"logits_soft_cap": 3.0},
         "sinks": {"sinks": SINKS},
     }
-    check(Case(f"{more} {name}", T, S, H=head_dim, **others[more]), MASKS[name])
+    check(Case(f"{more} {name}", T, S, H=head_dim, **others[more]), MASKS[name], dtype)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])

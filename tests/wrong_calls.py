@@ -161,6 +161,7 @@ _BIAS.add((_targets.MASK_BITS, "operands", 1))  # intervals
 _FREE = {
     (*_operand(_targets.FWD, "sinks"), 0),
     (*_operand(_targets.FWD, "bias"), 0),
+    (*_operand(_targets.BWD, "relative_bias"), 0),  # a table of one or of each batch entry
     (_targets.SEGMENT_INTERVALS, "operands", 1, 1),
     (_targets.MASK_BITS, "operands", 0, 2),  # rows, of which there are bits in whole blocks
     (_targets.MASK_BITS, "operands", 1, 2),
@@ -174,6 +175,7 @@ _FREE = {
 }
 _MAY_BE_NONE = {(_targets.BWD, "results", 8), (_targets.BWD_PACKED, "results", 6)}  # ranges
 _MAY_BE_NONE |= {(_targets.BWD, "results", 12), (_targets.BWD_PACKED, "results", 10)}  # dalibi
+_MAY_BE_NONE |= {(_targets.BWD, "results", 13), (_targets.BWD_PACKED, "results", 11)}  # drelative
 
 # Results before the workspace, which may be larger and of any rank.
 _RESULTS = {_targets.FWD: 4, _targets.BWD: 3, _targets.BWD_PACKED: 1, _targets.FWD_FP8: 2}
@@ -194,7 +196,9 @@ def _wrong_arrays(target: str, kind: str, place: int, x: Struct) -> Iterator[Str
         # Of the heads of a packed array less than the last may be meant.
         packed = kind == "operands" and len(x.shape) == 4
         shapes = [_with(x.shape, i, n // 4 if packed and i == 2 else n - 1) for i, n in sizes]
-        if (target, kind, place) not in _MAY_BE_NONE:
+        if (target, kind, place) in _MAY_BE_NONE:
+            shapes = [shape for shape in shapes if 0 not in shape]
+        else:
             shapes += [_with(x.shape, i, 0) for i, n in sizes if n > 1]
     if x.shape != (0,) and not workspace:
         shapes += [(*x.shape, 1), (1, *x.shape)]

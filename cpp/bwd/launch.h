@@ -113,6 +113,11 @@ cudaError_t make_params(BackwardProblem const& problem, typename Traits::Params*
     params->dalibi = problem.dalibi;
     params->dalibi_parts = problem.dalibi_parts;
   }
+  if constexpr (Traits::kHasRelative) {
+    params->relative_bias = make_relative_bias(p);
+    params->drelative = problem.drelative;
+    params->drelative_parts = problem.drelative_parts;
+  }
   if constexpr (Traits::kHasDropout) params->dropout = make_dropout(p.dropout_words, p.dropout);
   return cudaSuccess;
 }
@@ -178,7 +183,7 @@ cudaError_t launch_kernels(BackwardProblem const& problem, cudaStream_t stream) 
   JAX_FA3_RETURN_IF_ERROR(launch_sum_partial<Element>(problem, params, stream));
   if constexpr (Main::kFused) {
     if (!params.finishes_dq) return cudaSuccess;
-    // Of dropout, bits and slopes it knows nothing: the kernel is that without.
+    // Of dropout, bits and terms by distance it knows nothing: the kernel is that without.
     using Plain = Traits<Element, kWidth, kWidthV, Main::kHasBias>;
     int64_t const blocks =
         int64_t{params.num_m_blocks} * params.num_heads_q * problem.forward.batch;
@@ -218,6 +223,12 @@ cudaError_t launch(BackwardProblem const& problem, cudaStream_t stream) {
   if (problem.forward.heads.alibi_slopes.exists()) {
     if constexpr (takes_bias(kHeadDim)) {
       return launch_kernels<AlibiTraits<Element, kWidth, kWidthV>>(problem, stream);
+    }
+    return cudaErrorNotSupported;  // likewise
+  }
+  if (problem.forward.relative_bias != nullptr) {
+    if constexpr (takes_bias(kHeadDim)) {
+      return launch_kernels<RelativeTraits<Element, kWidth, kWidthV>>(problem, stream);
     }
     return cudaErrorNotSupported;  // likewise
   }

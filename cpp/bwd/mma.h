@@ -9,6 +9,7 @@
 #include "bwd/alibi.h"
 #include "bwd/bias.h"
 #include "bwd/dropout.h"
+#include "bwd/relative_bias.h"
 #include "bwd/scores.h"
 #include "bwd/traits.h"
 #include "common/gemm.h"
@@ -16,7 +17,7 @@
 namespace jax_fa3::bwd {
 
 // S^T to P^T, once S^T is there. With a soft cap just to tanh, for dS takes both. There is none
-// where a bias, or a slope's term, was added.
+// where a bias, or a term by distance, was added.
 template <bool kIsBiased, class Records, class Scores>
 CUTLASS_DEVICE void make_p(Params const& params, Records const& records, bool masked, Scores& tS) {
   warpgroup_fence_operand(tS);
@@ -173,8 +174,9 @@ CUTLASS_DEVICE bool mma(typename Traits::Params const& params,
     issue_gemm_zero(mma_dq, tdQrdS(_, _, _, stage), tdQrK, tdQ);
   };
   uint32_t bits[kRowsPerThread];  // of a dense mask, in a step that is masked
-  constexpr bool kIsBiased = Traits::kHasBias || Traits::kHasAlibi;
-  // With slopes: of the thread's first key from its first row. From memory, for registers are few.
+  constexpr bool kIsBiased = Traits::kHasBias || Traits::kHasAlibi || Traits::kHasRelative;
+  // With terms by distance: of the thread's first key from its first row. From memory, for
+  // registers are few.
   [[maybe_unused]] auto const distance = [&] {
     int const m_block = storage.steps[state.stage].m_block;
     return key - m_block * kBlockM - static_cast<int>(threadIdx.x % 4) * 2;
@@ -220,6 +222,11 @@ CUTLASS_DEVICE bool mma(typename Traits::Params const& params,
       int const head = storage.steps[state.stage].head;
       add_dalibi<Traits>(params, tile, head, distance(), scale, packed_ds);
     }
+    if constexpr (Traits::kHasRelative) {
+      Step const& place = storage.steps[state.stage];
+      add_drelative<Traits>(params, tile, place.head, key - static_cast<int>(threadIdx.x % 32 / 4),
+                            place.m_block * kBlockM, scale, packed_ds);
+    }
   };
   auto const make_probabilities = [&] {
     if constexpr (Traits::kHasBias) {
@@ -231,6 +238,12 @@ CUTLASS_DEVICE bool mma(typename Traits::Params const& params,
       warpgroup_fence_operand(tS);
       float const slope = params.alibi.slope(tile.batch, storage.steps[state.stage].head);
       add_slope_transposed(slope, distance(), tS);
+    }
+    if constexpr (Traits::kHasRelative) {
+      warpgroup_fence_operand(tS);
+      RelativeTerms<kBlockM, -1> relative;
+      relative.load(params.relative_bias, tile.batch, storage.steps[state.stage].head, distance());
+      relative.add(tS);
     }
     make_p<kIsBiased>(params, records(), step.masked, tS);
     if constexpr (Traits::kHasDropout && Traits::kNarrow) {

@@ -8,6 +8,7 @@
 #include "common/dropout.h"
 #include "common/mask.h"
 #include "common/mask_bits.h"
+#include "common/relative_bias.h"
 #include "common/row_set.h"
 #include "common/score.h"
 #include "common/tile_scheduler.h"
@@ -106,6 +107,12 @@ struct AlibiParams : Params {
   Alibi alibi;
   float* dalibi;  // [b, n, dalibi_parts] or null
   int dalibi_parts;
+};
+
+struct RelativeParams : Params {
+  RelativeBias relative_bias;
+  float* drelative;  // [b, n, drelative_parts, relative_bias.size] or null
+  int drelative_parts;
 };
 
 }  // namespace jax_fa3::bwd

@@ -38,6 +38,7 @@ struct Traits {
   static constexpr bool kHasBias = kHasBias_;
   static constexpr bool kHasBits = false;
   static constexpr bool kHasAlibi = false;
+  static constexpr bool kHasRelative = false;
   static constexpr bool kHasDropout = kHasDropout_;
   static_assert(!kHasBias || !kHasDropout);
   using Params = std::conditional_t<kHasBias, BiasParams,
@@ -177,6 +178,13 @@ template <class Element, int kHeadDim, int kHeadDimV>
 struct AlibiTraits : Traits<Element, kHeadDim, kHeadDimV> {
   static constexpr bool kHasAlibi = true;
   using Params = AlibiParams;
+};
+
+// With a bias by distance (common/relative_bias.h).
+template <class Element, int kHeadDim, int kHeadDimV>
+struct RelativeTraits : Traits<Element, kHeadDim, kHeadDimV> {
+  static constexpr bool kHasRelative = true;
+  using Params = RelativeParams;
 };
 
 }  // namespace jax_fa3::bwd

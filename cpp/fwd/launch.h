@@ -74,6 +74,7 @@ cudaError_t make_params(Problem const& problem, typename Traits::Params* params)
     // What a block's scores lack of their term would be multiplied by the wrong factor.
     params->exponents.huge = INFINITY;
   }
+  if constexpr (Traits::kHasRelative) params->relative_bias = make_relative_bias(p);
   if constexpr (Traits::kHasDropout) params->dropout = make_dropout(p.dropout_words, p.dropout);
   return cudaSuccess;
 }
@@ -133,6 +134,12 @@ cudaError_t launch(Problem const& problem, cudaStream_t stream) {
   if (problem.heads.alibi_slopes.exists()) {
     if constexpr (takes_bias(kHeadDim)) {
       return launch_tile<Traits<Element, kHeadDim, kHeadDimV, Keys::kAlibi>>(problem, stream);
+    }
+    return cudaErrorNotSupported;  // likewise
+  }
+  if (problem.relative_bias != nullptr) {
+    if constexpr (takes_bias(kHeadDim)) {
+      return launch_tile<Traits<Element, kHeadDim, kHeadDimV, Keys::kRelative>>(problem, stream);
     }
     return cudaErrorNotSupported;  // likewise
   }

@@ -66,6 +66,15 @@ CUTLASS_DEVICE void mma(typename Traits::Params const& params,
     if (elected && n_block == blocks.begin) storage.query_empty[warpgroup].arrive();
   };
   int n_block = blocks.end - 1;
+  [[maybe_unused]] RelativeTerms<kBlockN, 1> relative;
+  auto const load_relative = [&] {
+    if constexpr (Traits::kHasRelative) {
+      int const row = work.tile.block * Traits::kBlockM + warpgroup * 64 +
+                      threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
+      relative.load(params.relative_bias, work.tile.batch, work.tile.head,
+                    n_block * kBlockN + lane_column - row);
+    }
+  };
   auto const take_scores = [&] {
     warpgroup_fence_operand(tSrS);
     release(keys, state.key);
@@ -74,10 +83,13 @@ CUTLASS_DEVICE void mma(typename Traits::Params const& params,
                         state.bias, tSrS);
     }
     if constexpr (Traits::kHasAlibi) softmax.add_slope(n_block * kBlockN + lane_column, tSrS);
+    if constexpr (Traits::kHasRelative) relative.add(tSrS);
   };
   DenseMask<Traits> dense(params, work, warpgroup);
   auto const mask_block = [&](int n_block) {
-    if constexpr (!Traits::kHasBias && !Traits::kHasAlibi) params.score.apply(tSrS);
+    if constexpr (!Traits::kHasBias && !Traits::kHasAlibi && !Traits::kHasRelative) {
+      params.score.apply(tSrS);
+    }
     if constexpr (Traits::kHasBits) {
       mask_scores(tSrS, rows, n_block * kBlockN + lane_column, dense.bits);
     } else {
@@ -114,6 +126,7 @@ CUTLASS_DEVICE void mma(typename Traits::Params const& params,
   turns.pass();
   clear(tOrO);
   find_rows(rows);
+  load_relative();
   warpgroup_wait<0>();
   take_scores();
   if constexpr (Traits::kHasBits) {
@@ -137,6 +150,7 @@ CUTLASS_DEVICE void mma(typename Traits::Params const& params,
     issue_scores();
     values.full[state.value.stage].wait(state.value.phase);
     issue_out();
+    load_relative();
     warpgroup_wait<1>();
     turns.pass();
     take_scores();

@@ -9,6 +9,7 @@
 #include "common/mask.h"
 #include "common/mask_bits.h"
 #include "common/per_head.h"
+#include "common/relative_bias.h"
 #include "common/score.h"
 #include "common/softmax.h"
 #include "common/tile_scheduler.h"
@@ -57,6 +58,10 @@ struct DropoutParams : Params {
 
 struct AlibiParams : Params {
   Alibi alibi;
+};
+
+struct RelativeParams : Params {
+  RelativeBias relative_bias;
 };
 
 }  // namespace jax_fa3::fwd

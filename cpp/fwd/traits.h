@@ -28,7 +28,8 @@ using namespace cute;
 // consumers. kDropout: with dropout on the weights (common/dropout.h).
 // kBits: with a dense mask (common/mask_bits.h), whose blocks are 128 x 128.
 // kAlibi: with slopes (common/alibi.h), which three consumers have no registers for.
-enum class Keys { kFew, kUsual, kMany, kBias, kBits, kDropout, kAlibi };
+// kRelative: with a bias by distance (common/relative_bias.h), likewise.
+enum class Keys { kFew, kUsual, kMany, kBias, kBits, kDropout, kAlibi, kRelative };
 
 template <class Element_, int kHeadDim_, int kHeadDimV_, Keys kKeys_>
 struct Traits {
@@ -36,21 +37,25 @@ struct Traits {
   static constexpr bool kHasBits = kKeys_ == Keys::kBits;
   static constexpr bool kHasDropout = kKeys_ == Keys::kDropout;
   static constexpr bool kHasAlibi = kKeys_ == Keys::kAlibi;
+  static constexpr bool kHasRelative = kKeys_ == Keys::kRelative;
   using Params = std::conditional_t<
       kHasBias, BiasParams,
       std::conditional_t<
           kHasBits, BitsParams,
-          std::conditional_t<kHasDropout, DropoutParams,
-                             std::conditional_t<kHasAlibi, AlibiParams, fwd::Params>>>>;
+          std::conditional_t<
+              kHasDropout, DropoutParams,
+              std::conditional_t<kHasAlibi, AlibiParams,
+                                 std::conditional_t<kHasRelative, RelativeParams, fwd::Params>>>>>;
   using Softmax = std::conditional_t<kHasAlibi, AlibiSoftmax, jax_fa3::Softmax>;
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kHeadDimV = kHeadDimV_;
   static constexpr Keys kKeys = kKeys_;
   static constexpr FwdTile kTile =
-      kHasBits ? FwdTile{kMaskBlock, kMaskBlock, false}
-               : fwd_tile(kHeadDim, kHeadDimV,
-                          kKeys == Keys::kFew || kHasBias || kHasDropout || kHasAlibi);
+      kHasBits
+          ? FwdTile{kMaskBlock, kMaskBlock, false}
+          : fwd_tile(kHeadDim, kHeadDimV,
+                     kKeys == Keys::kFew || kHasBias || kHasDropout || kHasAlibi || kHasRelative);
   static constexpr int kBlockM = kTile.block_m;
   static constexpr int kBlockN = kTile.block_n;
   static constexpr bool kOutOverValue = kTile.out_over_value;

@@ -125,6 +125,10 @@ def _decode(args: argparse.Namespace) -> None:
         if args.write_docs:
             text = f"{reports.conditions(report)}.\n\n{decode.markdown(report)}"
             reports.write_section(PAGE, "benchmark-decode", text)
+        if args.plot:
+            from .plot import plot_decode
+
+            print("\n".join(str(path) for path in plot_decode(report, args.plot)))
 
 
 def _forward_mode(args: argparse.Namespace) -> None:

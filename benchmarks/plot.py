@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from . import models_report, records
+from .decode_points import POINTS, DecodePoint
 
 NAMES = {"fwd": "forward", "bwd": "backward", "fwd+bwd": "both", "fp8": "FP8 forward"}
 COLOURS = {
@@ -64,6 +65,39 @@ def plot(report: dict[str, Any], folder: Path) -> list[Path]:
         plt.close(figure)
         written.append(path)
     return written
+
+
+def plot_decode(report: dict[str, Any], folder: Path) -> list[Path]:
+    """Writes decode.png: what share of a device copy's bandwidth a token's attention has, by the number
+    of sequences and their length.
+
+    Raises ImportError without matplotlib.
+    """
+    import matplotlib  # pyright: ignore[reportMissingImports]
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt  # pyright: ignore[reportMissingImports]
+
+    plain = {p.name: p for p in POINTS if p.bar and p == DecodePoint(p.batch, p.length, bar=p.bar)}
+    results = [r for r in report["points"] if r["name"] in plain]
+    figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    names = "fa3", "cudnn"
+    for i, name in enumerate(names):
+        heights = [r[name]["of_copy"] if name in r else 0 for r in results]
+        places = [x + (i - 0.5) * 0.4 for x in range(len(results))]
+        axis.bar(places, heights, 0.4, label=name, color=COLOURS[name])
+    axis.axhline(1, color="black", linewidth=0.8)
+    shapes = [plain[r["name"]] for r in results]
+    axis.set_xticks(range(len(results)), [f"{p.batch} × {p.length}" for p in shapes])
+    axis.set_xlabel("sequences × length")
+    axis.set_ylabel(f"of a copy's {report['copy'] / 1e12:.2f} TB/s")
+    axis.legend()
+    axis.set_title(f"One token on a KV cache, 32/8 heads × 128, {report['environment']['gpu']}")
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "decode.png"
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return [path]
 
 
 def _models(figure: Any, results: list[dict[str, Any]]) -> None:

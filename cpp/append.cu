@@ -227,9 +227,6 @@ __global__ void __launch_bounds__(kThreads) append_kernel(__grid_constant__ Para
   AppendProblem const& p = params.problem;
   // What is launched early waits before it reads what is written here.
   cudaTriggerProgrammaticLaunchCompletion();
-  if (blockIdx.x == 0) {
-    for (int i = threadIdx.x; i < p.num_counters; i += kThreads) p.counters[i] = 0;
-  }
   __shared__ Place places[kMostRows];
   int const first_row = static_cast<int>(blockIdx.x) * params.rows_of_cta;
   int const rows = min(params.rows_of_cta, p.sequences.rows - first_row);

@@ -39,9 +39,6 @@ struct AppendProblem {
   void* rotated_query;                   // [rows, n, h]
   RotaryTables tables;
   int const* positions;  // [rows], of the tables; null: the rows' own
-
-  int* counters;  // [num_counters], to be zeroed for the kernel behind, or null
-  int num_counters;
 };
 
 #ifdef JAX_FA3_HAS_CUDA

@@ -156,8 +156,6 @@ ffi::Error append_and_attend_impl(Stream stream, ffi::RemainingArgs operands,
   JAX_FA3_RETURN_IF_FAILED(to_problem(x, attention, dims, &cache, &problem));
   Array const query = x.rotary_cos.is_absent() ? x.rotary_cos : x.query;
   JAX_FA3_RETURN_IF_FAILED(to_problem(x, dims, cache, a.rotary_interleaved, query, &append));
-  append.counters = problem.arrivals;
-  append.num_counters = decode::kMostDecodeCtas;
   problem.appended = true;
   if (!query.is_absent()) problem.query = x.rotated_query.data;
   JAX_FA3_RETURN_IF_FAILED(check_device(stream));

@@ -89,7 +89,7 @@ ffi::Error to_problem(Decoding const& x, DecodeAttributes const& a, Dims const& 
   problem->out = x.out.data;
   problem->lse = x.lse.floats();
   problem->partials = x.partials.floats();
-  problem->arrivals = x.arrivals.ints();
+  problem->arrivals = reinterpret_cast<uint64_t*>(x.arrivals.ints());
   int const group = problem->num_heads_q / problem->num_heads_k;
   if (decode::most_units(problem->sequences, group, problem->num_heads_k) >= 0x1p31) {
     return wrong(x.query, "shape " + shape_of(x.query), "fewer rows, heads or positions");

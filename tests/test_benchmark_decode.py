@@ -73,3 +73,12 @@ def test_points(capsys):
     ]
     p = decode_points.POINTS[0]
     assert p.cache_bytes == 2 * 2 * 4096 * 8 * 128 and p.flops == 4 * 4096 * 32 * 128
+
+
+def test_plot(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    results = Path(command.__file__).parent / "results" / "decode.json"
+    arguments = ["--suite", "decode", "--table", str(results), "--plot", str(tmp_path)]
+    assert command.main(arguments) == 0
+    assert capsys.readouterr().out.endswith("decode.png\n")
+    assert (tmp_path / "decode.png").read_bytes().startswith(b"\x89PNG")

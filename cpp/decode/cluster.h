@@ -11,19 +11,26 @@
 
 namespace jax_fa3::decode {
 
+// `barrier` counts the bytes, there.
 template <int kFloats>
-CUTLASS_DEVICE void store_to_rank(float* smem, int rank, float const (&x)[kFloats]) {
+CUTLASS_DEVICE void store_to_rank(float* smem, FullBarrier& barrier, int rank,
+                                  float const (&x)[kFloats]) {
   uint32_t const address = set_block_rank(cast_smem_ptr_to_uint(smem), rank);
+  uint32_t const counts = set_block_rank(cast_smem_ptr_to_uint(&barrier), rank);
+#define JAX_FA3_STORE "st.async.shared::cluster.mbarrier::complete_tx::bytes"
   if constexpr (kFloats == 4) {
-    asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(x[0]),
-                 "f"(x[1]), "f"(x[2]), "f"(x[3])
+    asm volatile(JAX_FA3_STORE ".v4.f32 [%0], {%2, %3, %4, %5}, [%1];" ::"r"(address), "r"(counts),
+                 "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3])
                  : "memory");
   } else if constexpr (kFloats == 2) {
-    asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(x[0]), "f"(x[1])
+    asm volatile(JAX_FA3_STORE ".v2.f32 [%0], {%2, %3}, [%1];" ::"r"(address), "r"(counts),
+                 "f"(x[0]), "f"(x[1])
                  : "memory");
   } else {
-    asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(address), "f"(x[0]) : "memory");
+    asm volatile(JAX_FA3_STORE ".f32 [%0], %2, [%1];" ::"r"(address), "r"(counts), "f"(x[0])
+                 : "memory");
   }
+#undef JAX_FA3_STORE
 }
 
 // The rows of a tile, normalised, and their log-sum-exps, as all CTAs of a cluster have them.
@@ -33,9 +40,15 @@ class SharedTile {
   CUTLASS_DEVICE SharedTile(typename Traits::SharedStorage& storage, Params const& params)
       : outs(storage.received()),
         lses(outs + kClusterRows * Traits::kHeadDimV),
+        received(storage.received_full),
         cluster(params.cluster),
         rank(static_cast<int>(blockIdx.x) & (cluster - 1)) {}
 
+  // By the thread that has initialised the barriers: what is to come here.
+  CUTLASS_DEVICE void expect(int rows) const {
+    int const vectors = (rows * kVectors - rank + cluster - 1) >> (__ffs(cluster) - 1);
+    received.arrive_and_expect_tx(cluster * (vectors * 16 + rows * 4));
+  }
   // By all threads that send.
   CUTLASS_DEVICE static void wait_until_others_run() { cluster_wait(); }
 
@@ -44,16 +57,15 @@ class SharedTile {
   CUTLASS_DEVICE void send_out(int row, int column, float const (&x)[kFloats]) const {
     int const vector = row * kVectors + column / 4;
     int const to = vector & (cluster - 1);
-    store_to_rank(outs + (vector - to + rank) * 4 + column % 4, to, x);
+    store_to_rank(outs + (vector - to + rank) * 4 + column % 4, received, to, x);
   }
   CUTLASS_DEVICE void send_lse(int row, int to, float lse) const {
-    store_to_rank(lses + row * kLargestCluster + rank, to, {lse});
+    store_to_rank(lses + row * kLargestCluster + rank, received, to, {lse});
   }
 
   // All consumers, when they have sent.
   CUTLASS_DEVICE void join(Params const& params, Work const& work) const {
-    cluster_arrive();
-    cluster_wait();
+    received.wait(0);
     constexpr int kThreads = Traits::kWarpgroups * 128;
     int const thread = threadIdx.x - (Traits::kThreads - kThreads);
     OutRow const tile{work.sequence.first_row, work.sequence.count, work.head, work.tile};
@@ -67,12 +79,12 @@ class SharedTile {
       if (index < 0) break;
       float const* const parts = lses + row * kLargestCluster;
       float top = -INFINITY;  // a NaN comes back by its difference
-      CUTLASS_PRAGMA_NO_UNROLL
+#pragma unroll 4
       for (int part = 0; part < cluster; ++part) top = fmaxf(top, parts[part]);
       if (top == -INFINITY) top = 0.f;
       float sum = 0.f;
       float4 out{0.f, 0.f, 0.f, 0.f};
-      CUTLASS_PRAGMA_NO_UNROLL
+#pragma unroll 4
       for (int part = 0; part < cluster; ++part) {
         float const w = exp2f((parts[part] - top) * kLog2E);
         auto const x = reinterpret_cast<float4 const*>(outs)[first + part];
@@ -89,6 +101,7 @@ class SharedTile {
   static constexpr int kVectors = Traits::kHeadDimV / 4;  // of a row
   float* outs;                                            // [vectors of all rows][part][4]
   float* lses;                                            // [row][part]
+  FullBarrier& received;                                  // counts its bytes
   int cluster;
   int rank;
 };

@@ -59,9 +59,9 @@ struct Problem {
 
   // Of workspace() numbers (workspace.h).
   float* partials;
-  int* arrivals;
+  uint64_t* arrivals;
 
-  // The kernel in front writes the cache and the query, and zeroes `arrivals` (append.h).
+  // The kernel in front writes the cache and the query (append.h).
   bool appended;
 };
 

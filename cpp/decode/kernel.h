@@ -53,7 +53,12 @@ CUTLASS_DEVICE void consume(Params const& params, typename Traits::SharedStorage
       }
     } else {
       clear(tOrO);
+      storage.query_full.wait(state.query_phase);  // and what the consumers need of the work
+      state.query_phase ^= 1;
+      if (threadIdx.x % 32 == 0) storage.query_empty.arrive();
     }
+    // A kernel that this one overtakes may still read its own parts there.
+    if (work.slot != Work::kNone) cudaGridDependencySynchronize();
     // Its loads are done, so all its pages have been looked for.
     bool const lacks_page = storage.lacks_page[state.work.stage];
     if constexpr (Traits::kFew) {
@@ -90,11 +95,15 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
   extern __shared__ char memory[];
   auto& storage = *reinterpret_cast<typename Traits::SharedStorage*>(memory);
   int const warp = cutlass::canonical_warp_idx_sync();
+  cudaTriggerProgrammaticLaunchCompletion();
 
   if (warp == 0 && elect_one_sync()) {
     prefetch_tma_descriptor(&params.key);
     prefetch_tma_descriptor(&params.value);
     storage.init_barriers();
+    if constexpr (Traits::kClusters) {
+      if (params.cluster > 0) SharedTile<Traits>(storage, params).expect(params.slot_rows);
+    }
   }
   bool back = false;
   int units = 0;

@@ -112,25 +112,25 @@ cudaError_t make_params(Problem const& p, int num_ctas, Params* params) {
   params->partial_out = p.partials;
   params->partial_lse = p.partials + rows * p.head_dim_v;
   params->arrivals = p.arrivals;
-  params->num_ctas = num_ctas;
   params->appended = p.appended;
+  params->num_ctas = Divider(num_ctas);
   params->cluster = cluster_of<Traits>(p, num_ctas / Traits::kCtasPerSm);
   return cudaSuccess;
 }
 
+// is_second: of two kernels of one call, whose counters are behind the first one's.
 template <class Traits>
-cudaError_t launch_tile(Problem const& problem, cudaStream_t stream) {
+cudaError_t launch_tile(Problem const& problem, cudaStream_t stream, bool is_second = false) {
   int num_ctas = 0;
   JAX_FA3_RETURN_IF_ERROR(count_sms(&num_ctas));
   num_ctas = std::min(num_ctas, kMostCtas) * Traits::kCtasPerSm;
   Params params{};
   JAX_FA3_RETURN_IF_ERROR(make_params<Traits>(problem, num_ctas, &params));
   if (params.cluster > 0) return launch_clusters<Traits>(problem, params, stream);
-  if (!params.appended) {
-    JAX_FA3_RETURN_IF_ERROR(launch_kernel(reset_kernel, 1, 256, 0, params, stream));
-  }
+  if (is_second) params.arrivals += kMostDecodeCtas;
+  Start const start = is_second || params.appended ? Start::kEarly : Start::kInOrder;
   return launch_kernel(decode_kernel<Traits>, num_ctas, Traits::kThreads,
-                       sizeof(typename Traits::SharedStorage), params, stream, Start::kEarly);
+                       sizeof(typename Traits::SharedStorage), params, stream, start);
 }
 
 template <DType kDType, int kHeadDim, int kHeadDimV, Reads kReads>
@@ -151,14 +151,27 @@ cudaError_t launch_cache(Problem const& problem, cudaStream_t stream) {
       return launch_tile<Traits<Element, kWidth, kWidthV, 1, Reads::kFew>>(problem, stream);
     }
   }
+  using Small = Traits<Element, kWidth, kWidthV, 1, kReads>;
   // Tall tiles read keys and values half as often, where there are rows for them; and registers for
   // scales beside a wide O.
   if constexpr (kReads == Reads::kAsComputed || kWidthV <= 192) {
-    if (rows > int64_t{problem.sequences.batch} * 64) {
-      return launch_tile<Traits<Element, kWidth, kWidthV, 2, kReads>>(problem, stream);
+    using Tall = Traits<Element, kWidth, kWidthV, 2, kReads>;
+    Sequences const& x = problem.sequences;
+    int const most_small = Small::kBlockM / group;  // rows of a sequence
+    bool const ragged = x.query_starts != nullptr;
+    if (!ragged && x.rows_each > most_small) return launch_tile<Tall>(problem, stream);
+    // Which tile suits a sequence of ragged rows only the device knows: each kernel takes its own.
+    // As many rows as sequences are taken to be one of each.
+    if (ragged && x.rows > std::max(x.batch, most_small)) {
+      Problem small = problem;
+      small.sequences.most_rows = most_small;
+      JAX_FA3_RETURN_IF_ERROR(launch_tile<Small>(small, stream));
+      Problem tall = problem;
+      tall.sequences.least_rows = most_small + 1;
+      return launch_tile<Tall>(tall, stream, true);
     }
   }
-  return launch_tile<Traits<Element, kWidth, kWidthV, 1, kReads>>(problem, stream);
+  return launch_tile<Small>(problem, stream);
 }
 
 template <DType kDType, int kHeadDim, int kHeadDimV>

@@ -168,7 +168,7 @@ CUTLASS_DEVICE void schedule(Params const& params, typename Traits::SharedStorag
                              int units, bool back) {
   int const lane = threadIdx.x % 32;
   int const cta = static_cast<int>(blockIdx.x);
-  Piece piece(0, 1);
+  Piece piece(0, Divider());
   int unit = 0;
   int end = 0;
   Walk walk{params, back};
@@ -176,7 +176,7 @@ CUTLASS_DEVICE void schedule(Params const& params, typename Traits::SharedStorag
   if (params.cluster > 0) {
     end = walk.share();  // more than none or not
   } else {
-    piece = Piece(units * params.num_heads_k, static_cast<int>(gridDim.x));
+    piece = Piece(units * params.num_heads_k, params.num_ctas);
     unit = piece.begin(cta);
     end = piece.begin(cta + 1);
     more = unit < end;
@@ -189,12 +189,7 @@ CUTLASS_DEVICE void schedule(Params const& params, typename Traits::SharedStorag
     storage.work_pipeline.empty[state.stage].wait(state.phase ^ 1);
     Work work{};
     work.last = !more;
-    if (!work.last) {
-      int taken = 0;
-      work = walk.next(unit, end - unit, piece, &taken);
-      unit += taken;
-      more = params.cluster == 0 && unit < end;
-    }
+    if (more) work = walk.next(end - unit);
     if (lane == 0) {
       storage.work[state.stage] = work;
       storage.lacks_page[state.stage] = false;
@@ -202,12 +197,14 @@ CUTLASS_DEVICE void schedule(Params const& params, typename Traits::SharedStorag
     }
     __syncwarp();
     if (work.last) break;
-    if (work.begin == work.end) continue;
+    if (lane == 0) complete(params, unit, piece, &storage.work[state.stage]);
     if (params.appended) cudaGridDependencySynchronize();
     storage.query_empty.wait(query_phase ^ 1);
     query_phase ^= 1;
     load_query<Traits>(params, storage, work);
     if (lane == 0) storage.query_full.arrive();
+    unit += walk.advance();
+    more = params.cluster == 0 && unit < end;
   }
   // The kernel after this one waits for this one only: the one that is overtaken must be done, too.
   cudaGridDependencySynchronize();

@@ -7,33 +7,84 @@
 #include "decode/barriers.h"
 #include "decode/parts.h"
 #include "decode/schedule.h"
+#include "decode/workspace.h"
 
 namespace jax_fa3::decode {
 
-// Where the parts of one row are. The first is in its CTA's slot 0; of each other CTA there is one,
+// Where the parts of a tile are. The first is in its CTA's slot 0; of each other CTA there is one,
 // or with splits one for each of them.
 template <bool kSplits>
 struct Parts {
   Params const& params;
   Work const& work;
-  int row;
 
-  CUTLASS_DEVICE int64_t place(int part) const {
+  CUTLASS_DEVICE int64_t place(int part, int row) const {
     int in_cta = work.owner + part;
     int slot = part > 0;
     if (kSplits && part > 0) {
-      Piece const piece(work.units, static_cast<int>(gridDim.x));
+      Piece const piece(work.units, params.num_ctas);
       int const unit = piece.begin(work.owner + 1) + part - 1;
       in_cta = piece.cta(unit);
       slot = 1 + unit - piece.begin(in_cta);
     }
     return (int64_t{in_cta} * params.slots + slot) * params.slot_rows + row;
   }
-  // Past the L1, which does not know what other SMs write.
-  CUTLASS_DEVICE float lse(int part) const { return __ldcg(params.partial_lse + place(part)); }
-  CUTLASS_DEVICE float4 out(int part, int column) const {
-    float const* const at = params.partial_out + place(part) * params.head_dim_v + column;
-    return __ldcg(reinterpret_cast<float4 const*>(at));
+};
+
+// What a lane has of one row: four columns.
+struct RowPart {
+  float lse = -INFINITY;
+  float4 out{0.f, 0.f, 0.f, 0.f};
+};
+
+// Past the L1, which does not know what other SMs write.
+CUTLASS_DEVICE RowPart read_part(Params const& params, int64_t place, int column) {
+  float const* const out = params.partial_out + place * params.head_dim_v + column;
+  return {__ldcg(params.partial_lse + place), __ldcg(reinterpret_cast<float4 const*>(out))};
+}
+
+// The sum of parts. With splits part after part, as a CTA joins those that it has itself.
+template <bool kSplits>
+struct Sum : RowPart {
+  float weight = 0.f;  // of what is summed, relative to the largest log-sum-exp
+
+  template <int kCount>
+  CUTLASS_DEVICE void add(RowPart const (&parts)[kCount]) {
+    if constexpr (kSplits) {
+      CUTLASS_PRAGMA_UNROLL
+      for (RowPart const& x : parts) {
+        Joined const joined(lse, x.lse);
+        out = {joined(out.x, x.out.x), joined(out.y, x.out.y), joined(out.z, x.out.z),
+               joined(out.w, x.out.w)};
+        lse = joined.lse;
+      }
+      return;
+    }
+    float largest = lse;  // a NaN comes back by its difference
+    CUTLASS_PRAGMA_UNROLL
+    for (RowPart const& x : parts) largest = fmaxf(largest, x.lse);
+    float const offset = largest == -INFINITY ? 0.f : largest;
+    float const before = exp2f((lse - offset) * kLog2E);
+    weight *= before;
+    out = {out.x * before, out.y * before, out.z * before, out.w * before};
+    CUTLASS_PRAGMA_UNROLL
+    for (RowPart const& x : parts) {
+      float const w = exp2f((x.lse - offset) * kLog2E);
+      weight += w;
+      out = {fmaf(w, x.out.x, out.x), fmaf(w, x.out.y, out.y), fmaf(w, x.out.z, out.z),
+             fmaf(w, x.out.w, out.w)};
+    }
+    lse = largest;
+  }
+
+  // Returns what `out` is to be multiplied with.
+  CUTLASS_DEVICE float finish(Params const& params, int64_t index) {
+    float scale = 1.f;
+    if constexpr (!kSplits) {
+      scale = weight == 0.f ? 0.f : 1.f / weight;
+      lse = weight == 0.f ? -INFINITY : lse + logf(weight);
+    }
+    return add_sink(params, index, &lse) * scale;
   }
 };
 
@@ -47,66 +98,65 @@ CUTLASS_DEVICE void store_merged(Params const& params, int64_t index, int column
   if (column == 0) params.lse[index] = lse;
 }
 
-// One row by one warp, whose lanes have four columns each. With splits part after part, as a CTA
-// joins those that it has itself.
-template <class Element>
-CUTLASS_DEVICE void join(Params const& params, Parts<true> const& parts, int64_t index) {
-  int const lane = threadIdx.x % 32;
+// A tile's rows by all consumers, a row by a warp. To read one part takes about as long as to read
+// many: so those of two rows are on their way together, up to 8 of each.
+template <class Traits, bool kSplits>
+CUTLASS_DEVICE void join(Params const& params, Work const& work, int warp) {
+  constexpr int kRows = kSplits ? 1 : 2;
+  constexpr int kParts = 8;
+  constexpr int kWarps = Traits::kWarpgroups * 4;
+  Parts<kSplits> const parts{params, work};
+  OutRow const tile{work.sequence.first_row, work.sequence.count, work.head, work.tile};
   CUTLASS_PRAGMA_NO_UNROLL
-  for (int first = 0; first < params.head_dim_v; first += 128) {
-    int const column = first + lane * 4;
-    int const read = min(column, params.head_dim_v - 4);
-    float lse = parts.lse(0);
-    float4 out = parts.out(0, read);
-    CUTLASS_PRAGMA_NO_UNROLL
-    for (int part = 1; part < parts.work.parts; ++part) {
-      float4 const x = parts.out(part, read);
-      Joined const joined(lse, parts.lse(part));
-      out = {joined(out.x, x.x), joined(out.y, x.y), joined(out.z, x.z), joined(out.w, x.w)};
-      lse = joined.lse;
+  for (int first_row = warp; first_row < params.slot_rows; first_row += kRows * kWarps) {
+    int64_t index[kRows];
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < kRows; ++i) {
+      index[i] = tile.index(first_row + i * kWarps, Traits::kBlockM, params.tiles.group,
+                            params.num_heads_q);
     }
-    float const scale = add_sink(params, index, &lse);
-    store_merged<Element>(params, index, column, out, scale, lse);
+    if (index[0] < 0) break;
+    CUTLASS_PRAGMA_NO_UNROLL
+    for (int column = threadIdx.x % 32 * 4; column < params.head_dim_v; column += 128) {
+      Sum<kSplits> sums[kRows];
+      CUTLASS_PRAGMA_NO_UNROLL
+      for (int first_part = 0; first_part < work.parts; first_part += kParts) {
+        RowPart x[kRows][kParts];
+        CUTLASS_PRAGMA_UNROLL
+        for (int i = 0; i < kRows * kParts; ++i) {
+          int const row = first_row + i / kParts * kWarps;
+          int const part = first_part + i % kParts;
+          bool const exists = index[i / kParts] >= 0 && part < work.parts;
+          x[i / kParts][i % kParts] =
+              exists ? read_part(params, parts.place(part, row), column) : RowPart{};
+        }
+        CUTLASS_PRAGMA_UNROLL
+        for (int i = 0; i < kRows; ++i) sums[i].add(x[i]);
+      }
+      CUTLASS_PRAGMA_UNROLL
+      for (int i = 0; i < kRows; ++i) {
+        if (index[i] < 0) continue;
+        float const scale = sums[i].finish(params, index[i]);
+        store_merged<typename Traits::Element>(params, index[i], column, sums[i].out, scale,
+                                               sums[i].lse);
+      }
+    }
   }
 }
 
-// Otherwise 32 parts at once.
-template <class Element>
-CUTLASS_DEVICE void join(Params const& params, Parts<false> const& parts, int64_t index) {
-  int const lane = threadIdx.x % 32;
-  int const count = parts.work.parts;
-  CUTLASS_PRAGMA_NO_UNROLL
-  for (int first = 0; first < params.head_dim_v; first += 128) {
-    int const column = first + lane * 4;
-    int const read = min(column, params.head_dim_v - 4);
-    float top = -INFINITY;
-    float sum = 0.f;  // of this lane's parts
-    float4 out{0.f, 0.f, 0.f, 0.f};
-    CUTLASS_PRAGMA_NO_UNROLL
-    for (int chunk = 0; chunk < count; chunk += 32) {
-      int const in_chunk = min(count - chunk, 32);
-      float const own = lane < in_chunk ? parts.lse(chunk + lane) : -INFINITY;
-      float largest = fmaxf(top, own);  // a NaN comes back by its difference
-      CUTLASS_PRAGMA_UNROLL
-      for (int i = 16; i > 0; i /= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, i));
-      float const offset = largest == -INFINITY ? 0.f : largest;
-      float const before = exp2f((top - offset) * kLog2E);
-      float const weight = exp2f((own - offset) * kLog2E);
-      top = largest;
-      sum = fmaf(sum, before, weight);
-      out = {out.x * before, out.y * before, out.z * before, out.w * before};
-#pragma unroll 16
-      for (int i = 0; i < in_chunk; ++i) {
-        float const w = __shfl_sync(~0u, weight, i);
-        float4 const x = parts.out(chunk + i, read);
-        out = {fmaf(w, x.x, out.x), fmaf(w, x.y, out.y), fmaf(w, x.z, out.z), fmaf(w, x.w, out.w)};
-      }
-    }
-    CUTLASS_PRAGMA_UNROLL
-    for (int i = 16; i > 0; i /= 2) sum += __shfl_xor_sync(~0u, sum, i);
-    float lse = sum == 0.f ? -INFINITY : top + logf(sum);
-    float const scale = add_sink(params, index, &lse) * (sum == 0.f ? 0.f : 1.f / sum);
-    store_merged<Element>(params, index, column, out, scale, lse);
+// Counts arrivals in memory that may hold anything: nothing yet, unless its upper 48 bits, which
+// are NaNs that no computation makes, say that it holds a count. So no kernel need zero it in
+// front. The last arrival leaves 0. Returns whether this is the last of `count`. held: what the
+// counter held a while ago.
+using Counter = unsigned long long;
+CUTLASS_DEVICE bool arrives_last(Counter* counter, Counter held, int count) {
+  constexpr Counter kCounts = 0x7fb5'ff9b'7fe7'0000;
+  for (;;) {
+    int const before = (held & ~Counter{0xffff}) == kCounts ? static_cast<int>(held & 0xffff) : 0;
+    bool const is_last = before + 1 == count;
+    Counter const found = atomicCAS(counter, held, is_last ? 0 : kCounts + before + 1);
+    if (found == held) return is_last;
+    held = found;
   }
 }
 
@@ -119,33 +169,19 @@ CUTLASS_DEVICE void join_if_last(Params const& params, typename Traits::SharedSt
   auto const meet = [] {
     cutlass::arch::NamedBarrier::sync(kThreads, barrier_id(NamedBarrier::kPartsStored, 0));
   };
+  auto* const counter = reinterpret_cast<Counter*>(params.arrivals + work.owner);
+  Counter const held = thread == 0 ? __ldcg(counter) : 0;
   __threadfence();
   meet();
-  if (thread == 0) {
-    cudaGridDependencySynchronize();  // the counters are zero
-    storage.is_last = atomicAdd(params.arrivals + work.owner, 1) == work.parts - 1;
-  }
+  if (thread == 0) storage.is_last = arrives_last(counter, held, work.parts);
   meet();
   if (!storage.is_last) return;
   __threadfence();
-  OutRow const tile{work.sequence.first_row, work.sequence.count, work.head, work.tile};
-  CUTLASS_PRAGMA_NO_UNROLL
-  for (int row = thread / 32; row < params.slot_rows; row += kThreads / 32) {
-    int64_t const index = tile.index(row, Traits::kBlockM, params.tiles.group, params.num_heads_q);
-    if (index < 0) break;
-    using Element = typename Traits::Element;
-    if (params.tiles.split > 0) {
-      join<Element>(params, Parts<true>{params, work, row}, index);
-    } else {
-      join<Element>(params, Parts<false>{params, work, row}, index);
-    }
+  if (params.tiles.split > 0) {
+    join<Traits, true>(params, work, thread / 32);
+  } else {
+    join<Traits, false>(params, work, thread / 32);
   }
-}
-
-// Launched in front, and overtaken: the counters are needed last.
-static __global__ void __launch_bounds__(256) reset_kernel(__grid_constant__ Params const params) {
-  cudaTriggerProgrammaticLaunchCompletion();
-  for (int i = threadIdx.x; i < params.num_ctas; i += 256) params.arrivals[i] = 0;
 }
 
 }  // namespace jax_fa3::decode

@@ -71,6 +71,8 @@ CUTLASS_DEVICE void mma(Params const& params, typename Traits::SharedStorage& st
   auto const release = [&](auto const& position) {
     if (elected) ring.empty[position.stage].arrive();
   };
+  storage.query_full.wait(state.query_phase);  // and what the schedule has put off
+  state.query_phase ^= 1;
   int const end = work.end;
   // With a soft cap, which is applied where the mask is, all blocks are masked.
   int const full_begin = work.full_begin;
@@ -108,8 +110,6 @@ CUTLASS_DEVICE void mma(Params const& params, typename Traits::SharedStorage& st
   // The first block: nothing to overlap with.
   int n_block = work.begin;
   clear(tOrO);
-  storage.query_full.wait(state.query_phase);
-  state.query_phase ^= 1;
   ring.full[state.ring.stage].wait(state.ring.phase);
   issue_scores(state.ring);
   warpgroup_wait<0>();

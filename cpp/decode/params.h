@@ -36,8 +36,8 @@ struct Params {
   // in one part, or in one for each split.
   float* partial_out;  // [ctas, slots, slot_rows, v]
   float* partial_lse;  // [ctas, slots, slot_rows]
-  int* arrivals;       // [ctas]: of the parts of the tile that the CTA has begun and others end
-  int num_ctas;
+  uint64_t* arrivals;  // [ctas]: of the parts of the tile that the CTA has begun and others end
+  Divider num_ctas;
   int cluster;  // CTAs that share a tile by themselves (cluster.h), or 0
   int slots;
   int slot_rows;

@@ -31,6 +31,11 @@ struct Work {
   int parts;
   int owner;
   int units;  // of all
+  // From which they follow: units of the tile in front of these, all of the tile, and whether this
+  // is the last that the CTA has of one of its parts.
+  int skipped;
+  int tile_units;
+  bool completes;
 
   static constexpr int kNone = -1;
 };
@@ -42,8 +47,8 @@ struct Piece {
   int length;
   int longer;
 
-  JAX_FA3_HOST_DEVICE Piece(int total, int num_ctas)
-      : total(total), length(total / num_ctas), longer(total % num_ctas) {}
+  JAX_FA3_HOST_DEVICE Piece(int total, Divider const& num_ctas)
+      : total(total), length(num_ctas(total)), longer(num_ctas.rest(total)) {}
   JAX_FA3_HOST_DEVICE int begin(int cta) const {
     return cta * length + (cta < longer ? cta : longer);
   }
@@ -94,6 +99,25 @@ CUTLASS_DEVICE bool has_pages(Params const& params, int index, Interval const& p
   return !__any_sync(~0u, lacks);
 }
 
+// What consumers need to know, of a work that begins at `unit`. It is found when keys and values
+// are on their way.
+CUTLASS_DEVICE void complete(Params const& params, int unit, Piece const& piece, Work* work) {
+  Tiles const& tiles = params.tiles;
+  int const last_begin =
+      tiles.window.of(work->sequence, tiles.last_row(work->sequence, work->tile)).begin;
+  work->full_begin = ((min(last_begin, work->positions.end) - 1) >> tiles.block_bits) + 1;
+  work->full_end =
+      tiles.window.of(work->sequence, tiles.first_row(work->tile)).end >> tiles.block_bits;
+  work->units = piece.total;
+  if (params.cluster > 0 || !work->completes) return;
+  bool const begun = work->skipped == 0 || work->joins;
+  int const first_unit = unit - work->skipped;
+  int const last_unit = first_unit + work->tile_units - 1;
+  work->owner = begun ? static_cast<int>(blockIdx.x) : piece.cta(first_unit);
+  work->parts = tiles.split > 0 ? last_unit - piece.begin(work->owner + 1) + 2
+                                : piece.cta(last_unit) - work->owner + 1;
+}
+
 // One warp: walks along a CTA's piece, and hands out what it finds.
 class Walk {
  public:
@@ -126,14 +150,9 @@ class Walk {
       enter(first + found);
       of_head = __shfl_sync(~0u, of_head, found);
       head = unit / of_head;
-      int rest = unit - head * of_head;
+      skipped = unit - head * of_head;
       CUTLASS_PRAGMA_NO_UNROLL
-      for (tile = 0;; ++tile) {
-        int const of_tile = units_of_tile();
-        if (rest < of_tile) break;
-        rest -= of_tile;
-      }
-      skipped = rest;
+      for (tile = 0; enter_tile(), skipped >= tile_units; ++tile) skipped -= tile_units;
       begun = skipped == 0;
       return;
     }
@@ -145,67 +164,59 @@ class Walk {
     int const rank = static_cast<int>(blockIdx.x) & (params.cluster - 1);
     head = static_cast<int>(blockIdx.x) >> bits;
     enter(static_cast<int>(blockIdx.y));
-    int const units = units_of_tile();
-    skipped = units * rank >> bits;
-    return (units * (rank + 1) >> bits) - skipped;
+    enter_tile();
+    skipped = tile_units * rank >> bits;
+    return (tile_units * (rank + 1) >> bits) - skipped;
   }
 
-  CUTLASS_DEVICE int units_of_tile() const { return params.tiles.units(sequence, tile); }
-
-  // The next work, of at most `units` units, from `unit` on.
-  CUTLASS_DEVICE Work next(int unit, int units, Piece const& piece, int* taken) {
+  // The next work, of at most `units` units, but for what only consumers need of it.
+  CUTLASS_DEVICE Work next(int units) {
     Tiles const& tiles = params.tiles;
     if (!checked && tiles.count(sequence) > 1) {
-      Interval const seen = tiles.window.of(sequence, 0, sequence.count - 1);
-      sequence.mistaken |= !has_pages(params, index, seen);
+      lacks_page = !has_pages(params, index, tiles.window.of(sequence, 0, sequence.count - 1));
     }
     checked = true;
     Work work{};
     work.sequence = sequence;
+    work.sequence.mistaken |= lacks_page;
     work.index = index;
     work.head = head;
     work.tile = tile;
-    work.positions = tiles.positions(sequence, tile);
     // Pages that lack leave the units as they are: all CTAs count alike.
-    int const all = units_counted();
-    int const most = tiles.split == 0 ? all : 1;
-    int const count = min(min(all - skipped, most), units);
+    int const most = tiles.split == 0 ? tile_units : 1;
+    taken = min(min(tile_units - skipped, most), units);
+    if (!lacks_page) work.positions = positions;
     if (!work.positions.empty()) {
       int const bits = tiles.block_bits;
       int const blocks = max(tiles.split, 1);  // of a unit
-      int const first = tiles.unit_of(work.positions.begin) + skipped;
-      work.begin = max(first * blocks, work.positions.begin >> bits);
-      work.end = min((first + count) * blocks, ((work.positions.end - 1) >> bits) + 1);
-      int const last_begin = tiles.window.of(sequence, tiles.last_row(sequence, tile)).begin;
-      work.full_begin = ((min(last_begin, work.positions.end) - 1) >> bits) + 1;
-      work.full_end = tiles.window.of(sequence, tiles.first_row(tile)).end >> bits;
+      int const first = tiles.unit_of(positions.begin) + skipped;
+      work.begin = max(first * blocks, positions.begin >> bits);
+      work.end = min((first + taken) * blocks, ((positions.end - 1) >> bits) + 1);
     }
-    bool const is_end = skipped + count == all;
+    bool const is_end = skipped + taken == tile_units;
     work.slot = begun ? (is_end ? Work::kNone : 0) : 1 + pieces++;
     work.joins = begun && skipped > 0;
-    work.units = piece.total;
-    if (params.cluster == 0 && work.slot != Work::kNone && (!begun || count == units)) {
-      int const first_unit = unit - skipped;
-      int const last_unit = first_unit + all - 1;
-      work.owner = begun ? static_cast<int>(blockIdx.x) : piece.cta(first_unit);
-      work.parts = tiles.split > 0 ? last_unit - piece.begin(work.owner + 1) + 2
-                                   : piece.cta(last_unit) - work.owner + 1;
-    }
-    *taken = count;
-    if (is_end) {
-      skipped = 0;
-      begun = true;
-      if (++tile == tiles.count(sequence)) {
-        tile = 0;
-        if (++head == params.num_heads_k) {
-          head = 0;
-          enter(index + 1);
-        }
-      }
-    } else {
-      skipped += count;
-    }
+    work.skipped = skipped;
+    work.tile_units = tile_units;
+    work.completes = work.slot != Work::kNone && (!begun || taken == units);
     return work;
+  }
+
+  // Behind it; returns how many units it has.
+  CUTLASS_DEVICE int advance() {
+    skipped += taken;
+    if (skipped < tile_units) return taken;
+    skipped = 0;
+    begun = true;
+    if (++tile == params.tiles.count(sequence)) {
+      tile = 0;
+      if (++head == params.num_heads_k) {
+        head = 0;
+        enter(index + 1);
+      }
+    }
+    enter_tile();
+    return taken;
   }
 
  private:
@@ -216,14 +227,12 @@ class Walk {
       sequence = params.sequences.at(index, back);
       if (sequence.count > 0) break;
     }
-    counted_mistaken = sequence.mistaken;
-    checked = false;
+    checked = lacks_page = false;
   }
 
-  CUTLASS_DEVICE int units_counted() const {
-    Sequence counted = sequence;
-    counted.mistaken = counted_mistaken;
-    return params.tiles.units(counted, tile);
+  CUTLASS_DEVICE void enter_tile() {
+    positions = params.tiles.positions(sequence, tile);
+    tile_units = params.tiles.units(positions);
   }
 
   Params const& params;
@@ -231,10 +240,13 @@ class Walk {
   int index = 0;  // of the sequence
   Sequence sequence{};
   bool checked = false;  // its pages, where it has several tiles
-  bool counted_mistaken = false;
+  bool lacks_page = false;
   int head = 0;
   int tile = 0;
-  int skipped = 0;    // units of the tile
+  Interval positions{};  // of the tile
+  int tile_units = 0;
+  int skipped = 0;    // of these
+  int taken = 0;      // of the work at hand
   bool begun = true;  // the tile's first unit is this CTA's
   int pieces = 0;     // of a tile that another has begun
 };

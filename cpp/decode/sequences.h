@@ -37,6 +37,8 @@ struct Sequences {
   int const* query_starts;   // [b + 1], or null: all have rows_each
   int const* num_sequences;  // [1], or null: batch
   int const* key_begin;      // [b], or null: 0
+  int least_rows = 0;        // of a sequence that this launch takes
+  int most_rows = INT32_MAX;
 
   // Ragged rows that are no sequence's, at the front and behind the last, are two idle sequences
   // more.
@@ -53,8 +55,14 @@ struct Sequences {
     return query_starts != nullptr && i < num_ours() && query_starts[i + 1] < query_starts[i];
   }
 
-  // Sequence i of size(); `back`: whether any goes back.
+  // Sequence i of size(), without rows if another launch takes it; `back`: whether any goes back.
   JAX_FA3_HOST_DEVICE Sequence at(int i, bool back) const {
+    Sequence const x = any(i, back);
+    return x.count < least_rows || x.count > most_rows ? Sequence{} : x;
+  }
+
+ private:
+  JAX_FA3_HOST_DEVICE Sequence any(int i, bool back) const {
     int const ours = num_ours();
     if (query_starts == nullptr) {
       Sequence const idle{i * rows_each, rows_each, 0, 0, false};
@@ -73,7 +81,6 @@ struct Sequences {
     return i == batch ? Sequence{stop, rows - stop, 0, 0, false} : Sequence{0, first, 0, 0, false};
   }
 
- private:
   JAX_FA3_HOST_DEVICE static int larger(int a, int b) { return a > b ? a : b; }
   JAX_FA3_HOST_DEVICE int clipped(int row) const { return row < 0 ? 0 : (row > rows ? rows : row); }
 
@@ -136,8 +143,7 @@ struct Tiles {
     int const block = position >> block_bits;
     return split == 0 ? block : block / split;
   }
-  JAX_FA3_HOST_DEVICE int units(Sequence const& sequence, int tile) const {
-    Interval const seen = positions(sequence, tile);
+  JAX_FA3_HOST_DEVICE int units(Interval const& seen) const {
     return seen.empty() ? 1 : unit_of(seen.end - 1) - unit_of(seen.begin) + 1;
   }
   // Of one KV head.
@@ -145,7 +151,7 @@ struct Tiles {
     int sum = 0;
     int const tiles = count(sequence);
     JAX_FA3_NO_UNROLL
-    for (int tile = 0; tile < tiles; ++tile) sum += units(sequence, tile);
+    for (int tile = 0; tile < tiles; ++tile) sum += units(positions(sequence, tile));
     return sum;
   }
 };

@@ -156,6 +156,7 @@ struct Traits {
         loads;
     std::conditional_t<kFew, Scales<kStages, kBlockN>, Nothing> scales;
     AtEnd few;
+    FullBarrier received_full;  // of a cluster
     Pipeline<kWorkStages> work_pipeline;
     Work work[kWorkStages];
     bool lacks_page[kWorkStages];  // a page that the work needs does not exist
@@ -193,6 +194,7 @@ struct Traits {
     }
     CUTLASS_DEVICE void init_barriers() {
       query_full.init(1);
+      received_full.init(1);
       constexpr int kConsumerWarps = kWarpgroups * 4;
       query_empty.init(kConsumerWarps);
       constexpr int kLoading = kE4M3 ? 1 + 32 : 1;  // each lane's scales arrive by themselves

@@ -31,14 +31,16 @@ inline int slots(Sequences const& sequences, int split_size) {
 
 // An SM takes two CTAs of 64 rows, or one of 128.
 constexpr int kMostDecodeCtas = 2 * kMostCtas;
+// Those of a second kernel, of 128 rows, have their own counters.
+constexpr int kMostCounters = kMostDecodeCtas + kMostCtas;
 
-struct Workspace {
+struct Workspace {  // in numbers of 32 bits
   int64_t partials, arrivals;
 };
 
 inline Workspace workspace(Sequences const& sequences, int group, int head_dim_v, int split_size) {
   int64_t const rows = int64_t{kMostDecodeCtas} * slot_rows(sequences, group, 64);
-  return {rows * slots(sequences, split_size) * (head_dim_v + 1), kMostDecodeCtas};
+  return {rows * slots(sequences, split_size) * (head_dim_v + 1), 2 * kMostCounters};
 }
 
 }  // namespace jax_fa3::decode

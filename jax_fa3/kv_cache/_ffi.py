@@ -19,6 +19,7 @@ from ._xla import Config, Operands
 
 # The workspace, as cpp/decode/workspace.h has it: two tiles for each CTA, of which an SM takes two.
 CTAS = 2 * 132
+COUNTERS = CTAS + 132
 TILE_ROWS = 64
 SPLIT_MULTIPLE = 128
 MOST_SPLITS = 64  # of a sequence: a CTA may have to keep a part of each
@@ -68,7 +69,7 @@ def results_of(config: Config, query: Array, operands: Operands) -> dict[str, An
         "out": jax.ShapeDtypeStruct((rows, num_heads, head_dim_v), query.dtype),
         "lse": jax.ShapeDtypeStruct((rows, num_heads), jnp.float32),
         "partials": jax.ShapeDtypeStruct((slots * (head_dim_v + 1),), jnp.float32),
-        "arrivals": jax.ShapeDtypeStruct((CTAS,), jnp.int32),
+        "arrivals": jax.ShapeDtypeStruct((2 * COUNTERS,), jnp.int32),
     }
 
 

@@ -12,8 +12,9 @@ enum class NamedBarrier : uint32_t {
   kDScoresWritten = 1,  // 4, by warpgroup and buffer: the warpgroup's part of dS is written
   kDQueryFull = 5,      // 4, by warpgroup and dQ writer: its part of dQ is in shared memory
   kDQueryEmpty = 9,     // 2, by warpgroup: it has left shared memory again
-  kTurn = 11,           // 2, by warpgroup: it may issue the GEMMs that begin a step (head dim 64)
-  kKeysRead = 13,       // both warpgroups have read K for the last time: its memory may hold dK
+  kTurn = 11,           // the second warpgroup may begin a tile (head dim 64)
+  kTileRead = 13,       // both warpgroups have read the tile's last operands: where those are in
+                        // shared memory gradients may be
   // Wide.
   kProbabilitiesFull = 5,   // 2, by buffer: P has been handed from one warpgroup to the other
   kProbabilitiesEmpty = 7,  // 2, by buffer: the other has taken it

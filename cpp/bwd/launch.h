@@ -178,7 +178,19 @@ cudaError_t launch_kernels(BackwardProblem const& problem, cudaStream_t stream) 
   JAX_FA3_RETURN_IF_ERROR(
       (launch_before<Element, Main::kBlockM, kWidthV, kAccumulators, RangeParams>(problem, of_main,
                                                                                   stream)));
-  JAX_FA3_RETURN_IF_ERROR(launch_if_any(bwd_kernel<Main>, params.order.num_tiles(), Main::kThreads,
+  int num_ctas = params.order.num_tiles();
+  if constexpr (Main::kPersistent) {
+    int num_sms = 0;
+    JAX_FA3_RETURN_IF_ERROR(count_sms(&num_sms));
+    // Tiles of split rows are long: there it does not pay. Without query rows nobody has zeroed the
+    // counter.
+    if (num_ctas > num_sms && params.num_splits == 1 && params.num_m_blocks > 0) {
+      num_ctas = num_sms;
+      params.tile_counter =
+          reinterpret_cast<int*>(params.row_stats + RowStats<Main::kBlockM>::kTaken);
+    }
+  }
+  JAX_FA3_RETURN_IF_ERROR(launch_if_any(bwd_kernel<Main>, num_ctas, Main::kThreads,
                                         sizeof(typename Main::SharedStorage), of_main, stream));
   JAX_FA3_RETURN_IF_ERROR(launch_sum_partial<Element>(problem, params, stream));
   if constexpr (Main::kFused) {

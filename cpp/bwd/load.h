@@ -59,9 +59,33 @@ CUTLASS_DEVICE void load_tile(CUtensorMap const& map, FullBarrier& full, FullBar
   }
 }
 
+// Where the loading warp is in its rings, from tile to tile.
+template <int kStages>
+struct Loading {
+  PipelineState<kStages> state;  // Q and dO
+  uint32_t staged_phase = 0;
+  uint32_t key_phase = 0;  // K and V
+};
+
+// A step without operands: of a tile that no row sees, or of none.
 template <class Traits>
-CUTLASS_DEVICE void load(typename Traits::Params const& params,
-                         typename Traits::SharedStorage& storage, KeyTile const& tile) {
+CUTLASS_DEVICE void announce(typename Traits::SharedStorage& storage, KeyTile const& tile,
+                             PipelineState<Traits::kStages>& state) {
+  storage.query_pipeline.empty[state.stage].wait(state.phase ^ 1);
+  storage.dout_pipeline.empty[state.stage].wait(state.phase ^ 1);
+  if (threadIdx.x % 32 == 0) {
+    storage.steps[state.stage] = {-1, 0, false, true, true};
+    storage.tiles[state.stage] = tile;
+    storage.query_pipeline.full[state.stage].arrive();
+    storage.dout_pipeline.full[state.stage].arrive();
+  }
+  state.advance();
+}
+
+template <class Traits>
+CUTLASS_DEVICE void load_keys_and_steps(typename Traits::Params const& params,
+                                        typename Traits::SharedStorage& storage,
+                                        KeyTile const& tile, Loading<Traits::kStages>& loading) {
   constexpr int kBlockM = Traits::kBlockM;
   constexpr int kBlockN = Traits::kBlockN;
   constexpr auto kKeep = TMA::CacheHintSm90::EVICT_LAST;       // Q and dO: read by many tiles
@@ -85,8 +109,8 @@ CUTLASS_DEVICE void load(typename Traits::Params const& params,
     return query_blocks[index];
   };
 
-  PipelineState<Traits::kStages> state;
-  uint32_t staged_phase = 0;
+  auto& state = loading.state;
+  auto& staged_phase = loading.staged_phase;
 
   auto const load_query = [&](Step step, RowSet const& blind) {
     auto& pipeline = storage.query_pipeline;
@@ -97,6 +121,7 @@ CUTLASS_DEVICE void load(typename Traits::Params const& params,
     pipeline.empty[state.stage].wait(state.phase ^ 1);
     if (lane == 0) {
       storage.steps[state.stage] = step;
+      if constexpr (Traits::kPersistent) storage.tiles[state.stage] = tile;
       auto* const barrier = reinterpret_cast<uint64_t*>(&full);
       SM90_BULK_COPY_G2S::copy(
           params.row_stats + params.m_block_index(batch, step.head, step.m_block) * kStats, barrier,
@@ -126,6 +151,10 @@ CUTLASS_DEVICE void load(typename Traits::Params const& params,
   };
 
   // While the first steps are looked for.
+  if constexpr (Traits::kPersistent) {
+    storage.keys_empty.wait(loading.key_phase ^ 1);
+    loading.key_phase ^= 1;
+  }
   load_tile<kBlockN, Traits::kHeadDim, Traits::kFourSlabs ? Traits::kFourthSlab : 0>(
       params.key, storage.key_full, storage.staged, staged_phase, kReadOnce, storage.key,
       keys.block<kBlockN>(tile.n_block), padding());
@@ -209,14 +238,20 @@ CUTLASS_DEVICE void load(typename Traits::Params const& params,
       // The soft cap is applied where the mask is.
       uint32_t const full_blocks =
           __ballot_sync(~0u, full && params.score.cap_scale == 0.f) & dense.full;
-      for (uint32_t blocks = __ballot_sync(~0u, visited) & dense.any; blocks != 0;
-           blocks &= blocks - 1) {
+      uint32_t const all = __ballot_sync(~0u, visited) & dense.any;
+      // From its own rows on round the end, so that the key blocks of a head, which begin at the
+      // same time, do not wait for one another at every sum of dQ that one of them begins
+      // (write_dq.h). In turn they come one behind the other; with a bias this
+      // warp has no registers left.
+      bool const in_place = Traits::kHasBias || params.turns != nullptr;
+      int const from = in_place ? 0 : first_key / kBlockM % 32;
+      for (uint32_t blocks = __funnelshift_r(all, all, from); blocks != 0; blocks &= blocks - 1) {
         if (skipped > 0) {
           --skipped;
           continue;
         }
         if (count-- == 0) break;
-        int const bit = __ffs(blocks) - 1;
+        int const bit = (__ffs(blocks) - 1 + from) % 32;
         if (pending.m_block >= 0) {
           pending.last = ++steps == most_steps;
           if (pending.last) steps = 0;
@@ -231,12 +266,39 @@ CUTLASS_DEVICE void load(typename Traits::Params const& params,
     load_step(pending);
     return;
   }
-  // Gradients of 0 are stored from the memory of K and V.
-  storage.key_full.wait(0);
-  storage.value_full.wait(0);
-  if (lane == 0) {
-    storage.steps[0] = pending;
-    storage.query_pipeline.full[0].arrive();
+  if constexpr (Traits::kPersistent) {
+    announce<Traits>(storage, tile, state);
+  } else {
+    // Gradients of 0 are stored from the memory of K and V.
+    storage.key_full.wait(0);
+    storage.value_full.wait(0);
+    if (lane == 0) {
+      storage.steps[0] = pending;
+      storage.query_pipeline.full[0].arrive();
+    }
+  }
+}
+
+// The tiles of a CTA. With a counter all are taken from it, so that in deterministic mode none
+// waits for one that nobody has begun.
+template <class Traits>
+CUTLASS_DEVICE void load(typename Traits::Params const& params,
+                         typename Traits::SharedStorage& storage, KeyTile const& of_cta) {
+  Loading<Traits::kStages> loading;
+  if constexpr (Traits::kPersistent) {
+    auto const take = [&] {
+      int const taken = threadIdx.x % 32 == 0 ? atomicAdd(params.tile_counter, 1) : 0;
+      return __shfl_sync(~0u, taken, 0);
+    };
+    bool const counted = params.tile_counter != nullptr;
+    int index = counted ? take() : blockIdx.x;
+    while (index < params.order.num_tiles()) {
+      load_keys_and_steps<Traits>(params, storage, params.key_tile(index), loading);
+      index = counted ? take() : INT_MAX;
+    }
+    announce<Traits>(storage, {-1, 0, 0, 0}, loading.state);
+  } else {
+    load_keys_and_steps<Traits>(params, storage, of_cta, loading);
   }
 }
 

@@ -109,11 +109,12 @@ CUTLASS_DEVICE void load_bits(BitsParams const& params, KeyTile const& tile, Ste
 }
 
 // The steps of one sum of dK and dV in the accumulators (Step::last). Returns whether they are the
-// CTA's last.
+// tile's last. Where kPersistent, `state` is left at the last, whose Q and dO are not released.
 template <class Traits, class State, class BiasState, class dKey, class dValue>
 CUTLASS_DEVICE bool mma(typename Traits::Params const& params,
-                        typename Traits::SharedStorage& storage, KeyTile const& tile, int warpgroup,
-                        State& state, BiasState& bias_state, float scale, dKey& tdK, dValue& tdV) {
+                        typename Traits::SharedStorage& storage, KeyTile const& tile,
+                        uint32_t key_phase, int warpgroup, State& state, BiasState& bias_state,
+                        float scale, dKey& tdK, dValue& tdV) {
   using Element = typename Traits::Element;
   constexpr int kBlockM = Traits::kBlockM;
   constexpr int kBlockN = Traits::kBlockN;
@@ -205,7 +206,6 @@ CUTLASS_DEVICE bool mma(typename Traits::Params const& params,
     state.advance();
     read_step();
   };
-  auto const pass_turn_to = [](int other) { named_arrive(NamedBarrier::kTurn, other, 256); };
   // P^T and dS^T as A operands of dV and dK.
   auto const make_operands = [&] {
     if constexpr (Traits::kHasDropout) {
@@ -275,37 +275,45 @@ CUTLASS_DEVICE bool mma(typename Traits::Params const& params,
   // The steps stand here one after the other: as functions of their own they became other, longer
   // machine code. First S and dP of the first.
   read_step();
-  if (step.m_block < 0) return true;
-  storage.key_full.wait(0);
+  if (step.m_block < 0) {
+    if constexpr (Traits::kPersistent) {
+      storage.key_full.wait(key_phase);
+      storage.value_full.wait(key_phase);
+    }
+    return true;
+  }
+  storage.key_full.wait(key_phase);
+  // One warpgroup begins a tile later, so that from the first step on its exponentials are computed
+  // beside the other's GEMMs, and the other way round.
+  if constexpr (Traits::kNarrow) {
+    if (warpgroup == 1) named_sync(NamedBarrier::kTurn, 0, 256);
+  }
   issue_s();
-  storage.value_full.wait(0);
+  storage.value_full.wait(key_phase);
   issue_dp();
   load_bits_of_step();
   warpgroup_wait<1>();
   make_probabilities();
+  if constexpr (Traits::kNarrow) {
+    if (warpgroup == 0) named_arrive(NamedBarrier::kTurn, 0, 256);
+  }
   mark_beside_dp();
   warpgroup_wait<0>();
   make_operands();
-  if constexpr (Traits::kNarrow) {
-    share_ds<Traits>(storage, warpgroup, state.stage, packed_ds);
-    if (warpgroup == 1) pass_turn_to(0);
-  }
+  if constexpr (Traits::kNarrow) share_ds<Traits>(storage, warpgroup, state.stage, packed_ds);
 
   // dV, dK and dQ of a step, S and dP of the next. Nothing is in flight between iterations.
   while (!step.last) {
     int const last_stage = state.stage;
     if constexpr (Traits::kNarrow) {
       // dQ waits for the other warpgroup last, behind all that does not, and runs while the
-      // exponentials are computed. In turns, so that one warpgroup's exponentials are computed
-      // beside the other's GEMMs from the first step on.
-      named_sync(NamedBarrier::kTurn, warpgroup, 256);
+      // exponentials are computed.
       issue_dv(last_stage);
       issue_dk(last_stage);
       take_next();
       warpgroup_wait<1>();
       release_dout(last_stage);
       issue_s();
-      pass_turn_to(1 - warpgroup);
       issue_dq(last_stage);
       load_bits_of_step();
       warpgroup_wait<1>();
@@ -348,11 +356,13 @@ CUTLASS_DEVICE bool mma(typename Traits::Params const& params,
   warpgroup_wait<1>();
   hand_over_dq<Traits>(storage, warpgroup, state.stage, tdQ);
   warpgroup_wait<0>();
-  release_dout(state.stage);
-  release_query(state.stage);
-  state.advance();
-  if constexpr (Traits::kNarrow) {
-    if (warpgroup == 0) named_sync(NamedBarrier::kTurn, 0, 256);  // which nobody else will take
+  if constexpr (Traits::kPersistent) {
+    warpgroup_fence_operand(tdV);
+    warpgroup_fence_operand(tdK);
+  } else {
+    release_dout(state.stage);
+    release_query(state.stage);
+    state.advance();
   }
   return step.ends;
 }

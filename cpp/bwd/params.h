@@ -26,12 +26,27 @@ static_assert(sizeof(QueryBlock) == 4 * kQueryBlockInts);
 
 // What row_stats holds of a block of query rows and a head, at these offsets: for each row its
 // log-sum-exp in base 2, rounded (inf where the row sees nothing, so that P is 0), delta, and what
-// the log-sum-exp lost to rounding; then one number for the whole block.
+// the log-sum-exp lost to rounding; then some numbers for the whole block.
 template <int kBlockM>
 struct RowStats {
   static constexpr int kLse = 0, kDelta = kBlockM, kLseLow = 2 * kBlockM;
   static constexpr int kCareful = 3 * kBlockM;  // as int, not 0: what was lost counts for some row
+  static constexpr int kSum = kCareful + 1;     // as int, SumOfBlock
+  static constexpr int kTaken = kCareful + 2;   // as int: of the first block, Params::tile_counter
   static constexpr int kSize = row_stats_of_block(kBlockM);
+};
+
+// What dq_accum has of a block of query rows and a head. Nobody clears it: who comes first stores
+// its part, the others add theirs.
+enum SumOfBlock : int { kNoSum, kSumBegun, kSumHeld };
+
+// What a CTA of the main kernel works on: a block of keys of one KV head, and of the steps that its
+// query rows make one split's (params.num_splits CTAs share them).
+struct KeyTile {
+  int n_block;  // -1: there is no tile any more
+  int head_k;
+  int batch;
+  int split;
 };
 
 struct Params {
@@ -58,10 +73,11 @@ struct Params {
   int2* row_intervals;   // [b, m, block_m]
   // [b, m + m / kBlocksOfHull]: behind an entry's blocks, hulls of kBlocksOfHull of them each.
   QueryBlock* query_blocks;
-  uint32_t* ranges;  // [b, k], Range, or null (range.h)
-  float* dq_accum;   // [b, n, m, block_m * kHeadDim], in the order of the accumulators; m and
-                     // block_m are the main kernel's where that is fused, else those of dQ's own
-  int* turns;        // [b, n, m] or null: key blocks add to dQ in any order
+  uint32_t* ranges;   // [b, k], Range, or null (range.h)
+  float* dq_accum;    // [b, n, m, block_m * kHeadDim], in the order of the accumulators; m and
+                      // block_m are the main kernel's where that is fused, else those of dQ's own
+  int* turns;         // [b, n, m] or null: key blocks add to dQ in any order
+  int* tile_counter;  // of a persistent kernel: tiles taken so far; null: each CTA has one
   Mask mask;
   TileOrder order;     // of the main kernel: blocks of keys, KV heads times splits
   TileOrder dq_order;  // of dQ's own kernel: blocks of query rows, query heads
@@ -81,6 +97,12 @@ struct Params {
     int const hulls = ceil_div(num_m_blocks, kBlocksOfHull);
     return query_blocks + int64_t{batch} * (num_m_blocks + hulls);
   }
+  CUTLASS_DEVICE KeyTile key_tile(int index) const {
+    TileCoord const coord = order(index);
+    return {coord.block, coord.head / num_splits, coord.batch, coord.head % num_splits};
+  }
+  // The calls after the first of several add to all blocks of dq_accum.
+  CUTLASS_HOST_DEVICE bool clears_dq() const { return !accumulates_dq && !finishes_dq; }
   CUTLASS_HOST_DEVICE int64_t m_block_index(int batch, int head, int m_block) const {
     return (int64_t{batch} * num_heads_q + head) * num_m_blocks + m_block;
   }

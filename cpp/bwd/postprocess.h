@@ -54,24 +54,29 @@ CUTLASS_DEVICE void add_accum(float4 const* sum, Fragment& grad) {
   }
 }
 
-// One CTA per block of query rows and head, its threads where those of the main kernel were.
+// One CTA per block of query rows and head, its threads where those of the main kernel were. The
+// last first: what the main kernel wrote last may still be in the L2 cache.
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kConsumerThreads)
     postprocess_kernel(__grid_constant__ Params const params) {
   constexpr int kBlockM = Traits::kBlockM;
   constexpr int kColumns = Traits::kColumnsdQ;
   __shared__ alignas(1024) uint16_t memory[Traits::kSizeQ];
-  int const m_block = blockIdx.x % params.num_m_blocks;
-  int const head = blockIdx.x / params.num_m_blocks % params.num_heads_q;
-  int const batch = blockIdx.x / params.num_m_blocks / params.num_heads_q;
+  int const block = static_cast<int>(gridDim.x - 1 - blockIdx.x);
+  int const m_block = block % params.num_m_blocks;
+  int const head = block / params.num_m_blocks % params.num_heads_q;
+  int const batch = block / params.num_m_blocks / params.num_heads_q;
   int const warpgroup = threadIdx.x / 128;
 
   Tensor grad = make_tensor<float>(Int<Traits::kSizedQ / Traits::kConsumerThreads>{});
   clear(grad);
-  add_accum(accum_of_thread(params.dq_accum +
-                            params.m_block_index(batch, head, m_block) * Traits::kSizedQ +
-                            warpgroup * Traits::kSizedQ / 2),
-            grad);
+  using Stats = RowStats<kBlockM>;
+  int64_t const index = params.m_block_index(batch, head, m_block);
+  add_accum(
+      accum_of_thread(params.dq_accum + index * Traits::kSizedQ + warpgroup * Traits::kSizedQ / 2),
+      grad);
+  // Which nobody has written where no key sees the rows.
+  if (__float_as_int(params.row_stats[index * Stats::kSize + Stats::kSum]) != kSumHeld) clear(grad);
   // The warpgroups share the rows, or the columns.
   int const first_row = Traits::kWarpgroupsM == 2 ? warpgroup * 64 : 0;
   int const first_column = Traits::kWarpgroupsM == 2 ? 0 : warpgroup * kColumns;

@@ -35,7 +35,8 @@ CUTLASS_DEVICE void store_dsink(Params const& params, int64_t batch, int head, i
   }
 }
 
-// One CTA per block of query rows and head. kAccumulators: fp32 numbers of the block's dQ to clear.
+// One CTA per block of query rows and head. kAccumulators: fp32 numbers of the block's dQ, which
+// are cleared here only where blocks that no key sees must hold a sum, too.
 template <class Element, int kBlockM, int kHeadDimV, int kAccumulators>
 __global__ void __launch_bounds__(kPreprocessThreads)
     preprocess_kernel(__grid_constant__ Params const params) {
@@ -50,7 +51,7 @@ __global__ void __launch_bounds__(kPreprocessThreads)
   auto const clear_sum = [&] {
     if constexpr (kAccumulators > 0) {
       auto* const sum = reinterpret_cast<float4*>(params.dq_accum + index * kAccumulators);
-      int const cleared = params.accumulates_dq ? 0 : kAccumulators / 4;
+      int const cleared = params.clears_dq() ? kAccumulators / 4 : 0;
       for (int i = threadIdx.x; i < cleared; i += kPreprocessThreads) {
         sum[i] = float4{0.f, 0.f, 0.f, 0.f};
       }
@@ -157,6 +158,11 @@ __global__ void __launch_bounds__(kPreprocessThreads)
 
   int const any = __syncthreads_or(careful);
   if (threadIdx.x == 0) stats[Stats::kCareful] = __int_as_float(any);
+  if constexpr (kAccumulators > 0) {
+    bool const holds_sum = params.accumulates_dq || params.clears_dq();
+    if (threadIdx.x == 0) stats[Stats::kSum] = __int_as_float(holds_sum ? kSumHeld : kNoSum);
+    if (threadIdx.x == 0 && index == 0) stats[Stats::kTaken] = __int_as_float(0);
+  }
   if (has_sink) store_dsink(params, batch, head, m_block, dsink);
 }
 

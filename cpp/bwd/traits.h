@@ -14,22 +14,13 @@ namespace jax_fa3::bwd {
 
 using namespace cute;
 
-// What a CTA of the main kernel works on: a block of keys of one KV head, and of the steps that its
-// query rows make one split's (params.num_splits CTAs share them).
-struct KeyTile {
-  int n_block;
-  int head_k;
-  int batch;
-  int split;
-};
-
-// One step of such a CTA: a block of query rows of one head, against its keys.
+// One step of a tile of keys (params.h): a block of query rows of one head, against its keys.
 struct Step {
-  int m_block;  // -1: the CTA has no step at all
+  int m_block;  // -1: the tile has no step at all
   int head;
   bool masked;
   bool last;  // dK and dV leave the accumulators after it, as partial sums or whole (partial.h)
-  bool ends;  // it is the CTA's last
+  bool ends;  // it is the tile's last
 };
 
 template <class Element_, int kHeadDim_, int kHeadDimV_, bool kHasBias_ = false,
@@ -51,7 +42,10 @@ struct Traits {
   static constexpr int kBlockN = kTile.block_n;  // keys of the CTA
   static constexpr bool kFused = kTile.fused;
   static constexpr bool kNarrow = kHeadDim <= 64;  // S and dQ fit into the registers together
-  static constexpr int kStages = 2;                // of Q and of dO
+  // A CTA takes one tile after the other: the next one's K, V, Q and dO are loaded while this one's
+  // gradients are stored.
+  static constexpr bool kPersistent = kNarrow && !kHasBias && !kHasDropout;
+  static constexpr int kStages = 2;                        // of Q and of dO
   static constexpr int kWritersdQ = kFused ? kStages : 0;  // warps that add dQ: one for each stage
 
   // One producer warpgroup (a warp loads, two write dQ), then two consumers. Fused: each owns
@@ -152,9 +146,11 @@ struct Traits {
     alignas(128) float stats[kStages * row_stats_of_block(kBlockM)];
     alignas(128) int2 intervals[kStages * kBlockM];
     Step steps[kStages];
+    KeyTile tiles[kStages];  // of these steps, where kPersistent
     FullBarrier key_full;
     FullBarrier value_full;
-    FullBarrier staged;  // a tile with rows to be zeroed has landed
+    EmptyBarrier keys_empty;  // and values: they have been read for the last time
+    FullBarrier staged;       // a tile with rows to be zeroed has landed
     Pipeline<kStages> query_pipeline;
     Pipeline<kStages> dout_pipeline;
     BiasRing<kBiasStages> bias_rings[kWarpgroupsN];
@@ -169,6 +165,7 @@ struct Traits {
 // With a dense mask.
 template <class Element, int kHeadDim, int kHeadDimV>
 struct BitsTraits : Traits<Element, kHeadDim, kHeadDimV> {
+  static constexpr bool kPersistent = false;
   static constexpr bool kHasBits = true;
   using Params = BitsParams;
 };
@@ -176,6 +173,7 @@ struct BitsTraits : Traits<Element, kHeadDim, kHeadDimV> {
 // With slopes (common/alibi.h).
 template <class Element, int kHeadDim, int kHeadDimV>
 struct AlibiTraits : Traits<Element, kHeadDim, kHeadDimV> {
+  static constexpr bool kPersistent = false;
   static constexpr bool kHasAlibi = true;
   using Params = AlibiParams;
 };
@@ -183,6 +181,7 @@ struct AlibiTraits : Traits<Element, kHeadDim, kHeadDimV> {
 // With a bias by distance (common/relative_bias.h).
 template <class Element, int kHeadDim, int kHeadDimV>
 struct RelativeTraits : Traits<Element, kHeadDim, kHeadDimV> {
+  static constexpr bool kPersistent = false;
   static constexpr bool kHasRelative = true;
   using Params = RelativeParams;
 };

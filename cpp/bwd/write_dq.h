@@ -1,5 +1,8 @@
 // The warps that add dQ, from shared memory, to dq_accum in global memory.
 //
+// The first part of a sum is stored, so that nobody needs to clear it. Those that come meanwhile
+// wait until it is written, for a CTA that has its part at hand and waits for nothing.
+//
 // Deterministic gradients: the key blocks of a head add to a block of query rows one after the
 // other, the last first. That is the order in which they are launched, so a CTA waits only for CTAs
 // that are running or done. A turn (to see that it has come, to add, to wait until all is written,
@@ -13,18 +16,36 @@
 
 namespace jax_fa3::bwd {
 
-CUTLASS_DEVICE void wait_for_turn(int const* turns, int turn) {
-  int reached;
-  do {
-    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(reached) : "l"(turns) : "memory");
-  } while (reached != turn);
-  asm volatile("fence.proxy.async;" ::: "memory");
+// Issues the store of `bytes` of shared memory, as bulk_add_fp32() issues an addition.
+CUTLASS_DEVICE void bulk_store(float* global, float const* smem, int bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;"
+               :
+               : "l"(global), "r"(cute::cast_smem_ptr_to_uint(smem)), "r"(bytes)
+               : "memory");
 }
 
-CUTLASS_DEVICE void pass_turn(int* turns, int turn) {
+// Whether `word` is `value`, behind which other CTAs' additions may be added to.
+CUTLASS_DEVICE bool has_reached(int const* word, int value) {
+  int found;
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(found) : "l"(word) : "memory");
+  if (found != value) return false;
+  asm volatile("fence.proxy.async;" ::: "memory");
+  return true;
+}
+
+// Says so to them, once this thread's are written.
+CUTLASS_DEVICE void reach(int* word, int value) {
   bulk_wait_written();
   asm volatile("fence.proxy.async;" ::: "memory");
-  asm volatile("st.release.gpu.global.s32 [%0], %1;" : : "l"(turns), "r"(turn + 1) : "memory");
+  asm volatile("st.release.gpu.global.s32 [%0], %1;" : : "l"(word), "r"(value) : "memory");
+}
+
+// Whether this thread is to begin a sum (params.h). Else it is there on return.
+CUTLASS_DEVICE bool begins_sum(int* sum) {
+  if (atomicCAS(sum, kNoSum, kSumBegun) == kNoSum) return true;
+  while (!has_reached(sum, kSumHeld)) {
+  }
+  return false;
 }
 
 // Key blocks behind this one of which a dense mask shows the step's rows anything; by a whole warp.
@@ -43,7 +64,7 @@ CUTLASS_DEVICE int seen_behind(BitsParams const& params, KeyTile const& tile, St
 
 template <class Traits>
 CUTLASS_DEVICE void write_dq(typename Traits::Params const& params,
-                             typename Traits::SharedStorage& storage, KeyTile const& tile,
+                             typename Traits::SharedStorage& storage, KeyTile const& of_cta,
                              int writer) {
   constexpr int kPart = Traits::kSizedQ / 2;  // of one warpgroup
   PipelineState<Traits::kStages> state;
@@ -55,31 +76,48 @@ CUTLASS_DEVICE void write_dq(typename Traits::Params const& params,
     release(0);
     release(1);
   }
+  KeyTile tile = of_cta;
   for (;; state.advance()) {
     storage.query_pipeline.full[state.stage].wait(state.phase);
     Step const step = storage.steps[state.stage];
+    if constexpr (Traits::kPersistent) tile = storage.tiles[state.stage];
     __syncwarp();
-    if (step.m_block < 0) return;
+    if (Traits::kPersistent ? tile.n_block < 0 : step.m_block < 0) return;
     if (elected) storage.query_pipeline.empty[state.stage].arrive();
-    if (state.stage == writer) {
+    if (state.stage == writer && step.m_block >= 0) {
       int64_t const index = params.m_block_index(tile.batch, step.head, step.m_block);
       float* const accum = params.dq_accum + index * Traits::kSizedQ;
+      using Stats = RowStats<Traits::kBlockM>;
+      auto* const sum =
+          reinterpret_cast<int*>(params.row_stats + index * Stats::kSize + Stats::kSum);
+      // Of the elected thread. Most find the sum begun long before they have their part.
+      bool const held = params.turns == nullptr && elected && has_reached(sum, kSumHeld);
       bool const in_turn = params.turns != nullptr && elected;
       int turn = 0;
       if constexpr (Traits::kHasBits) {
         if (params.turns != nullptr) turn = seen_behind<Traits>(params, tile, step);
-        if (in_turn) wait_for_turn(params.turns + index, turn);
+        while (in_turn && !has_reached(params.turns + index, turn)) {
+        }
       } else if (in_turn) {
         int const end = params.blocks_of(tile.batch)[step.m_block].hull.max_end;
         turn = (end - 1) / Traits::kBlockN - tile.n_block;  // key blocks behind this one
-        wait_for_turn(params.turns + index, turn);
+        while (!has_reached(params.turns + index, turn)) {
+        }
       }
+      bool begins = in_turn && turn == 0 && !params.accumulates_dq && !params.clears_dq();
       __syncwarp();
       CUTLASS_PRAGMA_UNROLL
       for (int warpgroup = 0; warpgroup < 2; ++warpgroup) {
         named_sync(NamedBarrier::kDQueryFull, warpgroup * 2 + writer, 128 + 32);
         if (elected) {
-          bulk_add_fp32(accum + warpgroup * kPart, storage.dquery + warpgroup * kPart, kPart * 4);
+          if (warpgroup == 0 && !in_turn && !held) begins = begins_sum(sum);
+          float* const to = accum + warpgroup * kPart;
+          float const* const part = storage.dquery + warpgroup * kPart;
+          if (begins) {
+            bulk_store(to, part, kPart * 4);
+          } else {
+            bulk_add_fp32(to, part, kPart * 4);
+          }
           cute::tma_store_arrive();
         }
         __syncwarp();
@@ -90,9 +128,10 @@ CUTLASS_DEVICE void write_dq(typename Traits::Params const& params,
       if (elected) cute::tma_store_wait<0>();
       __syncwarp();
       release(1);
-      if (in_turn) pass_turn(params.turns + index, turn);
+      if (begins) reach(sum, kSumHeld);
+      if (in_turn) reach(params.turns + index, turn + 1);
     }
-    if (step.ends) break;
+    if (!Traits::kPersistent && step.ends) break;
   }
 }
 

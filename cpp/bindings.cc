@@ -18,6 +18,7 @@
 #include "dispatch.h"
 #include "ffi.h"
 #include "ffi_targets.h"
+#include "fwd_splits.h"
 #include "plan.h"
 
 namespace nb = nanobind;
@@ -120,6 +121,13 @@ NB_MODULE(_C, module) {
     if (seqlen_k <= jax_fa3::kMostKeysOfSum || !has_long_sums) return int64_t{0};
     int const block_m = jax_fa3::fwd_tile(kernel.head_dim, kernel.head_dim_v, false).block_m;
     return jax_fa3::kMostCtas * jax_fa3::long_sums_of_cta(block_m, kernel.head_dim_v);
+  });
+  module.def("fwd_splits", [](std::tuple<int, int, int, int, int, int, int> const& sizes) {
+    auto const [batch, seqlen_q, seqlen_k, heads_q, heads_k, head_dim, head_dim_v] = sizes;
+    auto const kernel = jax_fa3::kernel_size(head_dim, head_dim_v);
+    if (kernel.head_dim == 0 || kernel.is_wide() || seqlen_k > jax_fa3::kMostKeysOfSum) return 1;
+    return jax_fa3::fwd_splits({batch, seqlen_q, seqlen_k, heads_q, heads_k, head_dim, head_dim_v},
+                               jax_fa3::fwd_tile(kernel.head_dim, kernel.head_dim_v, false));
   });
   module.def("bwd_splits", [](std::tuple<int, int, int, int, int, int, int> const& sizes,
                               std::pair<int64_t, int64_t> window, bool masked, bool in_turn) {

@@ -5,14 +5,31 @@
 
 #include "dispatch.h"
 #include "ffi_call.h"
+#include "fwd_splits.h"
 #include "plan.h"
 #include "segment_intervals.h"
 
 namespace jax_fa3 {
 namespace {
 
-// As many places as there may be CTAs, or none.
-ffi::Error check_long_sums(Problem const& p, Array const& long_sums) {
+// As many places as there may be CTAs, or [splits, numbers of a split]; or none. `is_plain`: the
+// call has none of what the kernel whose CTAs share keys does not take.
+ffi::Error set_long_sums(Array const& long_sums, bool is_plain, Problem* problem) {
+  Problem const& p = *problem;
+  problem->long_sums = long_sums.floats();
+  if (long_sums.dims.size() == 2) {
+    int64_t const split = fwd_split_size(
+        {p.batch, p.seqlen_q, p.seqlen_k, p.num_heads_q, p.num_heads_k, p.head_dim, p.head_dim_v});
+    int64_t const num_splits = long_sums.dims[0];
+    bool const fits = num_splits > 1 && num_splits <= kMostSplits && long_sums.dims[1] == split;
+    if (!fits || !is_plain || p.mask.restricts()) {
+      return wrong(long_sums, "shape " + shape_of(long_sums),
+                   "some splits of " + std::to_string(split) + ", and nothing masked or added");
+    }
+    problem->num_splits = static_cast<int>(num_splits);
+    return ffi::Error::Success();
+  }
+  problem->long_sums_size = long_sums.size();
   KernelSize const kernel = kernel_size(p.head_dim, p.head_dim_v);
   int const block_m = fwd_tile(kernel.head_dim, kernel.head_dim_v, false).block_m;
   int64_t const place = long_sums_of_cta(block_m, kernel.head_dim_v);
@@ -29,7 +46,6 @@ ffi::Error fwd_impl(Stream stream, ffi::RemainingArgs operands, ffi::RemainingRe
   JAX_FA3_RETURN_IF_FAILED(check_attributes(attributes, &dims));
   JAX_FA3_RETURN_IF_FAILED(unpack(kFwd, operands, results, &dims, &x));
   JAX_FA3_RETURN_IF_FAILED(to_problem(x, attributes, dims, &problem));
-  JAX_FA3_RETURN_IF_FAILED(check_long_sums(problem, x.long_sums));
   JAX_FA3_RETURN_IF_FAILED(to_dtype(x.out, &problem.out_dtype));
   // What is merged with, where it is not where the results are.
   if (x.out_before.is_absent() != x.lse_before.is_absent()) {
@@ -52,8 +68,6 @@ ffi::Error fwd_impl(Stream stream, ffi::RemainingArgs operands, ffi::RemainingRe
   problem.lse = x.lse.floats();
   problem.lse_low = x.lse_low.floats();
   problem.tile_counter = x.tile_counter.ints();
-  problem.long_sums = x.long_sums.floats();
-  problem.long_sums_size = x.long_sums.size();
   problem.heads = to_head_operands(x);
   JAX_FA3_RETURN_IF_FAILED(set_bias(x.bias, &problem));
   JAX_FA3_RETURN_IF_FAILED(set_mask_bits(x.mask_bits, x.mask_blocks, problem.seqlen_q,
@@ -61,6 +75,12 @@ ffi::Error fwd_impl(Stream stream, ffi::RemainingArgs operands, ffi::RemainingRe
   JAX_FA3_RETURN_IF_FAILED(set_dropout(x.dropout, attributes.dropout, &problem));
   JAX_FA3_RETURN_IF_FAILED(check_alibi(x.alibi_slopes, problem));
   JAX_FA3_RETURN_IF_FAILED(set_relative_bias(x.relative_bias, &problem));
+  std::vector<Array> others = x.all_of_heads();
+  others.insert(others.end(), {x.out_before, x.bias, x.mask_bits, x.dropout, x.relative_bias});
+  bool const is_plain = std::all_of(others.begin(), others.end(),
+                                    [](Array const& other) { return other.is_absent(); }) &&
+                        problem.out_dtype != DType::kFloat32;
+  JAX_FA3_RETURN_IF_FAILED(set_long_sums(x.long_sums, is_plain, &problem));
   if (x.out.is_absent()) return ffi::Error::Success();
   JAX_FA3_RETURN_IF_FAILED(check_device(stream));
   cudaError_t error = cudaSuccess;

@@ -100,6 +100,10 @@ struct Problem {
   int64_t relative_bias_batch_stride;
 
   // Workspace.
+  // More than 1: so many CTAs share the keys of each tile, and long_sums has as many times
+  // fwd_split_size() numbers (fwd_splits.h). Then nothing is masked, and there is none of the above
+  // that may be null but lse_low.
+  int num_splits;
   int* tile_counter;  // [1]
   // For O over more keys than kMostKeysOfSum (plan.h): long_sums_of_cta() fp32 numbers for each
   // CTA, of which no more are launched than there is room for. Null and 0: such sums drift.

@@ -100,15 +100,22 @@ def fwd(
         operands: bf16 or fp16; a mask is read as bits, and beside a bias as one, which has a copy then.
         before: fp32 results for other keys, to be joined with; they are overwritten.
     """
-    batch, length, key_length, num_heads, _, head_dim, head_dim_v = operands.sizes
+    batch, length, _, num_heads, _, _, head_dim_v = operands.sizes
     arrays, first_heads, first_column = operands.located()
+    others = _others(config, operands)
+    is_plain = (
+        before is None
+        and not config.partial
+        and config.window == (None, None)
+        and all(x is None for x in (*masks, *others.values()))
+    )
     rows = jax.ShapeDtypeStruct((batch, num_heads, length), jnp.float32)
     out_dtype = jnp.float32 if config.partial else operands.query.dtype
     results = {
         "out": jax.ShapeDtypeStruct((batch, length, num_heads, head_dim_v), out_dtype),
         "lse": rows,
         "lse_low": rows if with_lse_low else None,
-        **_plan.fwd_workspace(_C, key_length, head_dim, head_dim_v),
+        **_plan.fwd_workspace(_C, operands.sizes, is_plain=is_plain),
     }
     aliases = {} if before is None else {"lse_before": "lse"}
     if before is not None and config.partial:
@@ -123,7 +130,7 @@ def fwd(
         **masks._asdict(),
         out_before=out_before,
         lse_before=lse_before,
-        **_others(config, operands),
+        **others,
     )
     names = ("out", "lse", "lse_low") if with_lse_low else ("out", "lse")
     return tuple(found[name] for name in names)

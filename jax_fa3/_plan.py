@@ -25,16 +25,25 @@ from ._problem import Config, Masks, Sizes
 Workspace = dict[str, jax.ShapeDtypeStruct]
 
 
-def fwd_workspace(
-    library: ModuleType | None, key_length: Any, head_dim: int, head_dim_v: int
-) -> Workspace:
-    long_sums = 0
-    if library is not None and _fit((key_length, head_dim, head_dim_v)):
-        long_sums = library.fwd_long_sums(key_length, head_dim, head_dim_v)
+def fwd_workspace(library: ModuleType | None, sizes: Sizes, *, is_plain: bool) -> Workspace:
+    """is_plain: nothing is masked, and there are no other operands or results to join with; then several
+    CTAs may share the keys of a tile."""
+    long_sums: tuple[int, ...] = (0,)
+    if library is not None and _fit(sizes):
+        batch, length, key_length, num_heads, _, head_dim, head_dim_v = sizes
+        long_sums = (library.fwd_long_sums(key_length, head_dim, head_dim_v),)
+        parts = key_splits(library, sizes) if is_plain else 1
+        if parts > 1:
+            long_sums = parts, batch * num_heads * length * (head_dim_v + 2)
     return {
         "tile_counter": jax.ShapeDtypeStruct((1,), jnp.int32),
-        "long_sums": jax.ShapeDtypeStruct((long_sums,), jnp.float32),
+        "long_sums": jax.ShapeDtypeStruct(long_sums, jnp.float32),
     }
+
+
+def key_splits(library: ModuleType, sizes: Sizes) -> int:
+    """How many CTAs share the keys of a tile in a forward that masks nothing."""
+    return library.fwd_splits(sizes)
 
 
 def bwd_workspace(

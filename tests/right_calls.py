@@ -157,6 +157,9 @@ def right_calls() -> dict[str, Call]:
         "fwd of many keys": with_long_sums(
             recorded(lambda *x: FORWARD(plain, *x, Masks()), *operands)
         ),
+        "fwd in parts": in_parts(
+            lambda *x: FORWARD(plain, *x, Masks(), with_lse_low=True), *operands
+        ),
         "fwd packed": recorded(packed_forward(every), qkv, masks),
         "fwd side by side": recorded(lambda q, x: FORWARD(plain, q, x, Masks()), q, together),
         "fwd joined": recorded(joined(partial), *operands, *before),
@@ -222,8 +225,12 @@ def right_calls() -> dict[str, Call]:
 
 
 def in_parts(function: Callable[..., Any], *operands: Any) -> Call:
-    """As if there were so few keys that three CTAs should share the rows of each block."""
-    with mock.patch.object(_plan, "splits", lambda *_: 3):
+    """As if there were so few keys that three CTAs should share the rows of each block; and so few rows
+    that they should share the keys."""
+    with (
+        mock.patch.object(_plan, "splits", lambda *_: 3),
+        mock.patch.object(_plan, "key_splits", lambda *_: 3),
+    ):
         return recorded(function, *operands)
 
 

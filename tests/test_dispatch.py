@@ -38,7 +38,7 @@ def machine(monkeypatch):
 
     def set_machine(*capabilities: str, kernels: Any = KERNELS, driver: int = 13000) -> None:
         functions = {"kernels": kernels, "driver_version": driver, "runtime_version": 13000}
-        functions |= {"fwd_long_sums": 0, "bwd_splits": 1}
+        functions |= {"fwd_long_sums": 0, "fwd_splits": 1, "bwd_splits": 1}
         functions = {name: lambda *_, x=x: x for name, x in functions.items()}
         built = None if kernels is None else types.SimpleNamespace(**functions)
         monkeypatch.setattr(_ffi, "_C", built)

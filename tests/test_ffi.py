@@ -71,10 +71,13 @@ def test_fwd_of_many_keys():
         return _ffi.fwd(CONFIG, Operands(q, k, v), Masks())
 
     assert _ffi._C is not None
-    for length in (2**18, 2**18 + 1):
+    sums = str(_ffi._C.fwd_long_sums(2**18 + 1, H, V))
+    splits = _ffi._C.fwd_splits((B, T, 2**18, N, K, H, V))  # CTAs that share the keys
+    parts = f"{splits}x{B * N * T * (V + 2)}"
+    for length, numbers in ((S, "0"), (2**18, parts), (2**18 + 1, sums)):
         kv = struct(B, length, K, H), struct(B, length, K, V)
         text = lower(forward, OPERANDS[0], *kv)
-        assert f", tensor<1xi32>, tensor<{_ffi._C.fwd_long_sums(length, H, V)}xf32>)" in text
+        assert f", tensor<1xi32>, tensor<{numbers}xf32>)" in text
     (length,) = jax.export.symbolic_shape("s")
     kv = struct(B, length, K, H), struct(B, length, K, V)
     text = lower(forward, OPERANDS[0], *kv)

@@ -66,6 +66,37 @@ def test_long_sums_of_dk_and_dv(head_dim: int):
     np.testing.assert_allclose(dk[:, 0], exact, rtol=1e-3 + 2**-9, atol=2e-3 * np.abs(exact).max())
 
 
+KEYS = {
+    "of keys": {"T": 300, "S": 1500, "N": 4, "K": 2, "B": 2},
+    "of one row": {"T": 1, "S": 1000, "N": 2, "K": 1, "B": 1},
+    "with a soft cap": {"T": 65, "S": 900, "N": 3, "K": 1, "B": 2, "logits_soft_cap": 4.0},
+}
+
+
+@pytest.mark.parametrize(
+    "head_dim",
+    [(64, 64), (72, 72), (96, 40), (128, 128), (192, 128), (192, 192), (256, 256)],
+    ids=str,
+)
+@pytest.mark.parametrize("name", KEYS)
+@pytest.mark.parametrize("splits", [2, 3, 7, 20])
+def test_splits_of_keys(splits: int, name: str, head_dim: tuple[int, int], monkeypatch: Any):
+    """Over CTAs, whatever the plan would say; more than there are blocks, too."""
+    monkeypatch.setattr("jax_fa3._plan.key_splits", lambda *_: splits)
+    h, v = head_dim
+    case = Case(f"split {name}", H=h, V=v, **KEYS[name])
+    inputs, cotangents = case.inputs(jnp.bfloat16), case.cotangents(jnp.bfloat16)
+    jax.clear_caches()
+    gradients = jax.jit(
+        functools.partial(with_gradients, functools.partial(attention, **case.arguments))
+    )
+    found = gradients(cotangents, *inputs)
+    exact, rounded = oracles(case, jnp.bfloat16, inputs, cotangents)
+    assert_rounded(found, exact, rounded, case, jnp.finfo(jnp.bfloat16).eps)
+    for x, y in zip(found[:2], gradients(cotangents, *inputs)[:2], strict=True):
+        np.testing.assert_array_equal(np.asarray(x, np.float32), np.asarray(y, np.float32))
+
+
 SPLITS = {
     "heads": {"T": 1500, "S": 1500, "N": 8, "K": 1, "B": 1, "mask": CAUSAL},
     "uneven heads": {"T": 900, "S": 700, "N": 7, "K": 1, "B": 1, "mask": CAUSAL},

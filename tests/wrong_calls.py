@@ -165,6 +165,7 @@ _FREE = {
     (_targets.SEGMENT_INTERVALS, "operands", 1, 1),
     (_targets.MASK_BITS, "operands", 0, 2),  # rows, of which there are bits in whole blocks
     (_targets.MASK_BITS, "operands", 1, 2),
+    (_targets.FWD, "results", 4, 0),
     (_targets.BWD, "results", 9, 0),
     (_targets.BWD_PACKED, "results", 7, 0),
     (_targets.DECODE, "operands", 1, 1),  # positions of a contiguous cache

@@ -63,6 +63,8 @@ struct Traits {
   // A warpgroup leaves out blocks of the tile that its own 64 rows do not see.
   static constexpr bool kBlocksByWarpgroup = true;
 
+  static constexpr bool kSharesKeys = false;
+  static constexpr int kCtasPerSm = 1;
   static constexpr int kConsumerThreads = kConsumerWarpgroups * 128;
   static constexpr int kThreads = 128 + kConsumerThreads;
   static constexpr int kProducerRegisters = kConsumerWarpgroups == 3 ? 32 : 24;

@@ -1,4 +1,4 @@
-// The forward kernel: persistent CTAs of one producer warpgroup and two or three consumers.
+// The forward kernel: persistent CTAs of one producer warpgroup and one to three consumers.
 #pragma once
 
 #include <cutlass/arch/reg_reconfig.h>
@@ -84,6 +84,10 @@ CUTLASS_DEVICE void consume(
       find_rows(rows);
     }
     if constexpr (Traits::kHasBias || Traits::kHasBits) mark_hidden_rows(softmax, rows);
+    if constexpr (Traits::kSharesKeys) {
+      // There may be fewer blocks than CTAs.
+      if (params.num_splits > 1) mark_hidden_rows(softmax, rows);
+    }
     store<Traits>(params, storage, work.tile, warpgroup, rows, softmax, tOrO);
   }
   tma_store_wait<0>();
@@ -92,7 +96,7 @@ CUTLASS_DEVICE void consume(
 // load(), use_spare_warp() and consume() are found by the type of their first argument: those of
 // this folder, or for the FP8 traits those of fp8/.
 template <class Traits>
-__global__ void __launch_bounds__(Traits::kThreads, 1)
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
     fwd_kernel(__grid_constant__ typename Traits::Params const params) {
   extern __shared__ char memory[];
   auto& storage = *reinterpret_cast<typename Traits::SharedStorage*>(memory);

@@ -11,6 +11,20 @@
 
 namespace jax_fa3::fwd {
 
+// Whether the last tile of so many query rows has none for the last of its warpgroups.
+constexpr bool has_idle_warpgroup(int seqlen_q, int block_m) {
+  int const rows = seqlen_q % block_m;
+  return rows > 0 && rows <= block_m - 64;
+}
+
+// Whether rows see so few keys that their tiles should be small: under a causal mask they see half
+// of them.
+template <int kHeadDim>
+bool takes_few_keys_tile(Mask const& mask) {
+  if (!has_small_tile(kHeadDim)) return few_keys(mask);
+  return most_visible_keys(mask) <= (mask.window_right == kUnbounded ? 256 : 1024);
+}
+
 // All but the descriptors.
 inline void set_common(Problem const& p, int block_m, Params* params) {
   if (p.out_dtype == DType::kFloat32) params->out_fp32 = static_cast<float*>(p.out.data);
@@ -68,6 +82,12 @@ cudaError_t make_params(Problem const& problem, typename Traits::Params* params)
     params->exponents = exponents_of(kLog2E);
     return make_bias(&params->bias, p.bias, p.batch, p.num_heads_q, p.seqlen_q, factor);
   }
+  // If a head's last tile has so few rows that a warpgroup gets none, it takes less time than
+  // others and comes last. (Under a mask tiles differ anyway.)
+  if constexpr (Traits::kBlocksByWarpgroup) {
+    params->order.short_last =
+        !p.mask.restricts() && has_idle_warpgroup(p.seqlen_q, Traits::kBlockM);
+  }
   if constexpr (Traits::kHasBits) params->bits = p.mask_bits;
   if constexpr (Traits::kHasAlibi) {
     params->alibi = make_alibi(p);
@@ -75,6 +95,11 @@ cudaError_t make_params(Problem const& problem, typename Traits::Params* params)
     params->exponents.huge = INFINITY;
   }
   if constexpr (Traits::kHasRelative) params->relative_bias = make_relative_bias(p);
+  if constexpr (Traits::kSharesKeys) {
+    params->batch = p.batch;
+    params->num_splits = std::max(p.num_splits, 1);
+    params->order.batch = p.batch * params->num_splits;
+  }
   if constexpr (Traits::kHasDropout) params->dropout = make_dropout(p.dropout_words, p.dropout);
   return cudaSuccess;
 }
@@ -89,7 +114,7 @@ cudaError_t launch_persistent(typename Traits::Params& params, cudaStream_t stre
                               Start start = Start::kInOrder, int most_ctas = INT_MAX) {
   int num_ctas = 0;
   JAX_FA3_RETURN_IF_ERROR(count_sms(&num_ctas));
-  num_ctas = std::min(num_ctas, most_ctas);
+  num_ctas = std::min(num_ctas * Traits::kCtasPerSm, most_ctas);
   return launch_kernel(fwd_kernel<Traits>, std::min(num_ctas, params.order.num_tiles()),
                        Traits::kThreads, sizeof(typename Traits::SharedStorage), params, stream,
                        start);
@@ -108,11 +133,31 @@ cudaError_t launch_tile(Problem const& problem, cudaStream_t stream) {
   return launch_persistent<Traits>(params, stream, Start::kInOrder, static_cast<int>(most_ctas));
 }
 
+// The parts of the keys, and their kernel's successor, which joins them.
+template <class Traits>
+cudaError_t launch_splits(Problem const& problem, cudaStream_t stream) {
+  Problem of_parts = problem;
+  int64_t const rows = int64_t{problem.batch} * problem.num_heads_q * problem.seqlen_q;
+  int64_t const row = int64_t{problem.num_heads_q} * problem.head_dim_v;
+  of_parts.out_dtype = DType::kFloat32;
+  of_parts.out = {problem.long_sums, row * problem.seqlen_q, row, problem.head_dim_v};
+  of_parts.lse = problem.long_sums + rows * problem.num_splits * problem.head_dim_v;
+  of_parts.lse_low = of_parts.lse + rows * problem.num_splits;
+  of_parts.long_sums_size = 0;
+  JAX_FA3_RETURN_IF_ERROR(launch_tile<Traits>(of_parts, stream));
+  Parts parts{problem.long_sums, of_parts.lse,     of_parts.lse_low,    problem.num_splits,
+              problem.batch,     problem.seqlen_q, problem.num_heads_q, problem.head_dim_v,
+              problem.out,       problem.lse,      problem.lse_low};
+  int64_t const vectors = rows * problem.head_dim_v / 8;
+  return launch_kernel(join_parts_kernel<typename Traits::Element>, ceil_div(vectors, kJoinThreads),
+                       kJoinThreads, 0, parts, stream, Start::kEarly);
+}
+
 template <DType kDType, int kHeadDim, int kHeadDimV>
 cudaError_t launch(Problem const& problem, cudaStream_t stream) {
   using Element = ElementOf<kDType>;
   constexpr bool kTwoTiles =
-      fwd_tile(kHeadDim, kHeadDimV, true).block_m != fwd_tile(kHeadDim, kHeadDimV, false).block_m;
+      few_keys_tile(kHeadDim, kHeadDimV).block_m != fwd_tile(kHeadDim, kHeadDimV, false).block_m;
   if (problem.bias.data != nullptr) {
     if constexpr (takes_bias(kHeadDim)) {
       return launch_tile<Traits<Element, kHeadDim, kHeadDimV, Keys::kBias>>(problem, stream);
@@ -143,11 +188,14 @@ cudaError_t launch(Problem const& problem, cudaStream_t stream) {
     }
     return cudaErrorNotSupported;  // likewise
   }
-  if (problem.long_sums_size > 0 && !few_keys(problem.mask)) {
+  if (problem.num_splits > 1) {
+    return launch_splits<Traits<Element, kHeadDim, kHeadDimV, Keys::kMany>>(problem, stream);
+  }
+  if (problem.long_sums_size > 0 && !takes_few_keys_tile<kHeadDim>(problem.mask)) {
     return launch_tile<Traits<Element, kHeadDim, kHeadDimV, Keys::kMany>>(problem, stream);
   }
   if constexpr (kTwoTiles) {
-    if (few_keys(problem.mask)) {
+    if (takes_few_keys_tile<kHeadDim>(problem.mask)) {
       return launch_tile<Traits<Element, kHeadDim, kHeadDimV, Keys::kFew>>(problem, stream);
     }
   }

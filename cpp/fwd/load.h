@@ -5,6 +5,7 @@
 #include "common/tile_rows.h"
 #include "common/tma.h"
 #include "fwd/params.h"
+#include "fwd/parts.h"
 #include "fwd/traits.h"
 
 namespace jax_fa3::fwd {
@@ -36,6 +37,10 @@ CUTLASS_DEVICE void schedule(typename Traits::Params const& params,
         BlockRange blocks = hull.blocks(Traits::kBlockN);
         // The soft cap is applied where the mask is: every block takes that way.
         if (params.score.cap_scale != 0.f) blocks.full_end = blocks.full_begin;
+        if constexpr (Traits::kSharesKeys) {
+          return part_of_split(params, work.tile.batch,
+                               ceil_div(params.mask.seqlen_k, Traits::kBlockN), blocks);
+        }
         return blocks;
       };
       IntervalHull hull;
@@ -111,7 +116,8 @@ CUTLASS_DEVICE void load(
   for (;; work_state.advance()) {
     WorkTile const work = read_work(storage, work_state);
     if (work.last) return;
-    int const batch = work.tile.batch;
+    int batch = work.tile.batch;
+    if constexpr (Traits::kSharesKeys) batch %= params.batch;
     KeySource const keys{batch, work.tile.head / params.group};
     // Lets the scheduler take the CTA's next tile: not before this one's loads are nearly done, for
     // a tile that is taken too early waits here while other CTAs have nothing to do.

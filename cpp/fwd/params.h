@@ -43,6 +43,12 @@ struct Params {
   HeadOperands heads;
 };
 
+// Of the kernel whose tiles may be shared by CTAs (parts.h).
+struct ManyParams : Params {
+  int batch;       // of query; a tile's counts the splits, too: split * batch + that of query
+  int num_splits;  // CTAs that share a tile's keys
+};
+
 // With a bias `score` is the identity, and softmax_scale 1: Bias has the factor of q.k.
 struct BiasParams : Params {
   Bias bias;

@@ -21,8 +21,8 @@ namespace jax_fa3::fwd {
 using namespace cute;
 
 // How many keys there are for a tile. With few of them tiles have fewer query rows; with many, O is
-// summed in memory, too (long_sums.h). That code is in a kernel of its own: though never run, it
-// costs a causal forward of 2,048 keys 2 %.
+// summed in memory, too (long_sums.h), or several CTAs share a tile (parts.h). That code is in a
+// kernel of its own: though never run, it costs a causal forward of 2,048 keys 2 %.
 //
 // kBias: with a dense bias (common/bias.h), whose slabs need memory, and registers: so two
 // consumers. kDropout: with dropout on the weights (common/dropout.h).
@@ -31,6 +31,42 @@ using namespace cute;
 // kRelative: with a bias by distance (common/relative_bias.h), likewise.
 enum class Keys { kFew, kUsual, kMany, kBias, kBits, kDropout, kAlibi, kRelative };
 
+// The tile where rows see few keys. What takes time there is a tile's beginning and end, so small
+// ones take turns: of three CTAs on an SM, each with one consumer warpgroup.
+constexpr bool has_small_tile(int head_dim) { return head_dim == 64; }
+constexpr FwdTile few_keys_tile(int head_dim, int head_dim_v) {
+  return has_small_tile(head_dim) ? FwdTile{64, 64, false} : fwd_tile(head_dim, head_dim_v, true);
+}
+
+template <Keys kKeys>
+struct ParamsOf {
+  using Type = Params;
+};
+template <>
+struct ParamsOf<Keys::kMany> {
+  using Type = ManyParams;
+};
+template <>
+struct ParamsOf<Keys::kBias> {
+  using Type = BiasParams;
+};
+template <>
+struct ParamsOf<Keys::kBits> {
+  using Type = BitsParams;
+};
+template <>
+struct ParamsOf<Keys::kDropout> {
+  using Type = DropoutParams;
+};
+template <>
+struct ParamsOf<Keys::kAlibi> {
+  using Type = AlibiParams;
+};
+template <>
+struct ParamsOf<Keys::kRelative> {
+  using Type = RelativeParams;
+};
+
 template <class Element_, int kHeadDim_, int kHeadDimV_, Keys kKeys_>
 struct Traits {
   static constexpr bool kHasBias = kKeys_ == Keys::kBias;
@@ -38,24 +74,18 @@ struct Traits {
   static constexpr bool kHasDropout = kKeys_ == Keys::kDropout;
   static constexpr bool kHasAlibi = kKeys_ == Keys::kAlibi;
   static constexpr bool kHasRelative = kKeys_ == Keys::kRelative;
-  using Params = std::conditional_t<
-      kHasBias, BiasParams,
-      std::conditional_t<
-          kHasBits, BitsParams,
-          std::conditional_t<
-              kHasDropout, DropoutParams,
-              std::conditional_t<kHasAlibi, AlibiParams,
-                                 std::conditional_t<kHasRelative, RelativeParams, fwd::Params>>>>>;
+  static constexpr bool kSharesKeys = kKeys_ == Keys::kMany;
+  using Params = typename ParamsOf<kKeys_>::Type;
   using Softmax = std::conditional_t<kHasAlibi, AlibiSoftmax, jax_fa3::Softmax>;
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kHeadDimV = kHeadDimV_;
   static constexpr Keys kKeys = kKeys_;
   static constexpr FwdTile kTile =
-      kHasBits
-          ? FwdTile{kMaskBlock, kMaskBlock, false}
-          : fwd_tile(kHeadDim, kHeadDimV,
-                     kKeys == Keys::kFew || kHasBias || kHasDropout || kHasAlibi || kHasRelative);
+      kHasBits ? FwdTile{kMaskBlock, kMaskBlock, false}
+      : kKeys == Keys::kFew
+          ? few_keys_tile(kHeadDim, kHeadDimV)
+          : fwd_tile(kHeadDim, kHeadDimV, kHasBias || kHasDropout || kHasAlibi || kHasRelative);
   static constexpr int kBlockM = kTile.block_m;
   static constexpr int kBlockN = kTile.block_n;
   static constexpr bool kOutOverValue = kTile.out_over_value;
@@ -68,6 +98,7 @@ struct Traits {
 
   // One producer warpgroup (a warp loads, a warp schedules), then the consumers, 64 rows each.
   static constexpr int kConsumerWarpgroups = kBlockM / 64;
+  static constexpr int kCtasPerSm = kConsumerWarpgroups == 1 ? 3 : 1;
   static constexpr bool kPingPong = true;
   // Exponents stay relative to a maximum that is nearly right (softmax.h), which saves most of the
   // rescaling. With dropout it would matter to sum_of_rounded() whether the largest weight was
@@ -83,8 +114,9 @@ struct Traits {
   static constexpr int kConsumerThreads = kConsumerWarpgroups * 128;
   static constexpr int kThreads = 128 + kConsumerThreads;
   static constexpr int kProducerRegisters = kConsumerWarpgroups == 2 ? 40 : 32;
-  static constexpr int kConsumerRegisters = kConsumerWarpgroups == 2 ? 232 : 160;
-  static_assert(kConsumerWarpgroups == 2 || kConsumerWarpgroups == 3);
+  static constexpr int kConsumerRegisters =
+      kConsumerWarpgroups == 1 ? 128 : (kConsumerWarpgroups == 2 ? 232 : 160);
+  static_assert(1 <= kConsumerWarpgroups && kConsumerWarpgroups <= 3);
 
   // Of 80 columns in slabs of 32 TMA would fetch three pieces a row. Of 72 the rows are not even
   // aligned to 32 bytes in global memory, and then TMA has no time for that.

@@ -33,6 +33,8 @@ struct Traits {
   // little.
   static constexpr bool kPingPong = kHeadDim <= 128;
   static constexpr bool kBlocksByWarpgroup = false;
+  static constexpr bool kSharesKeys = false;
+  static constexpr int kCtasPerSm = 1;
   static constexpr int kThreads = 128 + kConsumerWarpgroups * 128;
   static constexpr int kProducerRegisters = 40;
   static constexpr int kConsumerRegisters = 232;

@@ -21,7 +21,7 @@ from ._dispatch import checked_implementation
 from ._integers import clamped, offset_and_window
 from ._integers import segment_ids as known_to_fit
 from ._mask_bits import as_bool
-from ._operands import Call, Operands
+from ._operands import PER_HEAD, Call, Operands
 from ._problem import Config, Implementations, Masks, SegmentIds, Sizes, Window, fold_window, wide
 from ._tensors import separate
 from ._values import (
@@ -77,24 +77,22 @@ class Options(MaskArguments, total=False):
     dropout_key: ArrayLike | None
 
 
+# What stands beside query, key and value.
+_BESIDE = "bias", "mask", "relative_bias", "dropout_rate", "dropout_key", *PER_HEAD
+
+
 def parse(
     operands: Operands,
     batched: bool,
-    bias: ArrayLike | None = None,
-    mask: ArrayLike | None = None,
     *,
-    sinks: ArrayLike | None = None,
-    alibi_slopes: ArrayLike | None = None,
-    relative_bias: ArrayLike | None = None,
     implementation: Implementations | None = None,
     sharding: NamedSharding | PartitionSpec | None = None,
     compute_dtype: DTypeLike | None = None,
     return_residual: bool = False,
-    dropout_rate: float | None = None,
-    dropout_key: ArrayLike | None = None,
     **options: Any,
 ) -> Call:
-    """The call, checked; options are the others of Options."""
+    """The call, checked; options: bias, mask, and the others of Options."""
+    beside = {name: options.pop(name, None) for name in _BESIDE}
     check_names(options, Options.__annotations__)
     wanted = checked_implementation(implementation)
     own_dtype, operands = operands.query.dtype, _in_one_dtype(operands, compute_dtype)
@@ -102,25 +100,25 @@ def parse(
     arguments: Any = {name: options.pop(name) for name in names}
     intervals = several_intervals(sizes, batched, arguments)
     dtype, offset = wide(operands.query.dtype), arguments.get("query_offset", 0)
-    table = _relative_bias.of_all_distances(relative_bias, sizes, offset, batched, dtype)
+    table = _relative_bias.of_all_distances(beside["relative_bias"], sizes, offset, batched, dtype)
     masks, window, segment_ids = parse_masks(sizes, batched, **arguments)
     config, scale = _config(window, sizes.head_dim, **options)
-    dropout, words = _dropout.checked(dropout_rate, dropout_key)
+    dropout, words = _dropout.checked(beside["dropout_rate"], beside["dropout_key"])
     config = dataclasses.replace(config, dropout=dropout)
     full = sizes.batch, sizes.num_heads, sizes.query_length, sizes.key_length
     of_heads = {
-        name: None if (given := per_head(name, x, sizes.num_heads)) is None
+        name: None if (given := per_head(name, beside[name], sizes.num_heads)) is None
         else given[None].astype(dtype)
-        for name, x in (("sinks", sinks), ("alibi_slopes", alibi_slopes))
+        for name in PER_HEAD
     }  # fmt: skip
-    given = dense("mask", mask, full)
+    given = dense("mask", beside["mask"], full)
     if given is not None and intervals is not None:
         given &= as_bool(intervals, sizes.key_length)
     operands = dataclasses.replace(
         operands,
         **of_heads,
         relative_bias=table,
-        bias=dense("bias", bias, full),
+        bias=dense("bias", beside["bias"], full),
         mask=intervals if given is None else given,
         scale=scale,
     )

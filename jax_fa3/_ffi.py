@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import pathlib
-import re
 from types import ModuleType
 from typing import Any
 
@@ -12,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from . import _alibi, _bias, _mask_bits, _plan, _relative_bias
+from . import _alibi, _api_version, _bias, _mask_bits, _plan, _relative_bias
 from ._custom_call import attributes_of, custom_call
 from ._kernel_sizes import BWD_ROWS, KERNELS, BwdTile, bwd_tile
 from ._operands import PER_HEAD, Operands, Rows
@@ -56,31 +54,11 @@ def cuda_versions() -> tuple[int, int]:
     return _C.driver_version(), _C.runtime_version()
 
 
-def runtime_api_version() -> tuple[int, int]:
-    """Version of the FFI that the installed jaxlib speaks, from its headers."""
-    header = pathlib.Path(jax.ffi.include_dir(), "xla", "ffi", "api", "c_api.h").read_text()
-    major, minor = (
-        re.search(rf"#define XLA_FFI_API_{part} (\d+)", header) for part in ("MAJOR", "MINOR")
-    )
-    if major is None or minor is None:
-        raise ImportError(f"jax_fa3: no FFI version in the headers of {jax.ffi.include_dir()}")
-    return int(major[1]), int(minor[1])
-
-
-def check_api_version(built: tuple[int, int], runtime: tuple[int, int]) -> None:
-    """Raises ImportError where XLA would refuse the handlers, and take the process down later."""
-    if built[0] != runtime[0] or built[1] > runtime[1]:
-        raise ImportError(
-            "jax_fa3: its kernels were built for XLA's FFI {}.{}, but this jaxlib speaks {}.{}: "
-            "update jax, or reinstall jax_fa3 from source".format(*built, *runtime)
-        )
-
-
 def register() -> None:
     """Tells JAX of the handlers, if there are any; initialises no backend."""
     if _C is None:
         return
-    check_api_version(_C.ffi_api_version(), runtime_api_version())
+    _api_version.check(_C.ffi_api_version(), _api_version.of_runtime())
     for name, handler in _C.ffi_targets().items():
         jax.ffi.register_ffi_target(name, handler, platform="CUDA", api_version=1)
 

@@ -240,7 +240,9 @@ def test_window(arguments, window, offset):
 
 
 def test_dense_arguments_get_four_axes():
-    found = _arguments.parse(OPERANDS, True, zeros(S), zeros(N, T, 1, dtype=bool)).operands
+    found = _arguments.parse(
+        OPERANDS, True, bias=zeros(S), mask=zeros(N, T, 1, dtype=bool)
+    ).operands
     assert found.bias is not None and found.bias.shape == (1, 1, 1, S)
     assert found.mask is not None and found.mask.shape == (1, N, T, 1)
 

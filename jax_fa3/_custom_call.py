@@ -81,12 +81,8 @@ def attributes_of(
     head_dim_v: int,
     first_column_v: int = 0,
 ) -> dict[str, Any]:
-    left, right = map(window_attribute, config.window)
     return {
-        "scale": np.float32(config.scale),
-        "soft_cap": np.float32(config.logits_soft_cap or 0),
-        "window_left": left,
-        "window_right": right,
+        **score_attributes(config),
         "num_heads_q": num_heads[0],
         "num_heads_k": num_heads[1],
         "first_head_q": first_head[0],
@@ -95,6 +91,17 @@ def attributes_of(
         "head_dim_v": head_dim_v,
         "first_column_v": first_column_v,
         "dropout": config.dropout,
+    }
+
+
+def score_attributes(config: Any) -> dict[str, Any]:
+    """What becomes of a score, and the window; config: of any kind of call that has these."""
+    left, right = map(window_attribute, config.window)
+    return {
+        "scale": np.float32(config.scale),
+        "soft_cap": np.float32(config.logits_soft_cap or 0),
+        "window_left": left,
+        "window_right": right,
     }
 
 

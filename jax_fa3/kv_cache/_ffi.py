@@ -7,10 +7,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
-from .._custom_call import custom_call, window_attribute
+from .._custom_call import custom_call, score_attributes
 from .._problem import E4M3
 from .._targets import DECODE
 from ._layout import LAYOUTS, Caches
@@ -75,12 +74,8 @@ def results_of(config: Config, query: Array, operands: Operands) -> dict[str, An
 
 def attributes_of(config: Config, num_heads: int) -> dict[str, Any]:
     layout = config.layout
-    left, right = map(window_attribute, config.window)
     return {
-        "scale": np.float32(config.scale),
-        "soft_cap": np.float32(config.logits_soft_cap or 0),
-        "window_left": left,
-        "window_right": right,
+        **score_attributes(config),
         "num_heads_q": num_heads,
         "num_heads_k": layout.num_kv_heads,
         "head_dim_v": layout.head_dim_v,

@@ -42,7 +42,7 @@ def test_fwd_operands_and_results():
     assert operations(text) == {"custom_call", "broadcast_in_dim"}  # the latter: of no elements
     shapes = (
         "2x16x4x192xbf16, 2x24x2x192xbf16, 2x24x2x128xbf16, 1xi32, 0xi32, 0xi32, 0xi32, 2x16xi32, "
-        "0xf32, 0xf32, 0xf32, 0xbf16, 0xui32, 0xui32, 0xui32, 0xf32"
+        "0xf32, 0xf32, 0xf32, 0xbf16, 0xui32, 0xui32, 0xui32, 0xf32, 0xf32"
     )
     operands = ", ".join(f"tensor<{shape}>" for shape in shapes.split(", "))
     # What the log-sum-exp lost, which is not wanted here; workspace: a counter, sums of many keys.

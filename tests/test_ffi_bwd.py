@@ -32,11 +32,11 @@ def test_bwd_operands_and_results(deterministic, dtype, name):
     assert targets(text) == ["jax_fa3.bwd.v1"]
     assert operations(text) == {"custom_call", "broadcast_in_dim"}
     rows = f"2x16x4x128x{name}, 2x4x16xf32, " * 2 + "2x4x16xf32, 0xf32, 0xf32, "
-    rows += f"0x{name}, 0xui32, 0xui32, 0xui32, 0xf32"
+    rows += f"0x{name}, 0xui32, 0xui32, 0xui32, 0xf32, 0xf32"
     shapes = f"2x16x4x192x{name}, 2x24x2x192x{name}, 2x24x2x128x{name}, "
     shapes += "2x4x2x196xf32, 2x128x2xi32, 2x3x8xi32, 2x4x128x0xf32, "
     shapes += f"{16 if deterministic else 0}xi32, {'2x2x3' if name == 'f16' else '0'}xi32, "
-    shapes += "0xf32, 0xf32, 0xf32, 0xf32"
+    shapes += "0xf32, 0xf32, 0xf32, 0xf32, 0xf32"
     given, made = (", ".join(f"tensor<{shape}>" for shape in x.split(", ")) for x in (rows, shapes))
     assert f", {given}) -> ({made})" in text
 
@@ -57,7 +57,7 @@ def test_bwd_in_parts():
 
         text = lower(backward, q, kv, kv, q, lse, q, lse)
         (results,) = re.findall(r"custom_call @jax_fa3.bwd.v1\(.* -> \((.*)\)\n", text)
-        return results.split(", ")[-4]
+        return results.split(", ")[-5]
 
     splits = _ffi._C.bwd_splits((1, 8192, 8192, 8, 1, 128, 128), (2**62, 0), True, False)
     assert splits > 1 and parts(8192) == f"tensor<{splits}x1x8192x1x256xf32>"

@@ -45,26 +45,15 @@ struct AlibiSoftmax : Softmax {
 
   template <bool kThreeAtOnce = false, class Scores>
   CUTLASS_DEVICE void update_max(Scores const& scores) {
-    raise_shifted([&] { raise_max<kThreeAtOnce>(scores); });
+    raise_shifted_max<kThreeAtOnce>(scores);
     take_max();
     find_place();
   }
 
   template <class Scores>
   CUTLASS_DEVICE bool raise_offset(Scores const& scores) {
-    float const before[kRowsPerThread] = {row_max[0], row_max[1]};
-    bool is_in_doubt = false;
-    raise_shifted([&] {
-      raise_max_by_bits(scores);
-      is_in_doubt = is_doubtful();
-    });
-    bool raised = false;
-    if (__any_sync(~0u, is_in_doubt | any_is_above())) {
-      CUTLASS_PRAGMA_UNROLL
-      for (int row = 0; row < kRowsPerThread; ++row) row_max[row] = before[row];
-      raise_shifted([&] { raise_max_by_value(scores); });
-      raised = take_max_if_above();
-    }
+    raise_shifted_max<true>(scores);
+    bool const raised = take_max_if_above();
     find_place();
     return raised;
   }
@@ -75,12 +64,11 @@ struct AlibiSoftmax : Softmax {
   }
 
  private:
-  // `raise`: of the block's scores, as they are.
-  template <class Raise>
-  CUTLASS_DEVICE void raise_shifted(Raise const& raise) {
+  template <bool kThreeAtOnce, class Scores>
+  CUTLASS_DEVICE void raise_shifted_max(Scores const& scores) {
     float const before[kRowsPerThread] = {row_max[0], row_max[1]};
     row_max[0] = row_max[1] = -INFINITY;
-    raise();
+    raise_max<kThreeAtOnce>(scores);
     CUTLASS_PRAGMA_UNROLL
     for (int row = 0; row < kRowsPerThread; ++row) {
       row_max[row] = fmaxf(before[row], row_max[row] + shift[row]);

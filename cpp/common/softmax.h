@@ -177,6 +177,7 @@ struct Softmax {
     }
   }
 
+ private:
   // By an instruction for three integers. Of fp32 numbers read as integers the greatest is the
   // right one if any is 0 or more: just two negative ones are in the wrong order. So a maximum that
   // is negative still is in doubt, which is rare.
@@ -197,9 +198,7 @@ struct Softmax {
     row_max[0] = fmaxf(row_max[0], largest.x);
     row_max[1] = fmaxf(row_max[1], largest.y);
   }
-  CUTLASS_DEVICE bool any_is_above() const { return fmaxf(excess(0), excess(1)) > kSlack; }
 
- private:
   template <class Scores, class MaxOfThree>
   CUTLASS_DEVICE static float2 max_of_rows(Scores const& scores, MaxOfThree max_of_three) {
     constexpr int kSize = decltype(size(scores))::value / kRowsPerThread;
@@ -227,6 +226,7 @@ struct Softmax {
     return fmaf(row_max[row], factor[row], -offset[row]);
   }
   CUTLASS_DEVICE bool is_above(int row) const { return excess(row) > kSlack; }
+  CUTLASS_DEVICE bool any_is_above() const { return fmaxf(excess(0), excess(1)) > kSlack; }
 
   // Makes the exponents of a row relative to its maximum.
   CUTLASS_DEVICE void take_offset(int row) {

@@ -20,6 +20,7 @@ struct QueryTraits {
   static constexpr bool kHasDropout = false;
   static constexpr bool kHasBits = false;
   static constexpr bool kHasAlibi = false;
+  static constexpr bool kHasRelative = false;
   static constexpr BwdTile kTile = bwd_tile(kHeadDim_);  // of the main kernel
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;

@@ -37,6 +37,7 @@ struct Traits {
   static constexpr bool kHasBias = false;
   static constexpr bool kHasBits = false;
   static constexpr bool kHasAlibi = false;
+  static constexpr bool kHasRelative = false;
   static constexpr bool kHasDropout = false;
   static constexpr int kHeadDim = 512;
   static constexpr int kHeadDimV = 512;

@@ -243,7 +243,8 @@ CUTLASS_DEVICE void load_keys_and_steps(typename Traits::Params const& params,
       // same time, do not wait for one another at every sum of dQ that one of them begins
       // (write_dq.h). In turn they come one behind the other; with a bias this
       // warp has no registers left.
-      bool const in_place = Traits::kHasBias || params.turns != nullptr;
+      constexpr bool kInPlace = Traits::kHasBias || !Traits::kFused;
+      bool const in_place = kInPlace || params.turns != nullptr;
       int const from = in_place ? 0 : first_key / kBlockM % 32;
       for (uint32_t blocks = __funnelshift_r(all, all, from); blocks != 0; blocks &= blocks - 1) {
         if (skipped > 0) {

@@ -22,7 +22,8 @@ struct Bias {
   CUtensorMap map;  // its elements as 16 bits: two for each of fp32
   bool is_fp32;
   bool of_batch, of_head, of_row;
-  float factor;  // of q.k: softmax_scale
+  float factor;   // of q.k: softmax_scale
+  uint32_t zero;  // 0, which the compiler does not know
 
   CUTLASS_DEVICE int slabs(int keys) const { return ((is_fp32 ? 2 : 1) * keys + 63) / 64; }
 };
@@ -37,6 +38,7 @@ inline cudaError_t make_bias(Bias* bias, DenseBias const& dense, int batch, int 
   bias->of_head = dense.head_stride != 0;
   bias->of_row = dense.row_stride != 0;
   bias->factor = factor;
+  bias->zero = 0;
   return make_tensor_map(&bias->map, words, dense.columns * width, bias->of_row ? seqlen_q : 1,
                          bias->of_head ? num_heads : 1, bias->of_batch ? batch : 1, 64,
                          bias->of_row ? kBiasRows : 1);
@@ -71,14 +73,17 @@ CUTLASS_DEVICE void load_bias(Bias const& bias, BiasRing<kStages>& ring, uint16_
 
 namespace detail {
 
-// `read` reads one slab at a shared-memory address, when it has landed.
+// `read` reads one slab at a shared-memory address, when it has landed, and returns a word that all
+// of its loads have part in. Loads wait behind what wgmmas in flight read, a microsecond and more,
+// and an arrival does not wait for loads: so where it arrives depends on what they have found.
+// (Else a slab that is asked for at once is there before they are done.)
 template <int kStages, class Read>
-CUTLASS_DEVICE void with_slab(BiasRing<kStages>& ring, uint16_t const* slabs,
+CUTLASS_DEVICE void with_slab(Bias const& bias, BiasRing<kStages>& ring, uint16_t const* slabs,
                               PipelineState<kStages>& state, Read const& read) {
   ring.pipeline.full[state.stage].wait(state.phase);
-  read(cute::cast_smem_ptr_to_uint(slabs + state.stage * kBiasSlab));
+  uint32_t const found = read(cute::cast_smem_ptr_to_uint(slabs + state.stage * kBiasSlab));
   __syncwarp();
-  if (threadIdx.x % 32 == 0) ring.pipeline.empty[state.stage].arrive();
+  if (threadIdx.x % 32 == 0) ring.pipeline.empty[state.stage + (found & bias.zero)].arrive();
   state.advance();
 }
 
@@ -129,13 +134,16 @@ CUTLASS_DEVICE void add_bias(Bias const& bias, BiasRing<kStages>& ring, uint16_t
     uint32_t const place = row * 128 + (lane / 16 ^ row % 8) * 16;
     CUTLASS_PRAGMA_UNROLL
     for (int first = 0; first < kKeys; first += 64) {
-      detail::with_slab(ring, slabs, state, [&](uint32_t slab) {
+      detail::with_slab(bias, ring, slabs, state, [&](uint32_t slab) {
+        uint32_t found = 0;
         CUTLASS_PRAGMA_UNROLL
         for (int key = 0; key < cute::min(64, kKeys - first); key += 16) {
           uint32_t x[4];
           detail::load_matrices<false>((slab + place) ^ key * 2, x);
           detail::add_matrices<Element>(x, bias.factor, (first + key) / 2, scores);
+          found ^= x[0];
         }
+        return found;
       });
     }
   } else {
@@ -144,7 +152,8 @@ CUTLASS_DEVICE void add_bias(Bias const& bias, BiasRing<kStages>& ring, uint16_t
     uint32_t const place = row * 128 + (lane % 4 / 2 ^ row % 8) * 16 + lane % 2 * 8;
     CUTLASS_PRAGMA_UNROLL
     for (int first = 0; first < kKeys; first += 32) {
-      detail::with_slab(ring, slabs, state, [&](uint32_t slab) {
+      detail::with_slab(bias, ring, slabs, state, [&](uint32_t slab) {
+        uint32_t found = 0;
         CUTLASS_PRAGMA_UNROLL
         for (int key = 0; key < cute::min(32, kKeys - first); key += 8) {
           CUTLASS_PRAGMA_UNROLL
@@ -154,8 +163,10 @@ CUTLASS_DEVICE void add_bias(Bias const& bias, BiasRing<kStages>& ring, uint16_t
             int const i = (first + key) / 2 + r * 2;
             scores(i) = fmaf(scores(i), bias.factor, x.x);
             scores(i + 1) = fmaf(scores(i + 1), bias.factor, x.y);
+            found ^= __float_as_uint(x.x);
           }
         }
+        return found;
       });
     }
   }
@@ -173,19 +184,23 @@ CUTLASS_DEVICE void add_bias_transposed(Bias const& bias, BiasRing<kStages>& rin
   if (!bias.is_fp32) {
     int const row = bias.of_row ? lane / 16 * 8 + lane % 8 : 0;
     uint32_t const place = row * 128 + (warp * 2 + lane / 8 % 2 ^ row % 8) * 16;
-    detail::with_slab(ring, slabs, state, [&](uint32_t slab) {
+    detail::with_slab(bias, ring, slabs, state, [&](uint32_t slab) {
+      uint32_t found = 0;
       CUTLASS_PRAGMA_UNROLL
       for (int i = 0; i < size(scores); i += 8) {  // 16 query rows
         uint32_t x[4];
         detail::load_matrices<true>(slab + place + i * 2 * row_bytes, x);
         detail::add_matrices<Element>(x, bias.factor, i, scores);
+        found ^= x[0];
       }
+      return found;
     });
   } else {
     CUTLASS_PRAGMA_UNROLL
     for (int half = 0; half < 2; ++half) {
-      detail::with_slab(ring, slabs, state, [&](uint32_t slab) {
-        if (warp / 2 != half) return;
+      detail::with_slab(bias, ring, slabs, state, [&](uint32_t slab) {
+        uint32_t found = 0;
+        if (warp / 2 != half) return found;
         CUTLASS_PRAGMA_UNROLL
         for (int e = 0; e < 4; ++e) {
           int const row = bias.of_row ? lane % 4 * 2 + e % 2 : 0;
@@ -195,8 +210,10 @@ CUTLASS_DEVICE void add_bias_transposed(Bias const& bias, BiasRing<kStages>& rin
           for (int i = e; i < size(scores); i += 4) {
             float const x = detail::load_shared_float(slab + place + i / 4 * 8 * row_bytes);
             scores(i) = fmaf(scores(i), bias.factor, x);
+            found ^= __float_as_uint(x);
           }
         }
+        return found;
       });
     }
   }

@@ -31,8 +31,8 @@ def test_bwd_operands_and_results(deterministic, dtype, name):
     text = lower(backward, *operands, *results, *results, results[1])
     assert targets(text) == ["jax_fa3.bwd.v1"]
     assert operations(text) == {"custom_call", "broadcast_in_dim"}
-    rows = f"2x16x4x128x{name}, 2x4x16xf32, " * 2 + "2x4x16xf32, 0xf32, 0xf32, "
-    rows += f"0x{name}, 0xui32, 0xui32, 0xui32, 0xf32, 0xf32"
+    rows = f"2x16x4x128x{name}, 2x4x16xf32, " * 2 + "2x4x16xf32, 0xf32, "
+    rows += f"0x{name}, 0xui32, 0xui32, 0xui32, 0xf32, 0xf32, 0xf32"
     shapes = f"2x16x4x192x{name}, 2x24x2x192x{name}, 2x24x2x128x{name}, "
     shapes += "2x4x2x196xf32, 2x128x2xi32, 2x3x8xi32, 2x4x128x0xf32, "
     shapes += f"{16 if deterministic else 0}xi32, {'2x2x3' if name == 'f16' else '0'}xi32, "

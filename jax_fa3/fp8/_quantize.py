@@ -65,10 +65,11 @@ def quantize(
             and "tensor").
 
     Returns:
-        quantized: float8_e4m3fn, x's shape, computed in fp32 and rounded to nearest even. Transposed:
-            [B, N, H, ceil(T / 128) * 128] or without B, rows innermost in an order of the kernel's own.
+        quantized: float8_e4m3fn, x's shape, computed in fp32 and rounded to nearest even.
         scales: fp32 [B, ceil(T / 128), N], or without B, whichever numbers share one.
         Where a NaN or an infinity is among the numbers of a scale, it is NaN, and so are they.
+        Transposed, quantized is [B, N, H, ceil(T / 128) * 128], or without B, rows innermost in an
+        order of the kernel's own.
 
     It has no derivative, and says so.
 

@@ -21,6 +21,7 @@ from call_operands import (
     rows_of,
 )
 from decode_calls import decode_calls
+from kernel_calls import BACKWARD, FORWARD, backward_of_three, fp8_forward
 from recorded_calls import Call, recorded
 
 from jax_fa3 import _ffi, _mask_bits, _plan, _tangent
@@ -28,48 +29,6 @@ from jax_fa3._kernel_sizes import bwd_tile
 from jax_fa3._operands import Operands, Rows
 from jax_fa3._problem import Config, Masks
 from jax_fa3.fp8 import _ffi as _fp8
-
-
-def FORWARD(
-    config: Config,
-    *arrays: Any,
-    packed: Any = None,
-    sinks: Any = None,
-    bias: Any = None,
-    mask: Any = None,
-    dropout: Any = None,
-    slopes: Any = None,
-    table: Any = None,
-    **options: Any,
-) -> Any:
-    """_ffi.fwd of the arrays of operands, and masks."""
-    *tensors, masks = arrays
-    others: Any = {"sinks": sinks, "bias": bias, "mask": mask, "dropout": dropout}
-    others |= {"alibi_slopes": slopes, "relative_bias": table}
-    operands = Operands(*tensors, packed=packed, **others)
-    return _ffi.fwd(config, operands, masks, **options)
-
-
-def BACKWARD(config: Config, operands: Any, masks: Masks, *rows: Any, **options: Any) -> Any:
-    return _ffi.bwd(config, operands, masks, Rows(*rows), **options)
-
-
-def backward_of_three(
-    config: Config,
-    *arrays: Any,
-    sinks: Any = None,
-    bias: Any = None,
-    mask: Any = None,
-    dropout: Any = None,
-    slopes: Any = None,
-    table: Any = None,
-    **options: Any,
-) -> Any:
-    """Of query, key, value, masks, and rows."""
-    others: Any = {"sinks": sinks, "bias": bias, "mask": mask, "dropout": dropout}
-    others |= {"alibi_slopes": slopes, "relative_bias": table}
-    operands = Operands(*arrays[:3], **others)
-    return BACKWARD(config, operands, *arrays[3:], **options)
 
 
 def right_calls() -> dict[str, Call]:
@@ -257,7 +216,3 @@ def without_heads() -> dict[str, Call]:
         "bwd packed": recorded(packed_backward, qkv, *rows_of(heads=0, columns=H)),
         "fp8": recorded(fp8_forward(config), *fp8_operands(T, S, H, 0), Masks()),
     }
-
-
-def fp8_forward(config: Config) -> Any:
-    return lambda *x: _fp8.fwd(config, jnp.dtype(jnp.bfloat16), *x)

@@ -1,7 +1,6 @@
-"""relative_bias: its term and its gradient through every transformation, here in plain JAX; what the
-kernels are given. On a GPU: test_gpu_relative_bias."""
+"""relative_bias: its term and its gradient, here in plain JAX; what the
+kernels are given. As of every term of the scores: test_score_terms; on a GPU: test_gpu_relative_bias."""
 
-import functools
 from typing import Any
 
 import jax
@@ -12,32 +11,20 @@ from cases import CAUSAL, Case
 from distances import assert_table, table_of
 from helpers import assert_close
 from jax import Array
-from jax.sharding import AxisType, Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 from lowering import lower, targets
+from score_terms import attention, grads
 from test_ffi import needs_kernels
 
 import jax_fa3
-from jax_fa3 import _reference, _targets, context_parallel, fp8
+from jax_fa3 import _reference, _targets
 
 B, T, S, N, K, H = 2, 10, 12, 4, 2, 8
 CASE = Case("distance", T, S, N, K, H, B=B, mask=CAUSAL)
-attention = functools.partial(jax_fa3.dot_product_attention, return_residual=True)
+NAME = "relative_bias"
 
 
 def inputs(farthest: int = 3) -> tuple[Array, ...]:
     return *CASE.inputs(jnp.float32), table_of(CASE, farthest)
-
-
-def grads(function: Any, cotangents: Any, *arrays: Array, **options: Any) -> Any:
-    options = {**CAUSAL, "sinks": jnp.ones(N), **options}
-
-    def loss(q: Array, k: Array, v: Array, table: Array) -> Array:
-        found = function(q, k, v, relative_bias=table, **options)
-        pairs = zip(found, cotangents, strict=True)
-        return jnp.asarray(sum((jnp.nan_to_num(x, neginf=0) * y).sum() for x, y in pairs))
-
-    return jax.value_and_grad(loss, (0, 1, 2, 3))(*arrays)
 
 
 @pytest.mark.parametrize("farthest", [0, 3, 9, 40])
@@ -48,9 +35,9 @@ def test_results_and_gradients(farthest: int, offset: Any):
     """Distances are from the row's position, as masks have it."""
     arrays, cotangents = inputs(farthest), CASE.cotangents(jnp.float32)
     options: Any = {"is_causal": False, "query_offset": offset}
-    found = grads(attention, cotangents, *arrays, **options)
+    found = grads(NAME, attention, cotangents, *arrays, **options)
     options["query_offset"] = np.clip(offset, -(10**6), 10**6)
-    assert_close(found, grads(_reference.attention, cotangents, *arrays, **options), 1e-4)
+    assert_close(found, grads(NAME, _reference.attention, cotangents, *arrays, **options), 1e-4)
 
 
 def test_a_table_that_says_the_same_as_slopes():
@@ -60,67 +47,10 @@ def test_a_table_that_says_the_same_as_slopes():
     assert_close(attention(*tensors, relative_bias=table, is_causal=True), wanted, 1e-5)
 
 
-@pytest.mark.parametrize("kind", [None, AxisType.Auto, AxisType.Explicit, "argument"], ids=str)
-def test_over_devices(kind: Any):
-    arrays, cotangents = inputs(), CASE.cotangents(jnp.float32)
-    exact = grads(_reference.attention, cotangents, *arrays)
-    call = jax.jit(functools.partial(grads, attention))
-    if kind is None:
-        return assert_close(call(cotangents, *arrays), exact, 1e-4)
-    kinds = (AxisType.Auto if kind == "argument" else kind,) * 2
-    mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("x", "y"), axis_types=kinds)
-    where = NamedSharding(mesh, P("x", None, "y"))
-    if kind == "argument":
-        call = jax.jit(functools.partial(grads, attention, sharding=where))
-        return assert_close(call(cotangents, *arrays), exact, 1e-4)
-    with jax.set_mesh(mesh):
-        put = [jax.device_put(x, where) for x in (*arrays[:3], *cotangents)]
-        assert_close(call(tuple(put[3:]), *put[:3], arrays[3]), exact, 1e-4)
-
-
-@pytest.mark.parametrize("last", [False, True])
-def test_beside_all_that_masks_a_bias_and_a_soft_cap(last: bool):
-    *tensors, table = inputs()
-    rng = np.random.default_rng(0)
-    others: Any = {"mask": rng.random((B, 1, T, S)) < 0.7, "bias": rng.normal(size=(1, N, T, S))}
-    others = {
-        name: jnp.asarray(x, x.dtype if x.dtype == bool else "f4") for name, x in others.items()
-    }
-    others |= {"logits_soft_cap": 2.0, "soft_cap_last": last, **CAUSAL}
-    found = attention(*tensors, relative_bias=table, **others)
-    assert_close(found, _reference.attention(*tensors, relative_bias=table, **others), 1e-5)
-
-
-@pytest.mark.parametrize("mapped", [3, 0])
-def test_under_vmap(mapped: int):
-    arrays, cotangents = list(inputs()), CASE.cotangents(jnp.float32)
-    axes: list[int | None] = [None] * 4
-    axes[mapped] = 0
-    stacked = arrays.copy()
-    stacked[mapped] = jnp.stack((arrays[mapped], -arrays[mapped]))
-    found = jax.jit(jax.vmap(functools.partial(grads, attention, cotangents), axes))(*stacked)
-    for i in range(2):
-        one = arrays.copy()
-        one[mapped] = stacked[mapped][i]
-        exact = grads(_reference.attention, cotangents, *one)
-        assert_close(jax.tree.map(lambda x, i=i: x[i], found), exact, 1e-4)
-
-
-def test_tangents():
-    arrays = inputs()
-    moved = tuple(jnp.ones_like(x) for x in arrays)
-
-    def of(function: Any) -> Any:
-        return lambda *x: function(*x[:3], relative_bias=x[3])
-
-    found = jax.jvp(of(attention), arrays, moved)
-    assert_close(found, jax.jvp(of(_reference.attention), arrays, moved), 1e-4)
-
-
 def test_what_the_gpu_tests_allow():
     """An exact gradient passes, one with a wrong entry does not."""
     arrays, cotangents = inputs(), CASE.cotangents(jnp.float32)
-    _, (*_, found) = grads(_reference.attention, cotangents, *arrays, sinks=None)
+    _, (*_, found) = grads(NAME, _reference.attention, cotangents, *arrays, sinks=None)
     assert_table(found, CASE, arrays, cotangents)
     with pytest.raises(AssertionError):
         assert_table(found.at[1, 2].multiply(1.01), CASE, arrays, cotangents)
@@ -169,36 +99,12 @@ def test_buckets_of_t5(count: int, farthest: int, bidirectional: bool):
     assert np.array_equal(gradient, [np.bincount(buckets, minlength=count)] * 2)
 
 
-@pytest.mark.parametrize(
-    "change, found",
-    [
-        ({"logits_soft_cap": 3.0}, "relative_bias: got some beside logits_soft_cap"),
-        ({"head_dim": 136}, "relative_bias: got some beside head dim 136"),
-        ({"keys": 2**18 + 8}, "relative_bias: got some beside 262152 keys"),
-        ({"bias": jnp.ones((1, 1, T, 1))}, "relative_bias: got some beside a bias"),
-        ({"alibi_slopes": jnp.ones(N)}, "relative_bias: got some beside alibi_slopes"),
-        ({"dropout_rate": 0.1, "dropout_key": jax.random.key(0)}, "got some beside dropout"),
-        ({"key_begin": (B, T, 2), "key_end": (B, T, 2)}, "key_begin: got several intervals a row"),
-    ],
-)
-def test_refusals_name_the_argument(change: dict[str, Any], found: str):
-    head_dim, keys = change.get("head_dim", 64), change.get("keys", S)
-    options = {k: v for k, v in change.items() if k not in ("head_dim", "keys")}
-    for name in ("key_begin", "key_end"):
-        if name in options:
-            options[name] = jax.ShapeDtypeStruct(options[name], jnp.int32)
-    q, k = (jax.ShapeDtypeStruct((B, n, N, head_dim), jnp.bfloat16) for n in (T, keys))
-    table = jax.ShapeDtypeStruct((N, 7), jnp.float32)
-    reason = jax_fa3.is_supported(q, k, k, relative_bias=table, device="sm_90", **options)
-    assert found in (reason or "") and "implementation='xla'" in (reason or "")
-
-
-@pytest.mark.parametrize("who", [context_parallel, fp8])
-def test_of_others_is_refused_by_name(who: Any):
-    q = jnp.zeros((1, 16, 2, 8), jnp.bfloat16)
-    more: Any = {"axis_name": "x"} if who is context_parallel else {}
-    with pytest.raises(NotImplementedError, match="relative_bias: got some, wanted none"):
-        who.dot_product_attention(q, q, q, relative_bias=jnp.ones((2, 3)), **more)
+def test_refused_beside_slopes():
+    q = jax.ShapeDtypeStruct((B, T, N, 64), jnp.bfloat16)
+    table, slopes = (jax.ShapeDtypeStruct(x, jnp.float32) for x in ((N, 7), (N,)))
+    options: Any = {"relative_bias": table, "alibi_slopes": slopes, "device": "sm_90"}
+    reason = jax_fa3.is_supported(q, q, q, **options) or ""
+    assert "relative_bias: got some beside alibi_slopes" in reason
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (2, 4), (2, 0), (2,), (1, 2, 5)])

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from call_operands import B, K, N, S, Struct, T, V, fp8_operands, operands_of, rows_of
+from kernel_calls import FORWARD, backward_of_three, fp8_forward
 from recorded_calls import Call, recorded
-from right_calls import FORWARD, backward_of_three, fp8_forward
 
 from jax_fa3 import _targets
 from jax_fa3._problem import Config, Masks

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cute/tensor.hpp>
+#include <tuple>
 #include <type_traits>
 
 #include "common/barriers.h"
@@ -30,6 +31,9 @@ using namespace cute;
 // kAlibi: with slopes (common/alibi.h), which three consumers have no registers for.
 // kRelative: with a bias by distance (common/relative_bias.h), likewise.
 enum class Keys { kFew, kUsual, kMany, kBias, kBits, kDropout, kAlibi, kRelative };
+// What the kernel of each gets, in their order.
+using ParamsOfKeys = std::tuple<Params, Params, ManyParams, BiasParams, BitsParams, DropoutParams,
+                                AlibiParams, RelativeParams>;
 
 // The tile where rows see few keys. What takes time there is a tile's beginning and end, so small
 // ones take turns: of three CTAs on an SM, each with one consumer warpgroup.
@@ -37,35 +41,6 @@ constexpr bool has_small_tile(int head_dim) { return head_dim == 64; }
 constexpr FwdTile few_keys_tile(int head_dim, int head_dim_v) {
   return has_small_tile(head_dim) ? FwdTile{64, 64, false} : fwd_tile(head_dim, head_dim_v, true);
 }
-
-template <Keys kKeys>
-struct ParamsOf {
-  using Type = Params;
-};
-template <>
-struct ParamsOf<Keys::kMany> {
-  using Type = ManyParams;
-};
-template <>
-struct ParamsOf<Keys::kBias> {
-  using Type = BiasParams;
-};
-template <>
-struct ParamsOf<Keys::kBits> {
-  using Type = BitsParams;
-};
-template <>
-struct ParamsOf<Keys::kDropout> {
-  using Type = DropoutParams;
-};
-template <>
-struct ParamsOf<Keys::kAlibi> {
-  using Type = AlibiParams;
-};
-template <>
-struct ParamsOf<Keys::kRelative> {
-  using Type = RelativeParams;
-};
 
 template <class Element_, int kHeadDim_, int kHeadDimV_, Keys kKeys_>
 struct Traits {
@@ -75,7 +50,7 @@ struct Traits {
   static constexpr bool kHasAlibi = kKeys_ == Keys::kAlibi;
   static constexpr bool kHasRelative = kKeys_ == Keys::kRelative;
   static constexpr bool kSharesKeys = kKeys_ == Keys::kMany;
-  using Params = typename ParamsOf<kKeys_>::Type;
+  using Params = std::tuple_element_t<static_cast<int>(kKeys_), ParamsOfKeys>;
   using Softmax = std::conditional_t<kHasAlibi, AlibiSoftmax, jax_fa3::Softmax>;
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;

@@ -1,92 +1,27 @@
-"""alibi_slopes on a Hopper GPU, and their gradient."""
+"""alibi_slopes on a Hopper GPU: what is theirs alone. As of every term: test_gpu_score_terms."""
 
-import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from biases import PAST, with_gradients
+from biases import with_gradients
 from cases import CAUSAL, Case
-from helpers import assert_rounded, both_oracles, equal, poison
-from masks import documents, packed
-from slopes import assert_slopes, slopes_of
-
-import jax_fa3
+from helpers import equal
+from score_terms import check, kernels
+from slopes import slopes_of
 
 pytestmark = pytest.mark.gpu
 
-attention = functools.partial(
-    jax_fa3.dot_product_attention, implementation="fa3", return_residual=True
-)
-oracles = jax.jit(both_oracles, static_argnums=(0, 1))
-WINDOW: dict[str, Any] = {"local_window_size": (40, 3)}
-CASES = [
-    Case("causal", H=128, mask=CAUSAL),
-    Case("full", 300, 333, 8, 2, H=64, B=1),
-    Case("window", 300, 333, 6, 6, H=128, mask=WINDOW),
-    Case("long", 1500, 1500, H=64, B=1, mask=CAUSAL),
-    Case("long", 700, 1900, 4, 4, H=128, B=1),
-    Case("planted", B=3, H=64, mask=PAST, planted=True),
-    Case("planted", B=3, H=128, mask=PAST, planted=True),
-    Case("documents", 200, 200, H=128, B=1, mask=packed(documents(50, 40, 60, 50))),
-    Case("broken run", 200, 200, B=1, mask=packed(documents(50, 40, 60, 50, ids=(0, 1, 0, 2)))),
-    Case("sinks", H=128, mask=CAUSAL, sinks=(0.0, -2.0, 3.0, 1.5)),
-    Case("one row", 1, 300),
-    Case("heads", 150, 270, 6, 2, H=104, V=72),
-    Case("heads", 150, 270, 6, 2, H=96, mask=CAUSAL),
-    Case("heads", 150, 270, 6, 2, H=80),
-    Case("heads", 150, 270, 16, 1, H=128, mask=CAUSAL),
-]
-
-
-def call_of(case: Case, **options: Any) -> Any:
-    def call(q: Any, k: Any, v: Any, slopes: Any) -> Any:
-        return attention(q, k, v, alibi_slopes=slopes, **case.arguments | options)
-
-    return call
-
-
-def check(case: Case, arrays: Any, **options: Any) -> Any:
-    dtype, slopes = arrays[0].dtype, arrays[3]
-    cotangents = case.cotangents(dtype)
-    poison(case, dtype)
-    found = jax.jit(functools.partial(with_gradients, call_of(case, **options)))(
-        cotangents, *arrays
-    )
-    given = dataclasses.replace(case, mask={**case.mask, "alibi_slopes": slopes})
-    exact, rounded = oracles(given, dtype, arrays[:3], cotangents)
-    assert_rounded(found.results, exact, rounded, case, jnp.finfo(dtype).eps)
-    if not case.planted:
-        assert_slopes(found.dbias, case, arrays, cotangents)
-    else:
-        assert np.isfinite(found.dbias).all()
-    return found
-
-
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bf16", "fp16"])
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.name} {case.H}")
-def test_table(case: Case, dtype: Any):
-    check(case, (*case.inputs(dtype), slopes_of(case.N)))
+NAME = "alibi_slopes"
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("slope", [-0.5, 3.0, 1e-4])
 def test_any_slope(slope: float, head_dim: int):
     case = Case("slope", 260, 600, 4, 2, H=head_dim, mask=CAUSAL)
-    check(case, (*case.inputs(jnp.bfloat16), jnp.full(4, slope)))
-
-
-@pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("values", ["means", "small", "large"])
-def test_values(values: str, head_dim: int):
-    case = Case(values, 300, 333, H=head_dim, mask=CAUSAL)
-    change: Any = {
-        "means": lambda x: 1 + 0.3 * x, "small": lambda x: 1e-3 * x, "large": lambda x: 30 * x,
-    }[values]  # fmt: skip
-    check(case, (*map(change, case.inputs(jnp.bfloat16)), slopes_of(case.N)))
+    check(NAME, case, (*case.inputs(jnp.bfloat16), jnp.full(4, slope)))
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
@@ -94,47 +29,19 @@ def test_gradients_of_slopes_are_equal_from_run_to_run(head_dim: int):
     """Those of the slopes always, the others as ever."""
     case = Case("deterministic", 700, 513, 8, 2, H=head_dim, B=3, mask=CAUSAL)
     arrays = *case.inputs(jnp.bfloat16), slopes_of(8)
-    first = check(case, arrays, deterministic_backward=True)
-    call = jax.jit(functools.partial(with_gradients, call_of(case)))
+    first = check(NAME, case, arrays, deterministic_backward=True)
+    call = jax.jit(functools.partial(with_gradients, kernels(NAME, case)))
     cotangents = case.cotangents(jnp.bfloat16)
     again, once_more = (call(cotangents, *arrays) for _ in range(2))
     assert equal(again.dbias, once_more.dbias)
-    ordered = functools.partial(with_gradients, call_of(case, deterministic_backward=True))
+    ordered = functools.partial(with_gradients, kernels(NAME, case, deterministic_backward=True))
     assert equal(jax.jit(ordered)(cotangents, *arrays), first)
-
-
-def test_packed_array():
-    case = Case("packed", 200, 200, 4, 4, H=64, mask=CAUSAL)
-    arrays, cotangents = case.inputs(jnp.bfloat16), case.cotangents(jnp.bfloat16)
-
-    def packed(q: Any, k: Any, v: Any, slopes: Any) -> Any:
-        options: Any = {"implementation": "fa3", "return_residual": True, "alibi_slopes": slopes}
-        return jax_fa3.qkv_dot_product_attention(jnp.stack((q, k, v), 2), **CAUSAL, **options)
-
-    found = jax.jit(functools.partial(with_gradients, packed))(cotangents, *arrays, slopes_of(4))
-    given = dataclasses.replace(case, mask={**CAUSAL, "alibi_slopes": slopes_of(4)})
-    exact, rounded = oracles(given, jnp.bfloat16, arrays, cotangents)
-    assert_rounded(found.results, exact, rounded, case, jnp.finfo(jnp.bfloat16).eps)
-    assert_slopes(found.dbias, case, (*arrays, slopes_of(4)), cotangents)
 
 
 def test_a_dense_mask_beside_them():
     case = Case("mask", 200, 260, H=64)
     arrays = *case.inputs(jnp.bfloat16), slopes_of(case.N)
     visible = np.tril(np.ones((1, 1, 200, 260), bool), 30)
-    call = jax.jit(call_of(case, mask=visible))
-    wanted = jax.jit(call_of(case, is_causal=True, query_offset=30))
+    call = jax.jit(kernels(NAME, case, mask=visible))
+    wanted = jax.jit(kernels(NAME, case, is_causal=True, query_offset=30))
     assert equal(call(*arrays), wanted(*arrays))
-
-
-def test_under_vmap():
-    case = Case("vmap", 100, 130, H=64)
-    *tensors, slopes = *case.inputs(jnp.bfloat16), slopes_of(case.N)
-    call = functools.partial(with_gradients, call_of(case, deterministic_backward=True))
-    cotangents = case.cotangents(jnp.bfloat16)
-    of_both = jnp.stack((slopes, -slopes / 8))
-    found = jax.jit(jax.vmap(call, (None, None, None, None, 0)))(cotangents, *tensors, of_both)
-    for i, x in enumerate(of_both):
-        entry = jax.tree.map(lambda y, i=i: y[i], found)
-        assert equal(entry.results, jax.jit(call)(cotangents, *tensors, x).results)
-        assert_slopes(entry.dbias, case, (*tensors, x), cotangents)

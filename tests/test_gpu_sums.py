@@ -97,6 +97,22 @@ def test_splits_of_keys(splits: int, name: str, head_dim: tuple[int, int], monke
         np.testing.assert_array_equal(np.asarray(x, np.float32), np.asarray(y, np.float32))
 
 
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("values", ["means", "small", "large"])
+def test_values_of_shared_keys(values: str, head_dim: int):
+    """As many CTAs share them as the plan says, several here."""
+    case = Case(f"shared {values}", 100, 6001, 4, 2, H=head_dim, B=1)
+    change: Any = {
+        "means": lambda x: 1 + 0.3 * x, "small": lambda x: 1e-3 * x, "large": lambda x: 30 * x,
+    }[values]  # fmt: skip
+    inputs = tuple(map(change, case.inputs(jnp.bfloat16)))
+    cotangents = case.cotangents(jnp.bfloat16)
+    call = functools.partial(with_gradients, functools.partial(attention, **case.arguments))
+    exact, rounded = oracles(case, jnp.bfloat16, inputs, cotangents)
+    found = jax.jit(call)(cotangents, *inputs)
+    assert_rounded(found, exact, rounded, case, jnp.finfo(jnp.bfloat16).eps)
+
+
 SPLITS = {
     "heads": {"T": 1500, "S": 1500, "N": 8, "K": 1, "B": 1, "mask": CAUSAL},
     "uneven heads": {"T": 900, "S": 700, "N": 7, "K": 1, "B": 1, "mask": CAUSAL},

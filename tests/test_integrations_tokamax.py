@@ -111,26 +111,26 @@ def test_these_reach_the_kernels(name):
     assert_runs_kernels(call, inputs(SHAPES, jnp.bfloat16))
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("name", MASKS)
-def test_masks_reach_the_kernels(name):
+def test_masks_reach_the_kernels(name, dtype):
     """Those that differ between heads or are about other indices than the arrays' as bits."""
     make, value, options = MASKS[name]
     call = partial(Attention("fa3"), mask=make(jnp.asarray(value)), **options)
-    assert_runs_kernels(call, inputs(SHAPES, jnp.bfloat16))
+    assert_runs_kernels(call, inputs(SHAPES, dtype))
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"dtype": jnp.float16}, "mask: got one beside float16, wanted none beside another dtype"),
         ({"head_dim": 136}, "mask: got one beside head dim 136, wanted none beside more than 128"),
         ({"bias": jnp.zeros((4, 48, 40))}, "mask: got one beside a bias, wanted one of the two"),
     ],
 )
 def test_dense_masks_that_the_kernels_might_not_take_are_refused(changes, message):
     options = dict(changes)
-    width, dtype = options.pop("head_dim", 16), options.pop("dtype", jnp.bfloat16)
-    found = inputs([(*x[:-1], width) for x in SHAPES], dtype)
+    width = options.pop("head_dim", 16)
+    found = inputs([(*x[:-1], width) for x in SHAPES], jnp.bfloat16)
     options["mask"] = base.Mask(k_start=jnp.asarray(MASKS["k_start by head"][1]))
     with pytest.raises(NotImplementedError, match=message):
         Attention("fa3")(*found, **options)

@@ -37,7 +37,7 @@ class Attention:
     which each row of a batch entry sees one interval of keys, the same for all heads, reach the
     kernels (tokamax's is_causal, local_window_size and sequence lengths; its Mask's causal_mask,
     k_start, k_end, q_start and q_end) as intervals; others become a dense mask, which the kernels take
-    as bits, in bfloat16 up to head dim 128. Where they might not, "fa3" refuses it.
+    as bits, up to head dim 128. Where they might not, "fa3" refuses it.
 
     Calling raises NotImplementedError for what no implementation here has: dropout, paging, quantized
     arrays, logits_dtype other than fp32, two precisions, normalize_output=False, return_residuals,

@@ -18,25 +18,13 @@ struct RotaryTables {
   bool interleaved;  // a pair is two neighbours, and not i and i + pairs
 };
 
-struct AppendProblem {
-  decode::Sequences sequences;
-  int const* page_table;  // [b, pages_per_sequence]; null: page b is sequence b's only one
-  int pages_per_sequence;
-  int num_pages;
-  int page_size;
-  int num_heads_q;  // of query
-  int num_heads_k;
-  int head_dim;
-  int head_dim_v;
-
-  DType dtype;  // of the new rows; all but 16-bit ones are copied as they are
-  bool e4m3_cache;
-  void const* key;                       // [rows, k, h]
-  void const* value;                     // [rows, k, v]
-  Operand key_cache, value_cache;        // pages are the batch, slots the sequence
-  decode::Scale key_scale, value_scale;  // by which numbers are divided; without data: by 1
-  void const* query;                     // [rows, n, h] or null
-  void* rotated_query;                   // [rows, n, h]
+// num_heads_q is query's, or 0. Rows that are not of 16 bits are copied as they are; others are
+// divided by the scales of an e4m3 cache, where those have data.
+struct AppendProblem : decode::CacheProblem {
+  void const* key;      // [rows, k, h]
+  void const* value;    // [rows, k, v]
+  void const* query;    // [rows, n, h] or null
+  void* rotated_query;  // [rows, n, h]
   RotaryTables tables;
   int const* positions;  // [rows], of the tables; null: the rows' own
 };

@@ -13,14 +13,7 @@ struct AppendAttributes {
   int64_t rotary_interleaved;
 };
 
-struct AppendAndAttendAttributes {
-  float scale;
-  float soft_cap;
-  int64_t window_left, window_right;
-  int64_t num_heads_q, num_heads_k;
-  int64_t head_dim_v;
-  int64_t kv_layout;
-  int64_t split_size;
+struct AppendAndAttendAttributes : DecodeAttributes {
   int64_t rotary_interleaved;
 };
 
@@ -78,14 +71,9 @@ ffi::Error to_tables(Appending const& x, Dims const& dims, int64_t interleaved,
 // query: what is rotated, or an absent one.
 ffi::Error to_problem(Appending const& x, Dims const& dims, Cache const& cache, int64_t interleaved,
                       Array const& query, AppendProblem* problem) {
-  int64_t width = 0;
   JAX_FA3_RETURN_IF_FAILED(check_dtypes(x));
-  JAX_FA3_RETURN_IF_FAILED(to_sequences(x, x.key, cache, dims, &width, &problem->sequences));
+  JAX_FA3_RETURN_IF_FAILED(to_cache_problem(x, x.key, cache, dims, problem));
   problem->sequences.key_begin = nullptr;
-  problem->page_table = x.page_table.ints();
-  problem->pages_per_sequence = static_cast<int>(width);
-  problem->num_pages = static_cast<int>(cache.num_pages);
-  problem->page_size = static_cast<int>(cache.page_size);
   constexpr int64_t kMostNumbers = 1 << 25;  // of a row, so that those of a CTA's rows fit 32 bits
   int64_t const heads_q = query.is_absent() ? 0 : dims('n');
   double const numbers =
@@ -94,17 +82,9 @@ ffi::Error to_problem(Appending const& x, Dims const& dims, Cache const& cache, 
     return wrong(x.key, "shape " + shape_of(x.key), "fewer heads or columns");
   }
   problem->num_heads_q = static_cast<int>(heads_q);
-  problem->num_heads_k = static_cast<int>(dims('k'));
-  problem->head_dim = static_cast<int>(dims('h'));
-  problem->head_dim_v = static_cast<int>(dims('v'));
   JAX_FA3_RETURN_IF_FAILED(to_dtype(x.key, &problem->dtype));
-  problem->e4m3_cache = cache.is_e4m3;
   problem->key = x.key.data;
   problem->value = x.value.data;
-  problem->key_cache = cache.key;
-  problem->value_cache = cache.value;
-  JAX_FA3_RETURN_IF_FAILED(to_scale(x.key_scale, cache, dims('k'), &problem->key_scale));
-  JAX_FA3_RETURN_IF_FAILED(to_scale(x.value_scale, cache, dims('k'), &problem->value_scale));
   JAX_FA3_RETURN_IF_FAILED(to_tables(x, dims, interleaved, &problem->tables));
   if (query.is_absent() != x.rotated_query.is_absent() ||
       (problem->tables.cos == nullptr && !x.rotated_query.is_absent())) {
@@ -139,23 +119,20 @@ ffi::Error append_impl(Stream stream, ffi::RemainingArgs operands, ffi::Remainin
 ffi::Error append_and_attend_impl(Stream stream, ffi::RemainingArgs operands,
                                   ffi::RemainingRets results,
                                   AppendAndAttendAttributes attributes) {
-  AppendAndAttendAttributes const& a = attributes;
-  DecodeAttributes const attention = {a.scale,        a.soft_cap,    a.window_left,
-                                      a.window_right, a.num_heads_q, a.num_heads_k,
-                                      a.head_dim_v,   a.kv_layout,   a.split_size};
   Dims dims;
   Appending x;
   Cache cache{};
   decode::Problem problem{};
   AppendProblem append{};
-  JAX_FA3_RETURN_IF_FAILED(check_attributes(attention, &dims));
+  JAX_FA3_RETURN_IF_FAILED(check_attributes(attributes, &dims));
   JAX_FA3_RETURN_IF_FAILED(unpack(kAppendAndAttend, operands, results, &dims, &x));
   JAX_FA3_RETURN_IF_FAILED(check_same(x.key_cache, x.new_key_cache));
   JAX_FA3_RETURN_IF_FAILED(check_same(x.value_cache, x.new_value_cache));
   if (x.out.is_absent()) return wrong(x.out, "nothing", "rows");
-  JAX_FA3_RETURN_IF_FAILED(to_problem(x, attention, dims, &cache, &problem));
+  JAX_FA3_RETURN_IF_FAILED(to_problem(x, attributes, dims, &cache, &problem));
   Array const query = x.rotary_cos.is_absent() ? x.rotary_cos : x.query;
-  JAX_FA3_RETURN_IF_FAILED(to_problem(x, dims, cache, a.rotary_interleaved, query, &append));
+  JAX_FA3_RETURN_IF_FAILED(
+      to_problem(x, dims, cache, attributes.rotary_interleaved, query, &append));
   problem.appended = true;
   if (!query.is_absent()) problem.query = x.rotated_query.data;
   JAX_FA3_RETURN_IF_FAILED(check_device(stream));
@@ -170,13 +147,8 @@ XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(jax_fa3::AppendAttributes,
                                       xla::ffi::StructMember<int64_t>("kv_layout"),
                                       xla::ffi::StructMember<int64_t>("rotary_interleaved"));
 
-XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
-    jax_fa3::AppendAndAttendAttributes, xla::ffi::StructMember<float>("scale"),
-    xla::ffi::StructMember<float>("soft_cap"), xla::ffi::StructMember<int64_t>("window_left"),
-    xla::ffi::StructMember<int64_t>("window_right"), xla::ffi::StructMember<int64_t>("num_heads_q"),
-    xla::ffi::StructMember<int64_t>("num_heads_k"), xla::ffi::StructMember<int64_t>("head_dim_v"),
-    xla::ffi::StructMember<int64_t>("kv_layout"), xla::ffi::StructMember<int64_t>("split_size"),
-    xla::ffi::StructMember<int64_t>("rotary_interleaved"));
+XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(jax_fa3::AppendAndAttendAttributes, JAX_FA3_DECODE_ATTRIBUTES,
+                                      xla::ffi::StructMember<int64_t>("rotary_interleaved"));
 
 JAX_FA3_HANDLER(jax_fa3_append, jax_fa3::append_impl, .Attrs<jax_fa3::AppendAttributes>());
 JAX_FA3_HANDLER(jax_fa3_append_and_attend, jax_fa3::append_and_attend_impl,

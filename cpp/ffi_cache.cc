@@ -35,6 +35,63 @@ ffi::Error to_operand(Array const& x, bool heads_second, int64_t first_head, int
   return ffi::Error::Success();
 }
 
+// None without an array; otherwise one for all, for each head, for each sequence and head, or in
+// pages as the cache has them.
+ffi::Error to_scale(Array const& x, Cache const& cache, int64_t heads, decode::Scale* scale) {
+  scale->data = x.floats();
+  scale->of_positions = x.dims.size() == 3;
+  if (scale->of_positions) {
+    int64_t const shape[] = {cache.num_pages, cache.heads_second ? heads : cache.page_size,
+                             cache.heads_second ? cache.page_size : heads};
+    if (!std::equal(x.dims.begin(), x.dims.end(), std::begin(shape))) {
+      return wrong(x, "shape " + shape_of(x), "one for each of the cache's positions and heads");
+    }
+    scale->page_stride = heads * cache.page_size;
+    scale->slot_stride = cache.heads_second ? 1 : heads;
+    scale->head_stride = cache.heads_second ? cache.page_size : 1;
+  } else if (x.size() > 1) {
+    scale->head_stride = 1;
+    scale->sequence_stride = x.dims.size() == 2 ? heads : 0;
+  }
+  return ffi::Error::Success();
+}
+
+// width: of the page table.
+ffi::Error to_sequences(Decoding const& x, Array const& rows, Cache const& cache, Dims const& dims,
+                        int64_t* width, decode::Sequences* sequences) {
+  int64_t const batch = dims('b');
+  int64_t const count = dims('r');
+  bool const tabled = !x.page_table.is_absent();
+  *width = tabled ? dims('w') : 1;
+  if (cache.page_size <= 0 || cache.page_size >= kLongest || *width >= kLongest) {
+    return wrong(x.key_cache, "pages of " + std::to_string(cache.page_size), "less than 2^30");
+  }
+  if (!tabled && cache.num_pages != batch) {
+    return wrong(x.page_table, "none", "one, as there are not as many pages as sequences");
+  }
+  bool const ragged = !x.query_starts.is_absent();
+  if (ragged && x.query_starts.size() != batch + 1) {
+    return wrong(x.query_starts, "shape " + shape_of(x.query_starts),
+                 "[" + std::to_string(batch + 1) + "]");
+  }
+  if (!ragged && count % batch != 0) {
+    return wrong(rows, "shape " + shape_of(rows), "as many rows for each sequence");
+  }
+  int64_t const heads = std::max(dims('n'), int64_t{1});
+  if (count > kMostRows || batch > kMostRows || heads > kMostRows || count * heads > kMostRows) {
+    return wrong(rows, "shape " + shape_of(rows), "fewer rows and heads");
+  }
+  *sequences = {static_cast<int>(batch),
+                static_cast<int>(count),
+                static_cast<int>(count / batch),
+                static_cast<int>(std::min(*width * cache.page_size, kLongest)),
+                x.lengths.ints(),
+                x.query_starts.ints(),
+                x.num_sequences.ints(),
+                x.key_begin.ints()};
+  return ffi::Error::Success();
+}
+
 }  // namespace
 
 ffi::Error to_cache(Decoding const& x, int64_t kv_layout, int64_t heads, int64_t head_dim,
@@ -80,57 +137,23 @@ ffi::Error to_cache(Decoding const& x, int64_t kv_layout, int64_t heads, int64_t
   return ffi::Error::Success();
 }
 
-ffi::Error to_scale(Array const& x, Cache const& cache, int64_t heads, decode::Scale* scale) {
-  scale->data = x.floats();
-  scale->of_positions = x.dims.size() == 3;
-  if (scale->of_positions) {
-    int64_t const shape[] = {cache.num_pages, cache.heads_second ? heads : cache.page_size,
-                             cache.heads_second ? cache.page_size : heads};
-    if (!std::equal(x.dims.begin(), x.dims.end(), std::begin(shape))) {
-      return wrong(x, "shape " + shape_of(x), "one for each of the cache's positions and heads");
-    }
-    scale->page_stride = heads * cache.page_size;
-    scale->slot_stride = cache.heads_second ? 1 : heads;
-    scale->head_stride = cache.heads_second ? cache.page_size : 1;
-  } else if (x.size() > 1) {
-    scale->head_stride = 1;
-    scale->sequence_stride = x.dims.size() == 2 ? heads : 0;
-  }
-  return ffi::Error::Success();
-}
-
-ffi::Error to_sequences(Decoding const& x, Array const& rows, Cache const& cache, Dims const& dims,
-                        int64_t* width, decode::Sequences* sequences) {
-  int64_t const batch = dims('b');
-  int64_t const count = dims('r');
-  bool const tabled = !x.page_table.is_absent();
-  *width = tabled ? dims('w') : 1;
-  if (cache.page_size <= 0 || cache.page_size >= kLongest || *width >= kLongest) {
-    return wrong(x.key_cache, "pages of " + std::to_string(cache.page_size), "less than 2^30");
-  }
-  if (!tabled && cache.num_pages != batch) {
-    return wrong(x.page_table, "none", "one, as there are not as many pages as sequences");
-  }
-  bool const ragged = !x.query_starts.is_absent();
-  if (ragged && x.query_starts.size() != batch + 1) {
-    return wrong(x.query_starts, "shape " + shape_of(x.query_starts),
-                 "[" + std::to_string(batch + 1) + "]");
-  }
-  if (!ragged && count % batch != 0) {
-    return wrong(rows, "shape " + shape_of(rows), "as many rows for each sequence");
-  }
-  int64_t const heads = std::max(dims('n'), int64_t{1});
-  if (count > kMostRows || batch > kMostRows || heads > kMostRows || count * heads > kMostRows) {
-    return wrong(rows, "shape " + shape_of(rows), "fewer rows and heads");
-  }
-  *sequences = {static_cast<int>(batch),
-                static_cast<int>(count),
-                static_cast<int>(count / batch),
-                static_cast<int>(std::min(*width * cache.page_size, kLongest)),
-                x.lengths.ints(),
-                x.query_starts.ints(),
-                x.num_sequences.ints(),
-                x.key_begin.ints()};
+ffi::Error to_cache_problem(Decoding const& x, Array const& rows, Cache const& cache,
+                            Dims const& dims, decode::CacheProblem* problem) {
+  int64_t const heads = dims('k');
+  int64_t width = 0;
+  JAX_FA3_RETURN_IF_FAILED(to_sequences(x, rows, cache, dims, &width, &problem->sequences));
+  problem->num_heads_k = static_cast<int>(heads);
+  problem->head_dim = static_cast<int>(dims('h'));
+  problem->head_dim_v = static_cast<int>(dims('v'));
+  problem->e4m3_cache = cache.is_e4m3;
+  problem->key_cache = cache.key;
+  problem->value_cache = cache.value;
+  JAX_FA3_RETURN_IF_FAILED(to_scale(x.key_scale, cache, heads, &problem->key_scale));
+  JAX_FA3_RETURN_IF_FAILED(to_scale(x.value_scale, cache, heads, &problem->value_scale));
+  problem->num_pages = static_cast<int>(cache.num_pages);
+  problem->page_size = static_cast<int>(cache.page_size);
+  problem->page_table = x.page_table.ints();
+  problem->pages_per_sequence = static_cast<int>(width);
   return ffi::Error::Success();
 }
 

@@ -23,12 +23,9 @@ struct Cache {
 ffi::Error to_cache(Decoding const& x, int64_t kv_layout, int64_t heads, int64_t head_dim,
                     int64_t head_dim_v, Cache* cache);
 
-// None without an array; otherwise one for all, for each head, for each sequence and head, or in
-// pages as the cache has them.
-ffi::Error to_scale(Array const& x, Cache const& cache, int64_t heads, decode::Scale* scale);
-
-// rows: an array of them. width: of the page table.
-ffi::Error to_sequences(Decoding const& x, Array const& rows, Cache const& cache, Dims const& dims,
-                        int64_t* width, decode::Sequences* sequences);
+// What writing a cache and attending to it have in common, but for num_heads_q and dtype; checked.
+// rows: an array of them.
+ffi::Error to_cache_problem(Decoding const& x, Array const& rows, Cache const& cache,
+                            Dims const& dims, decode::CacheProblem* problem);
 
 }  // namespace jax_fa3

@@ -53,38 +53,25 @@ ffi::Error to_problem(Decoding const& x, DecodeAttributes const& a, Dims const& 
   JAX_FA3_RETURN_IF_FAILED(check_tma(x.key_cache, cache->key));
   bool const one = x.value_cache.is_absent();
   JAX_FA3_RETURN_IF_FAILED(check_tma(one ? x.key_cache : x.value_cache, cache->value));
-  int64_t width = 0;
-  JAX_FA3_RETURN_IF_FAILED(to_sequences(x, x.query, *cache, dims, &width, &problem->sequences));
-  if (width > 1 && cache->page_size % 8 != 0) {
-    return wrong(x.key_cache, "pages of " + std::to_string(cache->page_size), "a multiple of 8");
-  }
-  problem->num_pages = static_cast<int>(cache->num_pages);
-  problem->page_size = static_cast<int>(cache->page_size);
-  problem->page_table = x.page_table.ints();
-  problem->pages_per_sequence = static_cast<int>(width);
-  problem->num_heads_q = static_cast<int>(a.num_heads_q);
-  problem->num_heads_k = static_cast<int>(a.num_heads_k);
-  problem->head_dim = static_cast<int>(head_dim);
-  problem->head_dim_v = static_cast<int>(a.head_dim_v);
-  JAX_FA3_RETURN_IF_FAILED(to_dtype(x.query, &problem->dtype));
-  problem->softmax_scale = a.scale;
-  problem->soft_cap = a.soft_cap;
-  problem->query = x.query.data;
-  problem->key = cache->key;
-  problem->value = cache->value;
-  constexpr int64_t kFarthest = decode::Window::kFarthest;
-  problem->window = {static_cast<int>(std::clamp(a.window_left, -kFarthest, kFarthest)),
-                     static_cast<int>(std::clamp(a.window_right, -kFarthest, kFarthest))};
-  problem->sinks = x.sinks.floats();
-  problem->e4m3_cache = cache->is_e4m3;
   for (Array const& scale : {x.key_scale, x.value_scale}) {
     if (scale.is_absent() != !cache->is_e4m3) {
       return wrong(scale, "shape " + shape_of(scale),
                    cache->is_e4m3 ? "one scale" : "none: caches of 16 bits");
     }
   }
-  JAX_FA3_RETURN_IF_FAILED(to_scale(x.key_scale, *cache, a.num_heads_k, &problem->key_scale));
-  JAX_FA3_RETURN_IF_FAILED(to_scale(x.value_scale, *cache, a.num_heads_k, &problem->value_scale));
+  JAX_FA3_RETURN_IF_FAILED(to_cache_problem(x, x.query, *cache, dims, problem));
+  if (problem->pages_per_sequence > 1 && cache->page_size % 8 != 0) {
+    return wrong(x.key_cache, "pages of " + std::to_string(cache->page_size), "a multiple of 8");
+  }
+  problem->num_heads_q = static_cast<int>(a.num_heads_q);
+  JAX_FA3_RETURN_IF_FAILED(to_dtype(x.query, &problem->dtype));
+  problem->softmax_scale = a.scale;
+  problem->soft_cap = a.soft_cap;
+  problem->query = x.query.data;
+  constexpr int64_t kFarthest = decode::Window::kFarthest;
+  problem->window = {static_cast<int>(std::clamp(a.window_left, -kFarthest, kFarthest)),
+                     static_cast<int>(std::clamp(a.window_right, -kFarthest, kFarthest))};
+  problem->sinks = x.sinks.floats();
   problem->split_size = static_cast<int>(a.split_size);
   problem->out = x.out.data;
   problem->lse = x.lse.floats();
@@ -130,11 +117,6 @@ ffi::Error decode_impl(Stream stream, ffi::RemainingArgs operands, ffi::Remainin
 }  // namespace
 }  // namespace jax_fa3
 
-XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
-    jax_fa3::DecodeAttributes, xla::ffi::StructMember<float>("scale"),
-    xla::ffi::StructMember<float>("soft_cap"), xla::ffi::StructMember<int64_t>("window_left"),
-    xla::ffi::StructMember<int64_t>("window_right"), xla::ffi::StructMember<int64_t>("num_heads_q"),
-    xla::ffi::StructMember<int64_t>("num_heads_k"), xla::ffi::StructMember<int64_t>("head_dim_v"),
-    xla::ffi::StructMember<int64_t>("kv_layout"), xla::ffi::StructMember<int64_t>("split_size"));
+XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(jax_fa3::DecodeAttributes, JAX_FA3_DECODE_ATTRIBUTES);
 
 JAX_FA3_HANDLER(jax_fa3_decode, jax_fa3::decode_impl, .Attrs<jax_fa3::DecodeAttributes>());

@@ -15,6 +15,15 @@ struct DecodeAttributes {
   int64_t kv_layout;
   int64_t split_size;
 };
+// The same for XLA_FFI_REGISTER_STRUCT_ATTR_DECODING.
+#define JAX_FA3_DECODE_ATTRIBUTES                                                                  \
+  xla::ffi::StructMember<float>("scale"), xla::ffi::StructMember<float>("soft_cap"),               \
+      xla::ffi::StructMember<int64_t>("window_left"),                                              \
+      xla::ffi::StructMember<int64_t>("window_right"),                                             \
+      xla::ffi::StructMember<int64_t>("num_heads_q"),                                              \
+      xla::ffi::StructMember<int64_t>("num_heads_k"),                                              \
+      xla::ffi::StructMember<int64_t>("head_dim_v"), xla::ffi::StructMember<int64_t>("kv_layout"), \
+      xla::ffi::StructMember<int64_t>("split_size")
 
 // In front of `unpack`.
 ffi::Error check_attributes(DecodeAttributes const& attributes, Dims* dims);

@@ -3,14 +3,11 @@
 
 #include <cuda.h>
 
-#include "common/alibi.h"
-#include "common/bias.h"
-#include "common/dropout.h"
 #include "common/mask.h"
 #include "common/mask_bits.h"
-#include "common/relative_bias.h"
 #include "common/row_set.h"
 #include "common/score.h"
+#include "common/term_params.h"
 #include "common/tile_scheduler.h"
 #include "plan.h"
 #include "problem.h"
@@ -108,31 +105,21 @@ struct Params {
   }
 };
 
-// With a bias `score` is the identity, and softmax_scale_log2 that of scores whose factor of q.k
-// Bias has.
-struct BiasParams : Params {
-  Bias bias;
+// softmax_scale_log2 is that of scores which have been scaled already.
+struct BiasParams : WithBias<Params> {
   float* dbias;  // or null
   int64_t dbias_batch_stride, dbias_head_stride, dbias_row_stride;
 };
 
-// Its rows are keys, its columns query rows.
-struct BitsParams : Params {
-  MaskBits bits;
-};
+using BitsParams = WithBits<Params>;
+using DropoutParams = WithDropout<Params>;
 
-struct DropoutParams : Params {
-  Dropout dropout;
-};
-
-struct AlibiParams : Params {
-  Alibi alibi;
+struct AlibiParams : WithAlibi<Params> {
   float* dalibi;  // [b, n, dalibi_parts] or null
   int dalibi_parts;
 };
 
-struct RelativeParams : Params {
-  RelativeBias relative_bias;
+struct RelativeParams : WithRelativeBias<Params> {
   float* drelative;  // [b, n, drelative_parts, relative_bias.size] or null
   int drelative_parts;
 };

@@ -28,26 +28,30 @@ struct Scale {
   }
 };
 
-struct Problem {
+// What a call that attends to a cache and one that writes into it have in common.
+struct CacheProblem {
+  Sequences sequences;
   int num_heads_q;
   int num_heads_k;  // divides num_heads_q; query head n reads key/value head n / (q / k)
   int head_dim;     // of query and key
   int head_dim_v;   // of value and out
-  DType dtype;      // of query and out
+  DType dtype;      // of the rows: query, out, new keys and values
   bool e4m3_cache;  // or of dtype, too
 
-  float softmax_scale;  // > 0
-  float soft_cap;       // as in jax_fa3::Problem
-
-  void const* query;  // [rows, n, h], aligned to 16 bytes
   // Where position `slot` of a page is, for each head: pages are the batch, slots the sequence.
-  Operand key, value;
+  Operand key_cache, value_cache;
   Scale key_scale, value_scale;  // of an e4m3 cache
   int num_pages;
   int page_size;
   int const* page_table;  // [b, pages_per_sequence]; null: page b is sequence b's only one
   int pages_per_sequence;
-  Sequences sequences;
+};
+
+struct Problem : CacheProblem {
+  float softmax_scale;  // > 0
+  float soft_cap;       // as in jax_fa3::Problem
+
+  void const* query;  // [rows, n, h], aligned to 16 bytes
   Window window;
   float const* sinks;  // [n] or null
   // Positions that are always summed by themselves, a multiple of kSplitMultiple, or 0: results do

@@ -68,8 +68,8 @@ template <class Traits>
 cudaError_t make_params(Problem const& p, int num_ctas, Params* params) {
   params->box_rows = box_rows(p, Traits::kBlockN);
   // Without pages nothing is read, but a descriptor must point somewhere.
-  Operand key = p.key;
-  Operand value = p.value;
+  Operand key = p.key_cache;
+  Operand value = p.value_cache;
   if (p.num_pages == 0) key.data = value.data = const_cast<void*>(p.query);
   // Promoted to 256 bytes in the L2, loads alone take 260 us for 1 GiB on an H200, and 243 without.
   constexpr auto kPromotion = CU_TENSOR_MAP_L2_PROMOTION_NONE;

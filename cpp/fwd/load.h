@@ -94,6 +94,24 @@ CUTLASS_DEVICE WorkTile take_work(Storage& storage, State const& state) {
 template <class Element, int kHeadDim, int kHeadDimV, Keys kKeys>
 CUTLASS_DEVICE void use_spare_warp(Traits<Element, kHeadDim, kHeadDimV, kKeys>, Params const&) {}
 
+// The keys and values of a tile, behind the last block's keys, which have been loaded already: from
+// the last block to the first, keys one block ahead of values. The next tile is taken two blocks
+// before the end; tiles that are dealt out in fixed rounds may be taken as early as can be.
+template <class Params, class LoadKey, class LoadValue, class TakeNextTile>
+CUTLASS_DEVICE void load_blocks(Params const& params, BlockRange const& blocks,
+                                LoadKey const& load_key, LoadValue const& load_value,
+                                TakeNextTile const& take_next_tile) {
+  constexpr int kBlocksAhead = 2;
+  int const take_at = params.tile_counter == nullptr ? blocks.end : blocks.begin + kBlocksAhead - 1;
+  if (blocks.end - 2 < take_at) take_next_tile();
+  for (int n_block = blocks.end - 2; n_block >= blocks.begin; --n_block) {
+    if (n_block == take_at) take_next_tile();
+    load_key(n_block);
+    load_value(n_block + 1);
+  }
+  load_value(blocks.begin);
+}
+
 template <class Element, int kHeadDim, int kHeadDimV, Keys kKeys>
 CUTLASS_DEVICE void load(
     Traits<Element, kHeadDim, kHeadDimV, kKeys>,
@@ -198,17 +216,7 @@ CUTLASS_DEVICE void load(
       take_next_tile();
       load_value(before);
     } else if (visits) {
-      // Tiles that are dealt out in fixed rounds may be taken as early as can be.
-      constexpr int kBlocksAhead = 2;
-      int const take_at =
-          params.tile_counter == nullptr ? blocks.end : blocks.begin + kBlocksAhead - 1;
-      if (blocks.end - 2 < take_at) take_next_tile();
-      for (int n_block = blocks.end - 2; n_block >= blocks.begin; --n_block) {
-        if (n_block == take_at) take_next_tile();
-        load_key(n_block);
-        load_value(n_block + 1);
-      }
-      load_value(blocks.begin);
+      load_blocks(params, blocks, load_key, load_value, take_next_tile);
     } else {
       take_next_tile();
     }

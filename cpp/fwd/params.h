@@ -3,15 +3,12 @@
 
 #include <cuda.h>
 
-#include "common/alibi.h"
-#include "common/bias.h"
-#include "common/dropout.h"
 #include "common/mask.h"
 #include "common/mask_bits.h"
 #include "common/per_head.h"
-#include "common/relative_bias.h"
 #include "common/score.h"
 #include "common/softmax.h"
+#include "common/term_params.h"
 #include "common/tile_scheduler.h"
 
 namespace jax_fa3::fwd {
@@ -49,25 +46,10 @@ struct ManyParams : Params {
   int num_splits;  // CTAs that share a tile's keys
 };
 
-// With a bias `score` is the identity, and softmax_scale 1: Bias has the factor of q.k.
-struct BiasParams : Params {
-  Bias bias;
-};
-
-struct BitsParams : Params {
-  MaskBits bits;
-};
-
-struct DropoutParams : Params {
-  Dropout dropout;
-};
-
-struct AlibiParams : Params {
-  Alibi alibi;
-};
-
-struct RelativeParams : Params {
-  RelativeBias relative_bias;
-};
+using BiasParams = WithBias<Params>;
+using BitsParams = WithBits<Params>;
+using DropoutParams = WithDropout<Params>;
+using AlibiParams = WithAlibi<Params>;
+using RelativeParams = WithRelativeBias<Params>;
 
 }  // namespace jax_fa3::fwd

@@ -89,18 +89,7 @@ CUTLASS_DEVICE void load(Traits<Element, kHeadDim>, Params const& params,
                                               storage.query_dot + offset, from);
     }
     query_phase ^= 1;
-    // As in the forward: not before this tile's loads are nearly done, where tiles are not dealt
-    // out in fixed rounds.
-    constexpr int kBlocksAhead = 2;
-    int const take_at =
-        params.tile_counter == nullptr ? blocks.end : blocks.begin + kBlocksAhead - 1;
-    if (blocks.end - 2 < take_at) take_next_tile();
-    for (int n_block = blocks.end - 2; n_block >= blocks.begin; --n_block) {
-      if (n_block == take_at) take_next_tile();
-      load_key(n_block);
-      load_value(n_block + 1);
-    }
-    load_value(blocks.begin);
+    fwd::load_blocks(params, blocks, load_key, load_value, take_next_tile);
   }
 }
 

@@ -1,12 +1,10 @@
-// Named barriers of the two consumer warpgroups, and the ring of pieces that
-// two CTAs fill together.
+// Named barriers of the two consumer warpgroups, and the cluster of CTAs that fill the ring of
+// pieces of K and V together (common/ring_barriers.h).
 #pragma once
 
 #include <cutlass/arch/barrier.h>
 
-#include <cute/arch/cluster_sm90.hpp>
-
-#include "common/barriers.h"
+#include "common/ring_barriers.h"
 
 namespace jax_fa3::wide {
 
@@ -38,28 +36,5 @@ CUTLASS_DEVICE void named_arrive(NamedBarrier first, int offset, int threads) {
 // memory of both.
 inline constexpr int kClusterSize = 2;
 inline constexpr uint16_t kAllOfCluster = (1 << kClusterSize) - 1;
-
-template <int kStages>
-struct RingBarriers {
-  FullBarrier full[kStages];
-  FullBarrier staged[kStages];  // V has landed, its rows past the length are
-                                // still to be zeroed
-  EmptyBarrier empty[kStages];  // read by all consumers of both CTAs
-
-  CUTLASS_DEVICE void init(int consumer_warps) {
-    for (int stage = 0; stage < kStages; ++stage) {
-      full[stage].init(1);
-      staged[stage].init(1);
-      empty[stage].init(kClusterSize * consumer_warps);
-    }
-  }
-
-  // A consumer's warp needs the piece no more: both CTAs must know, for either
-  // writes to both.
-  CUTLASS_DEVICE void release(int stage) {
-    uint32_t const lane = threadIdx.x % 32;
-    empty[stage].arrive(lane, lane < kClusterSize);
-  }
-};
 
 }  // namespace jax_fa3::wide

@@ -80,7 +80,7 @@ struct Traits {
     alignas(1024) uint16_t weights[2 * kSizeP];
     alignas(1024) uint16_t ring[kStages * kSizePiece];
     RowState rows;
-    RingBarriers<kStages> barriers;
+    RingBarriers<kStages, kClusterSize> barriers;
     FullBarrier query_full;
     WorkTile work;
   };

@@ -1,12 +1,12 @@
-// The barriers of a CTA, and what its cluster shares: the ring that several CTAs fill together, and
-// the way of a tile from one CTA's shared memory to another's.
+// The named barriers of a CTA, and the way of a tile from one CTA's shared memory to another's.
+// (The ring that several CTAs fill together has those of common/ring_barriers.h.)
 #pragma once
 
 #include <cutlass/arch/barrier.h>
 
 #include <cute/arch/cluster_sm90.hpp>
 
-#include "common/barriers.h"
+#include "common/ring_barriers.h"
 
 namespace jax_fa3::wide_bwd {
 
@@ -20,29 +20,6 @@ enum class NamedBarrier : uint32_t {
 CUTLASS_DEVICE void named_sync(NamedBarrier first, int offset, int threads) {
   cutlass::arch::NamedBarrier::sync(threads, static_cast<uint32_t>(first) + offset);
 }
-
-// CTAs [first, first + kCtas) of the cluster fill the stages together, each a part of all of
-// theirs; `empty` is when the consumers of all of them have read a stage.
-template <int kStages, int kCtas>
-struct RingBarriers {
-  FullBarrier full[kStages];
-  FullBarrier staged[kStages];  // it has landed, and has rows that are still to be zeroed
-  EmptyBarrier empty[kStages];
-
-  CUTLASS_DEVICE void init(int consumer_warps) {
-    for (int stage = 0; stage < kStages; ++stage) {
-      full[stage].init(1);
-      staged[stage].init(1);
-      empty[stage].init(kCtas * consumer_warps);
-    }
-  }
-
-  // By a consumer's warp.
-  CUTLASS_DEVICE void release(int stage, int first) {
-    uint32_t const lane = threadIdx.x % 32;
-    empty[stage].arrive(first + lane, lane < kCtas);
-  }
-};
 
 // Copies from this CTA's shared memory to the same cluster's CTA `rank`; its `full` counts the
 // bytes. `to` and `full` are those of this CTA at the same place. By one thread, behind a

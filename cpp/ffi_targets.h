@@ -112,12 +112,15 @@ struct Appending : Decoding {
     JAX_FA3_ROW(Arrays, dlse, kFloat32, "bnt"),        \
     JAX_FA3_ROW(Arrays, lse_low, kFloat32, "bnt|0")
 #define JAX_FA3_ROW_OF_HEADS(name, Arrays) JAX_FA3_ROW(Arrays, name, kFloat32, "1n|bn|0"),
-#define JAX_FA3_HEADS(Arrays) JAX_FA3_PER_HEAD(JAX_FA3_ROW_OF_HEADS, Arrays)
 #define JAX_FA3_OF_BIAS "bnt.|1nt.|b1t.|11t.|bn1.|1n1.|b11.|111.|0"
-// A dense mask (problem.h).
-#define JAX_FA3_BITS(Arrays)                                                        \
+// Terms of the scores, and what else hides or drops some of them. (Bits: problem.h.)
+#define JAX_FA3_TERMS(Arrays)                                                       \
+    JAX_FA3_ROW(Arrays, bias, k16BitsOrFloat32, JAX_FA3_OF_BIAS),                   \
     JAX_FA3_ROW(Arrays, mask_bits, kUInt32, "bn..|1n..|b1..|11..|0"),               \
-    JAX_FA3_ROW(Arrays, mask_blocks, kUInt32, "bn...|1n...|b1...|11...|0")
+    JAX_FA3_ROW(Arrays, mask_blocks, kUInt32, "bn...|1n...|b1...|11...|0"),         \
+    JAX_FA3_ROW(Arrays, dropout, kUInt32, "bn.|0"),                                 \
+    JAX_FA3_PER_HEAD(JAX_FA3_ROW_OF_HEADS, Arrays)                                  \
+    JAX_FA3_ROW(Arrays, relative_bias, kFloat32, "1n..|bn..|0")
 #define JAX_FA3_BWD_WORKSPACE(Arrays)                  \
     JAX_FA3_ROW(Arrays, row_stats, kFloat32, "*"),     \
     JAX_FA3_ROW(Arrays, row_intervals, kInt32, "*"),   \
@@ -154,10 +157,7 @@ inline Target<Forward> const kFwd = {
         JAX_FA3_MASKS(Forward),
         JAX_FA3_ROW(Forward, out_before, kFloat32, "btnv|0", "out"),
         JAX_FA3_ROW(Forward, lse_before, kFloat32, "bnt|0", "lse"),
-        JAX_FA3_ROW(Forward, bias, k16BitsOrFloat32, JAX_FA3_OF_BIAS),
-        JAX_FA3_BITS(Forward),
-        JAX_FA3_ROW(Forward, dropout, kUInt32, "bn.|0"),
-        JAX_FA3_HEADS(Forward) JAX_FA3_ROW(Forward, relative_bias, kFloat32, "1n..|bn..|0"),
+        JAX_FA3_TERMS(Forward),
     },
     {
         JAX_FA3_ROW(Forward, out, k16BitsOrFloat32, "btnv"),
@@ -177,10 +177,7 @@ inline Target<Backward> const kBwd = {
         JAX_FA3_MASKS(Backward),
         JAX_FA3_COTANGENTS(Backward),
         JAX_FA3_ROW(Backward, summed_dq, kFloat32, "*|0", "dq_accum"),
-        JAX_FA3_ROW(Backward, bias, k16BitsOrFloat32, JAX_FA3_OF_BIAS),
-        JAX_FA3_BITS(Backward),
-        JAX_FA3_ROW(Backward, dropout, kUInt32, "bn.|0"),
-        JAX_FA3_HEADS(Backward) JAX_FA3_ROW(Backward, relative_bias, kFloat32, "1n..|bn..|0"),
+        JAX_FA3_TERMS(Backward),
     },
     {
         JAX_FA3_ROW(Backward, dquery, k16Bits, "btnh|0"),
@@ -196,10 +193,7 @@ inline Target<Backward> const kBwdPacked = {
         JAX_FA3_ROW(Backward, qkv, k16Bits, "btph"),
         JAX_FA3_MASKS(Backward),
         JAX_FA3_COTANGENTS(Backward),
-        JAX_FA3_ROW(Backward, bias, k16BitsOrFloat32, JAX_FA3_OF_BIAS),
-        JAX_FA3_BITS(Backward),
-        JAX_FA3_ROW(Backward, dropout, kUInt32, "bn.|0"),
-        JAX_FA3_HEADS(Backward) JAX_FA3_ROW(Backward, relative_bias, kFloat32, "1n..|bn..|0"),
+        JAX_FA3_TERMS(Backward),
     },
     {
         JAX_FA3_ROW(Backward, dqkv, k16Bits, "btph"),
@@ -360,9 +354,8 @@ inline Target<Tangent> const kJvp = {
 #undef JAX_FA3_COTANGENTS
 #undef JAX_FA3_BWD_WORKSPACE
 #undef JAX_FA3_ROW_OF_HEADS
-#undef JAX_FA3_HEADS
 #undef JAX_FA3_OF_BIAS
-#undef JAX_FA3_BITS
+#undef JAX_FA3_TERMS
 #undef JAX_FA3_PLACES
 #undef JAX_FA3_SCALES
 #undef JAX_FA3_ROTARY

@@ -109,37 +109,62 @@ def _rounding_to(dtype: DTypeLike | None) -> Rounding:
     return Rounding(to_dtype, lambda weights, total: to_dtype(weights / total), to_dtype)
 
 
+class Terms(NamedTuple):
+    """What scores are made of: the public functions' arguments of these names, as arrays."""
+
+    scale: Any = None
+    logits_soft_cap: float | None = None
+    soft_cap_last: bool = False  # of the scores with all that is added to them
+    alibi_slopes: Any = None  # [N]
+    relative_bias: Any = None  # [N, 2 max + 1]
+    bias: Any = None  # broadcasts to [B, N, T, S]
+
+    def scores(self, products: Array, query_offset: Any) -> Array:
+        """Of products of query and key, [B, N, T, S], scaled."""
+        scores, cap = products, self.logits_soft_cap
+        t, s = products.shape[-2:]
+        if cap is not None and not self.soft_cap_last:
+            scores = cap * jnp.tanh(scores / cap)
+        if self.alibi_slopes is not None:
+            distance = jnp.arange(s) - jnp.arange(t)[:, None]
+            scores += jnp.asarray(self.alibi_slopes, scores.dtype)[:, None, None] * distance
+        if self.relative_bias is not None:
+            table = jnp.asarray(self.relative_bias, scores.dtype)
+            rows = jnp.arange(t)[:, None] + jnp.reshape(jnp.asarray(query_offset), (-1, 1, 1))
+            place = jnp.arange(s) - rows + table.shape[1] // 2  # [1 or B, T, S]
+            scores += jnp.swapaxes(table[:, jnp.clip(place, 0, table.shape[1] - 1)], 0, 1)
+        scores = scores if self.bias is None else scores + self.bias
+        if cap is not None and self.soft_cap_last:
+            scores = cap * jnp.tanh(scores / cap)
+        return scores
+
+
 def attention(
     query: Array,  # [B, T, N, H]
     key: Array,  # [B, S, K, H]
     value: Array,  # [B, S, K, V]
     *,
-    scale: Any = None,
-    logits_soft_cap: float | None = None,
-    soft_cap_last: bool = False,
-    sinks: Any = None,  # [N]
-    alibi_slopes: Any = None,  # [N]
-    relative_bias: Any = None,  # [N, 2 max + 1]
     round_to: DTypeLike | Rounding | None = None,
     kept: Any = None,  # bool [B, N, T, S]: False for weights that dropout has dropped
     dropout_rate: float = 0.0,
-    **masks: Any,
+    **arguments: Any,
 ) -> tuple[Array, Array]:
     """out [B, T, N, V] and lse [B, T, N], in the inputs' dtype (fp32 or fp64 in the tests).
 
     round_to: round scores, probabilities and output to this dtype, or in this way.
-    masks: bias and mask, dense, and those of Masks.
+    arguments: those of Terms and Masks, a dense mask, and sinks [N].
     """
-    bias, mask = masks.pop("bias", None), masks.pop("mask", None)
+    terms = Terms(**{x: arguments.pop(x) for x in Terms._fields if x in arguments})
+    mask, sinks = arguments.pop("mask", None), arguments.pop("sinks", None)
     rounding = round_to if isinstance(round_to, Rounding) else _rounding_to(round_to)
     (b, t, n, h), s = query.shape, key.shape[1]
-    seen = map(jnp.asarray, visible_keys(b, t, s, **masks))
+    seen = map(jnp.asarray, visible_keys(b, t, s, **arguments))
     # The barrier keeps XLA from folding constants of this size, for seconds.
     visible, broken = (lax.optimization_barrier(x)[:, None] for x in seen)
     if mask is not None:
         visible = visible & mask
-    if bias is not None:
-        visible = visible & ~(bias.astype(query.dtype) <= LEAST)
+    if terms.bias is not None:
+        visible = visible & ~(terms.bias.astype(query.dtype) <= LEAST)
     # What nobody sees may hold NaN, and 0 * NaN is NaN: it is taken out of the products.
     used = visible.any((1, 3)) | broken[:, 0]
     query = jnp.where(used[..., None, None], query, 0)
@@ -148,21 +173,8 @@ def attention(
         jnp.where(used[..., None, None], x, 0).repeat(n // x.shape[2], axis=2) for x in (key, value)
     )
 
-    scores = rounding.products(query, key) * (h**-0.5 if scale is None else scale)
-    if logits_soft_cap is not None and not soft_cap_last:
-        scores = logits_soft_cap * jnp.tanh(scores / logits_soft_cap)
-    if alibi_slopes is not None:
-        distance = jnp.arange(s) - jnp.arange(t)[:, None]
-        scores += jnp.asarray(alibi_slopes, scores.dtype)[:, None, None] * distance
-    if relative_bias is not None:
-        table, offset = jnp.asarray(relative_bias, scores.dtype), masks.get("query_offset", 0)
-        rows = jnp.arange(t)[:, None] + jnp.reshape(jnp.asarray(offset), (-1, 1, 1))
-        place = jnp.arange(s) - rows + table.shape[1] // 2  # [1 or B, T, S]
-        scores += jnp.swapaxes(table[:, jnp.clip(place, 0, table.shape[1] - 1)], 0, 1)
-    scores = scores if bias is None else scores + bias
-    if logits_soft_cap is not None and soft_cap_last:
-        scores = logits_soft_cap * jnp.tanh(scores / logits_soft_cap)
-    scores = rounding.scores(scores)
+    scaled = rounding.products(query, key) * (h**-0.5 if terms.scale is None else terms.scale)
+    scores = rounding.scores(terms.scores(scaled, arguments.get("query_offset", 0)))
     sees = visible.any(-1, keepdims=True)  # [B, 1 or N, T, 1]
     top = scores.max(-1, keepdims=True, initial=-jnp.inf, where=visible)
     sink = -jnp.inf if sinks is None else jnp.asarray(sinks, scores.dtype)[:, None, None]

@@ -14,6 +14,8 @@ from . import _ffi, _write, _xla
 from ._layout import LAYOUTS
 from ._write import Config, Operands
 
+Configs = tuple[Config, _xla.Config]  # of the rows that are written, and of attention
+
 
 def append(config: Config, key: Array, operands: Operands) -> tuple[Array, ...]:
     """Like _write.write, of what _append_kernel.refusal lets pass."""
@@ -38,12 +40,7 @@ def append(config: Config, key: Array, operands: Operands) -> tuple[Array, ...]:
 
 
 def append_and_attend(
-    config: Config,
-    attention: _xla.Config,
-    query: Array,
-    key: Array,
-    operands: Operands,
-    attended: Any,
+    configs: Configs, query: Array, key: Array, operands: Operands, attended: Any
 ) -> tuple[Array, ...]:
     """out, lse and the caches.
 
@@ -51,9 +48,10 @@ def append_and_attend(
         operands: of the rows that are written; query is among them where it is to be rotated.
         attended: the operands of attention, whose caches are those of before.
     """
+    config, attention = configs
     shape = (*query.shape[:-1], attention.layout.head_dim_v)
     if not (query.size and key.size and operands.value.size and attended.where.lengths.size):
-        return in_turn(append, _ffi.attention)(config, attention, query, key, operands, attended)
+        return in_turn(append, _ffi.attention)(configs, query, key, operands, attended)
     found = custom_call(
         APPEND_AND_ATTEND,
         {
@@ -74,13 +72,9 @@ def in_turn(write: Any, attend: Any) -> Any:
     """`append_and_attend` by two functions."""
 
     def both(
-        config: Config,
-        attention: _xla.Config,
-        query: Array,
-        key: Array,
-        operands: Operands,
-        attended: Any,
+        configs: Configs, query: Array, key: Array, operands: Operands, attended: Any
     ) -> tuple[Array, ...]:
+        config, attention = configs
         found = write(config, key, operands)
         caches, rotated = found[: len(operands.caches)], found[len(operands.caches) :]
         query = rotated[0] if rotated else query

@@ -106,8 +106,8 @@ def append_and_attend(
             attended.key_scale,
             attended.value_scale,
         )
-        configs = (dataclasses.replace(x, layout=own) for x in (config, attention))
-        return function(*configs, query, new.key, operands, attended)
+        configs = tuple(dataclasses.replace(x, layout=own) for x in (config, attention))
+        return function(configs, query, new.key, operands, attended)
 
     plain = _append_ffi.in_turn(_write.write, _xla.attention)
     functions = tuple(functools.partial(local, x) for x in (_append_ffi.append_and_attend, plain))

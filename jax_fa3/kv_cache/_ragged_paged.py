@@ -23,25 +23,13 @@ from ._ragged_paged_call import Static, check_hints, layout_of, options_of, run,
 
 
 def ragged_paged_attention(
-    queries: ArrayLike,
-    keys: ArrayLike,
-    values: ArrayLike,
-    kv_cache: ArrayLike,
-    kv_lens: ArrayLike,
-    page_indices: ArrayLike,
-    cu_q_lens: ArrayLike,
-    distribution: ArrayLike,
-    *,
-    use_causal_mask: bool = True,
-    update_kv_cache: bool = True,
-    sm_scale: float = 1.0,
-    sliding_window: int | None = None,
-    soft_cap: float | None = None,
-    q_scale: float | None = None,
-    k_scale: float | None = None,
-    v_scale: float | None = None,
+    queries: ArrayLike, keys: ArrayLike, values: ArrayLike, kv_cache: ArrayLike,
+    kv_lens: ArrayLike, page_indices: ArrayLike, cu_q_lens: ArrayLike, distribution: ArrayLike,
+    *, use_causal_mask: bool = True, update_kv_cache: bool = True,
+    sm_scale: float = 1.0, sliding_window: int | None = None, soft_cap: float | None = None,
+    q_scale: float | None = None, k_scale: float | None = None, v_scale: float | None = None,
     **hints: Any,
-) -> tuple[Array, Array]:
+) -> tuple[Array, Array]:  # fmt: skip
     """tpu-inference's ragged paged attention, version 3, on any platform.
 
     Args:
@@ -79,24 +67,13 @@ def ragged_paged_attention(
 
 
 def ragged_paged_attention_hd64(
-    queries: ArrayLike,
-    keys: ArrayLike,
-    values: ArrayLike,
-    kv_cache: ArrayLike,
-    kv_lens: ArrayLike,
-    page_indices: ArrayLike,
-    cu_q_lens: ArrayLike,
-    distribution: ArrayLike,
-    attention_sink: ArrayLike | None = None,
-    *,
-    sm_scale: float = 1.0,
-    sliding_window: int | None = None,
-    soft_cap: float | None = None,
-    q_scale: float | None = None,
-    k_scale: float | None = None,
-    v_scale: float | None = None,
+    queries: ArrayLike, keys: ArrayLike, values: ArrayLike, kv_cache: ArrayLike,
+    kv_lens: ArrayLike, page_indices: ArrayLike, cu_q_lens: ArrayLike, distribution: ArrayLike,
+    attention_sink: ArrayLike | None = None, *,
+    sm_scale: float = 1.0, sliding_window: int | None = None, soft_cap: float | None = None,
+    q_scale: float | None = None, k_scale: float | None = None, v_scale: float | None = None,
     **hints: Any,
-) -> tuple[Array, Array]:
+) -> tuple[Array, Array]:  # fmt: skip
     """`ragged_paged_attention` for H = 64 and with sinks.
 
     Args:

@@ -237,9 +237,9 @@ ffi::Error check_alibi(Array const& slopes, Problem const& problem) {
   if (!takes_bias(std::max(problem.head_dim, problem.head_dim_v))) {
     return wrong(slopes, "some beside so wide heads", "none");
   }
-  bool const beside_others = problem.soft_cap != 0.f || problem.bias.data != nullptr ||
-                             problem.mask_bits.bits != nullptr || problem.dropout != 0;
-  if (beside_others) {
+  bool const is_excluded = problem.soft_cap != 0.f || problem.bias.data != nullptr ||
+                           problem.mask_bits.bits != nullptr || problem.dropout != 0;
+  if (is_excluded) {
     return wrong(slopes, "some beside a soft cap, a bias, a dense mask or dropout", "none");
   }
   if (problem.seqlen_k > kMostKeysOfSum) return wrong(slopes, "some beside so many keys", "none");
@@ -257,10 +257,10 @@ ffi::Error set_relative_bias(Array const& table, Problem* problem) {
   if (!takes_bias(std::max(problem->head_dim, problem->head_dim_v))) {
     return wrong(table, "one beside so wide heads", "none");
   }
-  bool const beside_others = problem->soft_cap != 0.f || problem->bias.data != nullptr ||
-                             problem->mask_bits.bits != nullptr || problem->dropout != 0 ||
-                             problem->heads.alibi_slopes.exists();
-  if (beside_others) {
+  bool const is_excluded = problem->soft_cap != 0.f || problem->bias.data != nullptr ||
+                           problem->mask_bits.bits != nullptr || problem->dropout != 0 ||
+                           problem->heads.alibi_slopes.exists();
+  if (is_excluded) {
     return wrong(table, "one beside a soft cap, a bias, a dense mask, dropout or slopes", "none");
   }
   if (problem->seqlen_k > kMostKeysOfSum) return wrong(table, "one beside so many keys", "none");

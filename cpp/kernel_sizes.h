@@ -21,13 +21,13 @@ struct KernelSize {
   }
   // O of 64 rows is too wide for one warpgroup: these have kernels of their own (wide/).
   constexpr bool is_wide() const { return head_dim_v > 256; }
-  // That the backward computes with, if there is one so wide.
+  // The head dim that the backward computes with, if there is one so wide.
   constexpr int bwd_head_dim() const { return head_dim > head_dim_v ? head_dim : head_dim_v; }
   constexpr bool has_bwd() const;
 };
 
 struct BwdTile {
-  int head_dim;  // that the kernel computes with
+  int head_dim;  // with which the kernel computes
   int block_m;
   int block_n;
   bool fused;
@@ -82,7 +82,7 @@ constexpr KernelSize size_for(int head_dim, int head_dim_v) {
   return found;
 }
 
-// Head dims that some kernel holds.
+// The largest size: other head dims fit some kernel only if they fit this one.
 inline constexpr KernelSize kWidest = [] {
   KernelSize widest{};
   for (KernelSize const& size : kKernelSizes) {
@@ -104,7 +104,7 @@ constexpr BwdTile bwd_tile(int head_dim) {
   return found;
 }
 
-// That of the tangent kernel for this head dim, which is one of those listed.
+// The tile of the tangent kernel for this head dim, which is one of those listed.
 constexpr JvpTile jvp_tile(int head_dim) {
   for (JvpTile const& tile : kJvpTiles) {
     if (tile.head_dim == head_dim) return tile;

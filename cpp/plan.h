@@ -33,12 +33,13 @@ constexpr int64_t long_sums_of_cta(int block_m, int head_dim_v) {
 // CTAs that there is workspace for: an H100 or H200 has 132 SMs, of which each takes one.
 constexpr int kMostCtas = 132;
 
-// Whether there are kernels with a bias. Of wide heads the backward has no registers for one: its
-// two kernels spilled 4 to 28 bytes.
+// Whether there are kernels with a bias, dense or by distance, or with slopes: up to head dim 128.
+// Above, the backward has no registers for one: its two kernels spilled 4 to 28 bytes.
 constexpr bool takes_bias(int head_dim) { return bwd_tile(head_dim).fused; }
 
 // Query rows and keys of a block that a dense mask hides or shows as a whole; in the backward it
-// has the query rows of the tile. Where keys are in tiles of others there are no kernels with one.
+// has the query rows of the tile. There are kernels with one where tiles have as many keys, that
+// is up to head dim 128.
 constexpr int kMaskBlock = 128;
 constexpr bool takes_mask_bits(int head_dim) { return bwd_tile(head_dim).fused; }
 

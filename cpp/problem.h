@@ -37,8 +37,8 @@ struct DenseBias {
   bool is_fp32;
 };
 
-// Entries of a table by distance, a multiple of 4: beside those that there are tiles read a margin
-// on either side.
+// Entries of a table by distance, a multiple of 4: tiles reach beyond the arrays, so there is a
+// margin on either side of the distances that there are.
 inline constexpr int kRelativeMargin = 256;
 constexpr int64_t relative_bias_size(int64_t seqlen_q, int64_t seqlen_k) {
   return (seqlen_q + seqlen_k + 2 * kRelativeMargin + 3) / 4 * 4;
@@ -55,6 +55,14 @@ struct MaskBits {
   int blocks_of_word;
 };
 
+// Of what may be absent some things exclude others; a handler refuses them together (ffi.cc,
+// ffi_call.cc):
+//   out_accum        bias, mask_bits, dropout, heads, relative_bias
+//   bias             soft_cap, mask_bits, dropout
+//   mask_bits        dropout
+//   alibi_slopes     soft_cap, bias, mask_bits, dropout
+//   relative_bias    all that alibi_slopes exclude, and those
+//   num_splits > 1   all that masks, and all that may be null but lse_low
 struct Problem {
   int batch;
   int seqlen_q;
@@ -79,30 +87,23 @@ struct Problem {
   // Out and lse become the result for those and this call's keys. Unless the call is the last (out
   // is then of dtype) `out` is the same array.
   float const* out_accum;
-  // Where there is out_accum, there are none. Where there are alibi_slopes, soft_cap is 0, and
-  // there is no bias, no dense mask and no dropout.
   HeadOperands heads;
   Mask mask;
-  // Where there is one, soft_cap is 0 and out_accum null. A row all of whose keys it hides, by -inf
-  // or a number below -1e37, sees nothing.
+  // A row all of whose keys the bias hides, by -inf or a number below -1e37, sees nothing.
   DenseBias bias;
-  // Where there is one, out_accum and bias are null.
   MaskBits mask_bits;
-  // [b, n, 2] or null (jax_fa3/_dropout.py), and how many of 2^18 weights are dropped. Where there
-  // are some, there is no bias, and out_accum is null.
+  // [b, n, 2] or null (jax_fa3/_dropout.py), and how many of 2^18 weights are dropped.
   uint32_t const* dropout_words;
   int dropout;
   // [1 or b, n, 2, relative_bias_size()] or null: of each query head what is added to the scores by
   // key - query row, from -seqlen_q - kRelativeMargin on, divided by softmax_scale; and the same
-  // without its first entry, so that any two neighbours are aligned in one of them. It excludes
-  // what slopes do, and slopes.
+  // without its first entry, so that any two neighbours are aligned in one of them.
   float const* relative_bias;
   int64_t relative_bias_batch_stride;
 
   // Workspace.
   // More than 1: so many CTAs share the keys of each tile, and long_sums has as many times
-  // fwd_split_size() numbers (fwd_splits.h). Then nothing is masked, and there is none of the above
-  // that may be null but lse_low.
+  // fwd_split_size() numbers (fwd_splits.h).
   int num_splits;
   int* tile_counter;  // [1]
   // For O over more keys than kMostKeysOfSum (plan.h): long_sums_of_cta() fp32 numbers for each

@@ -1,6 +1,6 @@
 // Dropout in the backward, on S^T and dP^T: dV takes the weights that are left, and dS = P (dP -
 // delta) has dP of those alone. That a weight is dropped is kept in its P, which is never negative,
-// as the sign: so it needs no registers, and the words are found beside the exponentials.
+// as the sign: so it needs no registers, and the words are found while exponentials are computed.
 #pragma once
 
 #include "bwd/scores.h"

@@ -239,10 +239,11 @@ CUTLASS_DEVICE void load_keys_and_steps(typename Traits::Params const& params,
       uint32_t const full_blocks =
           __ballot_sync(~0u, full && params.score.cap_scale == 0.f) & dense.full;
       uint32_t const all = __ballot_sync(~0u, visited) & dense.any;
-      // From its own rows on round the end, so that the key blocks of a head, which begin at the
-      // same time, do not wait for one another at every sum of dQ that one of them begins
-      // (write_dq.h). In turn they come one behind the other; with a bias this
-      // warp has no registers left.
+      // Not from the chunk's first block on, but from that of the CTA's own rows, round the end:
+      // the key blocks of a head begin at the same time, and would wait for one another at every
+      // sum of dQ that one of them begins (write_dq.h). In deterministic mode, where they add one
+      // after the other, and with a bias, for which this warp has no registers left, blocks come in
+      // order.
       constexpr bool kInPlace = Traits::kHasBias || !Traits::kFused;
       bool const in_place = kInPlace || params.turns != nullptr;
       int const from = in_place ? 0 : first_key / kBlockM % 32;

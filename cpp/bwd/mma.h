@@ -252,9 +252,9 @@ CUTLASS_DEVICE bool mma(typename Traits::Params const& params,
                    dropout_mark(params), tS);
     }
   };
-  // Beside dP's GEMM: the branch, always taken, keeps ptxas from waiting for that first. At head
-  // dim 64 there are too few registers.
-  auto const mark_beside_dp = [&] {
+  // While dP's GEMM runs: the branch, always taken, keeps ptxas from waiting for that first. At
+  // head dim 64 there are too few registers.
+  auto const mark_during_dp = [&] {
     if constexpr (Traits::kHasDropout && !Traits::kNarrow) {
       if (params.dropout.scale > 0.f) {
         uint2 const head = params.dropout.of_head(tile.batch * params.num_heads_q + step.head);
@@ -284,7 +284,7 @@ CUTLASS_DEVICE bool mma(typename Traits::Params const& params,
   }
   storage.key_full.wait(key_phase);
   // One warpgroup begins a tile later, so that from the first step on its exponentials are computed
-  // beside the other's GEMMs, and the other way round.
+  // while the other's GEMMs run, and the other way round.
   if constexpr (Traits::kNarrow) {
     if (warpgroup == 1) named_sync(NamedBarrier::kTurn, 0, 256);
   }
@@ -297,7 +297,7 @@ CUTLASS_DEVICE bool mma(typename Traits::Params const& params,
   if constexpr (Traits::kNarrow) {
     if (warpgroup == 0) named_arrive(NamedBarrier::kTurn, 0, 256);
   }
-  mark_beside_dp();
+  mark_during_dp();
   warpgroup_wait<0>();
   make_operands();
   if constexpr (Traits::kNarrow) share_ds<Traits>(storage, warpgroup, state.stage, packed_ds);
@@ -340,7 +340,7 @@ CUTLASS_DEVICE bool mma(typename Traits::Params const& params,
       issue_dp();
       warpgroup_wait<1>();
       make_probabilities();
-      mark_beside_dp();
+      mark_during_dp();
     }
     warpgroup_wait<0>();
     make_operands();

@@ -79,7 +79,8 @@ __global__ void __launch_bounds__(kRangeThreads)
       dlse = fmaxf(dlse, fabsf(params.dlse[source]));
     }
   }
-  // Both terms of the bound have dO by as much as the weights that are left are multiplied by.
+  // With dropout dP and delta are larger by the scale of the weights that are kept, so in the bound
+  // dO is.
   if constexpr (std::is_same_v<Params_, DropoutParams>) {
     if (of_q) longest *= params.dropout.scale * params.dropout.scale;
   }

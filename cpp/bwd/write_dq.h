@@ -24,7 +24,8 @@ CUTLASS_DEVICE void bulk_store(float* global, float const* smem, int bytes) {
                : "memory");
 }
 
-// Whether `word` is `value`, behind which other CTAs' additions may be added to.
+// Whether another CTA has set `word` to `value` by reach(). If so, what it added before is there,
+// and this thread's additions may follow.
 CUTLASS_DEVICE bool has_reached(int const* word, int value) {
   int found;
   asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(found) : "l"(word) : "memory");
@@ -33,7 +34,7 @@ CUTLASS_DEVICE bool has_reached(int const* word, int value) {
   return true;
 }
 
-// Says so to them, once this thread's are written.
+// Sets `word` to `value` once all that this thread has added is written.
 CUTLASS_DEVICE void reach(int* word, int value) {
   bulk_wait_written();
   asm volatile("fence.proxy.async;" ::: "memory");
@@ -48,7 +49,8 @@ CUTLASS_DEVICE bool begins_sum(int* sum) {
   return false;
 }
 
-// Key blocks behind this one of which a dense mask shows the step's rows anything; by a whole warp.
+// How many key blocks after this one have a key that a dense mask lets any of the step's rows see;
+// by a whole warp.
 template <class Traits>
 CUTLASS_DEVICE int seen_behind(BitsParams const& params, KeyTile const& tile, Step const& step) {
   int const end = params.blocks_of(tile.batch)[step.m_block].hull.max_end;

@@ -81,10 +81,10 @@ struct BlockWalk {
   }
 };
 
-// Of the blocks [begin, end) the first that is seen and the one behind the last, or 0 and 0; by a
-// whole warp.
-CUTLASS_DEVICE void leave_hidden(MaskBits const& mask, int batch, int head, int row_block,
-                                 int& begin, int& end) {
+// Cuts hidden blocks of columns off both ends of [begin, end); to 0 and 0 if all are. By a whole
+// warp.
+CUTLASS_DEVICE void trim_hidden(MaskBits const& mask, int batch, int head, int row_block,
+                                int& begin, int& end) {
   int first = INT32_MAX;
   int last = -1;
   for (int word = begin / 32 + threadIdx.x % 32; word * 32 < end; word += 32) {

@@ -1,7 +1,8 @@
 // Scores: x = q.k becomes an exponent of base 2, softmax_scale_log2 * x, or with a soft cap
 // softmax_scale_log2 * tanh(cap_scale * x). What stands between x and that factor is here, for the
 // forward, the backward and dQ alike. Kernels apply it where they mask; a call that has a soft cap
-// takes all its blocks for masked. A bias is to be added here, too, and its gradient taken.
+// takes all its blocks for masked. (What is added to x, and the gradients of that, are in bias.h,
+// alibi.h and relative_bias.h.)
 #pragma once
 
 #include <cutlass/cutlass.h>

@@ -11,9 +11,8 @@ struct TileCoord {
   int batch;
 };
 
-// What a CTA works on: a tile of query rows, and the key blocks that it goes through for it. Today
-// those are all that the tile's rows see. Where several CTAs share them, `blocks` is one's part,
-// and which of them it is (the index of the split) belongs here.
+// What a CTA works on: a tile of query rows, and the key blocks that it goes through for it: all
+// that the tile's rows see, or where several CTAs share the tile this one's part (fwd/parts.h).
 struct WorkTile {
   TileCoord tile;
   BlockRange blocks;

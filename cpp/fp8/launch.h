@@ -32,10 +32,9 @@ cudaError_t make_params(Problem const& problem, Params* params) {
                                             p.num_heads_q, p.batch, Traits::kSlabV, 64));
   }
   fwd::set_common(p, Traits::kBlockM, params);
-  // If a head's last tile has so few rows that a warpgroup gets none, it takes less time than
-  // others and comes last. (Under a mask tiles differ anyway.)
-  int const rows = p.seqlen_q % Traits::kBlockM;
-  params->order.short_last = !p.mask.restricts() && rows > 0 && rows <= Traits::kBlockM - 64;
+  // As in the 16-bit forward, whose warpgroups have 64 rows each, too.
+  params->order.short_last =
+      !p.mask.restricts() && fwd::has_idle_warpgroup(p.seqlen_q, Traits::kBlockM);
   // The epilogue makes the log-sum-exp of row_max * softmax_scale; here row_max is an exponent of
   // base 2 already.
   params->softmax_scale = 1 / kLog2E;

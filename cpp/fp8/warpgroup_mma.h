@@ -1,5 +1,4 @@
 // The two GEMMs of an FP8 consumer warpgroup: their operands and accumulators.
-//
 #pragma once
 
 #include "common/gemm.h"

@@ -56,8 +56,8 @@ CUTLASS_DEVICE void schedule(typename Traits::Params const& params,
       }
       work.blocks = blocks_of(hull);
       if constexpr (Traits::kHasBits) {
-        leave_hidden(params.bits, work.tile.batch, work.tile.head, work.tile.block,
-                     work.blocks.begin, work.blocks.end);
+        trim_hidden(params.bits, work.tile.batch, work.tile.head, work.tile.block,
+                    work.blocks.begin, work.blocks.end);
       }
     }
     if (lane == 0) {

@@ -77,8 +77,8 @@ class Options(MaskArguments, total=False):
     dropout_key: ArrayLike | None
 
 
-# What stands beside query, key and value.
-_BESIDE = "bias", "mask", "relative_bias", "dropout_rate", "dropout_key", *PER_HEAD
+# Those that become operands besides query, key and value.
+_OTHER_OPERANDS = "bias", "mask", "relative_bias", "dropout_rate", "dropout_key", *PER_HEAD
 
 
 def parse(
@@ -92,7 +92,7 @@ def parse(
     **options: Any,
 ) -> Call:
     """The call, checked; options: bias, mask, and the others of Options."""
-    beside = {name: options.pop(name, None) for name in _BESIDE}
+    others = {name: options.pop(name, None) for name in _OTHER_OPERANDS}
     check_names(options, Options.__annotations__)
     wanted = checked_implementation(implementation)
     own_dtype, operands = operands.query.dtype, _in_one_dtype(operands, compute_dtype)
@@ -100,25 +100,25 @@ def parse(
     arguments: Any = {name: options.pop(name) for name in names}
     intervals = several_intervals(sizes, batched, arguments)
     dtype, offset = wide(operands.query.dtype), arguments.get("query_offset", 0)
-    table = _relative_bias.of_all_distances(beside["relative_bias"], sizes, offset, batched, dtype)
+    table = _relative_bias.of_all_distances(others["relative_bias"], sizes, offset, batched, dtype)
     masks, window, segment_ids = parse_masks(sizes, batched, **arguments)
     config, scale = _config(window, sizes.head_dim, **options)
-    dropout, words = _dropout.checked(beside["dropout_rate"], beside["dropout_key"])
+    dropout, words = _dropout.checked(others["dropout_rate"], others["dropout_key"])
     config = dataclasses.replace(config, dropout=dropout)
     full = sizes.batch, sizes.num_heads, sizes.query_length, sizes.key_length
     of_heads = {
-        name: None if (given := per_head(name, beside[name], sizes.num_heads)) is None
+        name: None if (given := per_head(name, others[name], sizes.num_heads)) is None
         else given[None].astype(dtype)
         for name in PER_HEAD
     }  # fmt: skip
-    given = dense("mask", beside["mask"], full)
+    given = dense("mask", others["mask"], full)
     if given is not None and intervals is not None:
         given &= as_bool(intervals, sizes.key_length)
     operands = dataclasses.replace(
         operands,
         **of_heads,
         relative_bias=table,
-        bias=dense("bias", beside["bias"], full),
+        bias=dense("bias", others["bias"], full),
         mask=intervals if given is None else given,
         scale=scale,
     )

@@ -126,8 +126,8 @@ def dot_product_attention(
             and key j, as in T5 (`t5_relative_bias` makes it of buckets). Finite. The kernels take it where
             they take alibi_slopes, and not beside those.
         deterministic_backward: gradients that are equal bit by bit from run to run. A bias is expanded
-            over batch and heads for it, as is its gradient in float32; that of relative_bias takes as much memory
-            as half a byte for each score of a head.
+            over batch and heads for it, as is its gradient in float32; that of relative_bias takes as
+            much memory as half a byte for each score of a head.
         implementation: "fa3", the kernels, or "xla", plain JAX with memory linear in T and S; both
             without fallback. A sequence of "fa3", "xla" and None is tried in order: the first that can
             take the arguments on this machine, or the last one's error. None takes the kernels when

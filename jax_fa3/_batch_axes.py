@@ -68,9 +68,8 @@ def attention(make: Make, tensors: Mapping[str, Any], behind: int, **options: An
     axes = _LETTERS[: len(batch)]
     letters = [_letters(name, x, axes, call.operands) for name, x in arrays.items()]
     operands, words = [*arrays.values()], None
-    if (
-        call.dropout is not None
-    ):  # the same however the call is split, so not of a device's own entries
+    # Dropout is the same however the call is split: its words are not of a device's own entries.
+    if call.dropout is not None:
         _, words = _dropout.checked(options["dropout_rate"], options["dropout_key"])
         of_heads = _dropout.with_words(call.operands, words).dropout
         assert of_heads is not None

@@ -44,8 +44,8 @@ def refusal_of_terms(config: Config, operands: Operands) -> str | None:
     if config.logits_soft_cap is not None:
         return f"{found} logits_soft_cap, wanted one of the two"
     if others:
-        beside = "a bias" if others[0] == "bias" else others[0]
-        return f"{found} {beside}, wanted one of the two: the sum of both is a bias"
+        other = "a bias" if others[0] == "bias" else others[0]
+        return f"{found} {other}, wanted one of the two: the sum of both is a bias"
     if config.dropout:
         return f"{found} dropout, wanted one of the two"
     width = max(sizes.head_dim, sizes.head_dim_v)

@@ -131,8 +131,8 @@ def _rows(operands: Operands) -> tuple[Array, Array, Array]:
 def plain_backward(
     config: Config, operands: Operands, masks: Masks, rows: Rows, *, with_dbias: bool = True
 ) -> tuple[Array, ...]:
-    """The gradients of operands, those of sinks and slopes [B, N], and of relative_bias, by JAX's derivative: for any mask, and
-    with dropout; with_dbias: of the terms of scores, too."""
+    """The gradients of operands by JAX's derivative, for any mask, and with dropout; those of sinks, slopes
+    and relative_bias of each batch entry. with_dbias: of the terms of the scores, too."""
     others: dict[str, Any] = {"mask": operands.mask, "dropout": operands.dropout}
     if not with_dbias:
         others |= {name: getattr(operands, name) for name in _bias.TERMS}

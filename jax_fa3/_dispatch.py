@@ -61,8 +61,8 @@ def refusal_of_options(call: Call) -> str | None:
     reason = _bias.refusal_of_terms(call.config, call.operands)
     if reason is None and mask is not None and _mask_bits.are_intervals(mask):
         got = "key_begin: got several intervals a row"
-        beside = f"{got} beside dropout, wanted one of the two" if dropout else None
-        reason = beside or _mask_bits.refusal(call.operands, got)
+        with_dropout = f"{got} beside dropout, wanted one of the two" if dropout else None
+        reason = with_dropout or _mask_bits.refusal(call.operands, got)
     if reason is None and dropout:
         reason = _dropout.refusal(call.operands.sizes)
     if reason is not None:

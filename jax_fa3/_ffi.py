@@ -75,7 +75,7 @@ def fwd(
     fp32 [B, N, T]; with_lse_low also what lse lost to its rounding, for the backward.
 
     Args:
-        operands: bf16 or fp16; a mask is read as bits, and beside a bias as one, which has a copy then.
+        operands: bf16 or fp16; a mask is read as bits, or with a bias as -inf in a copy of that.
         before: fp32 results for other keys, to be joined with; they are overwritten.
     """
     batch, length, _, num_heads, _, _, head_dim_v = operands.sizes
@@ -193,7 +193,7 @@ def bwd(
 
 
 def _others(config: Config, operands: Operands, tile: BwdTile | None = None) -> dict[str, Any]:
-    """What stands beside query, key and value, as operands of the calls; tile: the backward's."""
+    """The calls' operands besides query, key, value and masks; tile: the backward's, of its call."""
     others = {name: getattr(operands, name) for name in (*PER_HEAD, "dropout")}
     others["relative_bias"] = _relative_bias.for_kernels(config, operands)
     mask = operands.mask

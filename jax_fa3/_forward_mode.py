@@ -2,8 +2,8 @@
 the operands' tangents, a primitive of our own. Evaluated it is the tangent kernel, transposed the
 backward kernel; jax.grad transposes it and never evaluates it.
 
-A custom_vjp cannot be pushed forward, and JAX's linear_call knows neither vmap nor what it is beside
-linear: a function of operands, too. That derivative, of second order, is XLA's.
+A custom_vjp has no forward mode. JAX's linear_call has both, but no vmap; and it has no derivative by
+the operands, on which the linear function depends: that one, of second order, is XLA's here.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ class Masks(NamedTuple):
 @dataclasses.dataclass(frozen=True)
 class SegmentIds:
     """Rows see keys of their own id. A pytree of the two arrays, of any integer dtypes, unsigned too:
-    that is why an id which means padding is kept beside them, and not replaced by -1."""
+    that is why an id which means padding is a field of its own, and not replaced by -1."""
 
     query: Array  # [B, T]
     key: Array  # [B, S]
@@ -56,8 +56,9 @@ class Config:
     partial: the keys are only a part of those that the rows see, or the rows of those that see the
     keys. Results that are summed elsewhere, out, dk and dv, are fp32; what the backward is given of
     the forward, out and lse, is of all keys.
-    checkpoint_names: of out, and of lse with its rest, beside RESIDUAL_NAMES; or none.
-    soft_cap_last: the soft cap comes after bias, slopes and relative_bias, if there are any: plain JAX alone.
+    checkpoint_names: the user's, besides RESIDUAL_NAMES: of out, and of lse and lse_low; or none.
+    soft_cap_last: the soft cap comes after bias, slopes and relative_bias, if there are any, which
+    plain JAX alone can do.
     dropout: of _dropout.WHOLE weights so many are dropped; 0 where there are no Operands.dropout.
     """
 

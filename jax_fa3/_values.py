@@ -152,13 +152,10 @@ def several_intervals(sizes: Sizes, batched: bool, arguments: dict[str, Any]) ->
 
 
 def shape_of(x: Any) -> tuple[int, ...]:
-    """() of what has none."""
+    """() of what has none: lists of tracers, or of unequal ones, which integers() refuses."""
     try:
         return tuple(np.shape(x))
-    except (
-        TypeError,
-        ValueError,
-    ):  # lists of tracers, or of unequal ones, which integers() refuses
+    except (TypeError, ValueError):
         return ()
 
 

@@ -20,7 +20,7 @@ FEWEST_SHARED_LINES = 6
 PUBLIC = {
     "_attention.py": {"dot_product_attention"},  # jax.nn's, and masks
     "fp8/_attention.py": {"dot_product_attention"},
-    "fp8/_quantized.py": {"quantized_dot_product_attention"},
+    "fp8/_quantized_attention.py": {"quantized_dot_product_attention"},
     "kv_cache/_append.py": {"append"},
     "kv_cache/_attention.py": {"dot_product_attention"},
     "kv_cache/_ragged_paged.py": {  # tpu-inference's and jax.experimental's

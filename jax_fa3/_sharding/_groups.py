@@ -15,7 +15,7 @@ from ._letters import sizes
 MANY = 2**22
 
 
-def worth_it(
+def worth_grouping(
     operands: Sequence[Array],
     letters: Sequence[str],
     results: Sequence[str],
@@ -45,7 +45,7 @@ def worth_it(
     return grouped if grouped and known and copied >= moved else ""
 
 
-def in_turn(
+def worth_a_loop(
     operands: Sequence[Array],
     letters: Sequence[str],
     results: Sequence[str],

@@ -81,8 +81,8 @@ def _folded(
 
     def call(*operands: Array) -> tuple[Array, ...]:
         size = sizes(operands, letters)
-        grouped = _groups.worth_it(operands, letters, results, size)
-        waiting = _groups.in_turn(operands, letters, results, size)
+        grouped = _groups.worth_grouping(operands, letters, results, size)
+        waiting = _groups.worth_a_loop(operands, letters, results, size)
         if grouped:
             local = _folded(function, _without(grouped, letters), _without(grouped, results))
             return _groups.folded(local, letters, results, grouped)(*operands)

@@ -91,7 +91,8 @@ def dot_product_attention(
         checkpoint_name.
 
     Segment ids of all keys (4 bytes each) are gathered. In another order than `zigzag` says, runs of
-    them are torn apart, which gives NaN; other arrays do not show their order. Results for parts of the keys are merged in fp32.
+    them are torn apart, which gives NaN; other arrays do not show their order. Results for parts of the
+    keys are merged in fp32.
 
     Raises:
         ValueError: as jax_fa3.dot_product_attention; no such axis; lengths or heads that the axis

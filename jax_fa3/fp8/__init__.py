@@ -10,7 +10,7 @@ from ._attention import dot_product_attention
 from ._hadamard import hadamard_transform, random_signs
 from ._means import token_mean
 from ._quantize import BLOCK, quantize
-from ._quantized import quantized_dot_product_attention
+from ._quantized_attention import quantized_dot_product_attention
 
 __all__ = [
     "BLOCK",

@@ -28,8 +28,8 @@ def install(
 
     The results are those of EasyDeL's "vanilla", but for rows that see no key: they give 0. Causal
     masks, sliding windows, MaskInfo (segment ids as such, its other masks as dense ones), bias, soft
-    cap, dropout (not of the same weights), and sinks, those of a head joined; sharded over batch and heads by EasyDeL's own rules, a split
-    sequence is gathered. Scores and softmax are fp32. EasyDeL's remat policies that save "attn_output"
+    cap, dropout (not of the same weights), and sinks, those of a head joined; sharded over batch and
+    heads by EasyDeL's own rules, a split sequence is gathered. Scores and softmax are fp32. EasyDeL's remat policies that save "attn_output"
     save what the backward needs.
 
     The operation raises NotImplementedError, while it is traced, for bias beside mask_info (which

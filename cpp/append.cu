@@ -1,3 +1,4 @@
+// The kernel of append.h: a warp finds where its rows go, then the CTA goes through their numbers.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_fp8.h>

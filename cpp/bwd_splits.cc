@@ -1,3 +1,4 @@
+// bwd_splits.h: simulates the CTAs of each number of splits, and takes the quickest.
 #include "bwd_splits.h"
 
 #include <algorithm>

@@ -1,3 +1,4 @@
+// ffi_arrays.h: the arrays of a call against a target's table: count, dtypes, shapes, memory.
 #include "ffi_arrays.h"
 
 #include <algorithm>

@@ -1,3 +1,4 @@
+// ffi_cache.h: KV caches of every layout as strides, and where their sequences and scales are.
 #include "ffi_cache.h"
 
 #include <algorithm>

@@ -1,3 +1,4 @@
+// ffi_call.h: the checks that calls have in common, and what they put into a Problem.
 #include "ffi_call.h"
 
 #include <algorithm>

@@ -1,3 +1,4 @@
+// The kernel of mask_bits.h.
 #include "common/mask.h"
 #include "mask_bits.h"
 #include "plan.h"

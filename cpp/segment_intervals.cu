@@ -1,3 +1,4 @@
+// The kernel of segment_intervals.h.
 #include "common/mask.h"
 #include "plan.h"
 #include "segment_intervals.h"

@@ -33,7 +33,8 @@ PUBLIC = {
     "integrations/equinox.py": {"multihead_attention"},
     "integrations/tokamax.py": {"__call__"},
 }
-# CuTe's hook: its own, of any tensors, is taken if the tensors' types are not spelt.
+# CuTe's hook for an instruction: if it does not spell the tensors' types, neither it nor CuTe's own
+# function for any instruction is the better match, and the call does not compile.
 TEMPLATES = {"common/wgmma.h": {"mma_unpack"}}
 
 
@@ -54,6 +55,12 @@ def test_files_are_short():
         if (lines := len(text_of(file).splitlines())) > MOST_LINES[file.suffix]
     }
     assert not long
+
+
+def test_files_say_what_they_are_for():
+    marks = {".py": '"""', ".h": "//", ".cc": "//", ".cu": "//"}
+    every = files(*marks, folders=FOLDERS)
+    assert not [x for x in every if not text_of(x).startswith(marks[x.suffix])]
 
 
 def parameters(function: ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) -> int:

@@ -1,3 +1,4 @@
+// The kernel of quantize.h.
 #include <cutlass/arch/memory_sm80.h>
 #include <cutlass/bfloat16.h>
 

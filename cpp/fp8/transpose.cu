@@ -1,3 +1,4 @@
+// The kernel that transposes V before the forward (transpose.h).
 #include "common/launch.h"
 #include "fp8/transpose.h"
 #include "plan.h"

@@ -18,10 +18,10 @@ CUTLASS_DEVICE void use_spare_warp(Traits, typename Traits::Params const& params
 
 template <class Element, int kHeadDim, int kHeadDimV>
 CUTLASS_DEVICE void use_spare_warp(
-    Traits<Element, kHeadDim, kHeadDimV, Keys::kBias>, BiasParams const& params,
-    typename Traits<Element, kHeadDim, kHeadDimV, Keys::kBias>::SharedStorage& storage,
+    Traits<Element, kHeadDim, kHeadDimV, Kind::kBias>, BiasParams const& params,
+    typename Traits<Element, kHeadDim, kHeadDimV, Kind::kBias>::SharedStorage& storage,
     int warpgroup) {
-  using Traits = Traits<Element, kHeadDim, kHeadDimV, Keys::kBias>;
+  using Traits = Traits<Element, kHeadDim, kHeadDimV, Kind::kBias>;
   bool const elected = threadIdx.x % 32 == 0;
   PipelineState<Traits::kWorkStages> work_state;
   PipelineState<Traits::kBiasStages> state;

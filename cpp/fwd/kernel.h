@@ -29,12 +29,12 @@ CUTLASS_DEVICE void skip_blocks(Storage& storage, State& state, Turns turns, int
   }
 }
 
-template <class Element, int kHeadDim, int kHeadDimV, Keys kKeys>
+template <class Element, int kHeadDim, int kHeadDimV, Kind kKind>
 CUTLASS_DEVICE void consume(
-    Traits<Element, kHeadDim, kHeadDimV, kKeys>,
-    typename Traits<Element, kHeadDim, kHeadDimV, kKeys>::Params const& params,
-    typename Traits<Element, kHeadDim, kHeadDimV, kKeys>::SharedStorage& storage, int warpgroup) {
-  using Traits = Traits<Element, kHeadDim, kHeadDimV, kKeys>;
+    Traits<Element, kHeadDim, kHeadDimV, kKind>,
+    typename Traits<Element, kHeadDim, kHeadDimV, kKind>::Params const& params,
+    typename Traits<Element, kHeadDim, kHeadDimV, kKind>::SharedStorage& storage, int warpgroup) {
+  using Traits = Traits<Element, kHeadDim, kHeadDimV, kKind>;
   Turns<Traits::kPingPong ? Traits::kConsumerWarpgroups : 1> const turns{warpgroup};
   typename Traits::ConsumerState state;
   Tensor tOrO = partition_fragment_C(typename Traits::MmaPV{},

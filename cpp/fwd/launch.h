@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <climits>
+#include <type_traits>
 
 #include "common/element.h"
 #include "common/launch.h"
@@ -24,6 +25,9 @@ bool takes_few_keys_tile(Mask const& mask) {
   if (!has_small_tile(kHeadDim)) return few_keys(mask);
   return most_visible_keys(mask) <= (mask.window_right == kUnbounded ? 256 : 1024);
 }
+
+template <Kind kKind>
+using KindIs = std::integral_constant<Kind, kKind>;
 
 // All but the descriptors.
 inline void set_common(Problem const& p, int block_m, Params* params) {
@@ -158,48 +162,41 @@ cudaError_t launch(Problem const& problem, cudaStream_t stream) {
   using Element = ElementOf<kDType>;
   constexpr bool kTwoTiles =
       few_keys_tile(kHeadDim, kHeadDimV).block_m != fwd_tile(kHeadDim, kHeadDimV, false).block_m;
-  if (problem.bias.data != nullptr) {
-    if constexpr (takes_bias(kHeadDim)) {
-      return launch_tile<Traits<Element, kHeadDim, kHeadDimV, Keys::kBias>>(problem, stream);
+  // Of a kind that not all head dims have; the handlers have refused what is not built.
+  auto const launch_kind = [&](auto kind, auto is_built) {
+    if constexpr (decltype(is_built)::value) {
+      using Traits = Traits<Element, kHeadDim, kHeadDimV, decltype(kind)::value>;
+      return launch_tile<Traits>(problem, stream);
+    } else {
+      return cudaErrorNotSupported;
     }
-    return cudaErrorNotSupported;  // the handlers have refused it
-  }
+  };
+  constexpr std::bool_constant<takes_bias(kHeadDim)> kTakesTerms{};
+  if (problem.bias.data != nullptr) return launch_kind(KindIs<Kind::kBias>{}, kTakesTerms);
   if (problem.mask_bits.bits != nullptr) {
-    if constexpr (takes_mask_bits(kHeadDim)) {
-      return launch_tile<Traits<Element, kHeadDim, kHeadDimV, Keys::kBits>>(problem, stream);
-    }
-    return cudaErrorNotSupported;  // likewise
+    return launch_kind(KindIs<Kind::kBits>{}, std::bool_constant<takes_mask_bits(kHeadDim)>{});
   }
   if (problem.dropout != 0) {
-    if constexpr (takes_dropout(size_for(kHeadDim, kHeadDimV))) {
-      return launch_tile<Traits<Element, kHeadDim, kHeadDimV, Keys::kDropout>>(problem, stream);
-    }
-    return cudaErrorNotSupported;  // likewise
+    constexpr bool kTakesDropout = takes_dropout(size_for(kHeadDim, kHeadDimV));
+    return launch_kind(KindIs<Kind::kDropout>{}, std::bool_constant<kTakesDropout>{});
   }
   if (problem.heads.alibi_slopes.exists()) {
-    if constexpr (takes_bias(kHeadDim)) {
-      return launch_tile<Traits<Element, kHeadDim, kHeadDimV, Keys::kAlibi>>(problem, stream);
-    }
-    return cudaErrorNotSupported;  // likewise
+    return launch_kind(KindIs<Kind::kAlibi>{}, kTakesTerms);
   }
   if (problem.relative_bias != nullptr) {
-    if constexpr (takes_bias(kHeadDim)) {
-      return launch_tile<Traits<Element, kHeadDim, kHeadDimV, Keys::kRelative>>(problem, stream);
-    }
-    return cudaErrorNotSupported;  // likewise
+    return launch_kind(KindIs<Kind::kRelative>{}, kTakesTerms);
   }
   if (problem.num_splits > 1) {
-    return launch_splits<Traits<Element, kHeadDim, kHeadDimV, Keys::kMany>>(problem, stream);
+    return launch_splits<Traits<Element, kHeadDim, kHeadDimV, Kind::kMany>>(problem, stream);
   }
-  if (problem.long_sums_size > 0 && !takes_few_keys_tile<kHeadDim>(problem.mask)) {
-    return launch_tile<Traits<Element, kHeadDim, kHeadDimV, Keys::kMany>>(problem, stream);
+  bool const sees_few_keys = takes_few_keys_tile<kHeadDim>(problem.mask);
+  if (problem.long_sums_size > 0 && !sees_few_keys) {
+    return launch_kind(KindIs<Kind::kMany>{}, std::true_type{});
   }
-  if constexpr (kTwoTiles) {
-    if (takes_few_keys_tile<kHeadDim>(problem.mask)) {
-      return launch_tile<Traits<Element, kHeadDim, kHeadDimV, Keys::kFew>>(problem, stream);
-    }
+  if (kTwoTiles && sees_few_keys) {
+    return launch_kind(KindIs<Kind::kFew>{}, std::bool_constant<kTwoTiles>{});
   }
-  return launch_tile<Traits<Element, kHeadDim, kHeadDimV, Keys::kUsual>>(problem, stream);
+  return launch_kind(KindIs<Kind::kUsual>{}, std::true_type{});
 }
 
 }  // namespace jax_fa3::fwd

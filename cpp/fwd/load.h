@@ -91,8 +91,8 @@ CUTLASS_DEVICE WorkTile take_work(Storage& storage, State const& state) {
 
 // The two warps of the producer warpgroup that neither load nor schedule. Here they do nothing; the
 // FP8 forward has work for them.
-template <class Element, int kHeadDim, int kHeadDimV, Keys kKeys>
-CUTLASS_DEVICE void use_spare_warp(Traits<Element, kHeadDim, kHeadDimV, kKeys>, Params const&) {}
+template <class Element, int kHeadDim, int kHeadDimV, Kind kKind>
+CUTLASS_DEVICE void use_spare_warp(Traits<Element, kHeadDim, kHeadDimV, kKind>, Params const&) {}
 
 // The keys and values of a tile, behind the last block's keys, which have been loaded already: from
 // the last block to the first, keys one block ahead of values. The next tile is taken two blocks
@@ -112,12 +112,12 @@ CUTLASS_DEVICE void load_blocks(Params const& params, BlockRange const& blocks,
   load_value(blocks.begin);
 }
 
-template <class Element, int kHeadDim, int kHeadDimV, Keys kKeys>
+template <class Element, int kHeadDim, int kHeadDimV, Kind kKind>
 CUTLASS_DEVICE void load(
-    Traits<Element, kHeadDim, kHeadDimV, kKeys>,
-    typename Traits<Element, kHeadDim, kHeadDimV, kKeys>::Params const& params,
-    typename Traits<Element, kHeadDim, kHeadDimV, kKeys>::SharedStorage& storage) {
-  using Traits = Traits<Element, kHeadDim, kHeadDimV, kKeys>;
+    Traits<Element, kHeadDim, kHeadDimV, kKind>,
+    typename Traits<Element, kHeadDim, kHeadDimV, kKind>::Params const& params,
+    typename Traits<Element, kHeadDim, kHeadDimV, kKind>::SharedStorage& storage) {
+  using Traits = Traits<Element, kHeadDim, kHeadDimV, kKind>;
   constexpr int kBlockM = Traits::kBlockM;
   constexpr int kBlockN = Traits::kBlockN;
   constexpr auto kKeep = TMA::CacheHintSm90::EVICT_LAST;       // K and V: read by many tiles

@@ -14,7 +14,7 @@
 namespace jax_fa3::fwd {
 
 // What the mainloop calls. With fewer keys than that (kMany is false) there is nothing to do.
-template <class Traits, bool kMany = Traits::kKeys == Keys::kMany>
+template <class Traits, bool kMany = Traits::kKind == Kind::kMany>
 struct LongSums {
   Params const& params;
   int warpgroup;

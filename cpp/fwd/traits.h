@@ -21,18 +21,21 @@ namespace jax_fa3::fwd {
 
 using namespace cute;
 
-// How many keys there are for a tile. With few of them tiles have fewer query rows; with many, O is
-// summed in memory, too (long_sums.h), or several CTAs share a tile (parts.h). That code is in a
+// The kinds of forward kernels.
+//
+// Three differ by how many keys there are for a tile. kFew: tiles have fewer query rows. kMany: O
+// is summed in memory, too (long_sums.h), or several CTAs share a tile (parts.h). That code is in a
 // kernel of its own: though never run, it costs a causal forward of 2,048 keys 2 %.
 //
-// kBias: with a dense bias (common/bias.h), whose slabs need memory, and registers: so two
-// consumers. kDropout: with dropout on the weights (common/dropout.h).
-// kBits: with a dense mask (common/mask_bits.h), whose blocks are 128 x 128.
-// kAlibi: with slopes (common/alibi.h), which three consumers have no registers for.
-// kRelative: with a bias by distance (common/relative_bias.h), likewise.
-enum class Keys { kFew, kUsual, kMany, kBias, kBits, kDropout, kAlibi, kRelative };
+// The others have what few calls have:
+// kBias: a dense bias (common/bias.h), whose slabs need memory, and registers: so two consumers.
+// kBits: a dense mask (common/mask_bits.h), whose blocks are 128 x 128.
+// kDropout: dropout on the weights (common/dropout.h).
+// kAlibi: slopes (common/alibi.h), which three consumers have no registers for.
+// kRelative: a bias by distance (common/relative_bias.h), likewise.
+enum class Kind { kFew, kUsual, kMany, kBias, kBits, kDropout, kAlibi, kRelative };
 // What the kernel of each gets, in their order.
-using ParamsOfKeys = std::tuple<Params, Params, ManyParams, BiasParams, BitsParams, DropoutParams,
+using ParamsOfKind = std::tuple<Params, Params, ManyParams, BiasParams, BitsParams, DropoutParams,
                                 AlibiParams, RelativeParams>;
 
 // The tile where rows see few keys. What takes time there is a tile's beginning and end, so small
@@ -42,23 +45,23 @@ constexpr FwdTile few_keys_tile(int head_dim, int head_dim_v) {
   return has_small_tile(head_dim) ? FwdTile{64, 64, false} : fwd_tile(head_dim, head_dim_v, true);
 }
 
-template <class Element_, int kHeadDim_, int kHeadDimV_, Keys kKeys_>
+template <class Element_, int kHeadDim_, int kHeadDimV_, Kind kKind_>
 struct Traits {
-  static constexpr bool kHasBias = kKeys_ == Keys::kBias;
-  static constexpr bool kHasBits = kKeys_ == Keys::kBits;
-  static constexpr bool kHasDropout = kKeys_ == Keys::kDropout;
-  static constexpr bool kHasAlibi = kKeys_ == Keys::kAlibi;
-  static constexpr bool kHasRelative = kKeys_ == Keys::kRelative;
-  static constexpr bool kSharesKeys = kKeys_ == Keys::kMany;
-  using Params = std::tuple_element_t<static_cast<int>(kKeys_), ParamsOfKeys>;
+  static constexpr bool kHasBias = kKind_ == Kind::kBias;
+  static constexpr bool kHasBits = kKind_ == Kind::kBits;
+  static constexpr bool kHasDropout = kKind_ == Kind::kDropout;
+  static constexpr bool kHasAlibi = kKind_ == Kind::kAlibi;
+  static constexpr bool kHasRelative = kKind_ == Kind::kRelative;
+  static constexpr bool kSharesKeys = kKind_ == Kind::kMany;
+  using Params = std::tuple_element_t<static_cast<int>(kKind_), ParamsOfKind>;
   using Softmax = std::conditional_t<kHasAlibi, AlibiSoftmax, jax_fa3::Softmax>;
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kHeadDimV = kHeadDimV_;
-  static constexpr Keys kKeys = kKeys_;
+  static constexpr Kind kKind = kKind_;
   static constexpr FwdTile kTile =
       kHasBits ? FwdTile{kMaskBlock, kMaskBlock, false}
-      : kKeys == Keys::kFew
+      : kKind == Kind::kFew
           ? few_keys_tile(kHeadDim, kHeadDimV)
           : fwd_tile(kHeadDim, kHeadDimV, kHasBias || kHasDropout || kHasAlibi || kHasRelative);
   static constexpr int kBlockM = kTile.block_m;

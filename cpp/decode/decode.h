@@ -31,6 +31,10 @@ struct Scale {
 // What a call that attends to a cache and one that writes into it have in common.
 struct CacheProblem {
   Sequences sequences;
+  int const* page_table;  // [b, pages_per_sequence]; null: page b is sequence b's only one
+  int pages_per_sequence;
+  int num_pages;
+  int page_size;
   int num_heads_q;
   int num_heads_k;  // divides num_heads_q; query head n reads key/value head n / (q / k)
   int head_dim;     // of query and key
@@ -41,10 +45,6 @@ struct CacheProblem {
   // Where position `slot` of a page is, for each head: pages are the batch, slots the sequence.
   Operand key_cache, value_cache;
   Scale key_scale, value_scale;  // of an e4m3 cache
-  int num_pages;
-  int page_size;
-  int const* page_table;  // [b, pages_per_sequence]; null: page b is sequence b's only one
-  int pages_per_sequence;
 };
 
 struct Problem : CacheProblem {

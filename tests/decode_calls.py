@@ -56,7 +56,7 @@ def decode_calls() -> dict[str, Call]:
 
     def both(config: _xla.Config, write: _write.Config, new: Any, attended: Any) -> Call:
         function = _append_ffi.append_and_attend
-        return recorded(lambda *x: function(write, config, *x), query, key, new, attended)
+        return recorded(lambda *x: function((write, config), *x), query, key, new, attended)
 
     return {
         "append": append(write, key, new),

@@ -145,6 +145,15 @@ def test_the_way_of_query():
         assert re.search(rf"\b{function}\(", text_of(ROOT / name)), (name, function)
 
 
+@pytest.mark.parametrize("way", ["FP8", "The ring"])
+def test_other_ways(way: str):
+    """Two files more at the most, of either language."""
+    names = re.findall(r"`([^`]+)`", WALK.split(f"{way} visits")[1].split("\n\n")[0])
+    python = [name for name in names if name.endswith(".py")]
+    assert 0 < len(python) <= 5 + 2 and len(names) - len(python) <= 6 + 2
+    assert [x for x in names if not ((PACKAGE / x).is_file() or (CPP / x).is_file())] == []
+
+
 @pytest.mark.parametrize("part", ["## To change X", "## The way of query"])
 def test_named_files_exist(part: str):
     """By their paths, or by their names alone behind that of another file of their folder."""

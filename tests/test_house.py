@@ -167,3 +167,10 @@ def test_named_files_exist(part: str):
             continue
         found = [x for x in (ROOT / name, PACKAGE / name, CPP / name) if x.is_file()]
         assert found, name
+
+
+def test_named_constants_exist():
+    """Those that cpp/README.md names, and all of a common beginning, as kTurnOfWarpgroup*."""
+    source = "".join(text_of(file) for file in files(".h", ".cc", ".cu", folders=(CPP,)))
+    named = re.findall(r"`(k[A-Z]\w+)\*?`", text_of(CPP / "README.md"))
+    assert named and [name for name in named if not re.search(rf"\b{name}", source)] == []

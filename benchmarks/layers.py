@@ -7,7 +7,7 @@ Llama 3 8B's heads (32 and 8 of 128), 2 x 4096 tokens, bf16; device time in roun
 
 import argparse
 import functools
-import importlib
+import importlib.metadata
 import json
 import statistics
 from collections.abc import Callable, Iterator
@@ -115,6 +115,11 @@ def levanter_layers(implementation: Any) -> Iterator[Layer]:
 PROJECTS = {"tokamax": tokamax_layers, "MaxText": maxtext_layers, "Levanter": levanter_layers}
 
 
+def _versions(*distributions: str) -> dict[str, str]:
+    found = importlib.metadata.distributions
+    return {x: y.version for x in distributions for y in found(name=x)}
+
+
 def _with_gradients(call: Callable[..., Any]) -> Callable[..., Any]:
     def run(*arrays: Any) -> Any:
         out, pullback = jax.vjp(call, *arrays)
@@ -182,6 +187,7 @@ def main(argv: list[str] | None = None) -> None:
     else:
         between = flusher()
         report = {"environment": environment(), "rounds": args.rounds, "begin": gpu_state(between)}
+        report["environment"]["versions"] |= _versions("tokamax", "marin-levanter")
         report["results"] = []
         for project in args.projects.split(","):
             for layer in PROJECTS[project]("fa3"):

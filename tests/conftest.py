@@ -4,12 +4,14 @@ import gc
 import os
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
+_ON_CPU = shutil.which("nvidia-smi") is None  # where tests compile far longer than they run
 _FLAGS = ["--xla_force_host_platform_device_count=8", "--xla_gpu_autotune_level=0"]
-if shutil.which("nvidia-smi") is None:  # tests on CPU compile far longer than they run
+if _ON_CPU:
     _FLAGS.append("--xla_backend_optimization_level=0")
 os.environ["XLA_FLAGS"] = " ".join([*_FLAGS, os.environ.get("XLA_FLAGS", "")])  # the last one wins
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several processes, one GPU
@@ -18,6 +20,25 @@ _tests = Path(__file__).resolve().parent
 # module: an installed jax_fa3 goes before it. Tests import cases and helpers.
 _root = str(_tests.parent)
 sys.path[:] = [entry for entry in sys.path if entry not in ("", _root)] + [_root, str(_tests)]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """A program that several tests jit anew is compiled once. Each process keeps its own, for one run:
+    jax writes entries in place, where another could read half of one. Before the first program, as jax
+    asks only then whether there is a cache."""
+    if not _ON_CPU or (config.getoption("numprocesses", None) and not _is_worker(config)):
+        return
+    import jax
+
+    folder = tempfile.TemporaryDirectory(prefix="jax_fa3-")
+    config.add_cleanup(folder.cleanup)
+    jax.config.update("jax_compilation_cache_dir", folder.name)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _is_worker(config: pytest.Config) -> bool:
+    return hasattr(config, "workerinput")
 
 
 @pytest.fixture(scope="session")

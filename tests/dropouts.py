@@ -1,6 +1,7 @@
 """Cases with dropout, whose mask the oracle is given."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ from jax_fa3._operands import Operands
 KEY = jax.random.key(7)
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
 def kept(key: Any, rate: float, batch: int, heads: int, rows: int, keys: int) -> Array:
     """bool [B, N, T, S], by the XLA path's function."""
     dropout, words = _dropout.checked(rate, key)

@@ -1,5 +1,6 @@
 """The oracle of a case, and the rule by which results are compared with it (CONTRIBUTING.md, tests)."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -38,6 +39,11 @@ def oracle(
     So are the gradients, and out where their maths has it: in the row's sum of dout * out, which
     enters as the cotangent of lse does, with the other sign (FlashAttention-2, algorithm 2).
     """
+    return _oracle(case, jnp.dtype(dtype), rounded, list(inputs), cotangents)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))  # one program, not one for each step of it
+def _oracle(case: Case, dtype: Any, rounded: bool, inputs: Any, cotangents: Any) -> Results:
     wide = jnp.promote_types(dtype, jnp.float32)
     inputs = [x.astype(wide) for x in inputs]
 
@@ -58,6 +64,11 @@ def oracle(
             return results
         narrow = (lax.optimization_barrier(x.astype(dtype)).astype(wide) for x in results[2:])
         return Results(*results[:2], *narrow)
+
+
+def reference(*arrays: Array, **options: Any) -> tuple[Array, Array]:
+    """_reference.attention as one program. Options are no arguments of it, as masks have to be concrete."""
+    return jax.jit(functools.partial(_reference.attention, **options))(*arrays)
 
 
 def both_oracles(

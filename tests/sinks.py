@@ -1,5 +1,6 @@
 """Cases with sinks, beside the table: there is a gradient more."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -55,6 +56,7 @@ def with_gradients(function: Any, cotangents: Any, *inputs: Array) -> WithSinks:
     return WithSinks(Results(*results, *grads), dsinks)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def exact(case: Case, arrays: Any, cotangents: Any) -> WithSinks:
     """By the oracle in fp32, or in fp64 for fp64."""
     wide = jnp.promote_types(arrays[0].dtype, jnp.float32)

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import reference
 from lowering import lower, operations, targets
 
 import jax_fa3
-from jax_fa3 import _reference
 
 B, T, S, N, K, H, V = 2, 10, 14, 4, 2, 32, 16
 FWD, SEGMENTS = "jax_fa3.fwd.v1", "jax_fa3.segment_intervals.v1"
@@ -51,7 +51,7 @@ def attention(*qkv: Any, **options: Any) -> Any:
 
 def expected(*qkv: jax.Array, **options: Any) -> Any:
     options.pop("deterministic_backward", None)
-    return _reference.attention(*(x.astype(jnp.float32) for x in qkv), **options)
+    return reference(*(x.astype(jnp.float32) for x in qkv), **options)
 
 
 def assert_close(found: Any, exact: Any, tolerance: float = 5e-3) -> None:

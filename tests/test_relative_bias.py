@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from cases import CAUSAL, Case
 from distances import assert_table, table_of
-from helpers import assert_close
+from helpers import assert_close, reference
 from jax import Array
 from lowering import lower, targets
 from score_terms import attention, grads
 from test_ffi import needs_kernels
 
 import jax_fa3
-from jax_fa3 import _reference, _targets
+from jax_fa3 import _targets
 
 B, T, S, N, K, H = 2, 10, 12, 4, 2, 8
 CASE = Case("distance", T, S, N, K, H, B=B, mask=CAUSAL)
@@ -37,7 +37,7 @@ def test_results_and_gradients(farthest: int, offset: Any):
     options: Any = {"is_causal": False, "query_offset": offset}
     found = grads(NAME, attention, cotangents, *arrays, **options)
     options["query_offset"] = np.clip(offset, -(10**6), 10**6)
-    assert_close(found, grads(NAME, _reference.attention, cotangents, *arrays, **options), 1e-4)
+    assert_close(found, grads(NAME, reference, cotangents, *arrays, **options), 1e-4)
 
 
 def test_a_table_that_says_the_same_as_slopes():
@@ -50,7 +50,7 @@ def test_a_table_that_says_the_same_as_slopes():
 def test_what_the_gpu_tests_allow():
     """An exact gradient passes, one with a wrong entry does not."""
     arrays, cotangents = inputs(), CASE.cotangents(jnp.float32)
-    _, (*_, found) = grads(NAME, _reference.attention, cotangents, *arrays, sinks=None)
+    _, (*_, found) = grads(NAME, reference, cotangents, *arrays, sinks=None)
     assert_table(found, CASE, arrays, cotangents)
     with pytest.raises(AssertionError):
         assert_table(found.at[1, 2].multiply(1.01), CASE, arrays, cotangents)

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from cases import CAUSAL, Case
 from distances import table_of
-from helpers import assert_close
+from helpers import assert_close, reference
 from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from score_terms import attention, grads
 
 import jax_fa3
-from jax_fa3 import _reference, context_parallel, fp8
+from jax_fa3 import context_parallel, fp8
 
 B, T, S, N, K, H = 2, 10, 12, 4, 2, 8
 CASE = Case("term", T, S, N, K, H, B=B, mask=CAUSAL)
@@ -36,7 +36,7 @@ def inputs(name: str) -> tuple[Array, ...]:
 def test_over_devices(name: str, kind: Any):
     """Beside sinks; over devices that share the term, too."""
     arrays, cotangents = inputs(name), CASE.cotangents(jnp.float32)
-    exact = grads(name, _reference.attention, cotangents, *arrays)
+    exact = grads(name, reference, cotangents, *arrays)
     call = jax.jit(functools.partial(grads, name, attention))
     if kind is None:
         return assert_close(call(cotangents, *arrays), exact, 1e-4)
@@ -63,7 +63,7 @@ def test_beside_all_that_masks_a_bias_and_a_soft_cap(name: str, last: bool):
     }
     others |= {"logits_soft_cap": 2.0, "soft_cap_last": last, **CAUSAL}
     found = attention(*tensors, **{name: term}, **others)
-    assert_close(found, _reference.attention(*tensors, **{name: term}, **others), 1e-5)
+    assert_close(found, reference(*tensors, **{name: term}, **others), 1e-5)
 
 
 @pytest.mark.parametrize("name", TERMS)
@@ -78,7 +78,7 @@ def test_under_vmap(name: str, mapped: int):
     for i in range(2):
         one = arrays.copy()
         one[mapped] = stacked[mapped][i]
-        exact = grads(name, _reference.attention, cotangents, *one)
+        exact = grads(name, reference, cotangents, *one)
         assert_close(jax.tree.map(lambda x, i=i: x[i], found), exact, 1e-4)
 
 
@@ -91,7 +91,7 @@ def test_tangents(name: str):
         return lambda *x: function(*x[:3], **{name: x[3]})
 
     found = jax.jvp(of(attention), arrays, moved)
-    assert_close(found, jax.jvp(of(_reference.attention), arrays, moved), 1e-4)
+    assert_close(found, jax.jvp(of(reference), arrays, moved), 1e-4)
 
 
 @pytest.mark.parametrize("name", TERMS)

@@ -33,7 +33,7 @@ def pytest_configure(config: pytest.Config) -> None:
     folder = tempfile.TemporaryDirectory(prefix="jax_fa3-")
     config.add_cleanup(folder.cleanup)
     jax.config.update("jax_compilation_cache_dir", folder.name)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)  # quicker ones are no gain
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 

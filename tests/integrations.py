@@ -71,8 +71,8 @@ def assert_no_further(
         gradients = zip(*errors[1:], strict=True)
         error, limit = (np.concatenate([x.ravel() for x in each]) for each in gradients)
         errors[1:] = [(error, limit)]
-    for error, limit in errors:
-        assert error.mean() <= 1.001 * limit.mean()
+    for error, limit in errors:  # in fp64, and equal ones are as near: the order of a sum decides nothing
+        assert error.mean(dtype=np.float64) <= limit.mean(dtype=np.float64) * (1 + 1e-6)
 
 
 def assert_runs_kernels(function: Any, arrays: Sequence[Any], calls: int = 1) -> None:

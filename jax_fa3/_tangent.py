@@ -112,7 +112,9 @@ def plain(
     """The same in plain JAX, from the operands alone; with derivatives of its own."""
     leaves, tree = jax.tree.flatten(operands)
     along = tree.flatten_up_to(tangents)
-    pairs = vary_together([(x, t) for x, t in zip(leaves, along, strict=True) if t is not None])
+    moved = [(x, t) for x, t in zip(leaves, along, strict=True) if t is not None]
+    # Of an operand that all batch entries share, vmap may make tangents of each entry.
+    pairs = vary_together([(jnp.broadcast_to(x, t.shape), t) for x, t in moved])
 
     def attention(*moved: Array) -> tuple[Array, Array]:
         rest = iter(moved)

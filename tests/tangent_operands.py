@@ -42,6 +42,7 @@ def _others(case: Case, dtype: Any) -> dict[str, Others]:
         "relative bias": ({"relative_bias": normal(4, n, 11)}, {}),
         "mask, an interval a row": ({}, {"mask": jnp.tri(t, s, 1, dtype=bool)[None, None]}),
         "mask, several": ({"sinks": sinks}, {"mask": several}),
+        "mask, several, soft cap": ({}, {"mask": several, "logits_soft_cap": 2.0}),
         "mask, several, bias": ({"bias": bias}, {"mask": several}),
         "dropout": ({}, dropout),
         "dropout, sinks": ({"sinks": sinks}, dropout | causal),
@@ -109,12 +110,12 @@ def _terms_alone(function: Any, primals: Any, tangents: Any) -> Any:
 
 
 def _reversed(function: Any, primals: Any, tangents: Any) -> Any:
-    """The gradient of what the jvp returns beside the tangent."""
+    """The gradient, by query, key and value, of what the jvp returns beside the tangent."""
 
     def loss(*primals: Array) -> Array:
         return jax.jvp(function, primals, tangents)[0][0].astype(jnp.float32).sum()
 
-    return jax.grad(loss, tuple(range(len(primals))))(*primals)
+    return jax.grad(loss, (0, 1, 2))(*primals)
 
 
 WAYS: dict[str, Callable[[Any, Any, Any], Any]] = {

@@ -8,6 +8,8 @@ a point is timed, a slice of every contender's result is compared with fp32 math
 import argparse
 import contextlib
 import dataclasses
+import functools
+import importlib
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -131,16 +133,16 @@ def _decode(args: argparse.Namespace) -> None:
             print("\n".join(str(path) for path in plot_decode(report, args.plot)))
 
 
-def _forward_mode(args: argparse.Namespace) -> None:
-    from . import forward_mode
-
-    points = forward_mode.points(args.points.split(","))
-    report = _report(args, points, lambda: forward_mode.main(points, args.rounds, args.json))
+def _by_itself(name: str, args: argparse.Namespace) -> None:
+    """A suite whose module has points(), main() and markdown(), and prints as it goes."""
+    suite = importlib.import_module(f".{name.replace('-', '_')}", __package__)
+    points = suite.points(args.points.split(","))
+    report = _report(args, points, lambda: suite.main(points, args.rounds, args.json))
     if args.table and report is not None:
-        print(forward_mode.markdown(report), end="")
+        print(suite.markdown(report), end="")
     if args.write_docs and report is not None:
-        text = f"{reports.conditions(report)}.\n\n{forward_mode.markdown(report)}"
-        reports.write_section(PAGE, "benchmark-forward-mode", text)
+        text = f"{reports.conditions(report)}.\n\n{suite.markdown(report)}"
+        reports.write_section(PAGE, f"benchmark-{name}", text)
 
 
 ALONE = {
@@ -148,7 +150,8 @@ ALONE = {
     "ring": _ring,
     "fp8-error": _fp8_error,
     "decode": _decode,
-    "forward-mode": _forward_mode,
+    "forward-mode": functools.partial(_by_itself, "forward-mode"),
+    "wide": functools.partial(_by_itself, "wide"),
 }
 
 

@@ -25,7 +25,7 @@ def parse(
         "--suite",
         default="paper",
         help=f"comma-separated: {', '.join(SUITES)}, or all (default: paper); or one of these alone: "
-        "fp8-error, decode, forward-mode; on several GPUs: scaling, ring",
+        "fp8-error, decode, forward-mode, wide; on several GPUs: scaling, ring",
     )
     add(
         "--points",

@@ -112,17 +112,6 @@ def _dims() -> list[Point]:
     ]
 
 
-def _wide() -> list[Point]:
-    """Heads wider than 256: Gemma 4's, and MLA's, absorbed, of one KV head."""
-    names = ("fa3", "cudnn", "xla")
-    square = [(512, s, (8, 8), is_causal) for is_causal in (False, True) for s in (4096, 16384)]
-    absorbed = [(576, 512, (16, 1), False), (576, 512, (128, 1), False), (576, 4096, (64, 1), True)]
-    return [
-        point("wide", d, s, head_dim_v=512, heads=heads, is_causal=is_causal, contenders=names)
-        for d, s, heads, is_causal in square + absorbed
-    ]
-
-
 def _fp8() -> list[Point]:
     """FP8 in the paper's shapes; and what the preparation takes of a copy's bandwidth."""
     names = "fa3 fp8", TRANSPOSED, "cudnn fp8", "fa3"
@@ -152,7 +141,6 @@ SUITES = {
     "window": _window,
     "fp16": _fp16,
     "dims": _dims,
-    "wide": _wide,
     "fp8": _fp8,
     "models": models,
     features.SUITE: features.points,

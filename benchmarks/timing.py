@@ -157,24 +157,34 @@ def _answer(query: "subprocess.Popen[str] | None", fields: Sequence[str]) -> dic
     return dict(zip(fields, rows[0], strict=False)) if rows else {}
 
 
-def gpu_state(between: Callable[[], None]) -> dict[str, Any]:
-    """A bf16 8192^3 matmul in TFLOP/s, and SM clock (MHz), power (W) and temperature (C) of the first
-    GPU that nvidia-smi lists, asked for while it multiplies matrices."""
+def matmul_call() -> Call:
+    """A bf16 8192^3 matmul, compiled and run once."""
     n = MATMUL_SIZE
     x, y = (jax.random.normal(jax.random.key(i), (n, n), jnp.bfloat16) for i in range(2))
     # cuBLAS it shall be: searching Triton's tilings would take longer than all the rest.
     options = {"xla_gpu_enable_triton_gemm": False}
     matmul = Call(jax.jit(jnp.matmul, compiler_options=options), (x, y))
     matmul()
+    return matmul
+
+
+def matmul_tflops(ms: float) -> float:
+    return 2 * MATMUL_SIZE**3 / ms / 1e9
+
+
+def gpu_state(between: Callable[[], None]) -> dict[str, Any]:
+    """A bf16 8192^3 matmul in TFLOP/s, and SM clock (MHz), power (W) and temperature (C) of the first
+    GPU that nvidia-smi lists, asked for while it multiplies matrices."""
+    matmul = matmul_call()
     times = in_rounds({"matmul": matmul}, 5, between)["matmul"]
 
     fields = ("clocks.sm", "power.draw", "temperature.gpu")
     query = _nvidia_smi(*fields)
     deadline = time.monotonic() + 5
     while query is not None and query.poll() is None and time.monotonic() < deadline:
-        jax.block_until_ready([matmul.fn(x, y) for _ in range(20)])
+        jax.block_until_ready([matmul.fn(*matmul.args) for _ in range(20)])
     smi = _answer(query, fields)
-    return {"matmul_tflops": 2 * n**3 / statistics.median(times) / 1e9, **smi}
+    return {"matmul_tflops": matmul_tflops(statistics.median(times)), **smi}
 
 
 def environment() -> dict[str, Any]:

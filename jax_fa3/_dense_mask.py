@@ -63,6 +63,16 @@ def by_intervals(kernel: Function, plain: Function | None, takes_dense: bool = T
     return functools.partial(_by_intervals, kernel, plain, takes_dense)
 
 
+def takes_bits(operands: Operands) -> bool:
+    return operands.bias is None and _mask_bits.refusal(operands) is None
+
+
+def takes_bias(config: Config, operands: Operands) -> bool:
+    """Whether the kernels take the mask as a bias, where they do not take bits."""
+    by_distance = operands.alibi_slopes, operands.relative_bias
+    return all(x is None for x in by_distance) and _bias.refusal(config, operands.sizes) is None
+
+
 def _by_intervals(
     kernel: Function,
     plain: Function | None,
@@ -72,16 +82,14 @@ def _by_intervals(
     masks: Masks,
     *rest: Any,
 ) -> tuple[Array, ...]:
-    if takes_dense and operands.bias is None and _mask_bits.refusal(operands) is None:
+    if takes_dense and takes_bits(operands):
         return kernel(config, operands, masks, *rest)
     assert operands.mask is not None
+    takes_dense = takes_dense and takes_bias(config, operands)
     operands = dataclasses.replace(
         operands, mask=_mask_bits.as_bool(operands.mask, operands.sizes.key_length)
     )
     begin, end, broken = _rows(operands)
-    by_distance = operands.alibi_slopes, operands.relative_bias
-    takes_dense = takes_dense and all(x is None for x in by_distance)
-    takes_dense = takes_dense and _bias.refusal(config, operands.sizes) is None
     hull = begin, end
     if masks.key_begin is not None or masks.key_end is not None:
         before = jnp.zeros_like(begin), jnp.full_like(end, operands.sizes.key_length)

@@ -38,13 +38,14 @@ def of_results(
     moving = jax.tree.unflatten(tree, [x if t is not None else None for x, t in pairs])
     per_mask = batch_letters(masks, operands.sizes.batch)
     letters = operands.letters, per_mask, rows.letters(operands), moving
-    function: Any = _kernel
-    if not _has_kernel(operands):
-        function = plain
-    elif operands.mask is not None:
+    function: Any = _kernel if _has_kernel(operands) else plain
+    if operands.mask is not None:
+        dense = _dense_mask.takes_bits(operands) or _dense_mask.takes_bias(config, operands)
         # Rows that are NaN in the forward of "fa3", which does not fall back, are NaN here.
-        broken = implementation == "fa3" and _bias.refusal(config, operands.sizes) is not None
-        function = _dense_mask.by_intervals(_kernel, None if broken else plain, False)
+        if implementation == "fa3" and not dense:
+            function = _dense_mask.by_intervals(function, None, False)
+        elif function is _kernel:
+            function = _dense_mask.by_intervals(_kernel, plain, False)
     static = implementation, function, plain, (config,), letters, operands.result_letters
     return _dispatch.run(*static, operands, masks, rows, tangents)
 
@@ -112,7 +113,9 @@ def plain(
     """The same in plain JAX, from the operands alone; with derivatives of its own."""
     leaves, tree = jax.tree.flatten(operands)
     along = tree.flatten_up_to(tangents)
-    pairs = vary_together([(x, t) for x, t in zip(leaves, along, strict=True) if t is not None])
+    moved = [(x, t) for x, t in zip(leaves, along, strict=True) if t is not None]
+    # Of an operand that all batch entries share, vmap may make tangents of each entry.
+    pairs = vary_together([(jnp.broadcast_to(x, t.shape), t) for x, t in moved])
 
     def attention(*moved: Array) -> tuple[Array, Array]:
         rest = iter(moved)

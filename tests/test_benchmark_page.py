@@ -24,6 +24,7 @@ SECTIONS = {
     "benchmark-decode": "decode",
     "benchmark-models": "models",
     "benchmark-forward-mode": "forward_mode",
+    "benchmark-wide": "wide",
 }
 ALONE = {
     "fp8_error": "fp8-error",
@@ -31,6 +32,7 @@ ALONE = {
     "ring": "ring",
     "decode": "decode",
     "forward_mode": "forward-mode",
+    "wide": "wide",
 }
 
 

@@ -186,6 +186,9 @@ ffi::Error launch_backward(Stream stream, Backward const& x, Attributes const& a
   forward.lse = x.lse.floats();
   forward.lse_low = x.lse_low.floats();
   problem.dout = to_operand(x.dout);
+  if (x.out.is_absent() && x.dlse.is_absent() && x.dout.bytes != 0) {
+    return invalid("without out, dlse must be given");
+  }
   (x.out.is_absent() ? problem.neg_delta : problem.dlse) = x.dlse.floats();
   if (finishes_dq) problem.dquery = to_operand(x.dquery, attributes.first_head_q);
   problem.dkey = to_operand(x.dkey, attributes.first_head_k);

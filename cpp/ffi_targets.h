@@ -109,7 +109,7 @@ struct Appending : Decoding {
     JAX_FA3_ROW(Arrays, out, k16Bits, "btnv|0"),       \
     JAX_FA3_ROW(Arrays, lse, kFloat32, "bnt"),         \
     JAX_FA3_ROW(Arrays, dout, k16Bits, "btnv"),        \
-    JAX_FA3_ROW(Arrays, dlse, kFloat32, "bnt"),        \
+    JAX_FA3_ROW(Arrays, dlse, kFloat32, "bnt|0"),      \
     JAX_FA3_ROW(Arrays, lse_low, kFloat32, "bnt|0")
 #define JAX_FA3_ROW_OF_HEADS(name, Arrays) JAX_FA3_ROW(Arrays, name, kFloat32, "1n|bn|0"),
 #define JAX_FA3_OF_BIAS "bnt.|1nt.|b1t.|11t.|bn1.|1n1.|b11.|111.|0"

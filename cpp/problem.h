@@ -116,9 +116,9 @@ struct Problem {
 struct BackwardProblem {
   Problem forward;  // out, lse and lse_low are read here, not written
   Operand dout;     // [b, t, n, v]
-  // [b, n, t] both, one of them null. dS = P * (dP - delta) with delta = rowsum(dout * out) - dlse:
-  // either the gradient of the log-sum-exp is given, and forward.out; or -delta whole, which a ring
-  // computes once for all its steps, and then forward.out.data is null.
+  // [b, n, t] both, or null. dS = P * (dP - delta) with delta = rowsum(dout * out) - dlse: either
+  // forward.out is given, and the gradient of the log-sum-exp, unless that is 0; or -delta whole,
+  // which a ring computes once for all its steps, and then forward.out.data is null.
   float const* dlse;
   float const* neg_delta;
   // [b, t, n, h], of dtype; data is null where other calls are still to add to dQ: then it stays in

@@ -153,5 +153,5 @@ def plain_backward(
     def forward(tensors: Operands) -> tuple[Array, Array]:
         return _xla.attention(config, dataclasses.replace(tensors, **others), masks)
 
-    (found,) = jax.vjp(forward, tensors)[1]((rows.dout, rows.dlse))
+    (found,) = jax.vjp(forward, tensors)[1]((rows.dout, rows.whole_dlse()))
     return tuple(jax.tree.leaves(found))

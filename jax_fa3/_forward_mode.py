@@ -210,8 +210,10 @@ def _jvp(primals: Any, tangents: Any, *, function: _Tangent, jaxpr: Any) -> tupl
 
 def _transpose(cotangents: Any, *arrays: Any, function: _Tangent, jaxpr: Any) -> list[Any]:
     count = function.num_residuals
-    made = map(ad.instantiate_zeros, cotangents)
-    grads = function.transposed(*arrays[:count], *made)
+    of_out, of_lse = cotangents
+    # That of lse is 0 in most models, and then not even written.
+    of_lse = None if type(of_lse) is ad.Zero else of_lse
+    grads = function.transposed(*arrays[:count], ad.instantiate_zeros(of_out), of_lse)
     wanted = map(ad.is_undefined_primal, arrays[count:])
     return [None] * count + [x if w else None for x, w in zip(grads, wanted, strict=True)]
 

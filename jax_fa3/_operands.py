@@ -184,8 +184,12 @@ class Rows(NamedTuple):
     out: Array | None  # [B, T, N, V]
     lse: Array  # [B, N, T], fp32 (fp64), as are dlse and lse_low
     dout: Array  # the cotangents of out and lse
-    dlse: Array  # or, where out is None, dlse - rowsum(dout * out)
+    dlse: Array | None  # None: 0. Where out is None, dlse - rowsum(dout * out)
     lse_low: Array | None = None  # what lse lost to its rounding, if that is known
+
+    def whole_dlse(self) -> Array:
+        """dlse, or zeros."""
+        return jnp.zeros_like(self.lse) if self.dlse is None else self.dlse
 
     def letters(self, operands: Operands) -> Any:
         out, lse = operands.result_letters

@@ -28,7 +28,7 @@ def with_sinks(out: Array, lse: Array, sinks: Array) -> tuple[Array, Array]:
 def gradient(sinks: Array, rows: Rows) -> Array:
     """[B, N], of sinks [1 or B, N], by what the backward is given of every row."""
     assert rows.out is not None
-    terms = rows.dlse - row_sums(rows.dout, rows.out, rows.lse.dtype)
+    terms = rows.whole_dlse() - row_sums(rows.dout, rows.out, rows.lse.dtype)
     # A sink's weight in each row; its value is 0, and so is the product with dout.
     weights = jnp.exp(sinks[..., None] - rows.lse)
     return jnp.where(rows.lse > -jnp.inf, weights * terms, 0).sum(-1)

@@ -44,7 +44,7 @@ COTANGENTS = (
     Row("out", SIXTEEN_BITS, optional=True),
     Row("lse", FLOAT32),
     Row("dout", SIXTEEN_BITS),
-    Row("dlse", FLOAT32),
+    Row("dlse", FLOAT32, optional=True),
     Row("lse_low", FLOAT32, optional=True),
 )
 TERMS = (  # of the scores, and what else hides or drops some of them

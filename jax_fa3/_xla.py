@@ -122,7 +122,7 @@ def backward(
     query, key, value = operands.split()
     batch, length, _, _ = query.shape
     intervals = row_intervals(masks, config.window, batch, length, key.shape[1])
-    dlse = rows.dlse
+    dlse = rows.whole_dlse()
     groups, cap, einsum = _groups(query, key), config.logits_soft_cap, _einsum_for(query.dtype)
     narrow = query.dtype, key.dtype, value.dtype
     query, key, value = _widened(query, key, value, masks)

@@ -10,9 +10,10 @@ import pytest
 from lowering import lower, operations, targets
 from test_ffi import CONFIG, OPERANDS, B, H, K, N, S, T, V, needs_kernels, struct
 
-from jax_fa3 import _ffi
+from jax_fa3 import _ffi, dot_product_attention
 from jax_fa3._operands import Operands, Rows
 from jax_fa3._problem import Config, Masks
+from jax_fa3._targets import BWD, TARGETS
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
@@ -62,6 +63,24 @@ def test_bwd_in_parts():
     splits = _ffi._C.bwd_splits((1, 8192, 8192, 8, 1, 128, 128), (2**62, 0), True, False)
     assert splits > 1 and parts(8192) == f"tensor<{splits}x1x8192x1x256xf32>"
     assert parts(jax.export.symbolic_shape("t")[0]) == "tensor<0xf32>"
+
+
+@pytest.mark.parametrize("with_lse", [False, True])
+def test_bwd_without_a_gradient_of_lse(with_lse):
+    """Then nothing writes zeros for it: it is an array of no elements."""
+    call = functools.partial(dot_product_attention, implementation="fa3", return_residual=with_lse)
+    q, kv = struct(B, T, N, 64), struct(B, S, K, 64)
+
+    def gradients(q, k, v):
+        results, pullback = jax.vjp(call, q, k, v)
+        return pullback(results)
+
+    (types,) = re.findall(
+        r"custom_call @jax_fa3.bwd.v1\(.*?: \((.*?)\) ->", lower(gradients, q, kv, kv)
+    )
+    place = [row.name for row in TARGETS[BWD].operands].index("dlse")
+    wanted = f"{B}x{N}x{T}" if with_lse else "0"
+    assert types.split(", ")[place] == f"tensor<{wanted}xf32>"
 
 
 @pytest.mark.parametrize(("dim", "width"), [(40, 64), (128, 128), (192, 192)])

@@ -12,7 +12,7 @@ enum class NamedBarrier : uint32_t {
   kDScoresWritten = 1,  // 4, by warpgroup and buffer: the warpgroup's part of dS is written
   kDQueryFull = 5,      // 4, by warpgroup and dQ writer: its part of dQ is in shared memory
   kDQueryEmpty = 9,     // 2, by warpgroup: it has left shared memory again
-  kTurn = 11,           // the second warpgroup may begin a tile (head dim 64)
+  kTurn = 11,           // 2, by warpgroup: it may begin a tile, or a step (head dim 64)
   kTileRead = 13,       // both warpgroups have read the tile's last operands: where those are in
                         // shared memory gradients may be
   // Wide.
@@ -40,6 +40,15 @@ CUTLASS_DEVICE void named_sync(NamedBarrier first, int offset, int threads) {
 }
 CUTLASS_DEVICE void named_arrive(NamedBarrier first, int offset, int threads) {
   cutlass::arch::NamedBarrier::arrive(threads, barrier_id(first, offset));
+}
+// named_arrive() if `condition`, but without a branch: one while a wgmma is in flight makes ptxas
+// wait for all of them.
+CUTLASS_DEVICE void named_arrive_if(bool condition, NamedBarrier first, int offset, int threads) {
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %0, 0;\n@p bar.arrive %1, %2;\n}"
+               :
+               : "r"(static_cast<int>(condition)),
+                 "r"(static_cast<uint32_t>(barrier_id(first, offset))), "r"(threads)
+               : "memory");
 }
 
 }  // namespace jax_fa3::bwd

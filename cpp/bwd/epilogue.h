@@ -52,26 +52,25 @@ CUTLASS_DEVICE void store_grad(Fragment const& grad, CUtensorMap const& map, uin
   }
 }
 
-// dK and dV of a warpgroup's 64 keys where a tile comes after this one. They are staged where the
-// last operands were: dV in the last step's stage of dO (the first warpgroup's) and of Q (the
-// second's), dK in a buffer of dS. All have left shared memory when this returns.
+// dK and dV of a warpgroup's 64 keys where a tile comes after this one. They leave one after the
+// other from memory of the warpgroup's own, so that it does not wait for the other one.
 template <class Traits, class Fragment, class FragmentV>
 CUTLASS_DEVICE void store_grads(Params const& params, typename Traits::SharedStorage& storage,
-                                GradRows rows, int warpgroup, int stage, BarrierId barrier,
+                                GradRows rows, int warpgroup, BarrierId barrier,
                                 Fragment const& tdK, FragmentV const& tdV) {
   using Element = typename Traits::Element;
-  static_assert(64 * Traits::kHeadDimV <= cute::min(Traits::kSizeQ, Traits::kSizedO) &&
-                64 * Traits::kHeadDim <= Traits::kSizedS);
-  uint16_t* const memory_of_dv = warpgroup == 0 ? storage.dout + stage * Traits::kSizedO
-                                                : storage.query + stage * Traits::kSizeQ;
+  static_assert(64 * in_slabs(Traits::kHeadDimV) <= Traits::kSizeGrads);
+  uint16_t* const memory = storage.grads + warpgroup * Traits::kSizeGrads;
   rows.tile.row += rows.first;
   rows.first = 0;
-  named_sync(NamedBarrier::kTileRead, 0, Traits::kConsumerThreads);
-  store_grad<Element, 64, Traits::kHeadDimV>(tdV, params.dvalue, memory_of_dv, rows, barrier);
-  store_grad<Element, 64, Traits::kHeadDim>(
-      tdK, params.dkey, storage.exchange + warpgroup * Traits::kSizedS, rows, barrier);
-  if (threadIdx.x % 128 == 0) cute::tma_store_wait<0>();
-  named_sync(NamedBarrier::kTileRead, 0, Traits::kConsumerThreads);
+  auto const wait_until_read = [&] {
+    if (threadIdx.x % 128 == 0) cute::tma_store_wait<0>();
+    cutlass::arch::NamedBarrier::sync(128, barrier);
+  };
+  wait_until_read();  // those of the tile before
+  store_grad<Element, 64, Traits::kHeadDimV>(tdV, params.dvalue, memory, rows, barrier);
+  wait_until_read();
+  store_grad<Element, 64, Traits::kHeadDim>(tdK, params.dkey, memory, rows, barrier);
 }
 
 template <class Fragment>

@@ -34,7 +34,7 @@ CUTLASS_DEVICE void init_barriers(typename Traits::SharedStorage& storage) {
 template <class Traits>
 CUTLASS_DEVICE void consume_tile(typename Traits::Params const& params,
                                  typename Traits::SharedStorage& storage, KeyTile const& tile,
-                                 uint32_t key_phase, int warpgroup,
+                                 uint32_t& key_phase, int warpgroup,
                                  PipelineState<Traits::kStages>& state) {
   using Element = typename Traits::Element;
   constexpr int kBlockN = Traits::kBlockN;
@@ -46,15 +46,6 @@ CUTLASS_DEVICE void consume_tile(typename Traits::Params const& params,
   float const scale = ds_scale<Element>(params, tile.batch, tile.head_k);
   float const scale_of_dk = params.softmax_scale / scale;
   GradRows const rows = rows_of_keys<Traits>(params, tile, warpgroup * 64);
-  bool const elected = threadIdx.x % 32 == 0;
-  // Where kPersistent: of the last step, whose memory the gradients may need.
-  auto const release_step = [&] {
-    if constexpr (Traits::kPersistent) {
-      if (elected) storage.dout_pipeline.empty[state.stage].arrive();
-      if (elected) storage.query_pipeline.empty[state.stage].arrive();
-      state.advance();
-    }
-  };
   bool ends;
   bool first = true;
   do {
@@ -62,28 +53,22 @@ CUTLASS_DEVICE void consume_tile(typename Traits::Params const& params,
     clear(tdV);
     ends = mma<Traits>(params, storage, tile, key_phase, warpgroup, state, bias_state, scale, tdK,
                        tdV);
-    if constexpr (Traits::kPersistent) {
-      if (ends && elected) storage.keys_empty.arrive();
-    }
     scale_grad(tdK, scale_of_dk);
     if constexpr (Traits::kHasDropout) scale_grad(tdV, params.dropout.scale);
     if (params.dkv_partial == nullptr) break;
     accumulate_partial(tdV, dkv_partial(params, tile.split, true), rows, params.head_dim_v, first);
     accumulate_partial(tdK, dkv_partial(params, tile.split, false), rows, params.head_dim, first);
-    release_step();
     first = false;
   } while (!ends);
   if (params.dkv_partial != nullptr) return;
   if (params.dkv_fp32) {
     store_grad_fp32(tdV, params.dvalue_rows, rows, params.head_dim_v);
     store_grad_fp32(tdK, params.dkey_rows, rows, params.head_dim);
-    release_step();
     return;
   }
   BarrierId const barrier = barrier_id(NamedBarrier::kGradOfWarpgroup0, warpgroup);
   if constexpr (Traits::kPersistent) {
-    store_grads<Traits>(params, storage, rows, warpgroup, state.stage, barrier, tdK, tdV);
-    release_step();
+    store_grads<Traits>(params, storage, rows, warpgroup, barrier, tdK, tdV);
   } else {
     // The gradients are staged in the memory of K and V. A warpgroup's own rows of V are read by
     // itself alone, but K by both.
@@ -99,15 +84,16 @@ CUTLASS_DEVICE void consume_fused(typename Traits::Params const& params,
                                   typename Traits::SharedStorage& storage, KeyTile const& of_cta,
                                   int warpgroup) {
   PipelineState<Traits::kStages> state;
+  uint32_t key_phase = 0;
   if constexpr (Traits::kPersistent) {
-    for (uint32_t key_phase = 0;; key_phase ^= 1) {
+    for (;;) {
       storage.query_pipeline.full[state.stage].wait(state.phase);
       KeyTile const tile = storage.tiles[state.stage];
       if (tile.n_block < 0) return;
       consume_tile<Traits>(params, storage, tile, key_phase, warpgroup, state);
     }
   } else {
-    consume_tile<Traits>(params, storage, of_cta, 0, warpgroup, state);
+    consume_tile<Traits>(params, storage, of_cta, key_phase, warpgroup, state);
   }
 }
 

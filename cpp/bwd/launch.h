@@ -182,9 +182,10 @@ cudaError_t launch_kernels(BackwardProblem const& problem, cudaStream_t stream) 
   if constexpr (Main::kPersistent) {
     int num_sms = 0;
     JAX_FA3_RETURN_IF_ERROR(count_sms(&num_sms));
-    // Tiles of split rows are long: there it does not pay. Without query rows nobody has zeroed the
-    // counter.
-    if (num_ctas > num_sms && params.num_splits == 1 && params.num_m_blocks > 0) {
+    // At head dim 64 tiles of split rows go better with a turn for each step, in CTAs of their own
+    // (mma.h). Without query rows nobody has zeroed the counter.
+    bool const pays = params.num_splits == 1 || !Main::kNarrow;
+    if (num_ctas > num_sms && pays && params.num_m_blocks > 0) {
       num_ctas = num_sms;
       params.tile_counter =
           reinterpret_cast<int*>(params.row_stats + RowStats<Main::kBlockM>::kTaken);

@@ -143,24 +143,31 @@ CUTLASS_DEVICE void load_keys_and_steps(typename Traits::Params const& params,
                                           storage.dout + state.stage * Traits::kSizedO,
                                           {step.m_block * kBlockM, step.head, batch}, blind);
   };
+  auto const load_keys = [&] {
+    if constexpr (Traits::kPersistent) {
+      storage.keys_empty.wait(loading.key_phase ^ 1);
+      loading.key_phase ^= 1;
+    }
+    load_tile<kBlockN, Traits::kHeadDim, Traits::kFourSlabs ? Traits::kFourthSlab : 0>(
+        params.key, storage.key_full, storage.staged, staged_phase, kReadOnce, storage.key,
+        keys.block<kBlockN>(tile.n_block), padding());
+    load_tile<kBlockN, Traits::kHeadDimV>(params.value, storage.value_full, storage.staged,
+                                          staged_phase, kReadOnce, storage.value,
+                                          keys.block<kBlockN>(tile.n_block), padding());
+  };
+  bool keys_loaded = false;
   auto const load_step = [&](Step step) {
     RowSet const blind = query_block(step.m_block).blind;
     load_query(step, blind);
     load_dout(step, blind);
     state.advance();
+    if constexpr (!kKeysFirst<Traits>) {
+      if (!keys_loaded) load_keys();
+      keys_loaded = true;
+    }
   };
-
   // While the first steps are looked for.
-  if constexpr (Traits::kPersistent) {
-    storage.keys_empty.wait(loading.key_phase ^ 1);
-    loading.key_phase ^= 1;
-  }
-  load_tile<kBlockN, Traits::kHeadDim, Traits::kFourSlabs ? Traits::kFourthSlab : 0>(
-      params.key, storage.key_full, storage.staged, staged_phase, kReadOnce, storage.key,
-      keys.block<kBlockN>(tile.n_block), padding());
-  load_tile<kBlockN, Traits::kHeadDimV>(params.value, storage.value_full, storage.staged,
-                                        staged_phase, kReadOnce, storage.value,
-                                        keys.block<kBlockN>(tile.n_block), padding());
+  if constexpr (kKeysFirst<Traits>) load_keys();
 
   // The steps of all splits are the blocks of query rows that see any of the CTA's keys, head by
   // head of the group. This split's are those of some heads, or an equal share of all in that

@@ -65,7 +65,7 @@ struct Params {
   bool finishes_dq;      // dQ is complete after this call; else it stays in dq_accum
   float const* lse;      // [b, n, t]
   float const* lse_low;  // [b, n, t] or null
-  float const* dlse;     // [b, n, t]; where out.data is null the problem's neg_delta
+  float const* dlse;     // [b, n, t] or null (0); where out.data is null the problem's neg_delta
   float* row_stats;      // [b, n, m], RowStats
   int2* row_intervals;   // [b, m, block_m]
   // [b, m + m / kBlocksOfHull]: behind an entry's blocks, hulls of kBlocksOfHull of them each.

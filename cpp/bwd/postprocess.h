@@ -10,7 +10,7 @@ namespace jax_fa3::bwd {
 // Whether the gradient of a row's results (dO, dlse) is other than 0.
 CUTLASS_DEVICE bool has_cotangent(Params const& params, int batch, int head, int row) {
   int64_t const index = (int64_t{batch} * params.num_heads_q + head) * params.mask.seqlen_q + row;
-  bool found = params.dlse[index] != 0.f;
+  bool found = params.dlse != nullptr && params.dlse[index] != 0.f;
   for (int column = 0; column < params.head_dim_v; column += 8) {
     uint4 const vector = load_vector(params.dout_rows, batch, row, head, column);
     found |= ((vector.x | vector.y | vector.z | vector.w) & 0x7fff7fffu) != 0;

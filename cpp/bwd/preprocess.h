@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(kPreprocessThreads)
       bool const writes = exists && lane == 0;
       int64_t const source = (int64_t{batch} * params.num_heads_q + head) * mask.seqlen_q + row;
       lse[r] = writes ? params.lse[source] : 0.f;
-      dlse[r] = writes ? params.dlse[source] : 0.f;
+      dlse[r] = writes && params.dlse != nullptr ? params.dlse[source] : 0.f;
       low[r] = writes && params.lse_low != nullptr ? params.lse_low[source] : 0.f;
     }
     if (first == 0) clear_sum();

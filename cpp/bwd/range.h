@@ -38,25 +38,17 @@ CUTLASS_DEVICE float ds_scale(Params const& params, int batch, int head_k) {
   return 1.f;
 }
 
-// A warp takes kRangeRows rows of a head, of dO or V, and then needs one atomic for all of them.
+// A warp takes kRangeRows rows of a head, of dO or V, whose loads are under way at once, and then
+// needs one atomic for all of them.
 template <class Element, int kHeadDimV, class Params_ = Params>
 __global__ void __launch_bounds__(kRangeThreads)
     range_kernel(__grid_constant__ Params_ const params) {
   Mask const& mask = params.mask;
-  int const lane = threadIdx.x % 32;
-  auto const row_norm = [&](Operand const& operand, int batch, int row, int head) {
-    float sum = 0.f;
-    CUTLASS_PRAGMA_UNROLL
-    for (int first = 0; first < kHeadDimV; first += 256) {
-      int const column = first + lane * 8;
-      if (column >= params.head_dim_v) continue;
-      uint4 const vector = load_vector(operand, batch, row, head, column);
-      sum = dot8<Element>(vector, vector, sum);
-    }
-    CUTLASS_PRAGMA_UNROLL
-    for (int step = 1; step < 32; step *= 2) sum += __shfl_xor_sync(~0u, sum, step);
-    return sum;
-  };
+  constexpr int kVectors = kHeadDimV / 8;  // of a row, one a lane, or two of wide heads
+  constexpr int kLanes = kVectors <= 8 ? 8 : (kVectors <= 16 ? 16 : 32);
+  constexpr int kVectorsOfLane = (kVectors + kLanes - 1) / kLanes;
+  constexpr int kRowsOfPass = 32 / kLanes;
+  constexpr int kPasses = kRangeRows / kRowsOfPass;
   int64_t const chunk = int64_t{blockIdx.x} * (kRangeThreads / 32) + threadIdx.x / 32;
   int64_t const chunks_q = range_chunks(params.batch, mask.seqlen_q, params.num_heads_q);
   int64_t const chunks_k = range_chunks(params.batch, mask.seqlen_k, params.num_heads_k);
@@ -68,23 +60,48 @@ __global__ void __launch_bounds__(kRangeThreads)
   int const batch = static_cast<int>(index / heads % params.batch);
   int const first = static_cast<int>(index / heads / params.batch) * kRangeRows;
   int const end = min(first + kRangeRows, of_q ? mask.length_q(batch) : mask.length_k(batch));
+  Operand const& operand = of_q ? params.dout_rows : params.value_rows;
+  int const lane = threadIdx.x % kLanes;
+  uint4 vectors[kPasses][kVectorsOfLane];
   float longest = 0.f;
   float dlse = 0.f;
-  for (int row = first; row < end; ++row) {
-    if (of_q && mask.row_interval(batch, row).empty()) continue;
-    longest =
-        fmaxf(longest, row_norm(of_q ? params.dout_rows : params.value_rows, batch, row, head));
-    if (of_q) {
+  CUTLASS_PRAGMA_UNROLL
+  for (int pass = 0; pass < kPasses; ++pass) {
+    int const row = first + pass * kRowsOfPass + static_cast<int>(threadIdx.x) % 32 / kLanes;
+    bool const counts = row < end && !(of_q && mask.row_interval(batch, row).empty());
+    CUTLASS_PRAGMA_UNROLL
+    for (int v = 0; v < kVectorsOfLane; ++v) {
+      int const column = (v * kLanes + lane) * 8;
+      bool const loaded = counts && column < params.head_dim_v;
+      vectors[pass][v] = loaded ? load_vector(operand, batch, row, head, column) : uint4{};
+    }
+    if (of_q && counts && lane == 0 && params.dlse != nullptr) {
       int64_t const source = (int64_t{batch} * params.num_heads_q + head) * mask.seqlen_q + row;
       dlse = fmaxf(dlse, fabsf(params.dlse[source]));
     }
+  }
+  CUTLASS_PRAGMA_UNROLL
+  for (int pass = 0; pass < kPasses; ++pass) {
+    float sum = 0.f;
+    CUTLASS_PRAGMA_UNROLL
+    for (int v = 0; v < kVectorsOfLane; ++v) {
+      sum = dot8<Element>(vectors[pass][v], vectors[pass][v], sum);
+    }
+    CUTLASS_PRAGMA_UNROLL
+    for (int other = 1; other < kLanes; other *= 2) sum += __shfl_xor_sync(~0u, sum, other);
+    longest = fmaxf(longest, sum);
+  }
+  CUTLASS_PRAGMA_UNROLL
+  for (int other = kLanes; other < 32; other *= 2) {
+    longest = fmaxf(longest, __shfl_xor_sync(~0u, longest, other));
+    dlse = fmaxf(dlse, __shfl_xor_sync(~0u, dlse, other));
   }
   // With dropout dP and delta are larger by the scale of the weights that are kept, so in the bound
   // dO is.
   if constexpr (std::is_same_v<Params_, DropoutParams>) {
     if (of_q) longest *= params.dropout.scale * params.dropout.scale;
   }
-  if (lane == 0) {
+  if (threadIdx.x % 32 == 0) {
     int const head_k = of_q ? head / params.group : head;
     uint32_t* const ranges =
         params.ranges + (int64_t{batch} * params.num_heads_k + head_k) * kNumRanges;

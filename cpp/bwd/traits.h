@@ -44,7 +44,7 @@ struct Traits {
   static constexpr bool kNarrow = kHeadDim <= 64;  // S and dQ fit into the registers together
   // A CTA takes one tile after the other: the next one's K, V, Q and dO are loaded while this one's
   // gradients are stored.
-  static constexpr bool kPersistent = kNarrow && !kHasBias && !kHasDropout;
+  static constexpr bool kPersistent = (kNarrow || kHeadDim == 128) && !kHasBias && !kHasDropout;
   static constexpr int kStages = 2;                        // of Q and of dO
   static constexpr int kWritersdQ = kFused ? kStages : 0;  // warps that add dQ: one for each stage
 
@@ -135,6 +135,9 @@ struct Traits {
   static constexpr int kBiasStages = kHasBias ? 2 : 1;
   static constexpr int kSizeBias = kHasBias ? kWarpgroupsN * kBiasStages * kBiasSlab : 0;
 
+  // Where kPersistent: a gradient of a warpgroup, on its way out.
+  static constexpr int kSizeGrads = kPersistent ? 64 * in_slabs(kHeadDim) : 0;
+
   struct SharedStorage {
     alignas(1024) uint16_t key[kSizeK];
     alignas(1024) uint16_t value[kSizeV];
@@ -154,6 +157,7 @@ struct Traits {
     Pipeline<kStages> query_pipeline;
     Pipeline<kStages> dout_pipeline;
     BiasRing<kBiasStages> bias_rings[kWarpgroupsN];
+    alignas(kPersistent ? 1024 : 2) uint16_t grads[kPersistent ? 2 * kSizeGrads : 1];
 
     CUTLASS_DEVICE uint16_t* bias(int warpgroup) {
       return exchange + 2 * kSizedS + warpgroup * kBiasStages * kBiasSlab;
@@ -185,5 +189,10 @@ struct RelativeTraits : Traits<Element, kHeadDim, kHeadDimV> {
   static constexpr bool kHasRelative = true;
   using Params = RelativeParams;
 };
+
+// Whether K and V of a tile are loaded before its first Q and dO, or behind those, which have room
+// earlier where a tile comes before (at head dim 128 the loading warp has no registers for that).
+template <class Traits>
+inline constexpr bool kKeysFirst = !(Traits::kPersistent && Traits::kNarrow);
 
 }  // namespace jax_fa3::bwd

@@ -61,7 +61,7 @@ class Ring(Method):
         # what is summed here is what the kernels read: dO V' - row_terms is a small difference of
         # large numbers, and XLA may leave out a rounding of dout to 16 bit that comes before.
         part, dout, out = lax.optimization_barrier((part, rows.dout, rows.out))
-        row_terms = rows.dlse - row_sums(dout, out, rows.lse.dtype)
+        row_terms = rows.whole_dlse() - row_sums(dout, out, rows.lse.dtype)
         rows = rows._replace(dout=dout, out=None, dlse=row_terms)
         words = part.shape[-1]
         dquery: Any = None

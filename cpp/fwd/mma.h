@@ -130,15 +130,14 @@ CUTLASS_DEVICE void mma(typename Traits::Params const& params,
   load_relative();
   warpgroup_wait<0>();
   take_scores();
-  constexpr bool kByParts = !Traits::kHasBits && !Traits::kHasAlibi;
   bool is_full = n_block >= blocks.full_begin && n_block < blocks.full_end;
   if constexpr (Traits::kHasBits) is_full = dense.is_full(n_block);
-  if (!kByParts && !is_full) mask_block(n_block);
-  if (!kByParts || is_full) {
+  if (!Traits::kByParts && !is_full) mask_block(n_block);
+  if (!Traits::kByParts || is_full) {
     softmax.template update_max<Traits::kMaxOfThree>(tSrS);
     release_query(n_block);
     softmax.template exponentiate<0, 1>(tSrS);
-  } else if constexpr (kByParts) {
+  } else if constexpr (Traits::kByParts) {
     if constexpr (!Traits::kHasBias && !Traits::kHasRelative) params.score.apply(tSrS);
     FirstBlock<kBlockN>{rows}.exponentiate(rows, n_block * kBlockN, softmax, tSrS,
                                            [&] { release_query(n_block); });
@@ -220,11 +219,12 @@ CUTLASS_DEVICE void mma(typename Traits::Params const& params,
   if constexpr (Traits::kKeepsOffset) softmax.join_max();
   values.full[state.value.stage].wait(state.value.phase);
   issue_out();
-  end_rows();
+  if constexpr (Traits::kEndsRowsEarly) end_rows();
   warpgroup_wait<0>();
   warpgroup_fence_operand(tOrO);
   release(values, state.value);
   long_sums.finish(softmax, tOrO);
+  if constexpr (!Traits::kEndsRowsEarly) end_rows();
 }
 
 }  // namespace jax_fa3::fwd

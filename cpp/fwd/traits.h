@@ -37,10 +37,10 @@ using namespace cute;
 // kDropout: dropout on the weights (common/dropout.h).
 // kAlibi: slopes (common/alibi.h), which three consumers have no registers for.
 // kRelative: a bias by distance (common/relative_bias.h), likewise.
-enum class Kind { kShort, kFew, kUsual, kMany, kBias, kBits, kDropout, kAlibi, kRelative };
+enum class Kind { kFew, kUsual, kMany, kBias, kBits, kDropout, kAlibi, kRelative, kShort };
 // What the kernel of each gets, in their order.
-using ParamsOfKind = std::tuple<ShortParams, Params, Params, ManyParams, BiasParams, BitsParams,
-                                DropoutParams, AlibiParams, RelativeParams>;
+using ParamsOfKind = std::tuple<Params, Params, ManyParams, BiasParams, BitsParams, DropoutParams,
+                                AlibiParams, RelativeParams, ShortParams>;
 
 // The tile where rows see few keys. What takes time there is a tile's beginning and end, so small
 // ones take turns: of three CTAs on an SM, each with one consumer warpgroup.
@@ -76,6 +76,10 @@ struct Traits {
   static constexpr bool kAccumulates = !kKeysStay;  // onto the result for the keys of other calls
   static constexpr bool kHasLseLow = true;
   static constexpr int kStages = kKeysStay ? 1 : 2;  // of K and of V
+  // Whether a masked first block goes by parts (first_block.h), and a tile's rows are ended beside
+  // its last P V. With sums in memory head dim 256 spills 132 bytes so.
+  static constexpr bool kByParts = !kHasBits && !kHasAlibi && !kSharesKeys;
+  static constexpr bool kEndsRowsEarly = !kSharesKeys;
   // Tiles taken ahead: just the one whose loads begin while this one is finished. A CTA that took
   // more would keep the last tiles from CTAs that have nothing left.
   static constexpr int kWorkStages = 1;

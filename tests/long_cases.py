@@ -37,6 +37,11 @@ def _long() -> list[Case]:
         Case("longer, any intervals", 4500, 4500, 4, 2, 64, B=1, mask=scattered(1, 4500, 4500)),
         Case("longer, backwards", 4500, 4500, 2, 2, 256, B=1, mask=backwards),
         Case("longer, documents", 4500, 4500, 2, 1, 80, B=1, mask={**packed(texts), **CAUSAL}),
+        # Tiles of several heads a CTA, whose keys are one block.
+        Case("77 keys of many rows", 1700, 77, 8, 8, 64, B=4),
+        Case("80 keys of groups", 1100, 80, 12, 4, 64, B=3),
+        Case("1 key of narrow heads", 1800, 1, 8, 2, 40, B=3),
+        Case("33 keys, soft cap, sinks", 900, 33, 8, 2, 64, logits_soft_cap=4.0, sinks=(1.0,) * 8),
         Case("long, 96, causal", 2048, 2048, 8, 8, 96, B=1, mask=CAUSAL),
     ]
 

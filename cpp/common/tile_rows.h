@@ -13,6 +13,7 @@ struct TileRows {
   int const* key_begin;  // of that row, or null
   int const* key_end;
 
+  TileRows() = default;
   JAX_FA3_HOST_DEVICE TileRows(Mask const& mask, int batch, int first_row)
       : valid_rows(mask.length_q(batch) - first_row), length_k(mask.length_k(batch)) {
     int64_t const position =

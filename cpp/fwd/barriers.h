@@ -13,7 +13,6 @@ enum class NamedBarrier : uint32_t {
   kOutOfWarpgroup0,  // the threads of one warpgroup, around its output tile in shared memory
   kOutOfWarpgroup1,
   kOutOfWarpgroup2,
-  kValuesRead,  // every consumer warpgroup has read V: its memory may hold the output
 };
 
 CUTLASS_DEVICE uint32_t barrier_id(NamedBarrier first, int offset = 0) {

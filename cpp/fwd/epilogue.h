@@ -42,12 +42,10 @@ CUTLASS_DEVICE float lse_of_keys(Softmax const& softmax, float softmax_scale, in
 // What a row that sees no key gets: 0 (and -inf, below), or NaN if it is broken (mask.h).
 CUTLASS_DEVICE float out_of_empty(Interval row) { return row.broken() ? NAN : 0.f; }
 
-// Divides by the row sums. Rows that see no key get out_of_empty(), whatever the accumulators hold:
-// blocks are not masked if all rows that see a key see all of them. (Not if kSeeing.)
-template <class Element, bool kSeeing = false, class Softmax, class Out>
-CUTLASS_DEVICE void normalize(Interval const (&rows)[kRowsPerThread], float softmax_scale,
-                              Sink sink, Softmax& softmax, Out& tOrO) {
-  float inverse_sum[kRowsPerThread];
+// Sums the rows over all threads, and finds what O is to be multiplied by.
+template <class Element, class Softmax>
+CUTLASS_DEVICE void sum_rows(float softmax_scale, Sink sink, Softmax& softmax,
+                             float (&inverse_sum)[kRowsPerThread]) {
   CUTLASS_PRAGMA_UNROLL
   for (int row = 0; row < kRowsPerThread; ++row) {
     softmax.row_sum[row] = quad_sum(softmax.row_sum[row]);
@@ -56,13 +54,20 @@ CUTLASS_DEVICE void normalize(Interval const (&rows)[kRowsPerThread], float soft
       inverse_sum[row] *= exp2f(-sink.rise(lse_of_keys(softmax, softmax_scale, row)) * kLog2E);
     }
   }
+}
+
+// Divides by the row sums. Rows that see no key get out_of_empty(), whatever the accumulators hold:
+// blocks are not masked if all rows that see a key see all of them.
+template <class Element, class Softmax, class Out>
+CUTLASS_DEVICE void normalize(Interval const (&rows)[kRowsPerThread], float softmax_scale,
+                              Sink sink, Softmax& softmax, Out& tOrO) {
+  float inverse_sum[kRowsPerThread];
+  sum_rows<Element>(softmax_scale, sink, softmax, inverse_sum);
   CUTLASS_PRAGMA_UNROLL
   for (int i = 0; i < size(tOrO); ++i) {
     int const row = fragment_row(i);
     tOrO(i) = tOrO(i) * inverse_sum[row] * softmax.out_scale;  // their product may be too small
-    if constexpr (!kSeeing) {
-      if (rows[row].empty()) tOrO(i) = out_of_empty(rows[row]);
-    }
+    if (rows[row].empty()) tOrO(i) = out_of_empty(rows[row]);
   }
 }
 
@@ -136,21 +141,73 @@ CUTLASS_DEVICE void accumulate(Interval const (&rows)[kRowsPerThread], float con
   __syncwarp();  // all have read the log-sum-exp that one of four lanes overwrites
 }
 
+// Where a thread's two rows are in the arrays of all rows, and whether they exist.
+struct StoredRows {
+  int first;  // of the sequence
+  int64_t index;
+  bool exist[kRowsPerThread];
+
+  template <class Traits>
+  CUTLASS_DEVICE static StoredRows of(Traits, typename Traits::Params const& params, TileCoord tile,
+                                      int warpgroup) {
+    int const first = tile.block * Traits::kBlockM + warpgroup * 64 + threadIdx.x % 128 / 32 * 16 +
+                      threadIdx.x % 32 / 4;
+    int const seqlen_q = params.mask.seqlen_q;
+    return {first,
+            (int64_t{tile.batch} * params.num_heads_q + tile.head) * seqlen_q + first,
+            {first < seqlen_q, first + 8 < seqlen_q}};
+  }
+};
+
+// Writes the log-sum-exp, which is known.
+template <class Traits>
+CUTLASS_DEVICE void write_lse(typename Traits::Params const& params, StoredRows const& stored,
+                              Interval const (&rows)[kRowsPerThread], Sink sink,
+                              typename Traits::Softmax const& softmax,
+                              float const (&lse)[kRowsPerThread]) {
+  if (threadIdx.x % 4 != 0) return;
+  CUTLASS_PRAGMA_UNROLL
+  for (int row = 0; row < kRowsPerThread; ++row) {
+    if (!stored.exist[row]) continue;
+    params.lse[stored.index + row * 8] = lse[row];
+    if constexpr (Traits::kHasLseLow) {
+      if (params.lse_low == nullptr) continue;
+      float const low = find_lse_low(softmax, params.softmax_scale, sink, lse[row], row);
+      params.lse_low[stored.index + row * 8] = rows[row].empty() ? 0.f : low;
+    }
+  }
+}
+
+// The log-sum-exp of all rows, after sum_rows(). Where the result for other keys is to come in,
+// store_out() writes it.
+template <class Traits>
+CUTLASS_DEVICE void store_lse(typename Traits::Params const& params, TileCoord tile, int warpgroup,
+                              Interval const (&rows)[kRowsPerThread],
+                              typename Traits::Softmax const& softmax) {
+  if constexpr (Traits::kAccumulates) {
+    if (params.out_accum != nullptr) return;
+  }
+  Sink const sink = sink_of(params, tile);  // again: registers are few
+  float lse[kRowsPerThread];
+  find_lse(rows, params.softmax_scale, sink, softmax, lse);
+  write_lse<Traits>(params, StoredRows::of(Traits{}, params, tile, warpgroup), rows, sink, softmax,
+                    lse);
+}
+
+// The output. `out_over_value`: where it is staged, if in V's memory.
 template <class Traits, class Out>
-CUTLASS_DEVICE void store(typename Traits::Params const& params,
-                          typename Traits::SharedStorage& storage, TileCoord tile, int warpgroup,
-                          Interval const (&rows)[kRowsPerThread], typename Traits::Softmax& softmax,
-                          Out& tOrO) {
+CUTLASS_DEVICE void store_out(typename Traits::Params const& params,
+                              typename Traits::SharedStorage& storage, TileCoord tile,
+                              int warpgroup, Interval const (&rows)[kRowsPerThread],
+                              typename Traits::Softmax const& softmax,
+                              float const (&inverse_sum)[kRowsPerThread], Out& tOrO,
+                              uint16_t* out_over_value = nullptr) {
   int const thread = threadIdx.x % 128;
-  int const first_row = tile.block * Traits::kBlockM + warpgroup * 64 + thread / 32 * 16 +
-                        thread % 32 / 4;  // of this thread
-  int const seqlen_q = params.mask.seqlen_q;
-  bool stored[kRowsPerThread] = {first_row < seqlen_q, first_row + 8 < seqlen_q};
-  int64_t const index =
-      (int64_t{tile.batch} * params.num_heads_q + tile.head) * seqlen_q + first_row;
-  float* const lse_out = params.lse + index;
-  normalize<typename Traits::Element, true>(rows, params.softmax_scale, sink_of(params, tile),
-                                            softmax, tOrO);
+  CUTLASS_PRAGMA_UNROLL
+  for (int i = 0; i < size(tOrO); ++i) {
+    // The product of both factors may be too small.
+    tOrO(i) = tOrO(i) * inverse_sum[fragment_row(i)] * softmax.out_scale;
+  }
   if (__any_sync(~0u, rows[0].empty() | rows[1].empty())) {  // seldom
     CUTLASS_PRAGMA_UNROLL
     for (int i = 0; i < size(tOrO); ++i) {
@@ -158,72 +215,66 @@ CUTLASS_DEVICE void store(typename Traits::Params const& params,
       if (rows[row].empty()) tOrO(i) = out_of_empty(rows[row]);
     }
   }
-  float lse[kRowsPerThread];
-  bool accumulated = false;
+  StoredRows stored = StoredRows::of(Traits{}, params, tile, warpgroup);
   int64_t const offset =
       tile.batch * params.out_batch_stride + tile.head * params.out_head_stride;  // of out in fp32
   if constexpr (Traits::kAccumulates) {
     if (params.out_accum != nullptr) {
-      accumulated = true;
+      float lse[kRowsPerThread];
       find_lse(rows, params.softmax_scale, {-INFINITY}, softmax, lse);
-      accumulate(rows, params.out_accum + offset + first_row * params.out_seqlen_stride,
-                 params.out_seqlen_stride, params.head_dim_v, lse_out, params.out_fp32 != nullptr,
-                 stored, tOrO, lse);
+      accumulate(rows, params.out_accum + offset + stored.first * params.out_seqlen_stride,
+                 params.out_seqlen_stride, params.head_dim_v, params.lse + stored.index,
+                 params.out_fp32 != nullptr, stored.exist, tOrO, lse);
+      write_lse<Traits>(params, stored, rows, {-INFINITY}, softmax, lse);
     }
   }
-  if (params.out_fp32 != nullptr) {
+  constexpr bool kIn16Bits = std::is_same_v<typename Traits::Params, ShortParams>;
+  if (!kIn16Bits && params.out_fp32 != nullptr) {
     store_fp32(
-        tOrO, params.out_fp32 + offset, params.out_seqlen_stride, first_row,
-        [&](int i) { return stored[i]; }, params.head_dim_v);
+        tOrO, params.out_fp32 + offset, params.out_seqlen_stride, stored.first,
+        [&](int i) { return stored.exist[i]; }, params.head_dim_v);
     if constexpr (Traits::kOutOverValue) {
       if (thread % 32 == 0) storage.out_stored.arrive();
     }
-  } else {
-    uint32_t const barrier = barrier_id(NamedBarrier::kOutOfWarpgroup0, warpgroup);
-    uint16_t* const smem = storage.out(warpgroup);
-    if constexpr (Traits::kOutOverValue) {
-      cutlass::arch::NamedBarrier::sync(Traits::kConsumerThreads,
-                                        barrier_id(NamedBarrier::kValuesRead));
-    } else {
-      // The previous tile's store has read the buffer.
-      if (thread == 0) tma_store_wait<0>();
-      cutlass::arch::NamedBarrier::sync(128, barrier);
-    }
-    // `smem` is where the warpgroup's 64 rows begin; a slab has kOutRows rows.
-    Traits::visit_out_element(params, [&](auto element) {
-      auto const pair = [&](int i) {  // packed where it is stored: registers are few
-        return pack<decltype(element)>(tOrO(2 * i), tOrO(2 * i + 1));
-      };
-      stage_packed<Traits::kOutRows, Traits::kHeadDimV, Traits::kSlabV>(pair, smem,
-                                                                        thread / 32 * 16);
-    });
-    tma_store_fence();
-    cutlass::arch::NamedBarrier::sync(128, barrier);
-    if (thread == 0) {
-      tma_store_rows<Traits::kOutRows, Traits::kHeadDimV, Traits::kSlabV>(
-          params.out, smem, {tile.block * Traits::kBlockM + warpgroup * 64, tile.head, tile.batch});
-      tma_store_arrive();
-    }
-    if constexpr (Traits::kOutOverValue) {
-      if (thread == 0) tma_store_wait<0>();
-      if (thread % 32 == 0) storage.out_stored.arrive();
-    }
+    return;
   }
+  uint32_t const barrier = barrier_id(NamedBarrier::kOutOfWarpgroup0, warpgroup);
+  uint16_t* const smem = Traits::kOutOverValue ? out_over_value : storage.out(warpgroup);
+  // The previous tile's store has read the buffer.
+  if (!Traits::kOutOverValue && thread == 0) tma_store_wait<0>();
+  cutlass::arch::NamedBarrier::sync(128, barrier);
+  // `smem` is where the warpgroup's 64 rows begin; a slab has kOutRows rows.
+  Traits::visit_out_element(params, [&](auto element) {
+    auto const pair = [&](int i) {  // packed where it is stored: registers are few
+      return pack<decltype(element)>(tOrO(2 * i), tOrO(2 * i + 1));
+    };
+    stage_packed<Traits::kOutRows, Traits::kHeadDimV, Traits::kSlabV>(pair, smem, thread / 32 * 16);
+  });
+  tma_store_fence();
+  cutlass::arch::NamedBarrier::sync(128, barrier);
+  if (thread == 0) {
+    tma_store_rows<Traits::kOutRows, Traits::kHeadDimV, Traits::kSlabV>(
+        params.out, smem, {tile.block * Traits::kBlockM + warpgroup * 64, tile.head, tile.batch});
+    tma_store_arrive();
+  }
+  if constexpr (Traits::kOutOverValue) {
+    if (thread == 0) tma_store_wait<0>();
+    if (thread % 32 == 0) storage.out_stored.arrive();
+  }
+}
 
+// All of it, of the FP8 kernel, whose epilogue runs while the next S is computed.
+template <class Traits, class Out>
+CUTLASS_DEVICE void store(typename Traits::Params const& params,
+                          typename Traits::SharedStorage& storage, TileCoord tile, int warpgroup,
+                          Interval const (&rows)[kRowsPerThread], typename Traits::Softmax& softmax,
+                          Out& tOrO) {
+  float inverse_sum[kRowsPerThread];
+  sum_rows<typename Traits::Element>(params.softmax_scale, sink_of(params, tile), softmax,
+                                     inverse_sum);
+  store_out<Traits>(params, storage, tile, warpgroup, rows, softmax, inverse_sum, tOrO);
   // After the output, so that its store is under way meanwhile.
-  Sink const sink = sink_of(params, tile);  // again: registers are few
-  if (!accumulated) find_lse(rows, params.softmax_scale, sink, softmax, lse);
-  if (thread % 4 != 0) return;
-  CUTLASS_PRAGMA_UNROLL
-  for (int row = 0; row < kRowsPerThread; ++row) {
-    if (!stored[row]) continue;
-    lse_out[row * 8] = lse[row];
-    if constexpr (Traits::kHasLseLow) {
-      if (params.lse_low == nullptr) continue;
-      float const low = find_lse_low(softmax, params.softmax_scale, sink, lse[row], row);
-      params.lse_low[index + row * 8] = rows[row].empty() ? 0.f : low;
-    }
-  }
+  store_lse<Traits>(params, tile, warpgroup, rows, softmax);
 }
 
 }  // namespace jax_fa3::fwd

@@ -45,18 +45,21 @@ CUTLASS_DEVICE void consume(
   for (;; state.work.advance()) {
     WorkTile work = read_work(storage, state.work);
     BlockRange const of_tile = work.blocks;
+    TileRows const intervals = storage.tile_rows[state.work.stage];
     if constexpr (Traits::kBlocksByWarpgroup) {
       work.blocks = storage.warpgroup_blocks[state.work.stage][warpgroup];
-      __syncwarp();
       if (work.blocks.begin < work.blocks.end) work.blocks.begin = of_tile.begin;
     }
+    __syncwarp();
     release_work(storage, state.work);
     if (work.last) break;
 
     auto const find_rows = [&](Interval(&rows)[kRowsPerThread]) {
-      TileRows const intervals(params.mask, work.tile.batch, work.tile.block * Traits::kBlockM);
       CUTLASS_PRAGMA_UNROLL
-      for (int row = 0; row < kRowsPerThread; ++row) rows[row] = intervals(tile_row + row * 8);
+      for (int row = 0; row < kRowsPerThread; ++row) {
+        rows[row] =
+            Traits::kKeysStay ? Interval{0, params.mask.seqlen_k} : intervals(tile_row + row * 8);
+      }
     };
     Interval rows[kRowsPerThread];
     typename Traits::Softmax softmax{params.exponents};
@@ -64,6 +67,16 @@ CUTLASS_DEVICE void consume(
       softmax.slope = params.alibi.slope(work.tile.batch, work.tile.head);
       softmax.first_row = work.tile.block * Traits::kBlockM + tile_row;
     }
+    float inverse_sum[kRowsPerThread];
+    auto const end_rows = [&] {
+      if constexpr (Traits::kHasBias || Traits::kHasBits) mark_hidden_rows(softmax, rows);
+      if constexpr (Traits::kSharesKeys) {
+        // There may be fewer blocks than CTAs.
+        if (params.num_splits > 1) mark_hidden_rows(softmax, rows);
+      }
+      sum_rows<Element>(params.softmax_scale, sink_of(params, work.tile), softmax, inverse_sum);
+      store_lse<Traits>(params, work.tile, warpgroup, rows, softmax);
+    };
     bool const sees = work.blocks.begin < work.blocks.end;
     if constexpr (Traits::kBlocksByWarpgroup) {
       if (!sees && of_tile.begin < of_tile.end) {
@@ -75,20 +88,18 @@ CUTLASS_DEVICE void consume(
       skip_blocks(storage, state, turns, of_tile.end - (sees ? work.blocks.end : of_tile.begin));
     }
     if (sees) {
-      mma<Traits>(params, storage, state, turns, work, find_rows, rows, softmax, tOrO);
+      mma<Traits>(params, storage, state, turns, work, find_rows, rows, softmax, end_rows, tOrO);
       if constexpr (Traits::kHasDropout) {
         CUTLASS_PRAGMA_UNROLL
         for (int i = 0; i < size(tOrO); ++i) tOrO(i) *= params.dropout.scale;
       }
     } else {
       find_rows(rows);
+      end_rows();
     }
-    if constexpr (Traits::kHasBias || Traits::kHasBits) mark_hidden_rows(softmax, rows);
-    if constexpr (Traits::kSharesKeys) {
-      // There may be fewer blocks than CTAs.
-      if (params.num_splits > 1) mark_hidden_rows(softmax, rows);
-    }
-    store<Traits>(params, storage, work.tile, warpgroup, rows, softmax, tOrO);
+    uint16_t* out = nullptr;
+    if constexpr (Traits::kOutOverValue) out = storage.out_over_value(state.value, warpgroup);
+    store_out<Traits>(params, storage, work.tile, warpgroup, rows, softmax, inverse_sum, tOrO, out);
   }
   tma_store_wait<0>();
 }

@@ -29,6 +29,12 @@ bool takes_few_keys_tile(Mask const& mask) {
 template <Kind kKind>
 using KindIs = std::integral_constant<Kind, kKind>;
 
+// Whether one block holds all keys, of which nothing is masked.
+inline bool takes_short_keys_tile(Problem const& problem) {
+  return problem.seqlen_k <= kShortKeys && !problem.mask.restricts() &&
+         problem.out_accum == nullptr && problem.out_dtype != DType::kFloat32;
+}
+
 // All but the descriptors.
 inline void set_common(Problem const& p, int block_m, Params* params) {
   if (p.out_dtype == DType::kFloat32) params->out_fp32 = static_cast<float*>(p.out.data);
@@ -192,6 +198,11 @@ cudaError_t launch(Problem const& problem, cudaStream_t stream) {
   bool const sees_few_keys = takes_few_keys_tile<kHeadDim>(problem.mask);
   if (problem.long_sums_size > 0 && !sees_few_keys) {
     return launch_kind(KindIs<Kind::kMany>{}, std::true_type{});
+  }
+  if constexpr (has_small_tile(kHeadDim)) {
+    if (takes_short_keys_tile(problem)) {
+      return launch_kind(KindIs<Kind::kShort>{}, std::true_type{});
+    }
   }
   if (kTwoTiles && sees_few_keys) {
     return launch_kind(KindIs<Kind::kFew>{}, std::bool_constant<kTwoTiles>{});

@@ -10,6 +10,28 @@
 
 namespace jax_fa3::fwd {
 
+// The index of the CTA's next tile.
+CUTLASS_DEVICE int next_tile_of(Params const& params, int round) {
+  return next_tile(round, blockIdx.x, gridDim.x, params.tile_counter);
+}
+CUTLASS_DEVICE int next_tile_of(ShortParams const& params, int round) {
+  int const num_tiles = params.order.num_tiles();
+  int const cta = blockIdx.x;
+  int const each = num_tiles / gridDim.x;
+  int const rest = num_tiles % gridDim.x;  // so many CTAs have one more
+  if (round >= each + (cta < rest)) return num_tiles;
+  return cta * each + min(cta, rest) + round;
+}
+
+// Leaves the intervals of a tile's rows to consumers that ask for them.
+template <class Storage>
+CUTLASS_DEVICE auto keep_rows(Storage& storage, int stage, TileRows const& rows, int)
+    -> decltype(void(storage.tile_rows)) {
+  storage.tile_rows[stage] = rows;
+}
+template <class Storage>
+CUTLASS_DEVICE void keep_rows(Storage&, int, TileRows const&, long) {}
+
 // One warp: picks the CTA's next tile and works out which key blocks it visits, while the other
 // warps work on the tile before.
 template <class Traits>
@@ -20,12 +42,13 @@ CUTLASS_DEVICE void schedule(typename Traits::Params const& params,
   PipelineState<Traits::kWorkStages> state;
   for (int round = 0;; ++round, state.advance()) {
     storage.work_pipeline.empty[state.stage].wait(state.phase ^ 1);
-    int const index = next_tile(round, blockIdx.x, gridDim.x, params.tile_counter);
+    int const index = next_tile_of(params, round);
     WorkTile work{};
     work.last = index >= num_tiles;
     if (!work.last) {
       work.tile = params.order(index);
       TileRows const rows(params.mask, work.tile.batch, work.tile.block * Traits::kBlockM);
+      if (lane == 0) keep_rows(storage, state.stage, rows, 0);
       auto const hull_of = [&](int first, int count) {
         if (rows.ascend()) return rows.hull(first, count);
         IntervalHull hull;
@@ -130,6 +153,7 @@ CUTLASS_DEVICE void load(
   uint32_t query_phase = 0;
   uint32_t out_phase = 0;
   uint32_t staged_phase = 0;
+  int key_head = -1;  // kKeysStay: whose keys are there, counted over (batch, KV head)
 
   for (;; work_state.advance()) {
     WorkTile const work = read_work(storage, work_state);
@@ -137,6 +161,12 @@ CUTLASS_DEVICE void load(
     int batch = work.tile.batch;
     if constexpr (Traits::kSharesKeys) batch %= params.batch;
     KeySource const keys{batch, work.tile.head / params.group};
+    bool stay = false;
+    if constexpr (Traits::kKeysStay) {
+      int const head = batch * params.num_heads_q + work.tile.head / params.group;
+      stay = head == key_head;
+      key_head = head;
+    }
     // Lets the scheduler take the CTA's next tile: not before this one's loads are nearly done, for
     // a tile that is taken too early waits here while other CTAs have nothing to do.
     auto const take_next_tile = [&] {
@@ -146,11 +176,16 @@ CUTLASS_DEVICE void load(
     auto const load_key = [&](int n_block) {
       if (lane == 0) {
         auto& pipeline = storage.key_pipeline;
+        auto& full = pipeline.full[key_state.stage];
         pipeline.empty[key_state.stage].wait(key_state.phase ^ 1);
-        pipeline.full[key_state.stage].arrive_and_expect_tx(Traits::kSizeK * 2);
-        tma_load_rows<kBlockN, Traits::kHeadDim, Traits::kSlab>(
-            params.key, pipeline.full[key_state.stage], kKeep,
-            storage.key + key_state.stage * Traits::kSizeK, keys.block<kBlockN>(n_block));
+        if (stay) {
+          full.arrive();
+        } else {
+          full.arrive_and_expect_tx(Traits::kSizeK * 2);
+          tma_load_rows<kBlockN, Traits::kHeadDim, Traits::kSlab>(
+              params.key, full, kKeep, storage.key + key_state.stage * Traits::kSizeK,
+              keys.block<kBlockN>(n_block));
+        }
       }
       key_state.advance();
     };
@@ -165,9 +200,13 @@ CUTLASS_DEVICE void load(
       FullBarrier& full = boundary ? storage.value_staged : pipeline.full[value_state.stage];
       if (lane == 0) {
         pipeline.empty[value_state.stage].wait(value_state.phase ^ 1);
-        full.arrive_and_expect_tx(Traits::kSizeV * 2);
-        tma_load_rows<kBlockN, Traits::kHeadDimV, Traits::kSlabV>(params.value, full, kKeep, smem,
-                                                                  keys.block<kBlockN>(n_block));
+        if (stay) {
+          full.arrive();
+        } else {
+          full.arrive_and_expect_tx(Traits::kSizeV * 2);
+          tma_load_rows<kBlockN, Traits::kHeadDimV, Traits::kSlabV>(params.value, full, kKeep, smem,
+                                                                    keys.block<kBlockN>(n_block));
+        }
       }
       if (boundary) {
         __syncwarp();

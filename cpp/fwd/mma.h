@@ -15,14 +15,15 @@
 namespace jax_fa3::fwd {
 
 // Computes O (not yet divided by the row sums) and the softmax statistics of one tile, from the
-// last key block to the first. `find_rows` finds the intervals of the thread's rows; it is called
-// while the tensor cores compute the first S.
-template <class Traits, class Turns, class FindRows, class Out>
+// last key block to the first. `find_rows` finds the intervals of the thread's rows, `end_rows`
+// does what can be done once their sums are known; they are called while the tensor cores compute
+// the first S and the last P V.
+template <class Traits, class Turns, class FindRows, class EndRows, class Out>
 CUTLASS_DEVICE void mma(typename Traits::Params const& params,
                         typename Traits::SharedStorage& storage,
                         typename Traits::ConsumerState& state, Turns turns, WorkTile const& work,
                         FindRows const& find_rows, Interval (&rows)[kRowsPerThread],
-                        typename Traits::Softmax& softmax, Out& tOrO) {
+                        typename Traits::Softmax& softmax, EndRows const& end_rows, Out& tOrO) {
   using Element = typename Traits::Element;
   BlockRange const& blocks = work.blocks;
   constexpr int kBlockN = Traits::kBlockN;
@@ -129,14 +130,18 @@ CUTLASS_DEVICE void mma(typename Traits::Params const& params,
   load_relative();
   warpgroup_wait<0>();
   take_scores();
-  if constexpr (Traits::kHasBits) {
-    if (!dense.is_full(n_block)) mask_block(n_block);
-  } else {
-    if (n_block < blocks.full_begin || n_block >= blocks.full_end) mask_block(n_block);
+  bool is_full = n_block >= blocks.full_begin && n_block < blocks.full_end;
+  if constexpr (Traits::kHasBits) is_full = dense.is_full(n_block);
+  if (!Traits::kByParts && !is_full) mask_block(n_block);
+  if (!Traits::kByParts || is_full) {
+    softmax.template update_max<Traits::kMaxOfThree>(tSrS);
+    release_query(n_block);
+    softmax.template exponentiate<0, 1>(tSrS);
+  } else if constexpr (Traits::kByParts) {
+    if constexpr (!Traits::kHasBias && !Traits::kHasRelative) params.score.apply(tSrS);
+    FirstBlock<kBlockN>{rows}.exponentiate(rows, n_block * kBlockN, softmax, tSrS,
+                                           [&] { release_query(n_block); });
   }
-  softmax.template update_max<Traits::kMaxOfThree>(tSrS);
-  release_query(n_block);
-  softmax.template exponentiate<0, 1>(tSrS);
   convert();
 
   // S of block n, while the tensor cores also compute P V of block n + 1.
@@ -180,7 +185,9 @@ CUTLASS_DEVICE void mma(typename Traits::Params const& params,
     if (rescales) softmax.rescale_out(tOrO);
   };
   LongSums<Traits> long_sums{params, warpgroup, blocks.end};
-  if constexpr (Traits::kHasBits) {
+  if constexpr (Traits::kKeysStay) {
+    // There is one block.
+  } else if constexpr (Traits::kHasBits) {
     while (n_block > blocks.begin) {
       n_block = dense.walk.next();
       if (dense.is_full(n_block)) {
@@ -212,10 +219,12 @@ CUTLASS_DEVICE void mma(typename Traits::Params const& params,
   if constexpr (Traits::kKeepsOffset) softmax.join_max();
   values.full[state.value.stage].wait(state.value.phase);
   issue_out();
+  if constexpr (Traits::kEndsRowsEarly) end_rows();
   warpgroup_wait<0>();
   warpgroup_fence_operand(tOrO);
   release(values, state.value);
   long_sums.finish(softmax, tOrO);
+  if constexpr (!Traits::kEndsRowsEarly) end_rows();
 }
 
 }  // namespace jax_fa3::fwd

@@ -40,6 +40,12 @@ struct Params {
   HeadOperands heads;
 };
 
+// Keys of the one block that stays in shared memory for all tiles of a head.
+inline constexpr int kShortKeys = 80;
+
+// Of the kernel whose keys stay in shared memory: a CTA's tiles follow one another.
+struct ShortParams : Params {};
+
 // Of the kernel whose tiles may be shared by CTAs (parts.h).
 struct ManyParams : Params {
   int batch;       // of query; a tile's counts the splits, too: split * batch + that of query

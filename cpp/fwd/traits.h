@@ -11,9 +11,11 @@
 #include "common/layouts.h"
 #include "common/mask.h"
 #include "common/softmax.h"
+#include "common/tile_rows.h"
 #include "common/tile_scheduler.h"
 #include "common/wgmma.h"
 #include "fwd/barriers.h"
+#include "fwd/first_block.h"
 #include "fwd/params.h"
 #include "plan.h"
 
@@ -23,9 +25,11 @@ using namespace cute;
 
 // The kinds of forward kernels.
 //
-// Three differ by how many keys there are for a tile. kFew: tiles have fewer query rows. kMany: O
-// is summed in memory, too (long_sums.h), or several CTAs share a tile (parts.h). That code is in a
-// kernel of its own: though never run, it costs a causal forward of 2,048 keys 2 %.
+// Four differ by how many keys there are for a tile. kShort: one block holds all, and nothing is
+// masked; it stays in shared memory while a CTA goes through tiles of the same head. kFew: tiles
+// have fewer query rows. kMany: O is summed in memory, too (long_sums.h), or several CTAs share a
+// tile (parts.h). That code is in a kernel of its own: though never run, it costs a causal forward
+// of 2,048 keys 2 %.
 //
 // The others have what few calls have:
 // kBias: a dense bias (common/bias.h), whose slabs need memory, and registers: so two consumers.
@@ -33,10 +37,10 @@ using namespace cute;
 // kDropout: dropout on the weights (common/dropout.h).
 // kAlibi: slopes (common/alibi.h), which three consumers have no registers for.
 // kRelative: a bias by distance (common/relative_bias.h), likewise.
-enum class Kind { kFew, kUsual, kMany, kBias, kBits, kDropout, kAlibi, kRelative };
+enum class Kind { kFew, kUsual, kMany, kBias, kBits, kDropout, kAlibi, kRelative, kShort };
 // What the kernel of each gets, in their order.
 using ParamsOfKind = std::tuple<Params, Params, ManyParams, BiasParams, BitsParams, DropoutParams,
-                                AlibiParams, RelativeParams>;
+                                AlibiParams, RelativeParams, ShortParams>;
 
 // The tile where rows see few keys. What takes time there is a tile's beginning and end, so small
 // ones take turns: of three CTAs on an SM, each with one consumer warpgroup.
@@ -54,22 +58,28 @@ struct Traits {
   static constexpr bool kHasRelative = kKind_ == Kind::kRelative;
   static constexpr bool kSharesKeys = kKind_ == Kind::kMany;
   using Params = std::tuple_element_t<static_cast<int>(kKind_), ParamsOfKind>;
-  using Softmax = std::conditional_t<kHasAlibi, AlibiSoftmax, jax_fa3::Softmax>;
+  using Softmax = std::conditional_t<kHasAlibi, AlibiSoftmax, SoftmaxByParts>;
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kHeadDimV = kHeadDimV_;
   static constexpr Kind kKind = kKind_;
   static constexpr FwdTile kTile =
-      kHasBits ? FwdTile{kMaskBlock, kMaskBlock, false}
+      kHasBits                ? FwdTile{kMaskBlock, kMaskBlock, false}
+      : kKind == Kind::kShort ? FwdTile{64, kShortKeys, false}
       : kKind == Kind::kFew
           ? few_keys_tile(kHeadDim, kHeadDimV)
           : fwd_tile(kHeadDim, kHeadDimV, kHasBias || kHasDropout || kHasAlibi || kHasRelative);
   static constexpr int kBlockM = kTile.block_m;
   static constexpr int kBlockN = kTile.block_n;
   static constexpr bool kOutOverValue = kTile.out_over_value;
-  static constexpr bool kAccumulates = true;  // onto the result for the keys of other calls
+  static constexpr bool kKeysStay = kKind == Kind::kShort;
+  static constexpr bool kAccumulates = !kKeysStay;  // onto the result for the keys of other calls
   static constexpr bool kHasLseLow = true;
-  static constexpr int kStages = 2;  // of K and of V
+  static constexpr int kStages = kKeysStay ? 1 : 2;  // of K and of V
+  // Whether a masked first block goes by parts (first_block.h), and a tile's rows are ended beside
+  // its last P V. With sums in memory head dim 256 spills 132 bytes so.
+  static constexpr bool kByParts = !kHasBits && !kHasAlibi && !kSharesKeys;
+  static constexpr bool kEndsRowsEarly = !kSharesKeys;
   // Tiles taken ahead: just the one whose loads begin while this one is finished. A CTA that took
   // more would keep the last tiles from CTAs that have nothing left.
   static constexpr int kWorkStages = 1;
@@ -81,10 +91,10 @@ struct Traits {
   // Exponents stay relative to a maximum that is nearly right (softmax.h), which saves most of the
   // rescaling. With dropout it would matter to sum_of_rounded() whether the largest weight was
   // dropped.
-  static constexpr bool kKeepsOffset = !kHasDropout;
+  static constexpr bool kKeepsOffset = !kHasDropout && !kKeysStay;
   // Maxima of three numbers at once: as fast as of two, or they spill, where two warpgroups rescale
   // O in each step.
-  static constexpr bool kMaxOfThree = kKeepsOffset || kConsumerWarpgroups == 3;
+  static constexpr bool kMaxOfThree = !kHasDropout || kConsumerWarpgroups == 3;
   // Whether a warpgroup leaves out those of the tile's key blocks that its own 64 rows do not see,
   // and masks only what is not full for them. Of a tile no higher than its blocks are long there
   // would be nothing to leave out.
@@ -144,7 +154,8 @@ struct Traits {
   static constexpr int kSizeK = kBlockN * kColumns;  // of one stage
   static constexpr int kSizeV = kBlockN * kColumnsV;
   static constexpr int kSizeOut = kBlockM * kColumnsV;
-  static constexpr int kOutRows = kBlockM;  // of a slab of the output
+  // Of a slab of the output. In V's memory each warpgroup has its own slabs, in a stage of its own.
+  static constexpr int kOutRows = kOutOverValue ? 64 : kBlockM;
 
   // A warpgroup's slabs of the bias: two blocks' worth, or what there is room for. They lie behind
   // V.
@@ -178,6 +189,7 @@ struct Traits {
     Pipeline<kStages> value_pipeline;
     Pipeline<kWorkStages> work_pipeline;
     WorkTile work[kWorkStages];
+    TileRows tile_rows[kWorkStages];
     BlockRange warpgroup_blocks[kWorkStages][kBlocksByWarpgroup ? kConsumerWarpgroups : 1];
     BiasRing<kBiasStages> bias_rings[kHasBias ? kConsumerWarpgroups : 1];
 
@@ -198,12 +210,19 @@ struct Traits {
     CUTLASS_DEVICE uint16_t* bias(int warpgroup) {
       return value + kStages * kSizeV + warpgroup * kBiasStages * kBiasSlab;
     }
-    CUTLASS_DEVICE uint16_t* out(int warpgroup) {
-      uint16_t* const tile = kOutOverValue ? value : out_tile;
-      return tile + warpgroup * 64 * kSlabV;
+    CUTLASS_DEVICE uint16_t* out(int warpgroup) { return out_tile + warpgroup * 64 * kSlabV; }
+    // Where a warpgroup's output lies in V's memory, once that has been read: the first's in the
+    // stage before the tile's last, which the others have read long ago, so that it need not wait
+    // for the second. `position` is that after the tile's last block.
+    CUTLASS_DEVICE uint16_t* out_over_value(PipelineState<kStages> const& position, int warpgroup) {
+      static_assert(!kOutOverValue || (kStages == 2 && kConsumerWarpgroups == 2));
+      int const stage = warpgroup == 0 ? position.stage : position.stage ^ 1;
+      value_pipeline.empty[stage].wait(position.phase ^
+                                       (stage == position.stage || position.stage == 0));
+      return value + stage * kSizeV;
     }
   };
-  static_assert(!kOutOverValue || kSizeOut <= kStages * kSizeV);
+  static_assert(!kOutOverValue || 64 * kColumnsV <= kSizeV);
   static_assert(!kOutOverValue || kWorkStages == 1, "out_stored has one bit of phase");
   static_assert(sizeof(SharedStorage) <= 227 * 1024);
 };

@@ -92,7 +92,7 @@ def test_gradients_of_large_scores(qkv):
     wanted = gradients(jax_fa3.dot_product_attention)
     for x, y in zip(found, wanted, strict=True):
         assert np.linalg.norm(x - y) < 0.2 * np.linalg.norm(y)
-    assert np.linalg.norm(found[1].sum(1)) < 0.02 * np.linalg.norm(found[1])
+    assert np.linalg.norm(found[1].sum(1)) < 0.05 * np.linalg.norm(found[1])
 
 
 Q, K, V = QKV

@@ -50,9 +50,7 @@ class Attention(_autodiff.Method):
         call = self.implementation, *functions, static, letters, results
         return _dispatch.run(*call, operands, more, masks)
 
-    def gradient(
-        self, operands: Operands, masks: Masks, more: Preparation, rows: Rows
-    ) -> Operands:
+    def gradient(self, operands: Operands, masks: Masks, more: Preparation, rows: Rows) -> Operands:
         per_mask = batch_letters(masks, operands.sizes.batch)
         letters = operands.letters, self.letters(more), per_mask
         three: Any = operands.letters

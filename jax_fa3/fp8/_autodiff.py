@@ -67,7 +67,8 @@ class Attention(_autodiff.Method):
         dlse = jnp.where(rows.lse == -jnp.inf, 0, rows.dlse)
         dlse = jnp.swapaxes(dlse, 1, 2)[..., None]
         of_mean = self.config.scale * dlse * by_query_head(mean, query.shape[2])[:, None]
-        return dataclasses.replace(found, query=found.query + of_mean.astype(query.dtype))
+        dquery = found.query.astype(jnp.float32) + of_mean
+        return dataclasses.replace(found, query=dquery.astype(query.dtype))
 
 
 def by_operand(

@@ -55,8 +55,8 @@ class Attention(_autodiff.Method):
         letters = operands.letters, self.letters(more), per_mask
         three: Any = operands.letters
         results = three.query, three.key, three.value, "bk.", operands.result_letters[1]
-        functions, static = (_seen_by_kernels, _seen_by_plain), (self.quantization, self.smooth)
-        call = self.implementation, *functions, (*static, self.config), letters, results
+        functions = _seen_by_kernels, _seen_by_plain
+        call = self.implementation, *functions, (self,), letters, results
         query, key, value, mean, by = _dispatch.run(*call, operands, more, masks)
         seen = dataclasses.replace(operands, query=query, key=key, value=value)
         rows = rows._replace(lse=shifted(rows.lse, -by))
@@ -116,20 +116,14 @@ def _quantize_and_attend(
 
 
 def _seen(
-    quantize: Callable[..., tuple[Array, Array]],
-    quantization: Quantization,
-    smooth: tuple[bool, bool],
-    config: Config,
-    operands: Operands,
-    preparation: Preparation,
-    masks: Masks,
+    quantize: Any, method: Attention, operands: Operands, preparation: Preparation, masks: Masks
 ) -> tuple[Array, ...]:
     """query, key and value as the forward rounded them, in their dtype, key without its mean; that mean,
     [B, K, H]; and by how much it raises the log-sum-exp, [B, N, T]."""
-    each = by_operand(operands, preparation, masks, smooth)
+    each = by_operand(operands, preparation, masks, method.smooth)
     found = []
     for given in each:
-        x8, scales = quantize(quantization, False, given)
+        x8, scales = quantize(method.quantization, False, given)
         rows = jnp.repeat(scales, _ffi.BLOCK, axis=1)[:, : x8.shape[1], :, None]
         if given.signs is None:
             x = x8.astype(jnp.float32) * rows
@@ -144,7 +138,7 @@ def _seen(
     if key.mean is None:
         mean = jnp.zeros((batch, key.x.shape[2], head_dim), jnp.float32)
         return *found, mean, jnp.zeros((batch, heads, length), jnp.float32)
-    return *found, key.mean, shift(config, query.x, key.mean)
+    return *found, key.mean, shift(method.config, query.x, key.mean)
 
 
 _kernels = functools.partial(_quantize_and_attend, _quantize.kernel, _ffi.fwd)

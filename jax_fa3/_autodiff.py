@@ -56,6 +56,10 @@ class Method:
         """The gradient of operands."""
         raise NotImplementedError
 
+    def gradient(self, operands: Operands, masks: Masks, more: Any, rows: Rows) -> Operands:
+        """The same, where `more` counts."""
+        return self.backward(operands, masks, rows)
+
     def letters(self, more: Any) -> Any:
         """Of `more`, as `_sharding` has them."""
         return None
@@ -128,15 +132,15 @@ def _forward(
     results = method.forward(constants, masks, more, for_gradient=True)
     results = tuple(map(checkpoint_name, results, RESIDUAL_NAMES))
     out, lse, *low = named(method.config, results)
-    return (out, lse), (operands, masks, out, finite_in_debug_mode(lse), low)
+    return (out, lse), (operands, masks, more, out, finite_in_debug_mode(lse), low)
 
 
 def _backward(
     method: Method, residuals: Any, cotangents: tuple[Array, Array]
 ) -> tuple[Operands, None, None]:
-    operands, masks, out, lse, low = residuals
+    operands, masks, more, out, lse, low = residuals
     # Neither masks nor what else there is have a gradient.
-    return method.backward(operands, masks, Rows(out, lse, *cotangents, *low)), None, None
+    return method.gradient(operands, masks, more, Rows(out, lse, *cotangents, *low)), None, None
 
 
 _with_vjp = jax.custom_vjp(_primal, nondiff_argnums=(0,))

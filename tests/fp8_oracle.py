@@ -174,16 +174,24 @@ def with_means(
 
 
 def with_backward(
-    case: Case, rounded: Results, exact: Results, inputs: Any, cotangents: Any, dtype: DTypeLike
+    case: Case, results: Results, rounded: Results, seen: Any, cotangents: Any, key_mean: Any
 ) -> Results:
-    """rounded, and the gradients of 16-bit attention that go by its out and lse: their weights are the
-    exact ones times a factor of the row, and the row's sum of dout * out is of this out."""
+    """results, and the gradients of 16-bit attention of `seen`, query, key and value as the forward rounded
+    them, that go by `rounded`, its out and lse: their weights are the exact ones times a factor of the
+    row, and the row's sum of dout * out is of this out. The lse that was given out has the part of
+    key_mean, [B, K, H] or None, too."""
     dout, dlse = (x.astype(jnp.float32) for x in cotangents)
-    factor = jnp.where(jnp.isfinite(rounded.lse), jnp.exp(exact.lse - rounded.lse), 1)
+    exact = exact_oracle(case, jnp.float32, seen, (dout, dlse))
+    sees = jnp.isfinite(rounded.lse)
+    factor = jnp.where(sees, jnp.exp(exact.lse - rounded.lse), 1)
     change = jnp.nan_to_num(dout) * jnp.nan_to_num(rounded.out.astype(jnp.float32) - exact.out)
     changed = factor[..., None] * dout, factor * (dlse - change.sum(-1))
-    grads = exact_oracle(case, jnp.float32, inputs, changed)[2:]
-    return Results(*rounded[:2], *(_reference.rounded(x, dtype) for x in grads))
+    dq, *dkv = exact_oracle(case, jnp.float32, seen, changed)[2:]
+    if key_mean is not None:
+        mean = key_mean.repeat(case.N // case.K, axis=1)[:, None]
+        of_mean = jnp.where(sees, dlse, 0)[..., None] * mean
+        dq += of_mean * (case.H**-0.5 if case.scale is None else case.scale)
+    return Results(*results[:2], *(_reference.rounded(x, seen[0].dtype) for x in (dq, *dkv)))
 
 
 def all_dequantized(tensors: Any, scales: Any) -> list[Array]:

@@ -64,9 +64,10 @@ def dot_product_attention(
 
     Returns as jax_fa3.dot_product_attention, the log-sum-exp in fp32.
 
-    Gradients are those of 16-bit attention, as if nothing had been quantized, computed from query, key
-    and value as they are with the forward's out and log-sum-exp: in reverse mode, of first order. Out
-    and log-sum-exp have the names jax_fa3.RESIDUAL_NAMES, and checkpoint_name, for jax.checkpoint. A
+    Gradients are those of 16-bit attention of query, key and value as the forward rounded them, with its
+    out and log-sum-exp, as if rounding had the derivative 1: in reverse mode, of first order. (Of the
+    arrays as they were, weights would not add up to 1.) Out and log-sum-exp have the names
+    jax_fa3.RESIDUAL_NAMES, and checkpoint_name, for jax.checkpoint. A
     NaN or infinity reaches the whole block of 128 rows that has it, and every row that sees a key of
     that block; padding past the lengths may hold anything, and does not count in a scale or a mean.
 

@@ -71,15 +71,28 @@ def random_signs(key: ArrayLike, head_dim: int) -> Array:
 
 def transform(x: Array, signs: Array | None) -> Array:
     """hadamard_transform of fp32 or fp64 x; signs: broadcastable to x, of x's or a narrower dtype."""
-    head_dim = x.shape[-1]
+    x = x if signs is None else x * signs.astype(x.dtype)
+    # "highest": on GPUs and TPUs fp32 would be rounded to 11 bits or fewer.
+    found = jnp.einsum("...h,hj->...j", x, _matrix(x.shape[-1], x.dtype), precision="highest")
+    return found * (1 / math.sqrt(power_of_two(x.shape[-1])))
+
+
+def undone(x8: Array, signs: Array) -> Array:
+    """fp32: what was transformed to e4m3 x8; signs: broadcastable to it."""
+    # Exact, for bf16 has all e4m3 numbers, and so fast as tensor cores are.
+    x = x8.astype(jnp.bfloat16)
+    found = jnp.einsum(
+        "...h,hj->...j", x, _matrix(x.shape[-1], x.dtype), preferred_element_type=jnp.float32
+    )
+    return found * (1 / math.sqrt(power_of_two(x.shape[-1]))) * signs
+
+
+def _matrix(head_dim: int, dtype: Any) -> Array:
     size = power_of_two(head_dim)
     j = jnp.arange(head_dim, dtype=jnp.int32)[None]
     i = j.T
     parity = jax.lax.population_count(i % size & j % size) % 2
-    matrix = jnp.where(i // size == j // size, 1 - 2 * parity, 0).astype(x.dtype)
-    x = x if signs is None else x * signs.astype(x.dtype)
-    # "highest": on GPUs and TPUs fp32 would be rounded to 11 bits or fewer.
-    return jnp.einsum("...h,hj->...j", x, matrix, precision="highest") * (1 / math.sqrt(size))
+    return jnp.where(i // size == j // size, 1 - 2 * parity, 0).astype(dtype)
 
 
 def checked_signs(signs: Any, head_dim: int) -> Array | None:

@@ -110,12 +110,17 @@ def by_query_head(mean: Array, heads: int) -> Array:
     return jnp.repeat(mean, heads // max(mean.shape[1], 1), axis=1)
 
 
-def log_sum_exp(lse: Array, config: Config, query: Array, key_mean: Array) -> Array:
-    """Of the scores with key, [B, N, T], from that with key - key_mean; query: [B, T, N, H]."""
+def shift(config: Config, query: Array, key_mean: Array) -> Array:
+    """[B, N, T]: by how much key_mean raises the scores of query's rows, [B, T, N, H]."""
     mean = by_query_head(key_mean, query.shape[2])
-    shift = jnp.einsum("btnh,bnh->bnt", query.astype(jnp.float32), mean, precision="highest")
+    products = jnp.einsum("btnh,bnh->bnt", query.astype(jnp.float32), mean, precision="highest")
+    return config.scale * products
+
+
+def shifted(lse: Array, by: Array) -> Array:
+    """The log-sum-exp [B, N, T] of scores that are raised by so much."""
     # Query rows that see nothing may hold NaN.
-    return jnp.where(lse == -jnp.inf, lse, lse + config.scale * shift)
+    return jnp.where(lse == -jnp.inf, lse, lse + by)
 
 
 def resolved(smooth_k: Any, smooth_v: Any, fixed: bool) -> tuple[bool, bool]:

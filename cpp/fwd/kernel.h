@@ -4,6 +4,7 @@
 #include <cutlass/arch/reg_reconfig.h>
 #include <cutlass/cutlass.h>
 
+#include "fwd/alibi.h"
 #include "fwd/bias.h"
 #include "fwd/epilogue.h"
 #include "fwd/load.h"
@@ -60,10 +61,6 @@ CUTLASS_DEVICE void consume(
     };
     Interval rows[kRowsPerThread];
     typename Traits::Softmax softmax{params.exponents};
-    if constexpr (Traits::kHasAlibi) {
-      softmax.slope = params.alibi.slope(work.tile.batch, work.tile.head);
-      softmax.first_row = work.tile.block * Traits::kBlockM + tile_row;
-    }
     bool const sees = work.blocks.begin < work.blocks.end;
     if constexpr (Traits::kBlocksByWarpgroup) {
       if (!sees && of_tile.begin < of_tile.end) {

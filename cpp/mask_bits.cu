@@ -58,6 +58,7 @@ struct OfBytes {
         row(row) {}
 
   __device__ bool same_columns() const { return p.mask_of_column == 0; }
+  __device__ uint32_t seen_chunks(int, uint32_t&) const { return ~0u; }
 
   // A chunk of the row, of whose columns `count` exist; by whole warps.
   __device__ void read(int chunk, int count, uint32_t (&bits)[kWords]) const {
@@ -145,6 +146,40 @@ struct OfIntervals {
         row(row) {}
 
   __device__ bool same_columns() const { return false; }
+
+  // Of the CTA's chunks from `first_chunk` on, which any of its rows sees, in a bit each; by the
+  // whole CTA. The others need no bits: nobody reads them.
+  __device__ uint32_t seen_chunks(int first_chunk, uint32_t& shared) const {
+    if (threadIdx.x == 0) shared = 0;
+    __syncthreads();
+    uint32_t seen = 0;
+    if constexpr (kRowsAreKeys) {
+      // A warp looks at the query rows of each of its chunks.
+      int const first_key = row - threadIdx.x % kRows;
+      for (int i = threadIdx.x / 32; i < kChunksOfCta; i += kThreads / 32) {
+        int const first_row = (first_chunk + i) * kMaskBlock + threadIdx.x % 32;
+        bool any = false;
+#pragma unroll
+        for (int of_lane = 0; of_lane < kMaskBlock; of_lane += 32) {
+          for (int m = 0; m < p.num_intervals && first_row + of_lane < p.columns; ++m) {
+            any |= !interval(first_row + of_lane, m, first_key, kRows).empty();
+          }
+        }
+        if (__any_sync(~0u, any)) seen |= 1u << i;
+      }
+    } else {
+      constexpr int kKeys = kChunksOfCta * kMaskBlock;
+      for (int m = 0; m < p.num_intervals && row < p.rows; ++m) {
+        Interval const keys = interval(row, m, first_chunk * kMaskBlock, kKeys);
+        if (keys.empty()) continue;
+        seen |= ~0u >> (31 - (keys.end - 1) / kMaskBlock) & ~0u << keys.begin / kMaskBlock;
+      }
+      seen = __reduce_or_sync(~0u, seen);
+    }
+    if (threadIdx.x % 32 == 0 && seen != 0) atomicOr(&shared, seen);
+    __syncthreads();
+    return shared;
+  }
   // Within [first, first + size), counted from there.
   __device__ Interval interval(int query_row, int i, int first, int size) const {
     int const* const of_row = of_batch + int64_t{query_row} * 2 * p.num_intervals + i;
@@ -187,6 +222,7 @@ struct OfIntervals {
 template <class Source>
 __global__ void __launch_bounds__(kThreads, 2) mask_bits_kernel(DenseMaskToBits const p) {
   __shared__ uint32_t any[2], hidden[2];  // of the CTA's blocks
+  __shared__ uint32_t shared_seen;
   if (threadIdx.x < 2) any[threadIdx.x] = hidden[threadIdx.x] = 0;
   __syncthreads();
   int const row_blocks = (p.rows + kRows - 1) / kRows;
@@ -198,13 +234,16 @@ __global__ void __launch_bounds__(kThreads, 2) mask_bits_kernel(DenseMaskToBits 
   Source const source(p, of_head, row);
   bool const same_columns = source.same_columns();
 
+  uint32_t const seen_chunks = source.seen_chunks(first_chunk, shared_seen);
+
   for (int i = threadIdx.x / kRows; i < kChunksOfCta; i += kChunksAtOnce) {
     int const chunk = first_chunk + i;
     if (chunk >= p.chunks) break;
+    bool const is_seen = seen_chunks >> i & 1;
     int const count = same_columns ? kMaskBlock : min(kMaskBlock, p.columns - chunk * kMaskBlock);
     uint32_t bits[kWords] = {};
-    source.read(chunk, count, bits);
-    if (row < rows_of_head) {
+    if (is_seen) source.read(chunk, count, bits);
+    if (is_seen && row < rows_of_head) {
       auto* const to = reinterpret_cast<uint4*>(p.bits);
       to[(of_head * rows_of_head + row) * p.chunks + chunk] =
           uint4{bits[0], bits[1], bits[2], bits[3]};

@@ -119,6 +119,11 @@ CUTLASS_DEVICE void load_keys_and_steps(typename Traits::Params const& params,
     constexpr int kStatsBytes = kStats * sizeof(float);
     constexpr int kIntervalBytes = kBlockM * sizeof(int2);
     pipeline.empty[state.stage].wait(state.phase ^ 1);
+    if constexpr (Traits::kHasAlibi) {
+      write_alibi<kBlockM>(storage.term_queries + state.stage * term_size(kBlockM, 1),
+                           params.alibi.slope(batch, step.head),
+                           first_key - step.m_block * kBlockM);
+    }
     if (lane == 0) {
       storage.steps[state.stage] = step;
       if constexpr (Traits::kPersistent) storage.tiles[state.stage] = tile;
@@ -294,6 +299,10 @@ template <class Traits>
 CUTLASS_DEVICE void load(typename Traits::Params const& params,
                          typename Traits::SharedStorage& storage, KeyTile const& of_cta) {
   Loading<Traits::kStages> loading;
+  if constexpr (Traits::kHasAlibi) {
+    begin_alibi<Traits::kBlockN, Traits::kBlockM, Traits::kStages>(storage.term_keys,
+                                                                   storage.term_queries);
+  }
   if constexpr (Traits::kPersistent) {
     auto const take = [&] {
       int const taken = threadIdx.x % 32 == 0 ? atomicAdd(params.tile_counter, 1) : 0;

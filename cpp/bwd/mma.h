@@ -161,7 +161,17 @@ CUTLASS_DEVICE bool mma(typename Traits::Params const& params,
   Step step;
 
   auto const issue_s = [&] {
-    issue_gemm_zero<Traits::kHeadDim / 16>(mma_s, tSrK, tSrQ(_, _, _, state.stage), tS);
+    if constexpr (Traits::kHasAlibi) {
+      typename Traits::MmaTerm const mma_term;
+      issue_scores_with_term<Traits::kHeadDim / 16>(
+          mma_s, tSrK, tSrQ(_, _, _, state.stage), mma_term,
+          a(mma_term, storage.term_keys, typename Traits::LayoutTermKeys{})(_, _, _, 0),
+          b(mma_term, storage.term_queries, typename Traits::LayoutTermQueries{})(_, _, _,
+                                                                                  state.stage),
+          tS);
+    } else {
+      issue_gemm_zero<Traits::kHeadDim / 16>(mma_s, tSrK, tSrQ(_, _, _, state.stage), tS);
+    }
   };
   auto const issue_dp = [&] {
     douts.full[state.stage].wait(state.phase);
@@ -233,11 +243,6 @@ CUTLASS_DEVICE bool mma(typename Traits::Params const& params,
       warpgroup_fence_operand(tS);
       add_bias_transposed<Element>(params.bias, storage.bias_rings[warpgroup],
                                    storage.bias(warpgroup), bias_state, tS);
-    }
-    if constexpr (Traits::kHasAlibi) {
-      warpgroup_fence_operand(tS);
-      float const slope = params.alibi.slope(tile.batch, storage.steps[state.stage].head);
-      add_slope_transposed(slope, distance(), tS);
     }
     if constexpr (Traits::kHasRelative) {
       warpgroup_fence_operand(tS);

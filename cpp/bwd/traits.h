@@ -177,9 +177,20 @@ struct BitsTraits : Traits<Element, kHeadDim, kHeadDimV> {
 // With slopes (common/alibi.h).
 template <class Element, int kHeadDim, int kHeadDimV>
 struct AlibiTraits : Traits<Element, kHeadDim, kHeadDimV> {
-  static constexpr bool kPersistent = false;
+  using Base = Traits<Element, kHeadDim, kHeadDimV>;
   static constexpr bool kHasAlibi = true;
   using Params = AlibiParams;
+  using MmaTerm =
+      decltype(make_tiled_mma(GMMA::ss_op_selector<cutlass::bfloat16_t, cutlass::bfloat16_t, float,
+                                                   Shape<_64, Int<Base::kBlockM>, _16>>(),
+                              typename Base::TileN{}));
+  using LayoutTermKeys = LayoutTerm<Base::kBlockN, 1>;
+  using LayoutTermQueries = LayoutTerm<Base::kBlockM, Base::kStages>;
+  struct SharedStorage : Base::SharedStorage {
+    alignas(128) uint16_t term_keys[term_size(Base::kBlockN, 1)];  // the same for all steps
+    alignas(128) uint16_t term_queries[term_size(Base::kBlockM, Base::kStages)];
+  };
+  static_assert(sizeof(SharedStorage) <= 227 * 1024);
 };
 
 // With a bias by distance (common/relative_bias.h).

@@ -1,9 +1,17 @@
 // ALiBi (Press et al., arXiv 2108.12409): slope * (key - query row) is added to the scores, from
-// positions alone. Scores here are q.k, as they stand in the accumulators, so slopes are divided by
-// softmax_scale.
+// positions alone. It costs no instruction a score: it is one more step of 16 columns of the
+// product that gives them. Scores here are q.k, as they stand in the accumulators, so slopes are
+// divided by softmax_scale.
+//
+// Of an accumulator's row r and column c the term is `slope * (row - column)`, in the forward of
+// the negative slope, for there rows are query rows. The operand of rows has r, r, r, 1, 1, 1 and
+// the operand of columns the slope and the term of (first row, c), each in three numbers of bf16,
+// which have all 24 bits of it. So the term is as exact as a product in fp32, in fp16, too.
 #pragma once
 
-#include "common/softmax.h"
+#include "common/barriers.h"
+#include "common/fragment.h"
+#include "common/gemm.h"
 #include "problem.h"
 
 namespace jax_fa3 {
@@ -21,87 +29,94 @@ inline Alibi make_alibi(Problem const& problem) {
   return {problem.heads.alibi_slopes, 1.f / problem.softmax_scale};
 }
 
-// The forward's: scores of a block lack the term of the block's place, which is the same for all of
-// a thread's columns. It is added to their maximum, and to what exponents are relative to, so that
-// the term costs one FFMA a score: slope times a column that the instruction holds.
-struct AlibiSoftmax : Softmax {
-  float slope;
-  float shift[kRowsPerThread];  // what this block's scores lack
-  float place[kRowsPerThread];  // `offset`, of such scores
-  int first_row;                // the first of the thread's
+// An operand in shared memory, of kRows rows of A or columns of B: not swizzled, vectors of 8
+// elements behind each other. Of a row's 16 elements the second 8 are 0.
+template <int kRows, int kStages>
+using LayoutTerm =
+    decltype(cute::tile_to_shape(cute::GMMA::Layout_K_INTER_Atom<uint16_t>{},
+                                 cute::Shape<cute::Int<kRows>, cute::_16, cute::Int<kStages>>{}));
+constexpr int term_size(int rows, int stages) { return rows * 16 * stages; }
 
-  // `column`: the key of the thread's column 0.
-  template <class Scores>
-  CUTLASS_DEVICE void add_slope(int column, Scores& scores) {
-    CUTLASS_PRAGMA_UNROLL
-    for (int i = 0; i < size(scores); ++i) {
-      scores(i) = fmaf(slope, static_cast<float>(fragment_column(i)), scores(i));
-    }
-    CUTLASS_PRAGMA_UNROLL
-    for (int row = 0; row < kRowsPerThread; ++row) {
-      shift[row] = slope * static_cast<float>(column - first_row - row * 8);
-    }
-  }
+namespace detail {
 
-  template <bool kThreeAtOnce = false, class Scores>
-  CUTLASS_DEVICE void update_max(Scores const& scores) {
-    raise_shifted_max<kThreeAtOnce>(scores);
-    take_max();
-    find_place();
-  }
+// A number as three of bf16, each the upper half of a word.
+struct InThree {
+  uint32_t high, middle, low;
 
-  template <class Scores>
-  CUTLASS_DEVICE bool raise_offset(Scores const& scores) {
-    raise_shifted_max<true>(scores);
-    bool const raised = take_max_if_above();
-    find_place();
-    return raised;
-  }
-
-  template <int kPart, int kParts, class Scores>
-  CUTLASS_DEVICE void exponentiate(Scores& scores) {
-    exponentiate_less<kPart, kParts>(place, scores);
-  }
-
- private:
-  template <bool kThreeAtOnce, class Scores>
-  CUTLASS_DEVICE void raise_shifted_max(Scores const& scores) {
-    float const before[kRowsPerThread] = {row_max[0], row_max[1]};
-    row_max[0] = row_max[1] = -INFINITY;
-    raise_max<kThreeAtOnce>(scores);
-    CUTLASS_PRAGMA_UNROLL
-    for (int row = 0; row < kRowsPerThread; ++row) {
-      row_max[row] = fmaxf(before[row], row_max[row] + shift[row]);
-    }
-  }
-
-  CUTLASS_DEVICE void find_place() {
-    CUTLASS_PRAGMA_UNROLL
-    for (int row = 0; row < kRowsPerThread; ++row) {
-      place[row] = fmaf(-shift[row], factor[row], offset[row]);
-    }
+  CUTLASS_DEVICE explicit InThree(float x) {
+    high = __float_as_uint(x) & 0xffff0000u;
+    float const rest = x - __uint_as_float(high);
+    middle = __float_as_uint(rest) & 0xffff0000u;
+    low = __float_as_uint(rest - __uint_as_float(middle));
   }
 };
 
-// The backward's, of scores [keys, query rows]: `distance` is that of the thread's first key from
-// its first query row. Elements on a diagonal have one term, which is found once.
-template <class Scores>
-CUTLASS_DEVICE void add_slope_transposed(float slope, int distance, Scores& scores) {
-  float const first = slope * static_cast<float>(distance);
-  float before[2] = {fmaf(slope, 8.f, first), fmaf(slope, 7.f, first)};
-  CUTLASS_PRAGMA_UNROLL
-  for (int i = 0; i < size(scores); i += 4) {
-    CUTLASS_PRAGMA_UNROLL
-    for (int e = 0; e < 2; ++e) {
-      float const term = fmaf(slope, static_cast<float>(-fragment_column(i + e)), first);
-      scores(i + e) += term;
-      scores(i + 2 + e) += before[e];
-      before[e] = term;
+// The upper halves of two words.
+CUTLASS_DEVICE uint32_t upper_halves(uint32_t first, uint32_t second) {
+  return __byte_perm(first, second, 0x7632);
+}
+
+}  // namespace detail
+
+// The operand of rows, the same for all tiles, and the half of the other's that is 0; by a warp.
+template <int kRows, int kColumns, int kStages>
+CUTLASS_DEVICE void begin_alibi(uint16_t* rows, uint16_t* columns) {
+  auto* const of_rows = reinterpret_cast<uint4*>(rows);
+  auto* const of_columns = reinterpret_cast<uint4*>(columns);
+  for (int row = threadIdx.x % 32; row < kRows; row += 32) {
+    uint32_t const index = __float_as_uint(static_cast<float>(row)) >> 16;
+    uint32_t const one = 0x3f80;
+    of_rows[row] = {index | index << 16, index | one << 16, one | one << 16, 0};
+    of_rows[kRows + row] = {0, 0, 0, 0};
+  }
+  for (int stage = 0; stage < kStages; ++stage) {
+    for (int column = threadIdx.x % 32; column < kColumns; column += 32) {
+      of_columns[(stage * 2 + 1) * kColumns + column] = {0, 0, 0, 0};
     }
   }
 }
 
-// The sum of the elements, which are packed in pairs, each times its distance.
+// The operand of columns; by a warp, which then tells those who issue its product. `distance`: of
+// the accumulator's first row from its first column.
+template <int kColumns>
+CUTLASS_DEVICE void write_alibi(uint16_t* columns, float slope, int distance) {
+  detail::InThree const of_slope(slope);
+  CUTLASS_PRAGMA_UNROLL
+  for (int column = threadIdx.x % 32; column < kColumns; column += 32) {
+    detail::InThree const term(slope * static_cast<float>(distance - column));
+    reinterpret_cast<uint4*>(columns)[column] = {
+        detail::upper_halves(of_slope.high, of_slope.middle),
+        detail::upper_halves(of_slope.low, term.high), detail::upper_halves(term.middle, term.low),
+        0};
+  }
+  cutlass::arch::fence_view_async_shared();
+  __syncwarp();
+}
+
+// issue_gemm_zero() of the scores, and of the term's operands, as one group.
+template <int kSteps, class Mma, class A, class B, class MmaTerm, class Rows, class Columns,
+          class C>
+CUTLASS_DEVICE void issue_scores_with_term(Mma mma, A const& a, B const& b, MmaTerm mma_term,
+                                           Rows const& rows, Columns const& columns, C& c) {
+  using namespace cute;
+  auto const of_a = recomputed(a);
+  auto const of_b = recomputed(b);
+  auto const of_rows = recomputed(rows);
+  auto const of_columns = recomputed(columns);
+  mma.accumulate_ = GMMA::ScaleOut::Zero;
+  warpgroup_fence_operand(c);
+  warpgroup_arrive();
+  CUTLASS_PRAGMA_UNROLL
+  for (int k = 0; k < kSteps; ++k) {
+    cute::gemm(mma, of_a(_, _, k), of_b(_, _, k), c);
+    mma.accumulate_ = GMMA::ScaleOut::One;
+  }
+  cute::gemm(mma_term, of_rows(_, _, _0{}), of_columns(_, _, _0{}), c);
+  warpgroup_commit_batch();
+}
+
+// Of the backward's dS, the sum of the elements, which are packed in pairs, each times its
+// distance; `distance` is that of the thread's first key from its first query row.
 template <class Element, class Packed>
 CUTLASS_DEVICE float sum_of_distances(int distance, Packed const& ds) {
   float const first = static_cast<float>(distance);

@@ -4,6 +4,7 @@
 #include <cutlass/arch/reg_reconfig.h>
 #include <cutlass/cutlass.h>
 
+#include "fwd/alibi.h"
 #include "fwd/bias.h"
 #include "fwd/epilogue.h"
 #include "fwd/load.h"
@@ -63,10 +64,6 @@ CUTLASS_DEVICE void consume(
     };
     Interval rows[kRowsPerThread];
     typename Traits::Softmax softmax{params.exponents};
-    if constexpr (Traits::kHasAlibi) {
-      softmax.slope = params.alibi.slope(work.tile.batch, work.tile.head);
-      softmax.first_row = work.tile.block * Traits::kBlockM + tile_row;
-    }
     float inverse_sum[kRowsPerThread];
     auto const end_rows = [&] {
       if constexpr (Traits::kHasBias || Traits::kHasBits) mark_hidden_rows(softmax, rows);

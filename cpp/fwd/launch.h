@@ -99,11 +99,7 @@ cudaError_t make_params(Problem const& problem, typename Traits::Params* params)
         !p.mask.restricts() && has_idle_warpgroup(p.seqlen_q, Traits::kBlockM);
   }
   if constexpr (Traits::kHasBits) params->bits = p.mask_bits;
-  if constexpr (Traits::kHasAlibi) {
-    params->alibi = make_alibi(p);
-    // What a block's scores lack of their term would be multiplied by the wrong factor.
-    params->exponents.huge = INFINITY;
-  }
+  if constexpr (Traits::kHasAlibi) params->alibi = make_alibi(p);
   if constexpr (Traits::kHasRelative) params->relative_bias = make_relative_bias(p);
   if constexpr (Traits::kSharesKeys) {
     params->batch = p.batch;

@@ -55,7 +55,18 @@ CUTLASS_DEVICE void mma(typename Traits::Params const& params,
   auto& values = storage.value_pipeline;
 
   auto const issue_scores = [&] {
-    issue_gemm_zero<Traits::kHeadDim / 16>(mma_qk, tSrQ, tSrK(_, _, _, state.key.stage), tSrS);
+    if constexpr (Traits::kHasAlibi) {
+      typename Traits::MmaTerm const mma_term;
+      issue_scores_with_term<Traits::kHeadDim / 16>(
+          mma_qk, tSrQ, tSrK(_, _, _, state.key.stage), mma_term,
+          operand_a(mma_term, warpgroup, storage.term_rows(), typename Traits::LayoutTermRows{})(
+              _, _, _, 0),
+          operand_b(mma_term, warpgroup, storage.term_keys(), typename Traits::LayoutTermKeys{})(
+              _, _, _, state.key.stage),
+          tSrS);
+    } else {
+      issue_gemm_zero<Traits::kHeadDim / 16>(mma_qk, tSrQ, tSrK(_, _, _, state.key.stage), tSrS);
+    }
   };
   auto const issue_out = [&] { issue_gemm(mma_pv, tOrP, tOrV(_, _, _, state.value.stage), tOrO); };
   auto const release = [&](auto& pipeline, auto& position) {
@@ -83,7 +94,6 @@ CUTLASS_DEVICE void mma(typename Traits::Params const& params,
       add_bias<Element>(params.bias, storage.bias_rings[warpgroup], storage.bias(warpgroup),
                         state.bias, tSrS);
     }
-    if constexpr (Traits::kHasAlibi) softmax.add_slope(n_block * kBlockN + lane_column, tSrS);
     if constexpr (Traits::kHasRelative) relative.add(tSrS);
   };
   DenseMask<Traits> dense(params, work, warpgroup);

@@ -35,8 +35,9 @@ using namespace cute;
 // kBias: a dense bias (common/bias.h), whose slabs need memory, and registers: so two consumers.
 // kBits: a dense mask (common/mask_bits.h), whose blocks are 128 x 128.
 // kDropout: dropout on the weights (common/dropout.h).
-// kAlibi: slopes (common/alibi.h), which three consumers have no registers for.
-// kRelative: a bias by distance (common/relative_bias.h), likewise.
+// kAlibi: slopes (common/alibi.h), whose operands need memory.
+// kRelative: a bias by distance (common/relative_bias.h), which three consumers have no registers
+// for.
 enum class Kind { kFew, kUsual, kMany, kBias, kBits, kDropout, kAlibi, kRelative, kShort };
 // What the kernel of each gets, in their order.
 using ParamsOfKind = std::tuple<Params, Params, ManyParams, BiasParams, BitsParams, DropoutParams,
@@ -58,7 +59,7 @@ struct Traits {
   static constexpr bool kHasRelative = kKind_ == Kind::kRelative;
   static constexpr bool kSharesKeys = kKind_ == Kind::kMany;
   using Params = std::tuple_element_t<static_cast<int>(kKind_), ParamsOfKind>;
-  using Softmax = std::conditional_t<kHasAlibi, AlibiSoftmax, SoftmaxByParts>;
+  using Softmax = SoftmaxByParts;
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kHeadDimV = kHeadDimV_;
@@ -68,7 +69,7 @@ struct Traits {
       : kKind == Kind::kShort ? FwdTile{64, kShortKeys, false}
       : kKind == Kind::kFew
           ? few_keys_tile(kHeadDim, kHeadDimV)
-          : fwd_tile(kHeadDim, kHeadDimV, kHasBias || kHasDropout || kHasAlibi || kHasRelative);
+          : fwd_tile(kHeadDim, kHeadDimV, kHasBias || kHasDropout || kHasRelative);
   static constexpr int kBlockM = kTile.block_m;
   static constexpr int kBlockN = kTile.block_n;
   static constexpr bool kOutOverValue = kTile.out_over_value;
@@ -115,11 +116,12 @@ struct Traits {
   static constexpr int kColumnsV = in_slabs(kHeadDimV, kSlabV);
 
   // GEMMs of one consumer warpgroup: S = Q K^T from shared memory, O += P V with P in registers.
+  template <class Operand>
   static constexpr auto qk_operation() {
     if constexpr (kBlockN == 80 || kBlockN == 112) {
-      return Wgmma<Element, kBlockN, Operands::kColumns>{};
+      return Wgmma<Operand, kBlockN, Operands::kColumns>{};
     } else {
-      return GMMA::ss_op_selector<Element, Element, float,
+      return GMMA::ss_op_selector<Operand, Operand, float,
                                   Shape<_64, Int<kBlockN>, Int<kHeadDim>>>();
     }
   }
@@ -133,7 +135,8 @@ struct Traits {
     }
   }
   using Warpgroups = Layout<Shape<Int<kConsumerWarpgroups>, _1, _1>>;
-  using MmaQK = decltype(make_tiled_mma(qk_operation(), Warpgroups{}));
+  using MmaQK = decltype(make_tiled_mma(qk_operation<Element>(), Warpgroups{}));
+  using MmaTerm = decltype(make_tiled_mma(qk_operation<cutlass::bfloat16_t>(), Warpgroups{}));
   using MmaPV = decltype(make_tiled_mma(pv_operation<kHeadDimV>(), Warpgroups{}));
   // Over all columns of V's memory: makes the descriptors, which do not depend on how many are
   // used.
@@ -167,6 +170,13 @@ struct Traits {
   static_assert(kBiasStages > 0);
   static constexpr int kSizeBias = kHasBias ? kConsumerWarpgroups * kBiasStages * kBiasSlab : 0;
 
+  // ALiBi's operands: that of rows, which stays, and that of a block's keys. They lie there, too.
+  using LayoutTermRows = LayoutTerm<kBlockM, 1>;
+  using LayoutTermKeys = LayoutTerm<kBlockN, kStages>;
+  static constexpr int kSizeTermRows = kHasAlibi ? term_size(kBlockM, 1) : 0;
+  static constexpr int kSizeTermKeys = kHasAlibi ? term_size(kBlockN, kStages) : 0;
+  static constexpr int kSizeBehindV = kSizeBias + kSizeTermRows + kSizeTermKeys;
+
   // A consumer's positions in the pipelines, kept from tile to tile.
   struct ConsumerState {
     PipelineState<kStages> key;
@@ -179,7 +189,7 @@ struct Traits {
   struct SharedStorage {
     alignas(1024) uint16_t query[kSizeQ];
     alignas(1024) uint16_t key[kStages * kSizeK];
-    alignas(1024) uint16_t value[kStages * kSizeV + kSizeBias];
+    alignas(1024) uint16_t value[kStages * kSizeV + kSizeBehindV];
     alignas(1024) uint16_t out_tile[kOutOverValue ? 1 : kSizeOut];
     FullBarrier query_full[kConsumerWarpgroups];  // each warpgroup's 64 rows by themselves
     EmptyBarrier query_empty[kConsumerWarpgroups];
@@ -198,9 +208,10 @@ struct Traits {
       init_query_barriers(query_full, query_empty);
       out_stored.init(kConsumerWarps);
       value_staged.init(1);
-      key_pipeline.init(kConsumerWarps);
+      key_pipeline.init(kConsumerWarps, kHasAlibi ? 2 : 1);
       value_pipeline.init(kConsumerWarps);
-      work_pipeline.init(kConsumerWarps + 1 + (kHasBias ? kConsumerWarpgroups : 0));  // and loaders
+      constexpr int kSpareWarps = kHasBias ? kConsumerWarpgroups : (kHasAlibi ? 1 : 0);
+      work_pipeline.init(kConsumerWarps + 1 + kSpareWarps);
       if constexpr (kHasBias) {
         for (auto& ring : bias_rings) ring.init();
       }
@@ -210,6 +221,8 @@ struct Traits {
     CUTLASS_DEVICE uint16_t* bias(int warpgroup) {
       return value + kStages * kSizeV + warpgroup * kBiasStages * kBiasSlab;
     }
+    CUTLASS_DEVICE uint16_t* term_rows() { return value + kStages * kSizeV; }
+    CUTLASS_DEVICE uint16_t* term_keys() { return term_rows() + kSizeTermRows; }
     CUTLASS_DEVICE uint16_t* out(int warpgroup) { return out_tile + warpgroup * 64 * kSlabV; }
     // Where a warpgroup's output lies in V's memory, once that has been read: the first's in the
     // stage before the tile's last, which the others have read long ago, so that it need not wait

@@ -163,12 +163,12 @@ CUTLASS_DEVICE bool mma(typename Traits::Params const& params,
   auto const issue_s = [&] {
     if constexpr (Traits::kHasAlibi) {
       typename Traits::MmaTerm const mma_term;
-      issue_scores_with_term<Traits::kHeadDim / 16>(
-          mma_s, tSrK, tSrQ(_, _, _, state.stage), mma_term,
-          a(mma_term, storage.term_keys, typename Traits::LayoutTermKeys{})(_, _, _, 0),
-          b(mma_term, storage.term_queries, typename Traits::LayoutTermQueries{})(_, _, _,
-                                                                                  state.stage),
-          tS);
+      Term const term{mma_term,
+                      a(mma_term, storage.term_keys, typename Traits::LayoutTermKeys{})(_, _, _, 0),
+                      b(mma_term, storage.term_queries, typename Traits::LayoutTermQueries{})(
+                          _, _, _, state.stage)};
+      issue_scores_with_term<Traits::kHeadDim / 16>(mma_s, tSrK, tSrQ(_, _, _, state.stage), term,
+                                                    tS);
     } else {
       issue_gemm_zero<Traits::kHeadDim / 16>(mma_s, tSrK, tSrQ(_, _, _, state.stage), tS);
     }

@@ -93,16 +93,25 @@ CUTLASS_DEVICE void write_alibi(uint16_t* columns, float slope, int distance) {
   __syncwarp();
 }
 
-// issue_gemm_zero() of the scores, and of the term's operands, as one group.
-template <int kSteps, class Mma, class A, class B, class MmaTerm, class Rows, class Columns,
-          class C>
-CUTLASS_DEVICE void issue_scores_with_term(Mma mma, A const& a, B const& b, MmaTerm mma_term,
-                                           Rows const& rows, Columns const& columns, C& c) {
+// The term's operands, and their product.
+template <class Mma, class Rows, class Columns>
+struct Term {
+  Mma mma;
+  Rows rows;
+  Columns columns;
+};
+template <class Mma, class Rows, class Columns>
+Term(Mma, Rows, Columns) -> Term<Mma, Rows, Columns>;
+
+// issue_gemm_zero() of the scores, and of the term, as one group.
+template <int kSteps, class Mma, class A, class B, class TermOf, class C>
+CUTLASS_DEVICE void issue_scores_with_term(Mma mma, A const& a, B const& b, TermOf const& term,
+                                           C& c) {
   using namespace cute;
   auto const of_a = recomputed(a);
   auto const of_b = recomputed(b);
-  auto const of_rows = recomputed(rows);
-  auto const of_columns = recomputed(columns);
+  auto const rows = recomputed(term.rows);
+  auto const columns = recomputed(term.columns);
   mma.accumulate_ = GMMA::ScaleOut::Zero;
   warpgroup_fence_operand(c);
   warpgroup_arrive();
@@ -111,7 +120,7 @@ CUTLASS_DEVICE void issue_scores_with_term(Mma mma, A const& a, B const& b, MmaT
     cute::gemm(mma, of_a(_, _, k), of_b(_, _, k), c);
     mma.accumulate_ = GMMA::ScaleOut::One;
   }
-  cute::gemm(mma_term, of_rows(_, _, _0{}), of_columns(_, _, _0{}), c);
+  cute::gemm(term.mma, rows(_, _, _0{}), columns(_, _, _0{}), c);
   warpgroup_commit_batch();
 }
 

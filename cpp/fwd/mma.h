@@ -57,13 +57,13 @@ CUTLASS_DEVICE void mma(typename Traits::Params const& params,
   auto const issue_scores = [&] {
     if constexpr (Traits::kHasAlibi) {
       typename Traits::MmaTerm const mma_term;
-      issue_scores_with_term<Traits::kHeadDim / 16>(
-          mma_qk, tSrQ, tSrK(_, _, _, state.key.stage), mma_term,
-          operand_a(mma_term, warpgroup, storage.term_rows(), typename Traits::LayoutTermRows{})(
-              _, _, _, 0),
-          operand_b(mma_term, warpgroup, storage.term_keys(), typename Traits::LayoutTermKeys{})(
-              _, _, _, state.key.stage),
-          tSrS);
+      Term const term{mma_term,
+                      operand_a(mma_term, warpgroup, storage.term_rows(),
+                                typename Traits::LayoutTermRows{})(_, _, _, 0),
+                      operand_b(mma_term, warpgroup, storage.term_keys(),
+                                typename Traits::LayoutTermKeys{})(_, _, _, state.key.stage)};
+      issue_scores_with_term<Traits::kHeadDim / 16>(mma_qk, tSrQ, tSrK(_, _, _, state.key.stage),
+                                                    term, tSrS);
     } else {
       issue_gemm_zero<Traits::kHeadDim / 16>(mma_qk, tSrQ, tSrK(_, _, _, state.key.stage), tSrS);
     }

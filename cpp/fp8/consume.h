@@ -11,7 +11,7 @@ namespace jax_fa3::fp8 {
 template <class Traits>
 CUTLASS_DEVICE void write_ones(uint8_t* ones, int warpgroup) {
   constexpr int kColumns = Traits::kSumColumns;
-  for (int i = threadIdx.x % 128; i < kColumns * Traits::kSumKeys; i += 128) {
+  for (int i = threadIdx.x % 128; i < kColumns * Traits::kKeysOfSum; i += 128) {
     int const column = i % kColumns;
     int const key = i / kColumns;
     typename Traits::Element const one(key % kColumns == column ? 1.f : 0.f);

@@ -94,9 +94,9 @@ struct Traits {
   using MmaSum = decltype(make_tiled_mma(
       GMMA::rs_op_selector<Element, Element, float, Shape<_64, _8, _32>>(), Warpgroups{}));
   static constexpr int kSumColumns = 8;
-  static constexpr int kSumKeys = 32;
+  static constexpr int kKeysOfSum = 32;
   using LayoutOnes = decltype(tile_to_shape(GMMA::Layout_K_INTER_Atom<uint8_t>{},
-                                            Shape<Int<kSumColumns>, Int<kSumKeys>, _1>{}));
+                                            Shape<Int<kSumColumns>, Int<kKeysOfSum>, _1>{}));
 
   using LayoutQ = LayoutRows8<kBlockM, kHeadDim, 1>;
   using LayoutK = LayoutRows8<kBlockN, kHeadDim, kStages>;
@@ -117,7 +117,7 @@ struct Traits {
     alignas(1024) uint8_t key[kStages * kSizeK];
     alignas(1024) uint8_t value[kStages * kSizeK];
     alignas(1024) uint16_t out_rows[kConsumerWarpgroups * kSizeOut];
-    alignas(128) uint8_t ones[kConsumerWarpgroups][kSumColumns * kSumKeys];
+    alignas(128) uint8_t ones[kConsumerWarpgroups][kSumColumns * kKeysOfSum];
     FullBarrier query_full[kConsumerWarpgroups];
     EmptyBarrier query_empty[kConsumerWarpgroups];
     Pipeline<kStages> step_pipeline;  // K of block n and V of block n + 1: what a step reads

@@ -49,13 +49,30 @@ FEW_TILES = [
     Case("contiguous, four", (1,) * 4, (100, 0, 2000, 7), 2000, N=32, K=8, H=128, pages=1, contiguous=True),
 ]  # fmt: skip
 
+# Whose tiles have about as much to do: shared in equal pieces, by 33, 6, 2 and 1 CTAs, or several
+# whole ones for each CTA. And nearly such, whose last is too long.
+EQUAL = [
+    Case("equal, one", (1,), (9000,), 64, **ONE),
+    Case("equal, one, short", (1,), (200,), 64, pages=150, **ONE),
+    Case("equal, five", (1,) * 5, (1000, 1040, 970, 1000, 1003), 64, pages=90, **ONE),
+    Case("equal, five, window", (2,) * 5, (1000, 936, 744, 1960, 296), 64, pages=90, **ONE, options={"local_window_size": 200}),
+    Case("equal, idle", (1,) * 5, (0,) * 5, 64, pages=90, **ONE),
+    Case("equal, sinks", (1,) * 8, (700,) * 8, 16, pages=360, **ONE, options={"sinks": np.linspace(-1, 2, 32), "key_begin": [70] * 8}),
+    Case("equal, T 16", (16,) * 8, (700,) * 8, 64, pages=90, **ONE),
+    Case("equal, T 24", (24,) * 4, (700,) * 4, 64, pages=90, **ONE),
+    Case("equal, 128 tiles", (1,) * 16, (300,) * 16, 64, pages=90, N=16, K=8, H=64),
+    Case("equal, 256 tiles", (1,) * 32, (130,) * 32, 64, pages=90, N=16, K=8, H=64),
+    Case("equal, 1280 tiles, window", (1,) * 160, tuple(150 + i % 100 for i in range(160)), 16, N=16, K=8, H=64, options={"local_window_size": 128}),
+    Case("nearly equal", (1,) * 5, (1000, 1040, 970, 1000, 1200), 64, pages=90, **ONE),
+]  # fmt: skip
+
 
 def kernel(inputs: Inputs, **options: Any) -> Any:
     return run({**inputs.arguments(), "implementation": "fa3", **options})
 
 
-ALL = [*SMALL, *PAGES, *ROWS, *GROUPS, *SPLIT, *FEW_TILES]
-IN_FLOAT16 = [SMALL[13], PAGES[1], ROWS[4], *SPLIT[:3], FEW_TILES[2]]
+ALL = [*SMALL, *PAGES, *ROWS, *GROUPS, *SPLIT, *FEW_TILES, *EQUAL]
+IN_FLOAT16 = [SMALL[13], PAGES[1], ROWS[4], *SPLIT[:3], FEW_TILES[2], EQUAL[2]]
 
 
 @functools.cache
@@ -107,10 +124,11 @@ def test_mistakes(name: str, ragged: bool, count: int):
         np.testing.assert_array_equal(x[~bad], y[~bad])
 
 
+@pytest.mark.parametrize("pages", [63, 1000])
 @pytest.mark.parametrize("name", ["length", "page"])
-def test_mistakes_of_shared_tiles(name: str):
-    """A page is missing in one CTA's part."""
-    inputs = Inputs(Case("", (1,), (1000,), 16, **ONE), jnp.bfloat16)
+def test_mistakes_of_shared_tiles(name: str, pages: int):
+    """A page is missing in one CTA's part: of a cluster, or of those that share a tile in memory."""
+    inputs = Inputs(Case("", (1,), (1000,), 16, pages=pages, **ONE), jnp.bfloat16)
     changed = dict(inputs.arguments(), implementation="fa3")
     if name == "length":
         changed["key_value_seq_lengths"] = np.array([10**6])
@@ -163,6 +181,7 @@ MIXES: dict[str, Any] = {
     "99 x (766, 2), (1024, 512)": [(766, 2)] * 99 + [(1024, 512)],
     "(8190, 1939)": [(8190, 1939)],
     "T 1000": [(0, 1000), (3000, 1000)],
+    "64 x (4096, 2)": [(4096, 2)] * 64,
 }
 
 

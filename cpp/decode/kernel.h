@@ -59,6 +59,7 @@ CUTLASS_DEVICE void consume(Params const& params, typename Traits::SharedStorage
     }
     // A kernel that this one overtakes may still read its own parts there.
     if (work.slot != Work::kNone) cudaGridDependencySynchronize();
+    Arrival<Traits> arrival(params, storage, work, state.work.stage);
     // Its loads are done, so all its pages have been looked for.
     bool const lacks_page = storage.lacks_page[state.work.stage];
     if constexpr (Traits::kFew) {
@@ -72,20 +73,9 @@ CUTLASS_DEVICE void consume(Params const& params, typename Traits::SharedStorage
         store<Traits>(params, work, tile_row, lse, tOrO);
       }
     }
-    if (work.parts > 0) join_if_last<Traits>(params, storage, work);
+    if (work.parts > 0) arrival.join_if_last();
     __syncwarp();
     if (threadIdx.x % 32 == 0) storage.work_pipeline.empty[state.work.stage].arrive();
-  }
-}
-
-// What the way to a shared tile reads, one thing after the other.
-CUTLASS_DEVICE void prefetch_where(Params const& params) {
-  auto const prefetch = [](int const* x) { asm volatile("prefetch.global.L2 [%0];" ::"l"(x)); };
-  int const sequence = static_cast<int>(blockIdx.y);
-  int const entry = threadIdx.x % 32 * 32;  // one of each 128 bytes
-  prefetch(params.sequences.lengths + sequence);
-  if (params.page_table != nullptr && entry < params.pages_per_sequence) {
-    prefetch(params.page_table + int64_t{sequence} * params.pages_per_sequence + entry);
   }
 }
 
@@ -97,32 +87,32 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
   int const warp = cutlass::canonical_warp_idx_sync();
   cudaTriggerProgrammaticLaunchCompletion();
 
-  if (warp == 0 && elect_one_sync()) {
-    prefetch_tma_descriptor(&params.key);
-    prefetch_tma_descriptor(&params.value);
+  if (warp == 2 && elect_one_sync()) {
     storage.init_barriers();
     if constexpr (Traits::kClusters) {
       if (params.cluster > 0) SharedTile<Traits>(storage, params).expect(params.slot_rows);
     }
   }
-  bool back = false;
-  int units = 0;
-  if (params.cluster > 0) {
-    if (warp == 1) prefetch_where(params);
-    __syncthreads();
-    cluster_arrive_relaxed();
-  } else {
-    units = count_units<Traits>(params, storage, &back);  // and all threads meet
+  if (warp == 3 && elect_one_sync()) {
+    prefetch_tma_descriptor(&params.key);
+    prefetch_tma_descriptor(&params.value);
   }
+  Ours ours;
+  Share share{};
+  bool equal = false;
+  int units = 0;
+  if (params.tiles_of_cta > 0) equal = are_equal<Traits>(params, &share);  // and all threads meet
+  if (!equal) units = count_units<Traits>(params, storage, &ours);         // and here
+  if (params.cluster > 0) cluster_arrive_relaxed();
 
   if (warp < 4) {
     if constexpr (Traits::kMovesRegisters) {
       cutlass::arch::warpgroup_reg_dealloc<Traits::kProducerRegisters>();
     }
     if (warp == 0) {
-      load<Traits>(params, storage);
+      load<Traits>(params, storage, equal, share);
     } else if (warp == 1) {
-      schedule<Traits>(params, storage, units, back);
+      schedule<Traits>(params, storage, units, ours, equal);
     } else if constexpr (Traits::kWidens) {
       widen<Traits>(storage);
     }

@@ -34,9 +34,33 @@ int cluster_of(Problem const& p, int num_sms) {
   while (cluster > 1 && tiles * cluster > num_sms) cluster /= 2;
   bool const enough = cluster > 1 && tiles * cluster * 4 >= num_sms * 3;
   bool const is_short = x.capacity <= cluster * kMostPositions;
-  // With one CTA an SM of few.h does not keep up with the memory.
-  bool const even = x.batch == 1 && !Traits::kFew;
-  return enough && (is_short || even) ? cluster : 0;
+  return enough && is_short ? cluster : 0;
+}
+
+// How CTAs share tiles that have equally much to do (shares.h), if that is
+// nearly as much for each of them.
+template <class Traits>
+void find_shares(Problem const& p, int num_ctas, Params* params) {
+  Sequences const& x = p.sequences;
+  int const group = p.num_heads_q / p.num_heads_k;
+  int const tiles = x.batch * p.num_heads_k;
+  params->heads = Divider(p.num_heads_k);
+  params->cluster = cluster_of<Traits>(p, num_ctas / Traits::kCtasPerSm);
+  if (params->cluster > 0) {
+    params->shares = Divider(params->cluster);
+    params->tiles_of_cta = 1;
+    params->always_equal = true;
+    return;
+  }
+  bool const one_tile =
+      x.query_starts == nullptr && int64_t{x.rows_each} * group <= Traits::kBlockM;
+  if (!one_tile || p.split_size > 0) return;
+  int const shares = std::max(num_ctas / tiles, 1);
+  int const each = ceil_div(tiles, num_ctas);
+  if (int64_t{tiles} * shares * 10 < int64_t{num_ctas} * each * 7) return;
+  params->shares = Divider(shares);
+  params->tiles_of_cta = each;
+  params->always_equal = x.batch == 1;
 }
 
 template <class Traits>
@@ -54,7 +78,7 @@ cudaError_t launch_clusters(Problem const& p, Params& params, cudaStream_t strea
   attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attributes[1].val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(p.num_heads_k * params.cluster, p.sequences.batch);
+  config.gridDim = dim3(p.sequences.batch * p.num_heads_k * params.cluster);
   config.blockDim = dim3(Traits::kThreads);
   config.dynamicSmemBytes = kBytes;
   config.stream = stream;
@@ -114,11 +138,11 @@ cudaError_t make_params(Problem const& p, int num_ctas, Params* params) {
   params->arrivals = p.arrivals;
   params->appended = p.appended;
   params->num_ctas = Divider(num_ctas);
-  params->cluster = cluster_of<Traits>(p, num_ctas / Traits::kCtasPerSm);
+  find_shares<Traits>(p, num_ctas, params);
   return cudaSuccess;
 }
 
-// is_second: of two kernels of one call, whose counters are behind the first one's.
+// is_second: of two kernels of one call.
 template <class Traits>
 cudaError_t launch_tile(Problem const& problem, cudaStream_t stream, bool is_second = false) {
   int num_ctas = 0;
@@ -127,10 +151,18 @@ cudaError_t launch_tile(Problem const& problem, cudaStream_t stream, bool is_sec
   Params params{};
   JAX_FA3_RETURN_IF_ERROR(make_params<Traits>(problem, num_ctas, &params));
   if (params.cluster > 0) return launch_clusters<Traits>(problem, params, stream);
-  if (is_second) params.arrivals += kMostDecodeCtas;
+  if (problem.sequences.tall) params.arrivals += kMostDecodeCtas;
   Start const start = is_second || params.appended ? Start::kEarly : Start::kInOrder;
   return launch_kernel(decode_kernel<Traits>, num_ctas, Traits::kThreads,
                        sizeof(typename Traits::SharedStorage), params, stream, start);
+}
+
+// Whether tall tiles may save what another kernel costs (Tiles::saved_by_tall), as far as shapes
+// tell: so many sequences can have more rows than a small tile.
+inline bool may_be_worth_two(Problem const& p, int most_small, int block_n) {
+  double const tiles = 2.0 * p.sequences.rows / (2 * most_small + 1);
+  double const blocks = double(p.sequences.capacity) / block_n + 1;
+  return tiles * blocks * p.num_heads_k >= kWorthAnotherKernel;
 }
 
 template <DType kDType, int kHeadDim, int kHeadDimV, Reads kReads>
@@ -162,13 +194,13 @@ cudaError_t launch_cache(Problem const& problem, cudaStream_t stream) {
     if (!ragged && x.rows_each > most_small) return launch_tile<Tall>(problem, stream);
     // Which tile suits a sequence of ragged rows only the device knows: each kernel takes its own.
     // As many rows as sequences are taken to be one of each.
-    if (ragged && x.rows > std::max(x.batch, most_small)) {
-      Problem small = problem;
-      small.sequences.most_rows = most_small;
-      JAX_FA3_RETURN_IF_ERROR(launch_tile<Small>(small, stream));
-      Problem tall = problem;
-      tall.sequences.least_rows = most_small + 1;
-      return launch_tile<Tall>(tall, stream, true);
+    if (ragged && x.rows > std::max(x.batch, most_small) &&
+        may_be_worth_two(problem, most_small, Small::kBlockN)) {
+      Problem each = problem;
+      each.sequences.most_small = most_small;
+      JAX_FA3_RETURN_IF_ERROR(launch_tile<Small>(each, stream));
+      each.sequences.tall = true;
+      return launch_tile<Tall>(each, stream, true);
     }
   }
   return launch_tile<Small>(problem, stream);

@@ -4,6 +4,7 @@
 
 #include "common/tma.h"
 #include "decode/schedule.h"
+#include "decode/shares.h"
 #include "decode/traits.h"
 
 namespace jax_fa3::decode {
@@ -56,8 +57,18 @@ CUTLASS_DEVICE void arrive_with_copies(FullBarrier& full) {
   cutlass::arch::cpasync_barrier_arrive_noinc(reinterpret_cast<uint64_t*>(&full));
 }
 
+// One lane hands out a work.
 template <class Traits>
-CUTLASS_DEVICE void load(Params const& params, typename Traits::SharedStorage& storage) {
+CUTLASS_DEVICE void hand_out(typename Traits::SharedStorage& storage, Work const& work, int stage) {
+  storage.work[stage] = work;
+  storage.lacks_page[stage] = false;
+  storage.work_pipeline.full[stage].arrive();
+}
+
+// equal: the CTA has equal shares, the first of which the last lane knows.
+template <class Traits>
+CUTLASS_DEVICE void load(Params const& params, typename Traits::SharedStorage& storage, bool equal,
+                         Share const& share) {
   constexpr int kBlockN = Traits::kBlockN;
   constexpr auto kReadOnce = TMA::CacheHintSm90::EVICT_FIRST;
   constexpr auto kKeep = TMA::CacheHintSm90::EVICT_NORMAL;  // other tiles read it, too
@@ -66,6 +77,10 @@ CUTLASS_DEVICE void load(Params const& params, typename Traits::SharedStorage& s
 
   PipelineState<Traits::kWorkStages> work_state;
   PipelineState<Traits::kLoadStages> state;
+  if (equal && lane == 31) {
+    hand_out<Traits>(storage, share_work(params, SharePlace(params), share), 0);
+  }
+  __syncwarp();
   if (params.appended) {
     cudaGridDependencySynchronize();
     asm volatile("fence.proxy.async.global;" ::: "memory");  // TMA is to see them, too
@@ -89,7 +104,6 @@ CUTLASS_DEVICE void load(Params const& params, typename Traits::SharedStorage& s
     int first = 0;
     for (int n_block = work.begin; n_block < work.end; ++n_block, first += parts) {
       if (first > 0 && first % 32 == 0) now = next;
-      if (first % 32 == 0) next = find(first + 32 + lane);
       int const own = lane - first % 32;  // of the block's parts
       bool const is_mine = own >= 0 && own < parts;
       bool const loads = is_mine && now.page >= 0;
@@ -126,6 +140,7 @@ CUTLASS_DEVICE void load(Params const& params, typename Traits::SharedStorage& s
         }
       });
       load_block(Int<Traits::kHeadDimV>{}, Int<Traits::kLoadSlabV>{}, params.value, [] {});
+      if (first % 32 == 0) next = find(first + 32 + lane);
     }
     __syncwarp();
     if (lane == 0) storage.work_pipeline.empty[work_state.stage].arrive();
@@ -165,46 +180,56 @@ CUTLASS_DEVICE void load_query(Params const& params, typename Traits::SharedStor
 
 template <class Traits>
 CUTLASS_DEVICE void schedule(Params const& params, typename Traits::SharedStorage& storage,
-                             int units, bool back) {
+                             int units, Ours ours, bool equal) {
   int const lane = threadIdx.x % 32;
   int const cta = static_cast<int>(blockIdx.x);
   Piece piece(0, Divider());
   int unit = 0;
-  int end = 0;
-  Walk walk{params, back};
-  bool more = true;
-  if (params.cluster > 0) {
-    end = walk.share();  // more than none or not
-  } else {
+  int end = params.tiles_of_cta;
+  Walk walk{params, ours};
+  if (!equal) {
     piece = Piece(units * params.num_heads_k, params.num_ctas);
     unit = piece.begin(cta);
     end = piece.begin(cta + 1);
-    more = unit < end;
-    if (more) walk.start(unit, storage.known_units);
+    if (unit < end) walk.start(unit, storage.known_units);
   }
 
   uint32_t query_phase = 0;
   PipelineState<Traits::kWorkStages> state;
   for (;; state.advance()) {
-    storage.work_pipeline.empty[state.stage].wait(state.phase ^ 1);
+    Work& handed_out = storage.work[state.stage];
     Work work{};
-    work.last = !more;
-    if (more) work = walk.next(end - unit);
-    if (lane == 0) {
-      storage.work[state.stage] = work;
-      storage.lacks_page[state.stage] = false;
-      storage.work_pipeline.full[state.stage].arrive();
+    if (equal && unit == 0) {  // by the loading warp
+      storage.work_pipeline.full[state.stage].wait(state.phase);
+      work = handed_out;
+    } else {
+      work.last = unit >= end;
+      if (!work.last && equal) {
+        SharePlace place(params);
+        place.tile += unit;
+        work = share_work(params, place, find_share(params, params.heads(place.tile)));
+      } else if (!work.last) {
+        work = walk.next(end - unit);
+      }
+      storage.work_pipeline.empty[state.stage].wait(state.phase ^ 1);
+      if (lane == 0) hand_out<Traits>(storage, work, state.stage);
+      __syncwarp();
     }
-    __syncwarp();
     if (work.last) break;
-    if (lane == 0) complete(params, unit, piece, &storage.work[state.stage]);
+    if (lane == 0) {
+      find_full(params, &handed_out);
+      if (equal) {
+        count_parts(params, &handed_out);
+      } else {
+        complete(params, unit, piece, &handed_out);
+      }
+    }
     if (params.appended) cudaGridDependencySynchronize();
     storage.query_empty.wait(query_phase ^ 1);
     query_phase ^= 1;
     load_query<Traits>(params, storage, work);
     if (lane == 0) storage.query_full.arrive();
-    unit += walk.advance();
-    more = params.cluster == 0 && unit < end;
+    unit += equal ? 1 : walk.advance();
   }
   // The kernel after this one waits for this one only: the one that is overtaken must be done, too.
   cudaGridDependencySynchronize();

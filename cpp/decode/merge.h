@@ -99,11 +99,9 @@ CUTLASS_DEVICE void store_merged(Params const& params, int64_t index, int column
 }
 
 // A tile's rows by all consumers, a row by a warp. To read one part takes about as long as to read
-// many: so those of two rows are on their way together, up to 8 of each.
-template <class Traits, bool kSplits>
+// many: so those of kRows rows are on their way together, up to kParts of each.
+template <class Traits, bool kSplits, int kRows, int kParts>
 CUTLASS_DEVICE void join(Params const& params, Work const& work, int warp) {
-  constexpr int kRows = kSplits ? 1 : 2;
-  constexpr int kParts = 8;
   constexpr int kWarps = Traits::kWarpgroups * 4;
   Parts<kSplits> const parts{params, work};
   OutRow const tile{work.sequence.first_row, work.sequence.count, work.head, work.tile};
@@ -146,13 +144,17 @@ CUTLASS_DEVICE void join(Params const& params, Work const& work, int warp) {
 
 // Counts arrivals in memory that may hold anything: nothing yet, unless its upper 48 bits, which
 // are NaNs that no computation makes, say that it holds a count. So no kernel need zero it in
-// front. The last arrival leaves 0. Returns whether this is the last of `count`. held: what the
-// counter held a while ago.
+// front. The last arrival leaves 0.
 using Counter = unsigned long long;
+inline constexpr Counter kCounts = 0x7fb5'ff9b'7fe7'0000;
+CUTLASS_DEVICE int count_of(Counter held) {
+  return (held & ~Counter{0xffff}) == kCounts ? static_cast<int>(held & 0xffff) : 0;
+}
+
+// Returns whether this is the last of `count`. held: what the counter held a while ago.
 CUTLASS_DEVICE bool arrives_last(Counter* counter, Counter held, int count) {
-  constexpr Counter kCounts = 0x7fb5'ff9b'7fe7'0000;
   for (;;) {
-    int const before = (held & ~Counter{0xffff}) == kCounts ? static_cast<int>(held & 0xffff) : 0;
+    int const before = count_of(held);
     bool const is_last = before + 1 == count;
     Counter const found = atomicCAS(counter, held, is_last ? 0 : kCounts + before + 1);
     if (found == held) return is_last;
@@ -160,28 +162,91 @@ CUTLASS_DEVICE bool arrives_last(Counter* counter, Counter held, int count) {
   }
 }
 
-// All consumers, when this CTA's part of a tile is stored.
+// All consumers, at the end of a work that may complete the CTA's part of a tile. Where each CTA
+// has one part of one tile (shares.h), and all are done at once, to count takes long: a failed
+// exchange takes as long as one that does not fail. There each CTA has a word of its own.
 template <class Traits>
-CUTLASS_DEVICE void join_if_last(Params const& params, typename Traits::SharedStorage& storage,
-                                 Work const& work) {
-  constexpr int kThreads = Traits::kWarpgroups * 128;
-  int const thread = threadIdx.x - (Traits::kThreads - kThreads);
-  auto const meet = [] {
-    cutlass::arch::NamedBarrier::sync(kThreads, barrier_id(NamedBarrier::kPartsStored, 0));
-  };
-  auto* const counter = reinterpret_cast<Counter*>(params.arrivals + work.owner);
-  Counter const held = thread == 0 ? __ldcg(counter) : 0;
-  __threadfence();
-  meet();
-  if (thread == 0) storage.is_last = arrives_last(counter, held, work.parts);
-  meet();
-  if (!storage.is_last) return;
-  __threadfence();
-  if (params.tiles.split > 0) {
-    join<Traits, true>(params, work, thread / 32);
-  } else {
-    join<Traits, false>(params, work, thread / 32);
+class Arrival {
+ public:
+  // Before the part is stored. If all others have arrived by now, nobody else is to see it.
+  CUTLASS_DEVICE Arrival(Params const& params, typename Traits::SharedStorage& storage,
+                         Work const& work, int stage)
+      : params(params), work(work), is_last(storage.is_last[stage]) {
+    if (work.parts == 0) return;
+    if (work.equal) {
+      if (thread() < 32) set_last(others_are_done());
+    } else if (thread() == 0) {
+      is_last = count_of(load(word(0))) + 1 == work.parts;
+    }
   }
-}
+
+  // When it is, and completes the part.
+  CUTLASS_DEVICE void join_if_last() {
+    meet();
+    if (!is_last) {
+      Counter const held = thread() == 0 ? __ldcg(word(0)) : 0;
+      __threadfence();
+      meet();
+      if (work.equal) {
+        if (thread() < 32) set_last(tell());
+      } else if (thread() == 0) {
+        is_last = arrives_last(word(0), held, work.parts);
+      }
+      meet();
+      if (!is_last) return;
+      __threadfence();
+    }
+    for (int i = thread(); i < (work.equal ? work.parts : 1); i += kThreads) *word(i) = 0;
+    if (params.tiles.split > 0) {
+      join<Traits, true, 1, 8>(params, work, thread() / 32);
+    } else if (params.slot_rows <= kThreads / 32 && work.parts > 8) {
+      join<Traits, false, 1, 17>(params, work, thread() / 32);
+    } else {
+      join<Traits, false, 2, 8>(params, work, thread() / 32);
+    }
+  }
+
+ private:
+  static constexpr int kThreads = Traits::kWarpgroups * 128;
+  CUTLASS_DEVICE static int thread() { return threadIdx.x - (Traits::kThreads - kThreads); }
+  CUTLASS_DEVICE static void meet() {
+    cutlass::arch::NamedBarrier::sync(kThreads, barrier_id(NamedBarrier::kPartsStored, 0));
+  }
+  CUTLASS_DEVICE Counter* word(int part) const {
+    return reinterpret_cast<Counter*>(params.arrivals + work.owner + part);
+  }
+  CUTLASS_DEVICE static Counter load(Counter const* from) {
+    Counter x;
+    asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(x) : "l"(from) : "memory");
+    return x;
+  }
+  CUTLASS_DEVICE void set_last(bool last) {
+    if (thread() == 0) is_last = last;
+  }
+
+  // By one warp. The word that says it is a count of one.
+  CUTLASS_DEVICE bool others_are_done() const {
+    int const own = static_cast<int>(blockIdx.x) - work.owner;
+    bool done = true;
+    for (int i = thread(); i < work.parts; i += 32) {
+      done &= i == own || load(word(i)) == kCounts + 1;
+    }
+    return __all_sync(~0u, done);
+  }
+
+  // By one warp, when all threads' stores are fenced. Of those who tell at the same time at least
+  // one sees all others, and if several do, they write the same.
+  CUTLASS_DEVICE bool tell() const {
+    auto* const own = reinterpret_cast<Counter volatile*>(params.arrivals + blockIdx.x);
+    if (thread() == 0) *own = kCounts + 1;
+    __syncwarp();
+    asm volatile("fence.sc.gpu;" ::: "memory");
+    return others_are_done();
+  }
+
+  Params const& params;
+  Work const& work;
+  bool& is_last;  // in shared memory
+};
 
 }  // namespace jax_fa3::decode

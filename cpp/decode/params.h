@@ -38,7 +38,12 @@ struct Params {
   float* partial_lse;  // [ctas, slots, slot_rows]
   uint64_t* arrivals;  // [ctas]: of the parts of the tile that the CTA has begun and others end
   Divider num_ctas;
-  int cluster;  // CTAs that share a tile by themselves (cluster.h), or 0
+  // Where each tile has as much to do (shares.h): CTAs that share one in equal pieces.
+  Divider shares;
+  Divider heads;      // num_heads_k
+  int tiles_of_cta;   // that it has, if they are not shared
+  bool always_equal;  // whatever the lengths
+  int cluster;        // shares, or 0 (cluster.h)
   int slots;
   int slot_rows;
   bool appended;  // the kernel in front, which is overtaken, writes query, keys and values

@@ -11,11 +11,12 @@ namespace jax_fa3::decode {
 
 // Sequences whose units are kept once they are counted. To count them again takes a CTA a while: it
 // waits for the instructions.
-inline constexpr int kKnownUnits = 128;
+inline constexpr int kKnownUnits = 112;
 
 // Blocks of positions of one tile of one KV head.
 struct Work {
-  bool last;  // there is no more
+  bool last;   // there is no more
+  bool equal;  // it is an equal share (shares.h)
   Sequence sequence;
   int index;  // of the sequence
   int head;
@@ -59,31 +60,61 @@ struct Piece {
   }
 };
 
-// All threads of the CTA: the units of one KV head of all sequences, and whether any sequence goes
-// back.
+// The sequences as this launch has them.
+struct Ours {
+  bool back = false;   // whether any goes back
+  bool apart = false;  // whether tall tiles are for those that have the rows
+
+  CUTLASS_DEVICE Sequence at(Sequences const& all, int i) const {
+    Sequence const x = all.at(i, back);
+    return all.tall == (apart && x.count > all.most_small) ? x : Sequence{};
+  }
+};
+
+// The sum over all threads of the CTA. place: where no sum is still being read.
+template <class Traits>
+CUTLASS_DEVICE int sum_of_threads(typename Traits::SharedStorage& storage, int place, int x) {
+  x = __reduce_add_sync(~0u, x);
+  if (threadIdx.x % 32 == 0) storage.warp_sums[place][threadIdx.x / 32] = x;
+  __syncthreads();
+  int sum = 0;
+  for (int other : storage.warp_sums[place]) sum += other;
+  return sum;
+}
+
+// Another kernel takes as long as loading this many blocks, and what it does is not done beside
+// other work.
+inline constexpr int kWorthAnotherKernel = 4096;
+
+// All threads of the CTA: the units of one KV head of all sequences.
 template <class Traits>
 CUTLASS_DEVICE int count_units(Params const& params, typename Traits::SharedStorage& storage,
-                               bool* back) {
+                               Ours* ours) {
   Sequences const& sequences = params.sequences;
-  bool own_back = false;
   if (sequences.query_starts != nullptr) {
+    bool own_back = false;
     for (int i = threadIdx.x; i < sequences.batch; i += Traits::kThreads) {
       own_back |= sequences.goes_back(i);
     }
+    ours->back = __syncthreads_or(own_back);
+    if (sequences.most_small < INT32_MAX) {
+      int saved = 0;
+      for (int i = threadIdx.x; i < sequences.size(); i += Traits::kThreads) {
+        Sequence const x = sequences.at(i, ours->back);
+        if (x.count > sequences.most_small) saved += params.tiles.saved_by_tall(x);
+      }
+      saved = sum_of_threads<Traits>(storage, 0, saved);
+      ours->apart = saved * params.num_heads_k >= kWorthAnotherKernel;
+      if (sequences.tall && !ours->apart) return 0;
+    }
   }
-  *back = __syncthreads_or(own_back);
   int units = 0;
   for (int i = threadIdx.x; i < sequences.size(); i += Traits::kThreads) {
-    int const own = params.tiles.units(sequences.at(i, *back));
+    int const own = params.tiles.units(ours->at(sequences, i));
     if (i < kKnownUnits) storage.known_units[i] = own;
     units += own;
   }
-  units = __reduce_add_sync(~0u, units);
-  if (threadIdx.x % 32 == 0) storage.warp_units[threadIdx.x / 32] = units;
-  __syncthreads();
-  int sum = 0;
-  for (int warp = 0; warp < Traits::kThreads / 32; ++warp) sum += storage.warp_units[warp];
-  return sum;
+  return sum_of_threads<Traits>(storage, 1, units);
 }
 
 // Whether all pages exist that rows of a sequence see; by one warp.
@@ -99,17 +130,22 @@ CUTLASS_DEVICE bool has_pages(Params const& params, int index, Interval const& p
   return !__any_sync(~0u, lacks);
 }
 
-// What consumers need to know, of a work that begins at `unit`. It is found when keys and values
-// are on their way.
-CUTLASS_DEVICE void complete(Params const& params, int unit, Piece const& piece, Work* work) {
+// What only consumers need to know of a work is found when keys and values are on their way: blocks
+// without a mask,
+CUTLASS_DEVICE void find_full(Params const& params, Work* work) {
   Tiles const& tiles = params.tiles;
   int const last_begin =
       tiles.window.of(work->sequence, tiles.last_row(work->sequence, work->tile)).begin;
   work->full_begin = ((min(last_begin, work->positions.end) - 1) >> tiles.block_bits) + 1;
   work->full_end =
       tiles.window.of(work->sequence, tiles.first_row(work->tile)).end >> tiles.block_bits;
+}
+
+// and of one that begins at `unit`, what becomes of it.
+CUTLASS_DEVICE void complete(Params const& params, int unit, Piece const& piece, Work* work) {
+  Tiles const& tiles = params.tiles;
   work->units = piece.total;
-  if (params.cluster > 0 || !work->completes) return;
+  if (!work->completes) return;
   bool const begun = work->skipped == 0 || work->joins;
   int const first_unit = unit - work->skipped;
   int const last_unit = first_unit + work->tile_units - 1;
@@ -121,7 +157,7 @@ CUTLASS_DEVICE void complete(Params const& params, int unit, Piece const& piece,
 // One warp: walks along a CTA's piece, and hands out what it finds.
 class Walk {
  public:
-  CUTLASS_DEVICE Walk(Params const& params, bool back) : params(params), back(back) {}
+  CUTLASS_DEVICE Walk(Params const& params, Ours ours) : params(params), ours(ours) {}
 
   // To a unit that there is; known_units: those of the first sequences, of one KV head each.
   CUTLASS_DEVICE void start(int unit, int const (&known_units)[kKnownUnits]) {
@@ -131,7 +167,7 @@ class Walk {
       int of_head = 0;
       if (i < params.sequences.size()) {
         of_head =
-            i < kKnownUnits ? known_units[i] : params.tiles.units(params.sequences.at(i, back));
+            i < kKnownUnits ? known_units[i] : params.tiles.units(ours.at(params.sequences, i));
       }
       int const units = of_head * params.num_heads_k;
       int sum = units;  // up to this lane
@@ -156,17 +192,6 @@ class Walk {
       begun = skipped == 0;
       return;
     }
-  }
-
-  // To what is this CTA's of the tile that its cluster shares; returns how many units.
-  CUTLASS_DEVICE int share() {
-    int const bits = __ffs(params.cluster) - 1;
-    int const rank = static_cast<int>(blockIdx.x) & (params.cluster - 1);
-    head = static_cast<int>(blockIdx.x) >> bits;
-    enter(static_cast<int>(blockIdx.y));
-    enter_tile();
-    skipped = tile_units * rank >> bits;
-    return (tile_units * (rank + 1) >> bits) - skipped;
   }
 
   // The next work, of at most `units` units, but for what only consumers need of it.
@@ -224,7 +249,7 @@ class Walk {
   CUTLASS_DEVICE void enter(int next_index) {
     CUTLASS_PRAGMA_NO_UNROLL
     for (index = next_index; index < params.sequences.size(); ++index) {
-      sequence = params.sequences.at(index, back);
+      sequence = ours.at(params.sequences, index);
       if (sequence.count > 0) break;
     }
     checked = lacks_page = false;
@@ -236,7 +261,7 @@ class Walk {
   }
 
   Params const& params;
-  bool const back;
+  Ours const ours;
   int index = 0;  // of the sequence
   Sequence sequence{};
   bool checked = false;  // its pages, where it has several tiles

@@ -37,8 +37,10 @@ struct Sequences {
   int const* query_starts;   // [b + 1], or null: all have rows_each
   int const* num_sequences;  // [1], or null: batch
   int const* key_begin;      // [b], or null: 0
-  int least_rows = 0;        // of a sequence that this launch takes
-  int most_rows = INT32_MAX;
+  // A ragged call may be two launches, of which one has tall tiles, for
+  // sequences of more rows than these, if they are worth it.
+  int most_small = INT32_MAX;
+  bool tall = false;  // this launch is that one
 
   // Ragged rows that are no sequence's, at the front and behind the last, are two idle sequences
   // more.
@@ -55,19 +57,10 @@ struct Sequences {
     return query_starts != nullptr && i < num_ours() && query_starts[i + 1] < query_starts[i];
   }
 
-  // Sequence i of size(), without rows if another launch takes it; `back`: whether any goes back.
+  // Sequence i of size(); `back`: whether any goes back.
   JAX_FA3_HOST_DEVICE Sequence at(int i, bool back) const {
-    Sequence const x = any(i, back);
-    return x.count < least_rows || x.count > most_rows ? Sequence{} : x;
-  }
-
- private:
-  JAX_FA3_HOST_DEVICE Sequence any(int i, bool back) const {
+    if (query_starts == nullptr) return rectangular(i);
     int const ours = num_ours();
-    if (query_starts == nullptr) {
-      Sequence const idle{i * rows_each, rows_each, 0, 0, false};
-      return i < ours ? counted(i, idle.first_row, idle.first_row + rows_each) : idle;
-    }
     if (i < batch && !back) {
       return i < ours ? counted(i, query_starts[i], query_starts[i + 1]) : Sequence{};
     }
@@ -81,6 +74,13 @@ struct Sequences {
     return i == batch ? Sequence{stop, rows - stop, 0, 0, false} : Sequence{0, first, 0, 0, false};
   }
 
+  // If all have rows_each.
+  JAX_FA3_HOST_DEVICE Sequence rectangular(int i) const {
+    Sequence const idle{i * rows_each, rows_each, 0, 0, false};
+    return i < num_ours() ? counted(i, idle.first_row, idle.first_row + rows_each) : idle;
+  }
+
+ private:
   JAX_FA3_HOST_DEVICE static int larger(int a, int b) { return a > b ? a : b; }
   JAX_FA3_HOST_DEVICE int clipped(int row) const { return row < 0 ? 0 : (row > rows ? rows : row); }
 
@@ -145,6 +145,14 @@ struct Tiles {
   }
   JAX_FA3_HOST_DEVICE int units(Interval const& seen) const {
     return seen.empty() ? 1 : unit_of(seen.end - 1) - unit_of(seen.begin) + 1;
+  }
+  // Blocks that tiles of 128 rows need not load again, of one KV head, about:
+  // both kernels of a ragged call find the same, whatever their tiles are.
+  JAX_FA3_HOST_DEVICE int saved_by_tall(Sequence const& sequence) const {
+    Interval const seen = window.of(sequence, 0, sequence.count - 1);
+    int const tall = (sequence.count * group.divisor + 127) >> 7;
+    return seen.empty() ? 0
+                        : tall * (((seen.end - 1) >> block_bits) - (seen.begin >> block_bits) + 1);
   }
   // Of one KV head.
   JAX_FA3_HOST_DEVICE int units(Sequence const& sequence) const {

@@ -160,9 +160,9 @@ struct Traits {
     Pipeline<kWorkStages> work_pipeline;
     Work work[kWorkStages];
     bool lacks_page[kWorkStages];  // a page that the work needs does not exist
-    int warp_units[kThreads / 32];
+    int warp_sums[2][kThreads / 32];
     int known_units[kKnownUnits];  // of sequences
-    bool is_last;                  // to store its part of a tile
+    bool is_last[kWorkStages];     // to store its part of a tile
 
     CUTLASS_DEVICE float* received() {
       if constexpr (kFew) {

@@ -1,0 +1,88 @@
+// Rectangular calls whose tiles all have about as much to do: each is shared by as many CTAs, in
+// equal pieces, or each CTA has as many tiles. So a CTA's way to its work is short, and nobody
+// crosses from one tile to the next: while a part is stored and joined, nothing is loaded.
+#pragma once
+
+#include "decode/schedule.h"
+
+namespace jax_fa3::decode {
+
+// A sequence, and what its only tile sees.
+struct Share {
+  Sequence sequence;
+  Interval positions;
+};
+
+CUTLASS_DEVICE Share find_share(Params const& params, int index) {
+  Sequence const sequence = params.sequences.rectangular(index);
+  return {sequence, params.tiles.positions(sequence, 0)};
+}
+
+// Where a CTA is: its first tile, and which of those that share it.
+struct SharePlace {
+  int tile;
+  int rank;
+
+  CUTLASS_DEVICE explicit SharePlace(Params const& params) {
+    int const cta = static_cast<int>(blockIdx.x);
+    int const group = params.shares(cta);
+    rank = cta - group * params.shares.divisor;
+    tile = group * params.tiles_of_cta;
+  }
+};
+
+// All threads of the CTA: whether tiles have about as much to do as the first one. `own` is that of
+// the CTA's first tile, in each warp's last lane; there is one copy of this code, for to fetch
+// instructions is what takes long.
+template <class Traits>
+CUTLASS_DEVICE bool are_equal(Params const& params, Share* own) {
+  constexpr int kOthers = 30;  // each warp's first lane has the first sequence
+  int const batch = params.sequences.batch;
+  int const warp = threadIdx.x / 32;
+  int const lane = threadIdx.x % 32;
+  bool equal = true;
+  CUTLASS_PRAGMA_NO_UNROLL
+  for (int first = warp * kOthers; first < batch; first += Traits::kThreads / 32 * kOthers) {
+    int i = lane == 0 ? 0 : first + lane - 1;
+    if (lane == 31) i = params.heads(SharePlace(params).tile);
+    *own = find_share(params, min(i, batch - 1));
+    int const units = params.tiles.units(own->positions);
+    int const wanted = __shfl_sync(~0u, units, 0);
+    equal &= abs(units - wanted) * 16 <= wanted || params.always_equal;
+  }
+  return __syncthreads_and(equal);
+}
+
+// What CTAs with this rank have of a tile, but for what only consumers need of it.
+CUTLASS_DEVICE Work share_work(Params const& params, SharePlace const& place, Share const& share) {
+  Tiles const& tiles = params.tiles;
+  Work work{};
+  work.equal = true;
+  work.sequence = share.sequence;
+  work.index = params.heads(place.tile);
+  work.head = place.tile - work.index * params.num_heads_k;
+  work.positions = share.positions;
+  work.tile_units = tiles.units(share.positions);
+  int const shares = params.shares.divisor;
+  int const length = params.shares(work.tile_units + shares - 1);
+  int const first = place.rank * length;
+  work.owner = static_cast<int>(blockIdx.x) - place.rank;
+  work.slot = work.tile_units > length ? min(place.rank, 1) : Work::kNone;
+  work.last = place.tile >= params.sequences.batch * params.num_heads_k ||
+              (params.cluster == 0 && first >= work.tile_units);
+  if (!work.positions.empty()) {
+    int const begin = tiles.unit_of(work.positions.begin);
+    work.begin = begin + min(first, work.tile_units);
+    work.end = begin + min(first + length, work.tile_units);
+  }
+  return work;
+}
+
+// What only consumers need.
+CUTLASS_DEVICE void count_parts(Params const& params, Work* work) {
+  if (params.cluster > 0 || work->slot == Work::kNone) return;
+  int const length = params.shares(work->tile_units + params.shares.divisor - 1);
+  work->parts = (work->tile_units + length - 1) / length;
+}
+
+}  // namespace jax_fa3::decode

@@ -123,39 +123,33 @@ def weighted(weights: Array, value: Array) -> Array:
     return lax.scan(step, start, (weights, value), reverse=True)[0]
 
 
-def rounding(
-    dtype: DTypeLike, stepwise: bool = False, sums_rounded: bool = False
-) -> _reference.Rounding:
-    """What the kernel rounds: the scores' sums, the weights to e4m3, and out; sums_rounded: it adds up
-    the rounded ones. stepwise: its sums of weights times values, too, and weights as it goes from block to
-    block; else they are rounded times 2^8."""
+def rounding(dtype: DTypeLike, stepwise: bool = False) -> _reference.Rounding:
+    """What the kernel rounds: the scores' sums, the weights to e4m3, and out. stepwise: its sums of
+    weights times values, too, and weights as it goes from block to block; else they are rounded times
+    2^8."""
 
     def products(query: Array, key: Array) -> Array:
         query, key = jnp.moveaxis(query, 1, 2)[:, :, :, None], jnp.moveaxis(key, 1, 2)[:, :, None]
         return summed(query, key)
 
-    def rounded_weights(weights: Array) -> Array:
+    def probabilities(weights: Array, total: Array) -> Array:
         if stepwise:
-            return _stepwise(weights)
-        return _reference.rounded(weights * 2**8, jnp.float8_e4m3fn) / 2**8
-
-    def row_sums(weights: Array) -> Array:
-        return _reference.row_sums(rounded_weights(weights) if sums_rounded else weights)
+            return _stepwise(weights) / total
+        return _reference.rounded(weights * 2**8, jnp.float8_e4m3fn) / 2**8 / total
 
     return _reference.Rounding(
         lambda scores: scores,
-        lambda weights, total: rounded_weights(weights) / total,
+        probabilities,
         lambda x: _reference.rounded(x, dtype),
         products,
         weighted if stepwise else _reference.weighted,
-        row_sums,
     )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2, 3))
 def oracle(case: Case, inputs: Any, dtype: Any = None, stepwise: bool = False) -> Results:
     """Of fp32 query, key and value: exact, or rounded as the kernel does for results in dtype."""
-    round_to = None if dtype is None else rounding(dtype, stepwise, case.H <= 64)
+    round_to = None if dtype is None else rounding(dtype, stepwise)
     with jax.default_matmul_precision("highest"):
         return Results(*_reference.attention(*inputs, **case.arguments, round_to=round_to))
 

@@ -7,21 +7,6 @@
 
 namespace jax_fa3::fp8 {
 
-// A warpgroup's operand for the sums of P (traits.h).
-template <class Traits>
-CUTLASS_DEVICE void write_ones(uint8_t* ones, int warpgroup) {
-  constexpr int kColumns = Traits::kSumColumns;
-  for (int i = threadIdx.x % 128; i < kColumns * Traits::kKeysOfSum; i += 128) {
-    int const column = i % kColumns;
-    int const key = i / kColumns;
-    typename Traits::Element const one(key % kColumns == column ? 1.f : 0.f);
-    ones[typename Traits::LayoutOnes{}(column, key, 0)] = one.storage;
-  }
-  cutlass::arch::fence_view_async_shared();
-  cutlass::arch::NamedBarrier::sync(
-      128, fwd::barrier_id(fwd::NamedBarrier::kOutOfWarpgroup0, warpgroup));
-}
-
 template <int kHeadDim>
 CUTLASS_DEVICE void consume(Traits<kHeadDim>, Params const& params,
                             typename Traits<kHeadDim>::SharedStorage& storage, int warpgroup) {
@@ -89,8 +74,6 @@ CUTLASS_DEVICE void consume(Traits<kHeadDim>, Params const& params,
     key_scale = storage.scale[steps.state.stage].key;
     if (has_blocks) steps.release();
   };
-
-  if constexpr (Traits::kSumsByMma) write_ones<Traits>(storage.ones[warpgroup], warpgroup);
 
   if constexpr (Traits::kTransposesInKernel) {
     // Before Q and K arrive these warps have nothing to do: they transpose what is needed first.

@@ -53,7 +53,7 @@ struct Mainloop {
     {
       bool const masked = n_block < blocks.full_begin || n_block >= blocks.full_end;
       release_query(n_block == blocks.begin);
-      softmax.template exponentiate<!Traits::kSumsByMma>(mma.tSrS, update_max(n_block, masked));
+      softmax.exponentiate(mma.tSrS, update_max(n_block, masked));
       mma.convert_scores();
     }
     --n_block;
@@ -68,7 +68,7 @@ struct Mainloop {
       }
     }
     steps.wait();
-    mma.add_out(steps.state.stage, storage.scale[steps.state.stage].value, softmax.row_sum);
+    mma.add_out(steps.state.stage, storage.scale[steps.state.stage].value);
     steps.release();
     steps.skip(blocks.begin - storage.work[work_stage].blocks.begin);
     if (params.value_mean != nullptr) add_value_mean(storage.work[work_stage].tile);
@@ -107,14 +107,14 @@ struct Mainloop {
   __device__ void step(int n_block, bool last) const {
     steps.wait();
     StepScale const& scale = storage.scale[steps.state.stage];
-    mma.add_out(steps.state.stage, scale.value, softmax.row_sum);
+    mma.add_out(steps.state.stage, scale.value);
     mma.issue_scores(steps.state.stage);
     warpgroup_wait<0>();
     warpgroup_fence_operand(mma.tSrS);
     key_scale = scale.key;
     steps.release();
     release_query(last);
-    softmax.template exponentiate<!Traits::kSumsByMma>(mma.tSrS, update_max(n_block, kMasked));
+    softmax.exponentiate(mma.tSrS, update_max(n_block, kMasked));
     mma.convert_scores();
   }
 

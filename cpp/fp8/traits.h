@@ -60,9 +60,6 @@ struct Traits {
   // 0, in the registers that S leaves free while P is in e4m3, and added to O by FFMA, which
   // multiplies by V's scale: so many columns at a time.
   static constexpr int kPartColumns = kHeadDim < kBlockN ? kHeadDim : kBlockN;
-  // Whether the tensor cores add up P along its rows, too, which spares an FADD for each. At head
-  // dim 128 that gains nothing (docs/kernel_notes/fp8.md), at 256 the registers do not suffice.
-  static constexpr bool kSumsByMma = kHeadDim <= 64;
   // A warpgroup leaves out blocks of the tile that its own 64 rows do not see.
   static constexpr bool kBlocksByWarpgroup = true;
 
@@ -89,15 +86,6 @@ struct Traits {
       Warpgroups{}));
   static_assert(tile_size<1>(MmaQK{}) == kBlockN && tile_size<1>(MmaPV{}) == kPartColumns);
 
-  // The operand that P is multiplied by for that: of each 32 keys, column n of 8 takes every
-  // eighth. So few are in one sum, and little of it is cut off.
-  using MmaSum = decltype(make_tiled_mma(
-      GMMA::rs_op_selector<Element, Element, float, Shape<_64, _8, _32>>(), Warpgroups{}));
-  static constexpr int kSumColumns = 8;
-  static constexpr int kKeysOfSum = 32;
-  using LayoutOnes = decltype(tile_to_shape(GMMA::Layout_K_INTER_Atom<uint8_t>{},
-                                            Shape<Int<kSumColumns>, Int<kKeysOfSum>, _1>{}));
-
   using LayoutQ = LayoutRows8<kBlockM, kHeadDim, 1>;
   using LayoutK = LayoutRows8<kBlockN, kHeadDim, kStages>;
   using LayoutVt = LayoutRows8<kHeadDim, kBlockN, kStages>;
@@ -117,7 +105,6 @@ struct Traits {
     alignas(1024) uint8_t key[kStages * kSizeK];
     alignas(1024) uint8_t value[kStages * kSizeK];
     alignas(1024) uint16_t out_rows[kConsumerWarpgroups * kSizeOut];
-    alignas(128) uint8_t ones[kConsumerWarpgroups][kSumColumns * kKeysOfSum];
     FullBarrier query_full[kConsumerWarpgroups];
     EmptyBarrier query_empty[kConsumerWarpgroups];
     Pipeline<kStages> step_pipeline;  // K of block n and V of block n + 1: what a step reads

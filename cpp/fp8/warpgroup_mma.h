@@ -29,12 +29,6 @@ CUTLASS_DEVICE auto value_operand(uint8_t* value, int warpgroup) {
   return operand_b(typename Traits::MmaPV{}, warpgroup, value, typename Traits::LayoutVt{});
 }
 
-template <class Traits>
-CUTLASS_DEVICE auto ones_operand(uint8_t* ones, int warpgroup) {
-  return operand_b(typename Traits::MmaSum{}, warpgroup, ones, typename Traits::LayoutOnes{})(_, _,
-                                                                                              _, 0);
-}
-
 // Registers: the accumulators, and P as the A operand of P V.
 template <class Traits>
 CUTLASS_DEVICE auto score_accumulator() {
@@ -57,23 +51,21 @@ template <class Traits>
 struct WarpgroupMma {
   typename Traits::MmaQK mma_qk;
   typename Traits::MmaPV mma_pv;
-  typename Traits::MmaSum mma_sum;
   decltype(query_operand<Traits>(nullptr, 0)) tSrQ;
   decltype(key_operand<Traits>(nullptr, 0)) tSrK;
   decltype(value_operand<Traits>(nullptr, 0)) tOrV;
-  decltype(ones_operand<Traits>(nullptr, 0)) tOnes;
   decltype(score_accumulator<Traits>()) tSrS;
   decltype(probability_operand<Traits>()) tOrP;
   decltype(out_accumulator<Traits, Traits::kHeadDim>()) tOrO;
-  // Whether P V of a step's part is summed in the registers of S: where it is as large.
+  // P V of a step's part. Where it is as large as S it is summed in the registers of S instead.
+  decltype(out_accumulator<Traits, Traits::kPartColumns>()) tOrPV;
   static constexpr bool kPartOverScores = Traits::kPartColumns == Traits::kBlockN;
   static_assert(decltype(size(tOrP))::value == decltype(size(tSrS))::value);
 
   __device__ WarpgroupMma(typename Traits::SharedStorage& storage, int warpgroup)
       : tSrQ(query_operand<Traits>(storage.query, warpgroup)),
         tSrK(key_operand<Traits>(storage.key, warpgroup)),
-        tOrV(value_operand<Traits>(storage.value, warpgroup)),
-        tOnes(ones_operand<Traits>(storage.ones[warpgroup], warpgroup)) {}
+        tOrV(value_operand<Traits>(storage.value, warpgroup)) {}
 
   // S = Q K^T, of the key block in this stage.
   CUTLASS_DEVICE void issue_scores(int stage) {
@@ -99,62 +91,33 @@ struct WarpgroupMma {
     for (int i = 0; i < size(tOrO); ++i) tOrO(i) *= softmax.rescale[fragment_row(i)];
   }
 
-  // O += value_scale * P V, of the value block in this stage; and row_sum += P if kSumsByMma. Waits
-  // for it.
-  CUTLASS_DEVICE void add_out(int stage, float const& value_scale,
-                              float (&row_sum)[kRowsPerThread]) {
-    // Local: as a member it would be alive throughout the loop, for wgmma may add to what it holds.
-    auto tOrPV = out_accumulator<Traits, Traits::kPartColumns>();
+  // O += value_scale * P V, of the value block in this stage. Waits for it.
+  CUTLASS_DEVICE void add_out(int stage, float const& value_scale) {
     if constexpr (kPartOverScores) {
-      Tensor over_scores = make_tensor(tSrS.data(), tOrPV.layout());
-      add_parts(stage, value_scale, row_sum, over_scores);
+      add_parts(stage, value_scale, tSrS);
     } else {
-      add_parts(stage, value_scale, row_sum, tOrPV);
+      add_parts(stage, value_scale, tOrPV);
     }
   }
 
  private:
   template <class Accumulator>
-  CUTLASS_DEVICE void add_parts(int stage, float const& value_scale,
-                                float (&row_sum)[kRowsPerThread], Accumulator& part_of_out) {
-    constexpr int kSize = decltype(size(part_of_out))::value;
-    auto sums = partition_fragment_C(mma_sum, Shape<Int<Traits::kBlockM>, _8>{});
+  CUTLASS_DEVICE void add_parts(int stage, float const& value_scale, Accumulator& registers) {
+    constexpr int kSize = decltype(size(tOrPV))::value;
+    Tensor part_of_out = make_tensor(registers.data(), tOrPV.layout());
     float scale;
     for_each(make_seq<Traits::kHeadDim / Traits::kPartColumns>{}, [&](auto part) {
-      constexpr bool kSums = Traits::kSumsByMma && part == 0;
       Tensor V = tOrV(_, _, _, stage)(_, part, _);
-      if constexpr (kSums) warpgroup_fence_operand(sums);
       issue_gemm_zero(
           mma_pv, tOrP,
           make_tensor(V.data(), make_layout(get<0>(V.layout()), Layout<_1>{}, get<1>(V.layout()))),
           part_of_out);
-      if constexpr (kSums) issue_sums(sums);
       warpgroup_wait<0>();
       warpgroup_fence_operand(part_of_out);
       if constexpr (part == 0) scale = value_scale;
-      if constexpr (kSums) {
-        warpgroup_fence_operand(sums);
-        CUTLASS_PRAGMA_UNROLL
-        for (int row = 0; row < kRowsPerThread; ++row) {
-          row_sum[row] += sums(2 * row) + sums(2 * row + 1);
-        }
-      }
       CUTLASS_PRAGMA_UNROLL
       for (int i = 0; i < kSize; ++i) tOrO(part * kSize + i) += part_of_out(i) * scale;
     });
-  }
-
-  template <class Sums>
-  CUTLASS_DEVICE void issue_sums(Sums& sums) {
-    auto mma = mma_sum;
-    mma.accumulate_ = GMMA::ScaleOut::Zero;
-    Tensor ones = recomputed(tOnes);
-    CUTLASS_PRAGMA_UNROLL
-    for (int k = 0; k < size<2>(tOrP); ++k) {
-      cute::gemm(mma, tOrP(_, _, k), ones(_, _, 0), sums);
-      mma.accumulate_ = GMMA::ScaleOut::One;
-    }
-    warpgroup_commit_batch();
   }
 };
 

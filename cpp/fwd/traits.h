@@ -78,7 +78,7 @@ struct Traits {
   static constexpr bool kHasLseLow = true;
   static constexpr int kStages = kKeysStay ? 1 : 2;  // of K and of V
   // Whether a masked first block goes by parts (first_block.h), and a tile's rows are ended beside
-  // its last P V. With sums in memory head dim 256 spills 132 bytes so.
+  // its last P V. Not where keys are very many: there registers are few as it is.
   static constexpr bool kByParts = !kHasBits && !kHasAlibi && !kSharesKeys;
   static constexpr bool kEndsRowsEarly = !kSharesKeys;
   // Tiles taken ahead: just the one whose loads begin while this one is finished. A CTA that took

@@ -79,8 +79,11 @@ __global__ void __launch_bounds__(kPreprocessThreads)
   for (int first = 0; first < kBlockM; first += kAtOnce * kRowsOfPass) {
     constexpr int kVectorsOfLane = (kVectors + kLanes - 1) / kLanes;
     uint4 out[kAtOnce][kVectorsOfLane], dout[kAtOnce][kVectorsOfLane];
-    float lse[kAtOnce], low[kAtOnce], dlse[kAtOnce];
+    float lse[kAtOnce], low[kAtOnce];
     auto const row_of = [&](int r) { return first + r * kRowsOfPass + int(threadIdx.x) / kLanes; };
+    auto const source_of = [&](int r) {
+      return (int64_t{batch} * params.num_heads_q + head) * mask.seqlen_q + first_row + row_of(r);
+    };
     CUTLASS_PRAGMA_UNROLL
     for (int r = 0; r < kAtOnce; ++r) {
       int const row = first_row + row_of(r);
@@ -93,10 +96,8 @@ __global__ void __launch_bounds__(kPreprocessThreads)
         dout[r][v] = loaded ? load_vector(params.dout_rows, batch, row, head, column) : uint4{};
       }
       bool const writes = exists && lane == 0;
-      int64_t const source = (int64_t{batch} * params.num_heads_q + head) * mask.seqlen_q + row;
-      lse[r] = writes ? params.lse[source] : 0.f;
-      dlse[r] = writes && params.dlse != nullptr ? params.dlse[source] : 0.f;
-      low[r] = writes && params.lse_low != nullptr ? params.lse_low[source] : 0.f;
+      lse[r] = writes ? params.lse[source_of(r)] : 0.f;
+      low[r] = writes && params.lse_low != nullptr ? params.lse_low[source_of(r)] : 0.f;
     }
     if (first == 0) clear_sum();
     CUTLASS_PRAGMA_UNROLL
@@ -117,7 +118,10 @@ __global__ void __launch_bounds__(kPreprocessThreads)
       float const lost = sees ? low[r] : 0.f;
       careful |= fabsf(lost) > kNegligible;
       float const rounded = sees ? __fmul_rn(lse[r], kLog2E) : INFINITY;
-      delta = sees ? delta - dlse[r] : 0.f;
+      // Most calls have none, so it is not among what is loaded beforehand.
+      bool const has_dlse = params.dlse != nullptr && first_row + row < mask.seqlen_q;
+      if (has_dlse && sees) delta -= params.dlse[source_of(r)];
+      delta = sees ? delta : 0.f;
       stats[Stats::kLse + row] = rounded;
       stats[Stats::kDelta + row] = delta * scale;
       stats[Stats::kLseLow + row] = lost;

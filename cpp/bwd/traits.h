@@ -24,7 +24,7 @@ struct Step {
 };
 
 template <class Element_, int kHeadDim_, int kHeadDimV_, bool kHasBias_ = false,
-          bool kHasDropout_ = false>
+          bool kHasDropout_ = false, bool kOneTile_ = kHasBias_ || kHasDropout_>
 struct Traits {
   static constexpr bool kHasBias = kHasBias_;
   static constexpr bool kHasBits = false;
@@ -44,7 +44,7 @@ struct Traits {
   static constexpr bool kNarrow = kHeadDim <= 64;  // S and dQ fit into the registers together
   // A CTA takes one tile after the other: the next one's K, V, Q and dO are loaded while this one's
   // gradients are stored.
-  static constexpr bool kPersistent = (kNarrow || kHeadDim == 128) && !kHasBias && !kHasDropout;
+  static constexpr bool kPersistent = (kNarrow || kHeadDim == 128) && !kOneTile_;
   static constexpr int kStages = 2;                        // of Q and of dO
   static constexpr int kWritersdQ = kFused ? kStages : 0;  // warps that add dQ: one for each stage
 
@@ -174,10 +174,11 @@ struct BitsTraits : Traits<Element, kHeadDim, kHeadDimV> {
   using Params = BitsParams;
 };
 
-// With slopes (common/alibi.h).
+// With slopes (common/alibi.h). At head dim 128 their operands are where gradients would leave
+// from.
 template <class Element, int kHeadDim, int kHeadDimV>
-struct AlibiTraits : Traits<Element, kHeadDim, kHeadDimV> {
-  using Base = Traits<Element, kHeadDim, kHeadDimV>;
+struct AlibiTraits : Traits<Element, kHeadDim, kHeadDimV, false, false, (kHeadDim > 64)> {
+  using Base = Traits<Element, kHeadDim, kHeadDimV, false, false, (kHeadDim > 64)>;
   static constexpr bool kHasAlibi = true;
   using Params = AlibiParams;
   using MmaTerm =

@@ -2,8 +2,8 @@
 // while the epilogue of the tile before runs.
 #pragma once
 
+#include "fp8/epilogue.h"
 #include "fp8/mma.h"
-#include "fwd/epilogue.h"
 
 namespace jax_fa3::fp8 {
 
@@ -88,8 +88,8 @@ CUTLASS_DEVICE void consume(Traits<kHeadDim>, Params const& params,
     if (has_blocks) mainloop.run(work_stage(num_tiles));
     ++num_tiles;
     issue_first_scores();
-    fwd::store<Traits>(params, storage, storage.work[work_stage(num_tiles - 1)].tile, warpgroup,
-                       rows, softmax, mma.tOrO);
+    store<Traits>(params, storage, storage.work[work_stage(num_tiles - 1)].tile, warpgroup, rows,
+                  softmax, mma.tOrO);
     __syncwarp();
     if (elected) storage.work_pipeline.empty[work_stage(num_tiles - 1)].arrive();
     finish_first_scores();

@@ -194,6 +194,27 @@ CUTLASS_DEVICE void store_lse(typename Traits::Params const& params, TileCoord t
                     lse);
 }
 
+// O in 16 bits, by way of `smem`, which nobody reads any more and where the warpgroup's 64 rows
+// begin; a slab has kOutRows rows. It is under way when this returns.
+template <class Traits, class Out>
+CUTLASS_DEVICE void store_in_16_bits(typename Traits::Params const& params, TileCoord tile,
+                                     int warpgroup, uint16_t* smem, Out const& tOrO) {
+  int const thread = threadIdx.x % 128;
+  Traits::visit_out_element(params, [&](auto element) {
+    auto const pair = [&](int i) {  // packed where it is stored: registers are few
+      return pack<decltype(element)>(tOrO(2 * i), tOrO(2 * i + 1));
+    };
+    stage_packed<Traits::kOutRows, Traits::kHeadDimV, Traits::kSlabV>(pair, smem, thread / 32 * 16);
+  });
+  tma_store_fence();
+  cutlass::arch::NamedBarrier::sync(128, barrier_id(NamedBarrier::kOutOfWarpgroup0, warpgroup));
+  if (thread == 0) {
+    tma_store_rows<Traits::kOutRows, Traits::kHeadDimV, Traits::kSlabV>(
+        params.out, smem, {tile.block * Traits::kBlockM + warpgroup * 64, tile.head, tile.batch});
+    tma_store_arrive();
+  }
+}
+
 // The output. `out_over_value`: where it is staged, if in V's memory.
 template <class Traits, class Out>
 CUTLASS_DEVICE void store_out(typename Traits::Params const& params,
@@ -243,38 +264,11 @@ CUTLASS_DEVICE void store_out(typename Traits::Params const& params,
   // The previous tile's store has read the buffer.
   if (!Traits::kOutOverValue && thread == 0) tma_store_wait<0>();
   cutlass::arch::NamedBarrier::sync(128, barrier);
-  // `smem` is where the warpgroup's 64 rows begin; a slab has kOutRows rows.
-  Traits::visit_out_element(params, [&](auto element) {
-    auto const pair = [&](int i) {  // packed where it is stored: registers are few
-      return pack<decltype(element)>(tOrO(2 * i), tOrO(2 * i + 1));
-    };
-    stage_packed<Traits::kOutRows, Traits::kHeadDimV, Traits::kSlabV>(pair, smem, thread / 32 * 16);
-  });
-  tma_store_fence();
-  cutlass::arch::NamedBarrier::sync(128, barrier);
-  if (thread == 0) {
-    tma_store_rows<Traits::kOutRows, Traits::kHeadDimV, Traits::kSlabV>(
-        params.out, smem, {tile.block * Traits::kBlockM + warpgroup * 64, tile.head, tile.batch});
-    tma_store_arrive();
-  }
+  store_in_16_bits<Traits>(params, tile, warpgroup, smem, tOrO);
   if constexpr (Traits::kOutOverValue) {
     if (thread == 0) tma_store_wait<0>();
     if (thread % 32 == 0) storage.out_stored.arrive();
   }
-}
-
-// All of it, of the FP8 kernel, whose epilogue runs while the next S is computed.
-template <class Traits, class Out>
-CUTLASS_DEVICE void store(typename Traits::Params const& params,
-                          typename Traits::SharedStorage& storage, TileCoord tile, int warpgroup,
-                          Interval const (&rows)[kRowsPerThread], typename Traits::Softmax& softmax,
-                          Out& tOrO) {
-  float inverse_sum[kRowsPerThread];
-  sum_rows<typename Traits::Element>(params.softmax_scale, sink_of(params, tile), softmax,
-                                     inverse_sum);
-  store_out<Traits>(params, storage, tile, warpgroup, rows, softmax, inverse_sum, tOrO);
-  // After the output, so that its store is under way meanwhile.
-  store_lse<Traits>(params, tile, warpgroup, rows, softmax);
 }
 
 }  // namespace jax_fa3::fwd

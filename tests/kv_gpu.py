@@ -53,7 +53,7 @@ def assert_near(inputs: Inputs, found: Any, wanted: Any = None) -> None:
     )
     largest = np.nanmax(np.abs(value), initial=0)
     factor = 1 if case.options.get("logits_soft_cap") is None else 2
-    norms = [np.nanmax(np.linalg.norm(x, axis=-1)) for x in (inputs.query, key)]
+    norms = [np.nanmax(np.linalg.norm(x, axis=-1), initial=0) for x in (inputs.query, key)]
     of_score = 2.0**-22 * norms[0] * norms[1] * case.options.get("scale", case.H**-0.5)
     of_score += 0 if factor == 1 else 2.0**-10 * case.options["logits_soft_cap"]
     limit = (factor * 2.02 * unit + 2 * of_score) * largest

@@ -37,8 +37,8 @@ int cluster_of(Problem const& p, int num_sms) {
   return enough && is_short ? cluster : 0;
 }
 
-// How CTAs share tiles that have equally much to do (shares.h), if that is
-// nearly as much for each of them.
+// How CTAs share tiles that have about as much to do (shares.h), if few CTAs have nothing to do
+// then.
 template <class Traits>
 void find_shares(Problem const& p, int num_ctas, Params* params) {
   Sequences const& x = p.sequences;
@@ -57,7 +57,7 @@ void find_shares(Problem const& p, int num_ctas, Params* params) {
   if (!one_tile || p.split_size > 0) return;
   int const shares = std::max(num_ctas / tiles, 1);
   int const each = ceil_div(tiles, num_ctas);
-  if (int64_t{tiles} * shares * 10 < int64_t{num_ctas} * each * 7) return;
+  if (int64_t{tiles} * shares * 10 < int64_t{num_ctas} * each * 8) return;
   params->shares = Divider(shares);
   params->tiles_of_cta = each;
   params->always_equal = x.batch == 1;

@@ -28,11 +28,12 @@ CUTLASS_DEVICE void store(Params const& params, typename Traits::SharedStorage& 
       tOrO(i) = tOrO(i) * inverse_sum[fragment_row(i)] * softmax.out_scale;
     }
   }
-  if (__any_sync(~0u, rows[0].empty() | rows[1].empty())) {  // seldom
+  bool const sees_nothing[kRowsPerThread] = {rows[0].empty(), rows[1].empty()};
+  if (__any_sync(~0u, sees_nothing[0] | sees_nothing[1])) {  // seldom
     CUTLASS_PRAGMA_UNROLL
     for (int i = 0; i < size(tOrO); ++i) {
       int const row = fragment_row(i);
-      if (rows[row].empty()) tOrO(i) = fwd::out_of_empty(rows[row]);
+      if (sees_nothing[row]) tOrO(i) = fwd::out_of_empty(rows[row]);
     }
   }
   if (params.out_fp32 != nullptr) {

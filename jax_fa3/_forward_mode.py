@@ -111,7 +111,7 @@ class _Tangent:
         """Of the operands' moving leaves to the tangents of out and lse."""
         return self._mapped(self._tangent_of_one)(*arrays)
 
-    def transposed(self, *arrays: Array) -> Results:
+    def transposed(self, *arrays: Array | None) -> Results:
         """Of the cotangents of out and lse to those of the operands' moving leaves."""
         return self._mapped(self._transposed_of_one)(*arrays)
 

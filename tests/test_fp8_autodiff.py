@@ -51,6 +51,7 @@ def seen_by_the_forward(qkv: Any) -> tuple[list[Any], Any]:
         if flips is not None:
             y = fp8.hadamard_transform(y) * flips
         found.append(y)
+    assert means[2] is not None
     found[2] += means[2][:, None]
     return [x.astype(jnp.float16) for x in found], means[1]
 

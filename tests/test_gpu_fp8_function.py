@@ -61,6 +61,7 @@ def test_function(name: str, dtype: Any, options: Any, shifted: bool):
         x if s is None else fp8.hadamard_transform(x) * s
         for x, s in zip(dequantized, (signs, signs, None), strict=True)
     ]
+    assert means[2] is not None
     seen[2] += means[2][:, None]
     seen = [x.astype(dtype) for x in seen]
     of_seen = with_means(None, means[2], jnp.float32)

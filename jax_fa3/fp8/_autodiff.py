@@ -64,7 +64,7 @@ class Attention(_autodiff.Method):
         if not self.smooth[0]:
             return found
         # The log-sum-exp that was given out has the part of key's mean, too, but for empty rows.
-        dlse = jnp.where(rows.lse == -jnp.inf, 0, rows.dlse)
+        dlse = jnp.where(rows.lse == -jnp.inf, 0, rows.whole_dlse())
         dlse = jnp.swapaxes(dlse, 1, 2)[..., None]
         of_mean = self.config.scale * dlse * by_query_head(mean, query.shape[2])[:, None]
         dquery = found.query.astype(jnp.float32) + of_mean

@@ -174,8 +174,8 @@ struct BitsTraits : Traits<Element, kHeadDim, kHeadDimV> {
   using Params = BitsParams;
 };
 
-// With slopes (common/alibi.h). At head dim 128 their operands are where gradients would leave
-// from.
+// With slopes (common/alibi.h). Their operands and memory for gradients of a tile's own do not fit
+// together at head dim 128, so that a CTA takes one tile.
 template <class Element, int kHeadDim, int kHeadDimV>
 struct AlibiTraits : Traits<Element, kHeadDim, kHeadDimV, false, false, (kHeadDim > 64)> {
   using Base = Traits<Element, kHeadDim, kHeadDimV, false, false, (kHeadDim > 64)>;

@@ -17,7 +17,7 @@ except ImportError as error:
 
 
 def python(code: str) -> str:
-    command = [sys.executable, "-W", "error", "-c", code]
+    command = [sys.executable, "-P", "-W", "error", "-c", code]
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 

@@ -1,6 +1,7 @@
 """What `import jax_fa3` offers, costs and leaves alone."""
 
 import importlib.metadata
+import os
 import pathlib
 import subprocess
 import sys
@@ -11,8 +12,11 @@ import jax_fa3
 
 
 def python(code: str) -> str:
-    command = [sys.executable, "-W", "error", "-c", code]
-    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    """-P: not the checkout's jax_fa3/, which has no compiled module. The first of several
+    runs may have to write bytecode."""
+    command = [sys.executable, "-P", "-W", "error", "-c", code]
+    env = {name: x for name, x in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=env).stdout
 
 
 def test_public_names():

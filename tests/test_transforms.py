@@ -173,7 +173,7 @@ def test_compilation_cache_hits_in_the_next_process(tmp_path):
     tests = Path(__file__).resolve().parent
     environment = dict(os.environ, JAX_PLATFORMS="cpu")
     environment["PYTHONPATH"] = os.pathsep.join([*filter(None, sys.path), str(tests)])
-    command = [sys.executable, "-c", CACHE.format(directory=str(tmp_path))]
+    command = [sys.executable, "-P", "-c", CACHE.format(directory=str(tmp_path))]
     for hits in (0, 1):
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr

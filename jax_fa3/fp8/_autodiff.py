@@ -18,9 +18,10 @@ from .._operands import Operands, Rows, batch_letters
 from .._plain import backward_by_rows
 from .._problem import Config, Masks
 from . import _ffi, _quantize, _xla
+from ._ffi import Unquantized
 from ._hadamard import undone
 from ._means import by_query_head, mean_of, means_of, shift, shifted
-from ._quantize import Quantization, Unquantized
+from ._quantize import Quantization
 
 
 class Preparation(NamedTuple):
@@ -103,10 +104,10 @@ def _quantize_and_attend(
     masks: Masks,
 ) -> tuple[Array, Array]:
     query, key, value = by_operand(operands, preparation, masks, smooth)
-    # Where XLA quantizes, for coarser scales are not the kernel's, it is slower to transpose.
-    transposed = quantize is _quantize.kernel and quantization == "block"
-    each = (query, False), (key, False), (value, transposed)
-    tensors, scales = zip(*(quantize(quantization, how, x) for x, how in each), strict=True)
+    quantize = _by_scales(quantize, quantization)
+    transposed = quantize is _ffi.quantize  # XLA is slower to transpose than the attention's kernel
+    each = (False, query), (False, key), (transposed, value)
+    tensors, scales = zip(*(quantize(*x) for x in each), strict=True)
     if transposed:
         tensors = *tensors[:2], _ffi.Transposed(tensors[2])
     out, lse = attend(config, query.x.dtype, tensors, scales, masks, value.mean, operands.sinks)
@@ -115,15 +116,25 @@ def _quantize_and_attend(
     return out, lse
 
 
+def _by_scales(
+    quantize: Callable[..., tuple[Array, Array]], quantization: Quantization
+) -> Callable[..., tuple[Array, Array]]:
+    """`quantize`, or plain JAX for scales coarser than the kernel's."""
+    if quantization == "block":
+        return quantize
+    return functools.partial(_quantize.plain, quantization=quantization)
+
+
 def _seen(
     quantize: Any, method: Attention, operands: Operands, preparation: Preparation, masks: Masks
 ) -> tuple[Array, ...]:
     """query, key and value as the forward rounded them, in their dtype, key without its mean; that mean,
     [B, K, H]; and by how much it raises the log-sum-exp, [B, N, T]."""
+    quantize = _by_scales(quantize, method.quantization)
     each = by_operand(operands, preparation, masks, method.smooth)
     found = []
     for given in each:
-        x8, scales = quantize(method.quantization, False, given)
+        x8, scales = quantize(False, given)
         rows = jnp.repeat(scales, _ffi.BLOCK, axis=1)[:, : x8.shape[1], :, None]
         if given.signs is None:
             x = x8.astype(jnp.float32) * rows
@@ -141,7 +152,7 @@ def _seen(
     return *found, key.mean, shift(method.config, query.x, key.mean)
 
 
-_kernels = functools.partial(_quantize_and_attend, _quantize.kernel, _ffi.fwd)
+_kernels = functools.partial(_quantize_and_attend, _ffi.quantize, _ffi.fwd)
 _plain = functools.partial(_quantize_and_attend, _quantize.plain, _xla.attention)
-_seen_by_kernels = functools.partial(_seen, _quantize.kernel)
+_seen_by_kernels = functools.partial(_seen, _ffi.quantize)
 _seen_by_plain = functools.partial(_seen, _quantize.plain)

@@ -23,6 +23,16 @@ class Transposed(NamedTuple):
     value: Array  # e4m3 [B, K, V, blocks of S * BLOCK]
 
 
+class Unquantized(NamedTuple):
+    """What is to be quantized, and how. A pytree."""
+
+    x: Array  # [B, T, N, H]
+    signs: Array | None  # fp32 [1 or B, H], for a Hadamard transform before
+    lengths: Array | None  # int32 [B]
+    top: Array | None = None  # for "tensor" alone: the greatest magnitude of all, [1 or B, 1, 1]
+    mean: Array | None = None  # fp32 [B, N, H], subtracted from each row before
+
+
 def fwd(
     config: Config,
     dtype: np.dtype,
@@ -74,23 +84,14 @@ def fwd(
     return found["out"], found["lse"]
 
 
-def quantize(
-    x: Array,
-    signs: Array | None,
-    lengths: Array | None,
-    mean: Array | None = None,
-    *,
-    transposed: bool = False,
-) -> tuple[Array, Array]:
-    """The kernel for _quantize.plain with one scale per block: e4m3 [B, T, N, H], or transposed, and its
-    scales, fp32 [B, blocks of T, N].
-
-    Args:
-        x: bf16 or fp16 [B, T, N, H].
-        signs: fp32 [H]; None for no Hadamard transform.
-        lengths: int32 [B].
-        mean: fp32 [B, N, H].
-    """
+def quantize(transposed: bool, given: Unquantized) -> tuple[Array, Array]:
+    """The kernel for _quantize.plain with one scale per block, of bf16 or fp16: e4m3 [B, T, N, H], or
+    transposed, and its scales, fp32 [B, blocks of T, N]."""
+    x, signs, lengths, _, mean = given
+    if signs is not None and signs.shape[0] > 1:  # under vmap; the kernel takes the same for all
+        mean = None if mean is None else mean * signs[:, None]
+        x, signs = x * signs[:, None, None].astype(x.dtype), jnp.ones_like(signs)
+    signs = None if signs is None else signs[0]
     batch, length, heads, head_dim = x.shape
     count = blocks(length)
     name, shape = "quantized", x.shape

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,20 +16,10 @@ from .._jitted import jitted
 from .._problem import E4M3_MAX, Implementation, Implementations
 from . import _ffi, _transposed
 from ._checks import check_not_quantized, checked_mean, refusal_of_head_dim
-from ._ffi import BLOCK, blocks
+from ._ffi import BLOCK, Unquantized, blocks
 from ._hadamard import check_head_dim, checked_signs, transform
 
 Quantization = Literal["block", "head", "tensor"]
-
-
-class Unquantized(NamedTuple):
-    """What is to be quantized, and how. A pytree."""
-
-    x: Array  # [B, T, N, H]
-    signs: Array | None  # fp32 [1 or B, H], for a Hadamard transform before
-    lengths: Array | None  # int32 [B]
-    top: Array | None = None  # for "tensor" alone: the greatest magnitude of all, [1 or B, 1, 1]
-    mean: Array | None = None  # fp32 [B, N, H], subtracted from each row before
 
 
 def quantize(
@@ -102,15 +92,16 @@ def quantize(
         chosen = "xla"
     if not isinstance(transposed, bool):
         raise wrong("transposed", repr(transposed), "True or False")
-    how = quantization, transposed
-    quantized, scales = _quantize(chosen, how, whole, flips, counts, center)
+    static = chosen, quantization, transposed
+    quantized, scales = _quantize(*static, whole, flips, counts, center)
     return (quantized, scales) if batched else (quantized[0], scales[0])
 
 
-@jitted(static=2)
+@jitted(static=3)
 def _quantize(
     implementation: Implementation | None,
-    how: tuple[Quantization, bool],
+    quantization: Quantization,
+    transposed: bool,
     x: Array,
     signs: Array | None,
     lengths: Array | None,
@@ -119,29 +110,21 @@ def _quantize(
     x = _guards.quantized(x)
     signs = None if signs is None else _guards.quantized(signs)[None]
     given = Unquantized(x, signs, lengths, mean=None if mean is None else _guards.quantized(mean))
-    if how[0] == "tensor":
+    if quantization == "tensor":
         given = given._replace(top=whole_top(given))
+    if quantization != "block":
+        return plain(transposed, given, quantization)
     all_letters = zip(given, ("b.n.", "..", "b", "...", "bn."), strict=True)
     letters = tuple(None if x is None else dims for x, dims in all_letters)
-    made = "bn.." if how[1] else "b.n."
-    static = implementation, kernel, plain, how, (letters,), (made, "b.n")
-    quantized, scales = _dispatch.run(*static, given)
+    made = "bn.." if transposed else "b.n."
+    call = implementation, _ffi.quantize, plain, (transposed,), (letters,), (made, "b.n")
+    quantized, scales = _dispatch.run(*call, given)
     return quantized, scales
 
 
-def kernel(quantization: Quantization, transposed: bool, given: Unquantized) -> tuple[Array, Array]:
-    """`plain` by the kernel, where that does it."""
-    if quantization != "block":
-        return plain(quantization, transposed, given)
-    x, signs, lengths, _, mean = given
-    if signs is not None and signs.shape[0] > 1:  # under vmap; the kernel takes the same for all
-        mean = None if mean is None else mean * signs[:, None]
-        x, signs = x * signs[:, None, None].astype(x.dtype), jnp.ones_like(signs)
-    signs = None if signs is None else signs[0]
-    return _ffi.quantize(x, signs, lengths, mean, transposed=transposed)
-
-
-def plain(quantization: Quantization, transposed: bool, given: Unquantized) -> tuple[Array, Array]:
+def plain(
+    transposed: bool, given: Unquantized, quantization: Quantization = "block"
+) -> tuple[Array, Array]:
     """e4m3 [B, T, N, H], or transposed, and its scales, fp32 [B, blocks of T, N]."""
     batch, length, heads, head_dim = given.x.shape
     count, top = blocks(length), given.top

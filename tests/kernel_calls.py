@@ -42,3 +42,8 @@ def backward_of_three(config: Config, *arrays: Any, **options: Any) -> Any:
 
 def fp8_forward(config: Config) -> Any:
     return lambda *x: _fp8.fwd(config, jnp.dtype(jnp.bfloat16), *x)
+
+
+def quantized(x: Any, transposed: bool = False, *others: Any) -> Any:
+    """The others: signs, lengths, None, the mean."""
+    return _fp8.quantize(transposed, _fp8.Unquantized(x, *(others or (None, None))))

@@ -21,7 +21,7 @@ from call_operands import (
     rows_of,
 )
 from decode_calls import decode_calls
-from kernel_calls import BACKWARD, FORWARD, backward_of_three, fp8_forward
+from kernel_calls import BACKWARD, FORWARD, backward_of_three, fp8_forward, quantized
 from recorded_calls import Call, recorded
 
 from jax_fa3 import _ffi, _mask_bits, _plan, _tangent
@@ -162,12 +162,12 @@ def right_calls() -> dict[str, Call]:
             *(*fp8_operands(T, _fp8.BLOCK + 1, 64), Masks()),  # one key less is a block less
         ),
         "quantize": recorded(
-            _fp8.quantize, q, Struct((H,), jnp.float32), lengths, Struct((B, N, H), jnp.float32)
+            lambda x, signs, lengths, mean: quantized(x, False, signs, lengths, None, mean),
+            *(q, Struct((1, H), jnp.float32), lengths, Struct((B, N, H), jnp.float32)),
         ),
-        "quantize alone": recorded(lambda x: _fp8.quantize(x, None, None), q),
+        "quantize alone": recorded(lambda x: quantized(x), q),
         "quantize transposed": recorded(
-            lambda x: _fp8.quantize(x, None, None, transposed=True)[0],
-            operands_of(length=_fp8.BLOCK + 1)[0],
+            lambda x: quantized(x, True)[0], operands_of(length=_fp8.BLOCK + 1)[0]
         ),
         "jvp": recorded(tangent(every), *operands, masks, *rows[:2], Struct((1, N), jnp.float32)),
         "jvp without masks": recorded(tangent(plain), *operands, Masks(), *rows[:2], None),

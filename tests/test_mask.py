@@ -43,15 +43,13 @@ def test_row_intervals(windows: Any, key_length: int):
     begin, end = picked(2, batch, rows)
     begin[::9, 1], end[::9, 1] = MARK
     arrays = (offset, query_length, length, begin, end)
+    pairs = [*itertools.product(windows, windows[::-1])][:: 1 if key_length == 6 else 5]
     compute = jax.jit(
         lambda *arrays: [
-            _mask.row_intervals(Masks(*arrays), window, batch, rows, key_length)
-            for window in itertools.product(windows, windows[::-1])
+            _mask.row_intervals(Masks(*arrays), window, batch, rows, key_length) for window in pairs
         ]
     )
-    for window, found in zip(
-        itertools.product(windows, windows[::-1]), compute(*arrays), strict=True
-    ):
+    for window, found in zip(pairs, compute(*arrays), strict=True):
         wanted = [
             expected(window, key_length, i, *map(int, (o, t, s, begin[b, i], end[b, i])))
             for b, (o, t, s) in enumerate(zip(offset, query_length, length, strict=True))

@@ -9,12 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from call_operands import B, K, N, S, Struct, T, V, fp8_operands, operands_of, rows_of
-from kernel_calls import FORWARD, backward_of_three, fp8_forward
+from kernel_calls import FORWARD, backward_of_three, fp8_forward, quantized
 from recorded_calls import Call, recorded
 
 from jax_fa3 import _targets
 from jax_fa3._problem import Config, Masks
-from jax_fa3.fp8 import _ffi as _fp8
 
 # What a wrong call gives. XLA itself refuses a dtype that a handler never takes at that place.
 REFUSED = r"INVALID_ARGUMENT: (jax_fa3: |.*Wrong buffer dtype)"
@@ -71,7 +70,7 @@ def wrong_throughout() -> Iterator[tuple[str, Call]]:
     for h in (8, 48, 72, 96 + 8, 272):
         yield f"fp8 {h}", recorded(fp8_forward(config), *fp8_operands(T, S, h), Masks())
     for h in (8, 24, 272):
-        yield f"quantize {h}", recorded(lambda x: _fp8.quantize(x, None, None), operands_of(h)[0])
+        yield f"quantize {h}", recorded(quantized, operands_of(h)[0])
 
     # The two of issue 16, in which a kernel was reached.
     right = recorded(fp8_forward(config), *fp8_operands(T, S, 64), Masks())

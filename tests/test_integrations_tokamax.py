@@ -55,7 +55,7 @@ def test_same_as_tokamax(name):
     assert_same_as_theirs(ours(**CASES[name]), theirs(**CASES[name]), inputs(SHAPES, jnp.float32))
 
 
-@pytest.mark.parametrize("name", ["full", "soft cap"])
+@pytest.mark.parametrize("name", CASES)
 def test_bf16(name):
     assert_no_further(ours(**CASES[name]), theirs(**CASES[name]), inputs(SHAPES, jnp.bfloat16))
 

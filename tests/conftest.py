@@ -68,6 +68,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in left_out]
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What the tests of the adapters measured, where they ran in this process."""
+    measured = getattr(sys.modules.get("integrations"), "MEASURED", {})
+    for file, found in measured.items():
+        terminalreporter.write_line(f"{file}: {found}")
+
+
 @pytest.fixture(scope="session")
 def hopper(pytestconfig: pytest.Config):
     """A Hopper GPU, or the test is skipped. Keeps compiled programs from one run to the next."""

@@ -119,17 +119,22 @@ CASES = (
 )
 
 
-@pytest.mark.parametrize("names", CASES, ids=", ".join)
-def test_same_as_the_reference(names):
-    """In the rows that see a key."""
-    ours, theirs = (attention(x, names) for x in (first(), reference()))
+def both(names: tuple[str, ...]) -> tuple[Any, Any]:
+    """Ours and theirs, in the rows that see a key."""
     found = bias(*names).value()
     rows = 1 if found is None else (found > -1e14).any(-1).all(1)[..., None, None]  # [B, T, 1, 1]
     assert np.all(rows) or names[0].startswith("sliding ")
-    arrays = inputs(SHAPES, jnp.float32)
-    assert_same_as_theirs(
-        lambda *x: jnp.where(rows, ours(*x), 0), lambda *x: jnp.where(rows, theirs(*x), 0), arrays
-    )
+
+    def seeing(kind: Any) -> Any:
+        call = attention(kind, names)
+        return lambda *x: jnp.where(rows, call(*x), 0)
+
+    return seeing(first()), seeing(reference())
+
+
+@pytest.mark.parametrize("names", CASES, ids=", ".join)
+def test_same_as_the_reference(names):
+    assert_same_as_theirs(*both(names), inputs(SHAPES, jnp.float32))
 
 
 def test_sinks():
@@ -138,8 +143,9 @@ def test_sinks():
     assert_same_as_theirs(ours, theirs, arrays)
 
 
-def test_bf16():
-    ours, theirs = (attention(x, ("causal",)) for x in (first(), reference()))
+@pytest.mark.parametrize("names", CASES, ids=", ".join)
+def test_bf16(names):
+    ours, theirs = both(names)
     assert_no_further(ours, theirs, inputs(SHAPES, jnp.bfloat16))
 
 

@@ -125,20 +125,21 @@ def test_decoding():
     assert_same_as_theirs(ours, theirs, inputs(shapes, jnp.float32))
 
 
-def test_bf16():
-    ours, theirs = (attention(x, jnp.bfloat16, causal=True) for x in ("jax_fa3", "vanilla"))
-    exact = attention("vanilla", causal=True)
+@pytest.mark.parametrize("name", CASES)
+def test_bf16(name):
+    ours, theirs = (
+        on_real_rows(attention(x, jnp.bfloat16, **CASES[name])) for x in ("jax_fa3", "vanilla")
+    )
+    exact = on_real_rows(attention("vanilla", **CASES[name]))
     assert_no_further(ours, theirs, inputs(SHAPES, jnp.bfloat16), exact=exact)
 
 
-KERNELS = "full", "causal", "scale, soft cap", "window", "documents", "bias"
-
-
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("name", CASES)
 def test_reaches_the_kernels(name):
     """A float32 model too, by EasyDeL's attn_dtype."""
     call = attention("jax_fa3", jnp.bfloat16, **CASES[name])
-    assert_runs_kernels(call, inputs(SHAPES, jnp.float32))
+    calls = None if name in ("padding", "image") else 1  # dense masks
+    assert_runs_kernels(call, inputs(SHAPES, jnp.float32), calls)
 
 
 def test_a_policy_that_saves_attention_runs_the_forward_once():

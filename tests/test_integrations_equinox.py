@@ -69,11 +69,14 @@ def test_same_as_the_layer(name):
     assert_same_as_theirs(function, with_weights(theirs, **other)[1], arrays)
 
 
-def test_bf16():
-    weights, function = with_weights(ours, is_causal=True)
+@pytest.mark.parametrize("name", CASES)
+def test_bf16(name):
+    mine, other = CASES[name]
+    weights, function = with_weights(ours, **mine)
     arrays = weights, *inputs(SHAPES, jnp.float32)
     arrays = jax.tree.map(lambda x: x.astype(jnp.bfloat16), arrays)
-    assert_no_further(function, with_weights(theirs, mask=CAUSAL)[1], arrays)
+    pooled = name == "a mask by head"  # of a query bias of 32 numbers
+    assert_no_further(function, with_weights(theirs, **other)[1], arrays, pooled=pooled)
 
 
 def test_a_batch_of_a_float32_layer_is_one_kernel():

@@ -8,10 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from integrations import assert_no_further, assert_same_as_theirs, inputs, project
+from integrations import (
+    assert_no_further,
+    assert_runs_kernels,
+    assert_same_as_theirs,
+    inputs,
+    project,
+)
 from lowering import lower, targets
-
-from jax_fa3 import _ffi
 
 pytestmark = [
     pytest.mark.usefixtures("on_cpu"),
@@ -75,7 +79,7 @@ def test_same_as_einsum(name):
     assert_same_as_theirs(ours, theirs, (params, *inputs([(B, T, D)], jnp.float32)))
 
 
-@pytest.mark.parametrize("name", ["gemma 3, sliding", "gemma 4"])
+@pytest.mark.parametrize("name", CASES)
 def test_bf16(name):
     params, ours, theirs = calls(name, jnp.bfloat16)
     assert_no_further(ours, theirs, (params, *inputs([(B, T, D)], jnp.bfloat16)), pooled=True)
@@ -86,13 +90,7 @@ def test_reaches_the_kernels(name):
     """Masks are arrays in Gemma: the kernels are there for those of one interval a row, and, but under
     a soft cap, for others."""
     params, ours, _ = calls(name, jnp.bfloat16)
-
-    def run(params: Any, x: Any) -> Any:
-        out, pullback = jax.vjp(ours, params, x)
-        return out, pullback(out)
-
-    found = targets(lower(run, params, *inputs([(B, T, D)], jnp.bfloat16)))
-    assert {_ffi.FWD, _ffi.BWD} <= set(found)
+    assert_runs_kernels(ours, (params, *inputs([(B, T, D)], jnp.bfloat16)), calls=None)
 
 
 def test_caches_are_left_to_gemma():

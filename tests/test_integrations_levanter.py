@@ -89,21 +89,25 @@ CASES = {
 }
 
 
+def both(**options: Any) -> tuple[Any, Any]:
+    """Ours and theirs without rows 20 on, which some of these masks let see nothing."""
+
+    def seeing(backend: str) -> Any:
+        call = attention(backend, **options)
+        return lambda *x: jnp.where((jnp.arange(24) < 20)[:, None], call(*x), 0)
+
+    return seeing("nvte"), seeing("vanilla")
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_same_as_vanilla(name):
-    """Rows 20 on, which some of these masks let see nothing, are left out."""
-    ours, theirs = (attention(x, **CASES[name]) for x in ("nvte", "vanilla"))
-    found = inputs(SHAPES, jnp.float32)
-    rows = (jnp.arange(24) < 20)[:, None]
-    assert_same_as_theirs(
-        lambda *x: jnp.where(rows, ours(*x), 0), lambda *x: jnp.where(rows, theirs(*x), 0), found
-    )
+    assert_same_as_theirs(*both(**CASES[name]), inputs(SHAPES, jnp.float32))
 
 
-@pytest.mark.parametrize("options", [{}, {"attention_dtype": jnp.float32}])
-def test_bf16(options):
-    options |= {"mask": Mask.causal()}
-    ours, theirs = (attention(x, **options) for x in ("nvte", "vanilla"))
+@pytest.mark.parametrize("options", [{}, {"attention_dtype": jnp.float32}], ids=["", "fp32"])
+@pytest.mark.parametrize("name", CASES)
+def test_bf16(name, options):
+    ours, theirs = both(**CASES[name], **options)
     assert_no_further(ours, theirs, inputs(SHAPES, jnp.bfloat16))
     assert ours(*inputs(SHAPES, jnp.bfloat16)).dtype == jnp.bfloat16
 
@@ -165,3 +169,28 @@ def test_policies_that_save_the_residuals_run_the_forward_once(policy, forwards)
     function = made.checkpoint("carry", "inputs", lambda *x: jnp.sin(call(*x)).sum())
     found = targets(lower(jax.value_and_grad(function), *inputs(SHAPES, jnp.bfloat16)))
     assert (found.count(_ffi.FWD), found.count(_ffi.BWD)) == (forwards, 1)
+
+
+@pytest.mark.parametrize("mask", [Mask.causal(), Mask.causal(sliding_window=9)], ids=["", "window"])
+def test_in_a_model(mask):
+    """Llama's, of two layers: its logits, and the gradients of its weights."""
+    llama, eqx = (importlib.import_module(x) for x in ("levanter.models.llama", "equinox"))
+    Vocab, tokens = hax.Axis("vocab", 48), jax.random.randint(jax.random.key(1), (2, 24), 0, 48)
+    sizes = {"hidden_dim": 32, "intermediate_dim": 48, "num_heads": 4, "num_kv_heads": 2}
+
+    def model(backend: str) -> tuple[Any, Any]:
+        config = llama.LlamaConfig(
+            max_seq_len=24, num_layers=2, attn_backend=lv.AttentionBackend(backend), **sizes
+        )
+        made = llama.LlamaLMHeadModel.init(Vocab, config, key=jax.random.key(0))
+        weights, static = eqx.partition(made, eqx.is_inexact_array)
+        leaves, tree = jax.tree.flatten(weights)
+        ids = hax.named(tokens, ("batch", config.max_Pos))
+
+        def logits(*leaves: Any) -> Any:
+            return eqx.combine(tree.unflatten(leaves), static)(ids, attn_mask=mask).array
+
+        return leaves, logits
+
+    (weights, ours), (_, theirs) = model("nvte"), model("vanilla")
+    assert_same_as_theirs(ours, theirs, weights)

@@ -124,8 +124,10 @@ def test_arrays_by_head(rules):
     np.testing.assert_allclose(ours(*found), wanted, atol=1e-5)
 
 
-def test_bf16():
-    ours, theirs = (attention(x, dtype=jnp.bfloat16) for x in ("jax_fa3", "dot_product"))
+@pytest.mark.parametrize("name", MASKS)
+def test_bf16(name):
+    options = {"dtype": jnp.bfloat16, "attention_mask": MASKS[name]}
+    ours, theirs = (attention(x, **options) for x in ("jax_fa3", "dot_product"))
     assert_no_further(ours, theirs, inputs(SHAPES, jnp.bfloat16))
 
 

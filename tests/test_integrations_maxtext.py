@@ -1,9 +1,7 @@
 """attention=jax_fa3 in MaxText's AttentionOp, against its "dot_product"."""
 
 import importlib
-import os
-from functools import cache, partial
-from pathlib import Path
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,108 +9,32 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from integrations import (
-    assert_no_further,
-    assert_runs_kernels,
-    assert_same_as_theirs,
-    inputs,
-    project,
-)
+from integrations import assert_no_further, assert_runs_kernels, assert_same_as_theirs, inputs
 from lowering import lower, targets
+from maxtext_attention import (
+    CASES,
+    SHAPES,
+    B,
+    N,
+    T,
+    attention,
+    attention_op,
+    installed,
+    on_real_rows,
+)
 
 from jax_fa3 import _ffi
 
-maxtext, attention_op = project("maxtext", "maxtext", "maxtext.layers.attention_op")
 pytestmark = [
     pytest.mark.usefixtures("on_cpu"),
     pytest.mark.filterwarnings("default"),  # MaxText's own, and its dependencies'
 ]
 
-B, T, N, K, H = 2, 32, 4, 2, 16
-SHAPES = (B, T, N, H), (B, T, K, H), (B, T, K, H)
-
 
 @pytest.fixture(autouse=True, scope="module")
-def installed():
-    """And as it was afterwards."""
-    original = attention_op.AttentionOp.apply_attention
-    importlib.import_module("jax_fa3.integrations.maxtext").install()
-    yield
-    attention_op.AttentionOp.apply_attention = original
-
-
-@cache
-def config(*arguments: str) -> Any:
-    pyconfig = importlib.import_module("maxtext.configs.pyconfig")
-    base = os.fspath(Path(maxtext.__file__).parent / "configs" / "base.yml")
-    fixed = "run_name=test", "enable_checkpointing=False", "skip_jax_distributed_system=True"
-    sizes = f"max_target_length={T}", "per_device_batch_size=1"
-    hardware = () if any(x.startswith("hardware=") for x in arguments) else ("hardware=cpu",)
-    return pyconfig.initialize(["", base, *fixed, *sizes, *hardware, *arguments])
-
-
-def attention(kernel: str, kind: str = "global", arguments: Any = (), **options: Any) -> Any:
-    """AttentionOp with the configuration's `attention`, as a function of query, key and value."""
-    utils = importlib.import_module("maxtext.utils.maxtext_utils")
-    settings = config(f"attention={kernel}", *arguments)
-    mesh = jax.sharding.Mesh(
-        utils.create_device_mesh(settings, jax.devices("cpu")), settings.mesh_axes
-    )
-    static = "attn_logits_soft_cap", "sliding_window_size", "chunk_attn_window_size", "dropout_rate"
-    op = attention_op.AttentionOp(
-        settings,
-        mesh,
-        attention_kernel=settings.attention,
-        max_target_length=T,
-        num_query_heads=N,
-        num_kv_heads=options.pop("num_kv_heads", K),
-        attention_type=attention_op.AttentionType(kind),
-        **{name: options.pop(name) for name in static if name in options},
-    )
-    segment_ids, positions = options.pop("segment_ids", None), options.pop("positions", None)
-
-    def call(query: Any, key: Any, value: Any) -> Any:
-        linen = importlib.import_module("flax.linen")
-        with linen.logical_axis_rules(settings.logical_axis_rules):
-            return op(query, key, value, segment_ids, positions, "train", **options)
-
-    return call
-
-
-ids = np.ones((B, T), np.int32)
-ids[0, 10:] = 2
-ids[1, 25:] = 0  # padding
-real = jnp.asarray(ids > 0)[..., None, None]
-image = np.zeros((B, T), bool)
-image[0, 4:9] = image[0, 12:13] = image[1, 20:25] = True
-
-CASES = {
-    "global": {},
-    "full": {"kind": "full"},
-    "window": {"kind": "local_sliding", "sliding_window_size": 7},
-    "chunk": {"kind": "chunk", "chunk_attn_window_size": 8},
-    "segments": {"segment_ids": ids},
-    "sinks": {"segment_ids": ids, "sinks": jnp.linspace(-1, 2, N)},
-    "soft cap, window, segments": {
-        "kind": "local_sliding",
-        "sliding_window_size": 7,
-        "attn_logits_soft_cap": 2.0,
-        "segment_ids": ids,
-    },
-    "chunk, segments": {"kind": "chunk", "chunk_attn_window_size": 8, "segment_ids": ids},
-    "images": {"bidirectional_mask": image},
-    "images, window": {
-        "kind": "local_sliding",
-        "sliding_window_size": 3,
-        "bidirectional_mask": image,
-        "segment_ids": ids,
-    },
-}
-
-
-def on_real_rows(function: Any) -> Any:
-    """Rows of padding, which see each other in MaxText and nothing here, left out."""
-    return lambda *arrays: jnp.where(real, function(*arrays), 0)
+def _installed():
+    with installed():
+        yield
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -129,7 +51,7 @@ def test_mla():
     assert_same_as_theirs(ours, theirs, found)
 
 
-@pytest.mark.parametrize("name", ["global", "soft cap, window, segments"])
+@pytest.mark.parametrize("name", CASES)
 def test_bf16(name):
     ours, theirs = attention("jax_fa3", **CASES[name]), attention("dot_product", **CASES[name])
     assert_no_further(on_real_rows(ours), on_real_rows(theirs), inputs(SHAPES, jnp.bfloat16))
@@ -149,6 +71,8 @@ def test_reaches_the_kernels(name):
     "name, strategy",
     [
         ("global", "ring"),
+        ("sinks", "ring"),
+        ("sinks", "all_gather"),
         ("soft cap, window, segments", "ring"),
         ("soft cap, window, segments", "all_gather"),
         ("chunk, segments", "all_gather"),

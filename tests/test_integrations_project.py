@@ -1,7 +1,9 @@
 """What the adapters share. The projects themselves need not be installed."""
 
 import importlib.metadata
+import re
 import warnings
+from pathlib import Path
 
 import pytest
 
@@ -37,6 +39,20 @@ def test_a_checkout_warns_as_well():
         UserWarning, match="got no-such-project of no known version, was tried with 1.0"
     ):
         _project.check_version("no-such-project", "1.0", "1.0")
+
+
+def test_versions_tried_are_those_that_the_docs_name():
+    """The newest that each adapter does not warn of."""
+    tried = {
+        file.stem: match[1]
+        for file in Path(_project.__file__).parent.glob("*.py")
+        if (
+            match := re.search(r'check_version\("[\w-]+", "[\d.]+", "([\d.]+)"\)', file.read_text())
+        )
+    }
+    page = Path(__file__).resolve().parent.parent / "docs" / "integrations.md"
+    named = re.findall(r"^\| (\w+) ([\d.]+) \(jax ", page.read_text("utf-8"), re.MULTILINE)
+    assert tried == {name.lower(): version for name, version in named if name != "Flax"}
 
 
 def test_refusals_are_of_what_was_given():

@@ -1,4 +1,4 @@
-"""use_flash_attention of Tunix's Qwen 3 after jax_fa3.integrations.tunix.install, against its einsum."""
+"""use_flash_attention of Tunix's models after jax_fa3.integrations.tunix.install, against their einsum."""
 
 import importlib
 from typing import Any
@@ -19,9 +19,8 @@ pytestmark = [
     pytest.mark.usefixtures("on_cpu"),
     pytest.mark.filterwarnings("default"),  # Tunix's own, and its dependencies'
 ]
-qwen3, gemma4, nnx = project(
-    "google-tunix", "tunix.models.qwen3.model", "tunix.models.gemma4.model", "flax.nnx"
-)
+models = "tunix.models.qwen2.model", "tunix.models.qwen3.model", "tunix.models.gemma4.model"
+qwen2, qwen3, gemma4, nnx = project("google-tunix", *models, "flax.nnx")
 mask_lib: Any = qwen3.mask_lib
 adapter: Any = importlib.import_module("jax_fa3.integrations.tunix")
 B, T = 4, 24
@@ -38,31 +37,46 @@ def installed():
         module.splash = original
 
 
-def attention(flash: bool, dtype: Any = jnp.float32, segment_ids: Any = None) -> tuple[Any, Any]:
-    """The layer's weights, and the layer as a function of them and of x, on a mesh of 2 by 2."""
-    config = qwen3.ModelConfig(
-        num_layers=1,
-        vocab_size=32,
-        embed_dim=32,
-        hidden_dim=32,
-        num_heads=4,
-        head_dim=16,
-        num_kv_heads=2,
-        rope_theta=10000,
-        norm_eps=1e-6,
-        use_flash_attention=flash,
-        dtype=dtype,
-        param_dtype=dtype,
-    )
-    mesh = jax.sharding.Mesh(np.reshape(jax.devices("cpu")[:4], (2, 2)), ("fsdp", "tp"))
-    graph, weights = nnx.split(qwen3.Attention(config, rngs=nnx.Rngs(0)))
+LAYERS = "Qwen 2", "Qwen 3", "Gemma 4, global", "Gemma 4, sliding"
+
+
+def layer(name: str, flash: bool, dtype: Any) -> tuple[Any, Any]:
+    """A layer, and what calls it with x [B, T, 32] and segment ids."""
+    sizes = {"num_layers": 1, "embed_dim": 32, "hidden_dim": 32, "num_heads": 4, "num_kv_heads": 2}
+    sizes |= {"head_dim": 16, "use_flash_attention": flash, "dtype": dtype, "param_dtype": dtype}
     causal = jnp.broadcast_to(jnp.tri(T, dtype=bool), (B, T, T))
     positions = jnp.broadcast_to(jnp.arange(T), (B, T))
+    if name.startswith("Gemma"):
+        kind = gemma4.AttentionType["LOCAL_SLIDING" if "sliding" in name else "GLOBAL"]
+        sizes |= {"num_embed": 32, "sliding_window_size": 7, "global_key_size": 24}
+        config = gemma4.ModelConfig(**sizes, use_sliding_window_kv_cache=False)
+        made = gemma4.Attention(config, kind, rngs=nnx.Rngs(0))
+        return made, lambda layer, x, _: layer(x, positions, None, causal)[1]
+    module = {"Qwen 2": qwen2, "Qwen 3": qwen3}[name]
+    config = module.ModelConfig(**sizes, vocab_size=32, rope_theta=10000, norm_eps=1e-6)
+    made = module.Attention(config, rngs=nnx.Rngs(0))
+    if module is qwen3:
+        return made, lambda layer, x, ids: layer(x, positions, None, causal, segment_ids=ids)[1]
+    rotary = [x.astype(dtype) for x in qwen2._generate_pos_embeddings(positions, 16, 10000)]
+    return made, lambda layer, x, ids: layer(x, None, causal, *rotary, segment_ids=ids)[1]
+
+
+def attention(
+    name: str,
+    flash: bool,
+    dtype: Any = jnp.float32,
+    segment_ids: Any = None,
+    shape: tuple[int, int] = (2, 2),
+) -> tuple[Any, Any]:
+    """The layer's weights, and the layer as a function of them and of x, on a mesh."""
+    devices = np.reshape(jax.devices("cpu")[: np.prod(shape)], shape)
+    mesh = jax.sharding.Mesh(devices, ("fsdp", "tp"))
+    made, run = layer(name, flash, dtype)
+    graph, weights = nnx.split(made)
 
     def call(weights: Any, x: Any) -> Any:
         with mesh:
-            layer = nnx.merge(graph, weights)
-            return layer(x, positions, None, causal, segment_ids=segment_ids)[1]
+            return run(nnx.merge(graph, weights), x, segment_ids)
 
     return weights, call
 
@@ -72,15 +86,22 @@ ids[1, :5] = ids[1, 20:] = 0  # a rollout: padding on both sides
 real = jnp.asarray(ids > 0)[..., None]
 
 
-def test_same_as_einsum():
-    (weights, ours), (_, theirs) = attention(True), attention(False)
+@pytest.mark.parametrize("name", LAYERS)
+def test_same_as_einsum(name):
+    (weights, ours), (_, theirs) = attention(name, True), attention(name, False)
     assert_same_as_theirs(ours, theirs, (weights, *inputs([(B, T, 32)], jnp.float32)))
 
 
-def test_bf16():
-    (weights, ours), (_, theirs) = attention(True, jnp.bfloat16), attention(False, jnp.bfloat16)
+@pytest.mark.parametrize("name", LAYERS)
+def test_bf16(name):
+    """On one device: on several CPUs Tunix splits its einsum over none, and ours has the sums between them,
+    in bf16, beside. Qwen 2 has biases, and Gemma 4 norms, of few numbers."""
+    (weights, ours), (_, theirs) = (
+        attention(name, flash, jnp.bfloat16, shape=(1, 1)) for flash in (True, False)
+    )
     arrays = weights, *inputs([(B, T, 32)], jnp.bfloat16)
-    assert_no_further(ours, theirs, arrays, exact=attention(False)[1])
+    exact = attention(name, False, shape=(1, 1))[1]
+    assert_no_further(ours, theirs, arrays, exact=exact, pooled=name in ("Qwen 2", *LAYERS[2:]))
     assert ours(*arrays).dtype == jnp.bfloat16
 
 
@@ -117,8 +138,9 @@ def test_same_as_its_own_mask(name):
     assert_same_as_theirs(ours, theirs, inputs(shapes, jnp.float32))
 
 
-def test_reaches_the_kernels():
-    weights, ours = attention(True, jnp.bfloat16, jnp.asarray(ids))
+@pytest.mark.parametrize("name", LAYERS)
+def test_reaches_the_kernels(name):
+    weights, ours = attention(name, True, jnp.bfloat16, jnp.asarray(ids))
     assert_runs_kernels(ours, (weights, *inputs([(B, T, 32)], jnp.bfloat16)))
 
 

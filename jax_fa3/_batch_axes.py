@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.core import Tracer
 
 from . import _arguments, _dropout
 from ._autodiff import attend
@@ -48,7 +49,9 @@ def attention(make: Make, tensors: Mapping[str, Any], behind: int, **options: An
         return attend(parse(make, tensors, behind, **options), stacklevel=4)
     sharding = static_sharding("sharding", options.pop("sharding", None), True)
     arrays = {name: array(name, x) for name, x in tensors.items()}
-    for name in (*_OF_ENTRIES, *_OF_HEADS, "bias", "mask", "scale"):
+    # A scale that is known stays static.
+    scale = ("scale",) if isinstance(options.get("scale"), Tracer) else ()
+    for name in (*_OF_ENTRIES, *_OF_HEADS, "bias", "mask", *scale):
         x = options.get(name)
         if x is not None and not isinstance(x, (int, float)):
             x = _as_array(name, x)

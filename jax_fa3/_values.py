@@ -137,7 +137,8 @@ def several_intervals(sizes: Sizes, batched: bool, arguments: dict[str, Any]) ->
     names = "key_begin", "key_end"
     given = {name: arguments[name] for name in names if arguments.get(name) is not None}
     shapes = [shape_of(x) for x in given.values()]
-    if not any(len(x) == 3 or (len(x) == 2 and not batched and x[0] != 1) for x in shapes):
+    one = (1, length)  # of one interval, and the batch axis that may be left out
+    if not any(len(x) == 3 or (len(x) == 2 and not batched and x != one) for x in shapes):
         return None
     count = shapes[0][-1]
     for name in names:

@@ -178,6 +178,14 @@ def test_of_others_are_refused_by_name(who: Any):
         who.dot_product_attention(*QKV, **more)
 
 
+@pytest.mark.parametrize("scale", [0.5, np.float32(0.5), jnp.float32(0.5)], ids=repr)
+def test_a_known_scale_is_static(scale: Any):
+    q = jax.ShapeDtypeStruct((*BATCH, T, N, 64), jnp.bfloat16)
+    options: Any = {"scale": scale, "implementation": "fa3"}
+    text = lower(lambda q: jax_fa3.dot_product_attention(q, q, q, **options), q)
+    assert targets(text) == [_targets.FWD]
+
+
 @needs_kernels
 @pytest.mark.parametrize("lead", [(1, 1), (A, B)])
 def test_kernels_take_them_without_copies(lead: tuple[int, int]):

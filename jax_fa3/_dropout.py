@@ -22,6 +22,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from ._checks import wrong
@@ -66,7 +67,7 @@ def checked(rate: Any, key: Any) -> tuple[int, Array | None]:
 def _words(key: Any) -> Array:
     """uint32 [2], random bits of any key: typed or raw."""
     wanted = "one key of jax.random, typed or raw uint32"
-    if not isinstance(key, Array):
+    if not isinstance(key, (Array, np.ndarray)):
         raise wrong("dropout_key", repr(key), wanted)
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         try:

@@ -145,7 +145,7 @@ def several_intervals(sizes: Sizes, batched: bool, arguments: dict[str, Any]) ->
         if name not in given:
             raise wrong(name, None, f"{count} for each row, as the other has, or no more than one")
     if not 0 < count <= MOST_INTERVALS:
-        raise wrong("key_begin", f"{count} intervals a row", f"at most {MOST_INTERVALS}")
+        raise wrong("key_begin", f"{count} intervals a row", f"1 to {MOST_INTERVALS}")
     both = [integers(name, x, (batch, length, count), batched) for name, x in given.items()]
     for name in names:
         del arguments[name]

@@ -61,8 +61,9 @@ def test_known_lengths_beyond_int32():
     arrays = normal(2, 4, T, N, H), normal(2, 4, S, K, H), normal(2, 4, S, K, H)
     lengths = np.array([[2**40, 3, -(2**40), 5], [1, 7, 6, 4]])
     call = functools.partial(jax_fa3.dot_product_attention, key_value_seq_lengths=lengths)
-    where = NamedSharding(jax.make_mesh((2, 2), ("x", "y")), P("x", "y"))
-    with jax.set_mesh(where.mesh):
+    mesh = jax.make_mesh((2, 2), ("x", "y"))
+    where = NamedSharding(mesh, P("x", "y"))
+    with jax.set_mesh(mesh):
         assert_close(jax.jit(call)(*jax.device_put(arrays, where)), call(*arrays), 1e-5)
 
 

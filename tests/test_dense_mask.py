@@ -173,7 +173,7 @@ def test_lengths_that_are_symbolic():
     """The mask is looked at; several intervals, for which the kernels want a number, go to XLA."""
     case = Case("symbolic", T, S, N, K, H=64, B=B)
     mask = np.random.default_rng(0).random((B, 1, T, S)) < 0.7
-    bounds = np.zeros((B, T, 2), np.int32), np.broadcast_to(np.int32((3, 5)), (B, T, 2))
+    bounds = np.zeros((B, T, 2), np.int32), np.full((B, T, 2), (3, 5), np.int32)
     for names, arrays in ((("mask",), (mask,)), (("key_begin", "key_end"), bounds)):
 
         def call(*x: Any, names: Any = names) -> Any:

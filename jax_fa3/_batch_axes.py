@@ -15,11 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.core import Tracer
 
 from . import _arguments, _dropout
 from ._autodiff import attend
 from ._checks import array, known_integers, wrong
-from ._integers import INT32_MAX, INT32_MIN
+from ._integers import INT32_MAX, INT32_MIN, clamped
 from ._operands import Call, Operands
 from ._sharding._named import over_named_axes
 from ._values import shape_of, static_sharding
@@ -27,10 +28,9 @@ from ._values import shape_of, static_sharding
 # Of tensors with one batch axis or none: _tensors.separate, or packed.
 Make = Callable[..., tuple[Operands, bool]]
 
-_OF_ENTRIES = (  # integers of each batch entry
-    *("query_offset", "query_seq_lengths", "key_value_seq_lengths", "key_begin", "key_end"),
-    *("query_segment_ids", "key_value_segment_ids"),
-)
+_BOUNDS = "query_seq_lengths", "key_value_seq_lengths", "key_begin", "key_end"
+# Integers of each batch entry.
+_OF_ENTRIES = *_BOUNDS, "query_offset", "query_segment_ids", "key_value_segment_ids"
 _OF_HEADS = {"sinks": "", "alibi_slopes": "", "relative_bias": "."}
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # of the axes, as _sharding has letters
 
@@ -48,12 +48,18 @@ def attention(make: Make, tensors: Mapping[str, Any], behind: int, **options: An
         return attend(parse(make, tensors, behind, **options), stacklevel=4)
     sharding = static_sharding("sharding", options.pop("sharding", None), True)
     arrays = {name: array(name, x) for name, x in tensors.items()}
-    for name in (*_OF_ENTRIES, *_OF_HEADS, "bias", "mask", "scale"):
+    # A scale that is known stays static.
+    scale = ("scale",) if isinstance(options.get("scale"), Tracer) else ()
+    for name in (*_OF_ENTRIES, *_OF_HEADS, "bias", "mask", *scale):
         x = options.get(name)
         if x is not None and not isinstance(x, (int, float)):
             x = _as_array(name, x)
             if isinstance(x, Array):
                 arrays[name] = x
+            elif x.dtype != object and not np.issubdtype(x.dtype, np.integer):
+                pass  # parse refuses it
+            elif name in _BOUNDS:
+                arrays[name] = clamped(x)
             elif x.size == 0 or (x.min() >= INT32_MIN and x.max() <= INT32_MAX):
                 arrays[name] = jnp.asarray(x.astype(np.int32))  # others stay where they are, known
 

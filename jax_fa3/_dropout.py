@@ -22,6 +22,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from ._checks import wrong
@@ -66,6 +67,8 @@ def checked(rate: Any, key: Any) -> tuple[int, Array | None]:
 def _words(key: Any) -> Array:
     """uint32 [2], random bits of any key: typed or raw."""
     wanted = "one key of jax.random, typed or raw uint32"
+    if isinstance(key, np.ndarray) and key.dtype == np.uint32:
+        key = jnp.asarray(key)
     if not isinstance(key, Array):
         raise wrong("dropout_key", repr(key), wanted)
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):

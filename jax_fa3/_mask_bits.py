@@ -33,6 +33,8 @@ def refusal(operands: Operands, found: str = "mask: got one") -> str | None:
     if not bwd_tile(width).fused:
         return f"{found} beside head dim {width}, wanted none beside more than 128"
     keys = sizes.key_length
+    if jax.export.is_symbolic_dim(keys):  # which is an attribute of the call that makes bits
+        return f"{found} beside {keys} keys, wanted a number that is known when it is exported"
     if drifts(keys):
         return f"{found} beside {keys} keys, wanted none beside more than {MOST_KEYS_OF_SUM}"
     return None

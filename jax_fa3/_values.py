@@ -137,14 +137,15 @@ def several_intervals(sizes: Sizes, batched: bool, arguments: dict[str, Any]) ->
     names = "key_begin", "key_end"
     given = {name: arguments[name] for name in names if arguments.get(name) is not None}
     shapes = [shape_of(x) for x in given.values()]
-    if not any(len(x) == 3 or (len(x) == 2 and not batched and x[0] != 1) for x in shapes):
+    one = (1, length)  # of one interval, and the batch axis that may be left out
+    if not any(len(x) == 3 or (len(x) == 2 and not batched and x != one) for x in shapes):
         return None
     count = shapes[0][-1]
     for name in names:
         if name not in given:
             raise wrong(name, None, f"{count} for each row, as the other has, or no more than one")
     if not 0 < count <= MOST_INTERVALS:
-        raise wrong("key_begin", f"{count} intervals a row", f"at most {MOST_INTERVALS}")
+        raise wrong("key_begin", f"{count} intervals a row", f"1 to {MOST_INTERVALS}")
     both = [integers(name, x, (batch, length, count), batched) for name, x in given.items()]
     for name in names:
         del arguments[name]

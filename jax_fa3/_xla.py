@@ -76,9 +76,10 @@ def attention(config: Config, operands: Operands, masks: Masks) -> tuple[Array, 
         if "bias" in tensors:
             scores += tensors["bias"].astype(scores.dtype)
             visible &= ~(tensors["bias"].astype(scores.dtype) <= _bias.LEAST)  # NaN stays NaN
-        scores = _capped(scores, cap) if config.soft_cap_last else scores
         if "mask" in tensors:
             visible &= _mask_bits.as_bool(tensors["mask"], key.shape[1])
+        if config.soft_cap_last:  # a bias may be NaN where it is padding, and so would be its slope
+            scores = _capped(jnp.where(visible, scores, 0), cap)
 
         sees = visible.any(-1, keepdims=True)  # not top > -inf: a NaN that is seen stays a NaN
         top = jnp.max(scores, -1, keepdims=True, initial=-jnp.inf, where=visible)

@@ -152,6 +152,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"value": jnp.ones((A, S, K, V))}, "value: got shape"),
     ({"key": jnp.ones((A, B, S, K, 4))}, "key: got shape"),
     ({"query_seq_lengths": [1, 2]}, r"query_seq_lengths: got shape \(2,\), wanted the batch axes"),
+    ({"query_seq_lengths": np.full(BATCH, 2.5)}, "query_seq_lengths: got values of dtype float64"),
+    ({"query_segment_ids": np.ones((*BATCH, T), bool), "key_value_segment_ids": IDS}, "query_seg"),
     ({"key_begin": np.zeros((6, T), int)}, "key_begin: got shape"),
     ({"query_offset": [1, 2, 3]}, "query_offset: got shape"),
     ({"mask": jnp.ones((2, 2, 1, T, S), bool)}, "mask: got shape"),
@@ -176,6 +178,14 @@ def test_of_others_are_refused_by_name(who: Any):
     more: Any = {"axis_name": "x"} if who is context_parallel else {}
     with pytest.raises(ValueError, match="query: got shape"):
         who.dot_product_attention(*QKV, **more)
+
+
+@pytest.mark.parametrize("scale", [0.5, np.float32(0.5), jnp.float32(0.5)], ids=repr)
+def test_a_known_scale_is_static(scale: Any):
+    q = jax.ShapeDtypeStruct((*BATCH, T, N, 64), jnp.bfloat16)
+    options: Any = {"scale": scale, "implementation": "fa3"}
+    text = lower(lambda q: jax_fa3.dot_product_attention(q, q, q, **options), q)
+    assert targets(text) == [_targets.FWD]
 
 
 @needs_kernels

@@ -56,6 +56,17 @@ def test_over_devices(axes: Any, kind: Any, dropped: bool):
             assert [*out.sharding.spec][: len(axes)] == [*axes] == [*dq.sharding.spec][: len(axes)]
 
 
+def test_known_lengths_beyond_int32():
+    """Each device has its own entries' alone."""
+    arrays = normal(2, 4, T, N, H), normal(2, 4, S, K, H), normal(2, 4, S, K, H)
+    lengths = np.array([[2**40, 3, -(2**40), 5], [1, 7, 6, 4]])
+    call = functools.partial(jax_fa3.dot_product_attention, key_value_seq_lengths=lengths)
+    mesh = jax.make_mesh((2, 2), ("x", "y"))
+    where = NamedSharding(mesh, P("x", "y"))
+    with jax.set_mesh(mesh):
+        assert_close(jax.jit(call)(*jax.device_put(arrays, where)), call(*arrays), 1e-5)
+
+
 @pytest.mark.parametrize("axes", [("x",), (None, "x"), ("x", "y")], ids=str)
 def test_named_axes_need_no_collective(axes: Any):
     mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("x", "y"))

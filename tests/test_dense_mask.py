@@ -169,6 +169,28 @@ def test_gradients(name: str, kind: Any):
         assert_same(found, exact, rtol=1e-5)
 
 
+def test_lengths_that_are_symbolic():
+    """The mask is looked at; several intervals, for which the kernels want a number, go to XLA."""
+    case = Case("symbolic", T, S, N, K, H=64, B=B)
+    mask = np.random.default_rng(0).random((B, 1, T, S)) < 0.7
+    bounds = np.zeros((B, T, 2), np.int32), np.full((B, T, 2), (3, 5), np.int32)
+    for names, arrays in ((("mask",), (mask,)), (("key_begin", "key_end"), bounds)):
+
+        def call(*x: Any, names: Any = names) -> Any:
+            options: Any = dict(zip(names, x[3:], strict=True))
+            return jax_fa3.dot_product_attention(*x[:3], **options)
+
+        given = *case.inputs(jnp.bfloat16), *map(jnp.asarray, arrays)
+        b, t, s = jax.export.symbolic_shape("b, t, s")
+        size = {B: b, T: t, S: s}
+        shapes = [tuple(size.get(n, n) for n in x.shape[:2]) + x.shape[2:] for x in given]
+        if names == ("mask",):
+            shapes[3] = (b, 1, t, s)
+        symbolic = [jax.ShapeDtypeStruct(n, x.dtype) for n, x in zip(shapes, given, strict=True)]
+        exported = jax.export.export(jax.jit(call))(*symbolic)
+        np.testing.assert_array_equal(exported.call(*given), jax.jit(call)(*given))
+
+
 @needs_kernels
 def test_kernels_take_them():
     """As bits, without a look at the values; beside a bias, one kernel for either way."""

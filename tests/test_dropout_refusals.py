@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from dropouts import KEY
 from lowering import lower, targets
@@ -41,6 +42,13 @@ def test_errors(case: str):
     options, message = WRONG[case]
     with pytest.raises(ValueError, match=f"^{message}"):
         jax_fa3.dot_product_attention(*CASE.inputs(jnp.float32), **options)
+
+
+def test_a_raw_key_of_numpy():
+    raw = jax.random.key_data(KEY)
+    call = functools.partial(jax_fa3.dot_product_attention, *CASE.inputs(jnp.float32))
+    options: Any = {**SOME, "dropout_key": np.asarray(raw)}
+    np.testing.assert_array_equal(call(**options), call(**{**SOME, "dropout_key": raw}))
 
 
 def test_traced_rate():

@@ -66,6 +66,17 @@ def test_beside_all_that_masks_a_bias_and_a_soft_cap(name: str, last: bool):
     assert_close(found, reference(*tensors, **{name: term}, **others), 1e-5)
 
 
+@pytest.mark.parametrize("last", [False, True])
+def test_a_soft_cap_and_a_bias_that_is_nan_where_nobody_looks(last: bool):
+    """It reaches no gradient."""
+    tensors, cotangents = CASE.inputs(jnp.float32), CASE.cotangents(jnp.float32)
+    bias = jnp.ones((B, N, T, S)).at[..., 5:].set(jnp.nan)
+    options: Any = {"logits_soft_cap": 2.0, "soft_cap_last": last, "mask": jnp.arange(S) < 5}
+    options["sinks"] = jnp.ones(N)
+    call = functools.partial(grads, "bias", attention, cotangents, *tensors, **options)
+    assert_close(call(bias), call(jnp.nan_to_num(bias)), 1e-6)
+
+
 @pytest.mark.parametrize("name", TERMS)
 @pytest.mark.parametrize("mapped", [3, 0])
 def test_under_vmap(name: str, mapped: int):

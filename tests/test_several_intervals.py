@@ -76,6 +76,15 @@ def test_without_a_batch_axis_and_beside_a_mask():
         np.testing.assert_allclose(attention(*inputs, **given.mask)[0], exact.out, atol=1e-5)
 
 
+def test_one_row_without_a_batch_axis():
+    q, k, v = case(2).inputs(jnp.float32)
+    bounds: Any = {"key_begin": np.array([[0, 6]]), "key_end": np.array([[2, 9]])}
+    whole = attention(q[:1, :1], k[:1], v[:1], **{name: x[None] for name, x in bounds.items()})
+    found = attention(q[0, :1], k[0], v[0], **bounds)
+    for x, y in zip(found, whole, strict=True):
+        np.testing.assert_array_equal(x, y[0])
+
+
 def test_beside_a_bias():
     one = case(2)
     inputs, bias = one.inputs(jnp.float32), jnp.ones((1, 1, T, S)).at[..., 3].set(2)

@@ -1,12 +1,11 @@
-"""`python -m benchmarks.layers`: the attention of one layer in tokamax, MaxText and Levanter, by what the
-project uses by default on this GPU and by its adapter in jax_fa3.integrations.
+"""`python -m benchmarks.layers`: the attention of one layer in the projects of layer_projects.py, by what
+each uses by default on this GPU and by its adapter in jax_fa3.integrations.
 
-Of the projects those that are installed; tokamax is enough for MaxText too, whose default is a call of it.
+Of the projects those that are named; tokamax is enough for MaxText too, whose default is a call of it.
 Llama 3 8B's heads (32 and 8 of 128), 2 x 4096 tokens, bf16; device time in rounds.
 """
 
 import argparse
-import functools
 import importlib.metadata
 import json
 import statistics
@@ -18,101 +17,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import jax_fa3
-
 from . import report as reports
 from .__main__ import NO_GPU, why_not_here
+from .layer_projects import DEFAULT, OURS, PROJECTS, Layer
 from .timing import Call, device_time, environment, flusher, gpu_state, in_rounds, ratio
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "integrations.md"
-SIZES = 2, 4096, 32, 8, 128  # [B, T, N, K, H]
-CAP_SIZES = 2, 4096, 16, 8, 256  # Gemma 2's
-OURS, DEFAULT = "jax_fa3", "default"
 FAR = 0.02  # of the norm of out: no two right results in bf16 differ by more
-
-Layer = tuple[str, tuple[int, ...], dict[str, Callable[..., Any]]]
-
-
-def _documents(length: int) -> jax.Array:
-    """Ids [T] of four documents, from 1 on: 0 is padding."""
-    ends = np.cumsum([length // 4, length // 2, length // 8])
-    return jnp.asarray(1 + np.searchsorted(ends, np.arange(length), side="right"))
-
-
-def tokamax_layers(implementation: Any) -> Iterator[Layer]:
-    tokamax: Any = importlib.import_module("tokamax")
-    adapter: Any = importlib.import_module("jax_fa3.integrations.tokamax")
-    cases: tuple[tuple[str, Any, dict[str, Any]], ...] = (
-        ("causal", SIZES, {}),
-        ("causal, window of 1024", SIZES, {"local_window_size": (1023, 0)}),
-        ("causal, soft cap, head dim 256", CAP_SIZES, {"logits_soft_cap": 50.0}),
-    )
-    for name, sizes, options in cases:
-        call = functools.partial(tokamax.dot_product_attention, is_causal=True, **options)
-        ours = functools.partial(call, implementation=[adapter.Attention(implementation)])
-        yield f"tokamax, {name}", sizes, {OURS: ours, DEFAULT: call}
-
-
-def maxtext_layers(implementation: Any) -> Iterator[Layer]:
-    """What its AttentionOp calls on a GPU with attention=autoselected: tokamax's Triton kernel, documents
-    as a dense mask. (MaxText scales query before.)"""
-    base: Any = importlib.import_module("tokamax._src.ops.attention.base")
-    triton: Any = importlib.import_module("tokamax._src.ops.attention.pallas_triton")
-    kernel = triton.PallasTritonFlashAttention()
-
-    for name in ("causal", "causal, packed"):
-
-        def default(q: Any, k: Any, v: Any, packed: bool = "packed" in name) -> Any:
-            mask = base.Mask(is_causal=True)
-            if packed:
-                ids = _documents(q.shape[1])
-                mask = mask & base.Mask((ids[:, None] == ids)[None, None].repeat(q.shape[0], 0))
-            return kernel(q, k, v, logits_scale=1.0, mask=mask)
-
-        def ours(q: Any, k: Any, v: Any, packed: bool = "packed" in name) -> Any:
-            ids = jnp.tile(_documents(q.shape[1]), (q.shape[0], 1))
-            given: Any = {"query_segment_ids": ids, "key_value_segment_ids": ids}
-            masks = given | {"padding_segment_id": 0} if packed else {}
-            return jax_fa3.dot_product_attention(
-                q, k, v, is_causal=True, scale=1.0, implementation=implementation, **masks
-            )
-
-        yield f"MaxText, {name}", SIZES, {OURS: _scaled(ours), DEFAULT: _scaled(default)}
-
-
-def _scaled(call: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda q, k, v: call(q * q.shape[-1] ** -0.5, k, v)
-
-
-def levanter_layers(implementation: Any) -> Iterator[Layer]:
-    """Its default without TransformerEngine, which it would call if it were there."""
-    levanter: Any = importlib.import_module("levanter.layers.attention")
-    hax: Any = importlib.import_module("haliax")
-    adapter: Any = importlib.import_module("jax_fa3.integrations.levanter")
-    original = levanter._te_flash_attention
-
-    def call(q: Any, k: Any, v: Any, ours: bool) -> Any:
-        b, t, n, h = q.shape
-        kv = k.shape[2]
-        B, Q, S, K, G, D = hax.make_axes(b=b, q=t, k=t, kv=kv, g=n // kv, d=h)
-        query = hax.named(q.reshape(b, t, kv, n // kv, h), (B, Q, K, G, D))
-        key, value = (hax.named(x, (B, S, K, D)) for x in (k, v))
-        options = {"attn_backend": levanter.AttentionBackend("nvte")} if ours else {}
-        levanter._te_flash_attention = original
-        if ours:
-            adapter.install(implementation=implementation)
-        mask = levanter.AttentionMask.causal()
-        out = levanter.dot_product_attention(Q, S, D, query, key, value, mask=mask, **options)
-        return out.rearrange((B, Q, K, G, D)).array.reshape(b, t, n, h)
-
-    cudnn = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
-    contenders = {OURS: functools.partial(call, ours=True)}
-    contenders |= {DEFAULT: functools.partial(call, ours=False)}
-    contenders |= {"cuDNN by jax.nn": cudnn} if implementation == "fa3" else {}
-    yield "Levanter, causal", SIZES, contenders
-
-
-PROJECTS = {"tokamax": tokamax_layers, "MaxText": maxtext_layers, "Levanter": levanter_layers}
 
 
 def _versions(*distributions: str) -> dict[str, str]:
@@ -187,7 +98,9 @@ def main(argv: list[str] | None = None) -> None:
     else:
         between = flusher()
         report = {"environment": environment(), "rounds": args.rounds, "begin": gpu_state(between)}
-        report["environment"]["versions"] |= _versions("tokamax", "marin-levanter")
+        report["environment"]["versions"] |= _versions(
+            "tokamax", "marin-levanter", "flax", "equinox"
+        )
         report["results"] = []
         for project in args.projects.split(","):
             for layer in PROJECTS[project]("fa3"):

@@ -212,4 +212,6 @@ def _per_row() -> list[Case]:
     ]
 
 
-TABLE = [*_lengths(), *_head_dims(), *_heads(), *_closed_forms(), *_per_row()]
+_SIZES = [*_lengths(), *_head_dims()]
+NUM_SIZES = len(_SIZES)  # that the table begins with
+TABLE = [*_SIZES, *_heads(), *_closed_forms(), *_per_row()]

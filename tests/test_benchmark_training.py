@@ -55,9 +55,7 @@ def test_on_a_mesh(tmp_path, monkeypatch):
         assert report["mesh"] == (options[1] if options else None)
         return [x["loss"] for x in report["steps"].values()]
 
-    of_one_device = losses()
-    for mesh in ("1x4", "2x4"):
-        assert losses("--mesh", mesh) == pytest.approx(of_one_device, rel=1e-2), mesh
+    assert losses("--mesh", "2x4") == pytest.approx(losses(), rel=1e-2)
 
 
 def test_what_a_mesh_splits():

@@ -146,7 +146,7 @@ def parse_without_dense(
     who: str, *tensors: ArrayLike, instead_of_scale: str = "query", **options: Any
 ) -> Call:
     """The call of query, key and value, for functions that with "xla" take no more than the kernels:
-    no dense bias or mask, no dropout, and no traced scale."""
+    no terms of the scores, dense mask or several intervals a row, no dropout, and no traced scale."""
     refuse_dense(options, who)
     call = parse(*separate(*tensors), **options)
     if call.operands.mask is not None:

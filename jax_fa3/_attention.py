@@ -83,8 +83,8 @@ def dot_product_attention(
             and what is not above -1e37, hides a key. The kernels read float32 and query's dtype where
             they are, without expanding what is broadcast, and sum its gradient over that in float32;
             other dtypes, rows that are no multiple of 16 bytes, and what is broadcast over keys, are
-            copied first. They take none beside logits_soft_cap, head dims above 128,
-            and more than 262,144 keys.
+            copied first. They take none beside logits_soft_cap or dropout, for head dims above 128,
+            and for more than 262,144 keys.
         mask: bool, False for hidden, broadcastable to [B, N, T, S]. The kernels read it as bits, which are
             made in one pass over it, and leave out the blocks that it hides. Beside terms of the scores, and
             for head dims above 128, they take it if each row of it is one interval of keys, the same for all
@@ -119,8 +119,8 @@ def dot_product_attention(
             and the value 0. The log-sum-exp has it in.
         alibi_slopes: floating [N], differentiable: slope * (j - i) is added to the scaled score of row i
             and key j, whatever query_offset is: along a row the differences are all that counts. The
-            kernels take them where they take a bias, but not beside one or dropout, and with a dense mask
-            as beside one.
+            kernels take them where they take a bias, but not beside one, and with a dense mask as beside
+            one.
         relative_bias: floating [N, 2 * max + 1], differentiable: the entry of the distance
             clip(j - (i + query_offset), -max, max), counted from -max, is added to the scaled score of row i
             and key j, as in T5 (`t5_relative_bias` makes it of buckets). Finite. The kernels take it where
@@ -177,8 +177,8 @@ def dot_product_attention(
 
     Raises:
         ValueError: shapes, dtypes or combinations that mean nothing, at trace time.
-        NotImplementedError: with "fa3", what the kernels do not support, and machines without a
-            Hopper GPU, at trace time; lowering for other platforms than CUDA, at lowering.
+        NotImplementedError: with "fa3", what the kernels do not support, and machines whose CUDA devices
+            are no Hopper GPUs, at trace time; lowering for other platforms than CUDA, at lowering.
             `is_supported` asks beforehand.
     """
     return _batch_axes.attention(

@@ -1,5 +1,5 @@
-"""A dense bias as the kernels read it, and its gradient as they write it. A dense mask that is no
-interval per row is one of 0 and -inf.
+"""A dense bias as the kernels read it, and its gradient as they write it. A dense mask that they
+do not take as bits (_mask_bits.py), and that is no interval per row, is one of 0 and -inf.
 
 A bias is added to the scaled scores. The kernels read it where it is, by strides that are 0 where it
 is broadcast over batch, heads or rows; its gradient is summed over those, in fp32.

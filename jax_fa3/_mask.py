@@ -1,8 +1,8 @@
 """Masks as key intervals: query row i sees the keys in [begin[i], end[i]).
 
-Every mask this library knows (causal, window, lengths, segments, per-row arrays) is one such
-interval per row, and masks combine by intersecting intervals. Positions, offsets and windows
-behave as exact integers would, though all arrays are int32 and jax_enable_x64 is not needed.
+Every mask but a dense one and several intervals a row (_mask_bits.py) is one such interval per row:
+causal, window, lengths, segments, per-row arrays. They combine by intersecting intervals. Positions,
+offsets and windows behave as exact integers would, though all arrays are int32 and jax_enable_x64 is not needed.
 """
 
 from __future__ import annotations

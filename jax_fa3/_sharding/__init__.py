@@ -36,7 +36,7 @@ def per_device(
 ) -> Callable[..., Results]:
     """function, run by each device on its own part of the operands, and by vmap on them all at once.
 
-    To stand inside a custom_vjp, for it has no derivative.
+    To stand where derivatives are written out (_autodiff, _forward_mode), for it has none.
 
     Args:
         function: of pytrees of arrays to a tuple of arrays; it takes its sizes from its operands.

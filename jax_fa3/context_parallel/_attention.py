@@ -78,8 +78,9 @@ def dot_product_attention(
         sharding: of query, as key and value shall be too: [B, T, N, H] split by axis_name alone in
             T, in B and N by other axes or not at all. The call then takes whole arrays. Those that
             lie otherwise, masks too, are moved there; gradients come back as their operand lies.
-        options: the other arguments of jax_fa3.dot_product_attention, bias and mask excepted.
-            Positions, lengths, query_offset, key_begin and key_end mean the whole sequence:
+        options: the other arguments of jax_fa3.dot_product_attention, but bias, mask, several intervals a
+            row, alibi_slopes, relative_bias and dropout, none of which it takes. Positions, lengths,
+            query_offset, key_begin and key_end mean the whole sequence:
             key_begin [B, T] is of this device's rows, but counts keys of all devices. Arrays [B]
             and scalars are the same on all devices along the axis. scale is static.
 
@@ -98,7 +99,8 @@ def dot_product_attention(
         ValueError: as jax_fa3.dot_product_attention; no such axis; lengths or heads that the axis
             does not divide; `sharding` that does not fit; key or value known to be the same on all
             devices along the axis, and query not.
-        NotImplementedError: bias, mask, a traced scale; as jax_fa3.dot_product_attention with "fa3".
+        NotImplementedError: what it does not take (above), a traced scale; as
+            jax_fa3.dot_product_attention with "fa3".
     """
     call = _arguments.parse_without_dense("context parallelism", query, key, value, **options)
     if strategy not in _STRATEGIES:

@@ -59,8 +59,8 @@ def dot_product_attention(
             which the log-sum-exp gets back. None: unless there is a soft cap, which is not linear, or sinks,
             which do not have the constant.
         smooth_v: the same of values; it is added to the result, for softmax's weights add up to 1.
-        options: the other arguments of jax_fa3.dot_product_attention, bias and mask excepted; scale is
-            static.
+        options: the other arguments of jax_fa3.dot_product_attention, but bias, mask, several intervals a
+            row, alibi_slopes, relative_bias and dropout, none of which it takes; scale is static.
 
     Returns as jax_fa3.dot_product_attention, the log-sum-exp in fp32.
 
@@ -74,8 +74,8 @@ def dot_product_attention(
     Raises:
         ValueError: as jax_fa3.dot_product_attention; head dims that the transform does not take;
             smooth_k with a soft cap or sinks.
-        NotImplementedError: bias, mask, a traced scale; with "fa3", what the kernels do not support,
-            and other devices.
+        NotImplementedError: what it does not take (above), a traced scale; with "fa3", what the kernels
+            do not support, and other devices.
     """
     call = _arguments.parse_without_dense("jax_fa3.fp8", query, key, value, **options)
     check_not_quantized("query", call.operands.query)

@@ -84,8 +84,9 @@ def quantized_dot_product_attention(
             (`quantize`), for the result to have it again; None for nothing.
         value_transposed: whether value is what `quantize` gave with transposed=True, [B, K, V,
             ceil(S / 128) * 128] or without B; V = H, and value_scale is by the same blocks.
-        options: those of jax_fa3.dot_product_attention except bias, mask,
-            deterministic_backward, checkpoint_name and compute_dtype; scale is static.
+        options: those of jax_fa3.dot_product_attention except bias, mask, several intervals a row,
+            alibi_slopes, relative_bias, dropout, deterministic_backward, checkpoint_name and
+            compute_dtype; scale is static.
 
     Returns:
         [B, T, N, V] in dtype. With return_residual a tuple of it and the log-sum-exp, fp32 [B, T, N].
@@ -97,8 +98,9 @@ def quantized_dot_product_attention(
     Raises:
         ValueError: as jax_fa3.dot_product_attention; other dtypes, float8_e5m2 too; scales that are
             missing or of other shapes.
-        NotImplementedError: bias, mask, a traced scale, differentiation; with "fa3", what the kernel
-            does not support, and other devices.
+        NotImplementedError: bias, mask, several intervals a row, alibi_slopes, relative_bias, dropout, a
+            traced scale, differentiation; with "fa3", what the kernel does not support, and other
+            devices.
     """
     refuse_smoothing(options)
     names = "query", "key", "value"

@@ -4,7 +4,8 @@
     nvcc.py summary OBJECT...
 
 `compile` leaves its report as OBJECT.json, `summary` prints the reports of a whole build.
-Slow code: spilled registers, and wgmma that ptxas serialises (C7510) or waits for (C7517).
+Slow code: spilled registers, and wgmma that ptxas serialises or waits for, as it says in (C7510) and its
+neighbours, one for each reason.
 """
 
 import json
@@ -19,7 +20,7 @@ STATISTICS = re.compile(r"ptxas info\s+: [^(]|\s+\d+ bytes stack frame")  # not 
 FUNCTION = re.compile(r"(?:Function properties for|Compiling entry function) '?(\w+)")
 SPILLS = re.compile(r"(\d+) bytes spill stores")
 REGISTERS = re.compile(r"Used (\d+) registers")
-SERIALISED = re.compile(r"C75(?:10|17)\b.*?(?:function '(\w+)'|$)")
+SERIALISED = re.compile(r"\(C75\d\d\).*?(?:function '(\w+)'|$)")
 
 
 def readable(symbol: str) -> str:
@@ -61,7 +62,7 @@ def faults(kernels: dict[str, dict], allow_list: str) -> list[str]:
         if kernel["spilled"]:
             found.append(f"{name} spills {kernel['spilled']} bytes")
         if kernel["serialised"]:
-            found.append(f"{name}: ptxas serialises its wgmma (C7510, C7517)")
+            found.append(f"{name}: ptxas serialises its wgmma (C75..)")
     return found
 
 

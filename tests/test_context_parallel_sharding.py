@@ -72,3 +72,44 @@ def test_arrays_that_lie_otherwise(kind, strategy, spec):
     if kind == "explicit" and spec is not None:
         specs = [jax.typeof(x).sharding.spec for x in found]
         assert specs == [P(*SPEC, None)] + [jax.typeof(x).sharding.spec for x in arrays[:3]]
+
+
+INNER: Any = {"data": 1, "sp": 2}
+
+
+@pytest.mark.parametrize("around", [EXPLICIT, "data"], ids=str)
+def test_the_mesh_of_the_context(around):
+    """It knows of which kind its axes are here: of jax.set_mesh, or in a shard_map over some of them."""
+    mesh = make_mesh(AUTO, **INNER)
+    arrays = inputs()
+    exact = value_and_grads(jax_fa3.dot_product_attention, *arrays)
+    spec = P("data", "sp") if around == EXPLICIT else P(P.UNCONSTRAINED, "sp")
+    options = {"axis_name": "sp", "sharding": NamedSharding(mesh, spec)}
+    call: Any = functools.partial(context_parallel.dot_product_attention, **options)
+    found: Any = jax.jit(functools.partial(value_and_grads, call))
+    if around == "data":
+        found = jax.shard_map(
+            found, mesh=mesh, in_specs=P("data"), out_specs=P("data"), axis_names={"data"}
+        )
+        mesh = make_mesh(AUTO, **INNER)
+    else:
+        mesh = make_mesh(EXPLICIT, **INNER)
+    with jax.set_mesh(mesh):
+        for x, y in zip(jax.jit(found)(*arrays), exact, strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4)
+
+
+def test_a_context_that_does_not_fit():
+    def call(x: Any) -> Any:
+        return context_parallel.dot_product_attention(x, x, x, axis_name="sp", sharding=sharding)
+
+    sharding = NamedSharding(make_mesh(AUTO, **INNER), P("data", "sp"))
+    x = jnp.ones((1, 8, 2, 8))
+    for axis, spec in (("sp", P(None, "sp")), ("data", P("data"))):
+        mesh = sharding.mesh
+        local = jax.shard_map(call, mesh=mesh, in_specs=spec, out_specs=spec, axis_names={axis})
+        with pytest.raises(ValueError, match=f"sharding: got axis '{axis}', wanted one of"):
+            jax.eval_shape(local, x)
+    wanted = r"sharding: got mesh {'data': 1, 'sp': 2}, wanted this one: {'sp': 2}"
+    with jax.set_mesh(make_mesh(AUTO, sp=2)), pytest.raises(ValueError, match=wanted):
+        jax.eval_shape(call, x)

@@ -1,4 +1,4 @@
-"""What make_attention_fn's function makes of a layer's `precision`."""
+"""What make_attention_fn's function and our layers make of a `precision`."""
 
 import functools
 import re
@@ -12,6 +12,7 @@ from lowering import hide_gpus, lower, targets
 
 pytest.importorskip("flax")
 from flax import linen as nn
+from flax_layers import X, both, make
 
 from jax_fa3.flax import make_attention_fn
 
@@ -55,3 +56,12 @@ def test_layers_with_a_precision():
     ours = layer.clone(attention_fn=make_attention_fn())
     variables = layer.init(jax.random.key(1), x)
     np.testing.assert_allclose(ours.apply(variables, x), layer.apply(variables, x), atol=1e-5)
+
+
+@both
+@pytest.mark.parametrize("decode", [False, True])
+def test_our_layers(api: str, decode: bool):
+    """Their attention's products have it as their projections do."""
+    options = {"precision": "highest", "decode": decode, "rotary_base": 10.0}
+    text = lower(lambda x: make(api, **options)(x), X[:, :1], platform="cpu")
+    assert text.count("stablehlo.dot_general") == text.count("precision = [HIGHEST, HIGHEST]") > 4

@@ -6,12 +6,11 @@ import dataclasses
 import functools
 from typing import Any, Literal, Unpack, overload
 
-import jax
 from jax import Array, lax
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
-from .. import _arguments, _dispatch, _sharding
+from .. import _arguments, _dispatch
 from .._arguments import Options
 from .._autodiff import Method, without_heads
 from .._checks import static_bool, wrong
@@ -129,10 +128,7 @@ def _attend(method: Method, specs: Specs | None, call: Call) -> Any:
     local = functools.partial(_of_one_device, method)
     if specs is None:
         return call.finish(*local(*arrays))
-    mesh, in_specs = specs.mesh, specs.arguments(*arrays)
-    arrays = jax.tree.map(lambda x, spec: _sharding.reshard(x, mesh, spec), arrays, in_specs)
-    split = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=specs.results)
-    return call.finish(*split(*arrays))
+    return call.finish(*specs.split(local, *arrays))
 
 
 def _of_one_device(

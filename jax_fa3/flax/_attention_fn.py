@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable
 from typing import Any, Unpack
 
-import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from .._arguments import Options
@@ -18,6 +16,7 @@ from .._checks import array, wrong
 from .._values import window_size
 from . import _weights
 from ._mask_to_intervals import mask_to_intervals as to_intervals
+from ._precision import matmul_precision
 
 
 def make_attention_fn(
@@ -121,7 +120,7 @@ def make_attention_fn(
         query, key, value = (
             x.astype(dtype).reshape(math.prod(batch), *x.shape[-3:]) for x in (query, key, value)
         )
-        with _matmul_precision(precision):
+        with matmul_precision(precision):
             if module is not None:
                 _weights.sow(module, batch, query, key, mask=mask, **arguments)
             out = dot_product_attention(query, key, value, mask=mask, **arguments)
@@ -135,19 +134,6 @@ _REASONS = {
     "attn_weights_value_einsum": "None: the products are the kernel's own",
     "input_positions": "None: jax_fa3.flax.nnx.MultiHeadAttention has rotary embeddings",
 }
-
-
-def _matmul_precision(precision: Any) -> contextlib.AbstractContextManager[None]:
-    """A context of a jax.lax.Precision, of one by its name, or of a pair of them."""
-    pair = precision if isinstance(precision, (tuple, list)) else (precision,)
-    try:
-        given = [lax.Precision(x) for x in pair if x is not None]
-    except ValueError:
-        wanted = "None, a jax.lax.Precision or the name of one, or a pair of them"
-        raise wrong("precision", repr(precision), wanted) from None
-    if not given:
-        return contextlib.nullcontext()
-    return jax.default_matmul_precision(max(given, key=lambda x: x.value).name.lower())
 
 
 def _refuse(**arguments: Any) -> None:

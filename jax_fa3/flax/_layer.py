@@ -14,6 +14,7 @@ from .._checks import Integers, array, static_float, wrong
 from .._problem import Implementations, Window
 from . import _cache
 from ._cache import Cache
+from ._precision import matmul_precision
 
 # What the projections leave for the attention's backward. jax.checkpoint with the policy
 # save_only_these_names(*PROJECTION_NAMES, *jax_fa3.RESIDUAL_NAMES) computes neither again.
@@ -33,6 +34,7 @@ class Layer(Protocol):
     padding_segment_id: int | None
     rotary_base: float | None
     deterministic_backward: bool
+    precision: Any
     dropout_rate: float
     deterministic: bool | None
     implementation: Implementations | None
@@ -150,9 +152,10 @@ def attend(
     }
     if masks.get("query_segment_ids") is not None:
         arguments["padding_segment_id"] = layer.padding_segment_id
-    if cache is None:
-        return _cache.call(layer.attention_fn, query, key, value, arguments), None
-    return _cache.step(layer, query, key, value, arguments, cache)
+    with matmul_precision(layer.precision):
+        if cache is None:
+            return _cache.call(layer.attention_fn, query, key, value, arguments), None
+        return _cache.step(layer, query, key, value, arguments, cache)
 
 
 def rotate(x: Array, positions: Integers, base: float) -> Array:

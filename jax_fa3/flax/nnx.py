@@ -98,7 +98,7 @@ class MultiHeadAttention(nnx.Module):
         self.is_causal, self.local_window_size, self.scale = is_causal, local_window_size, scale
         self.logits_soft_cap, self.decode = logits_soft_cap, decode
         self.padding_segment_id = padding_segment_id
-        self.deterministic_backward = deterministic_backward
+        self.deterministic_backward, self.precision = deterministic_backward, precision
         self.dropout_rate, self.deterministic = dropout_rate, deterministic
         self.implementation: Implementations | None = implementation
         self.attention_fn, self.cache_dtype = attention_fn, dtype or param_dtype

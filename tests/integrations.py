@@ -21,12 +21,11 @@ from jax_fa3 import _ffi, _targets
 
 @dataclasses.dataclass
 class Measured:
-    """Of one file of tests."""
+    """Of one file of tests: the largest error of fp32, relative to the largest number of each array or
+    to 1; the largest mean error of bf16, as a multiple of the project's own."""
 
-    fp32: float = (
-        0  # the largest error of fp32, relative to the largest number of each array or to 1
-    )
-    bf16: float = 0  # the largest mean error of bf16, as a multiple of the project's own
+    fp32: float = 0
+    bf16: float = 0
     calls: int = 0  # that reached the kernels
 
     def __str__(self) -> str:

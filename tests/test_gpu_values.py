@@ -53,10 +53,11 @@ def check_values(case: Case, values: str, dtype: Any) -> None:
     cotangents = case.cotangents(dtype)
     exact, rounded = oracles(case, dtype, inputs, cotangents)
     found = results(case, cotangents, *inputs)
-    rows = ROWS
+    # Of these rows a few see more than one key that counts, and so have any error.
+    few_with_errors = values in ("30", "100") or (values == "outliers" and case.S < 100)
+    rows = case.T if few_with_errors else ROWS
     if values in ("30", "100"):  # fp32 has not digits enough for such scores
         exact, rounded = beside_fp64(case, exact, rounded, cotangents, inputs)
-        rows = case.T  # of which a few see more than one key that counts, and so have any error
     assert_rounded(found, exact, rounded, case, jnp.finfo(dtype).eps, rows)
 
 

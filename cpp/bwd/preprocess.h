@@ -40,8 +40,9 @@ CUTLASS_DEVICE void store_dsink(Params const& params, int64_t batch, int head, i
 template <class Element, int kBlockM, int kHeadDimV, int kAccumulators>
 __global__ void __launch_bounds__(kPreprocessThreads)
     preprocess_kernel(__grid_constant__ Params const params) {
-  int const m_block = blockIdx.x % params.num_m_blocks;
-  int const head = blockIdx.x / params.num_m_blocks % params.num_heads_q;
+  // Heads first: what CTAs read at the same time lies side by side in memory.
+  int const head = blockIdx.x % params.num_heads_q;
+  int const m_block = blockIdx.x / params.num_heads_q % params.num_m_blocks;
   int const batch = blockIdx.x / params.num_m_blocks / params.num_heads_q;
   int const first_row = m_block * kBlockM;
   int64_t const index = params.m_block_index(batch, head, m_block);

@@ -4,6 +4,7 @@ import re
 import runpy
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -69,14 +70,28 @@ def test_python_of_a_page(name, tmp_path):
         np.testing.assert_allclose(np.asarray(out, np.float32), 1, atol=0.01)
 
 
+def command(name):
+    """README.md's fenced line after its marker, as .ci/run takes it."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (found,) = re.findall(rf"<!-- command: {name} -->\n```sh\n(.*?)\n```", readme, re.DOTALL)
+    return found
+
+
 @pytest.mark.parametrize("name", ["quickstart", "tests"])
 def test_readme_commands(name):
-    """CI takes its command from here; each is one line of sh that names files which exist."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    found = re.findall(rf"<!-- command: {name} -->\n```sh\n(.*?)\n```", readme, re.DOTALL)
-    assert len(found) == 1
-    assert "\n" not in found[0]
-    for file in re.findall(r"examples/\S+", found[0]):
+    """Each is one line of sh that names files which exist."""
+    found = command(name)
+    assert "\n" not in found
+    for file in re.findall(r"examples/\S+", found):
         assert (ROOT / file).is_file()
     if sys.platform != "win32":
-        subprocess.run(["sh", "-n", "-c", found[0]], check=True)
+        subprocess.run(["sh", "-n", "-c", found], check=True)
+
+
+def test_the_tests_command_has_workers():
+    """By pyproject.toml, which installs what makes them, and nowhere else."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert "-n 2 --dist worksteal" in project["tool"]["pytest"]["ini_options"]["addopts"]
+    assert "pytest-xdist" in project["project"]["optional-dependencies"]["test"]
+    assert '".[test]"' in command("tests") and command("tests").endswith(" && .venv/bin/pytest")
+    assert not re.search(r"pytest.* -n ", (ROOT / ".ci" / "run").read_text(encoding="utf-8"))

@@ -1,10 +1,11 @@
 """For layers.py: one layer's attention in each project, by what it uses by default on a GPU and by its
-adapter."""
+adapter, as functions of query, key and value. (layer_whole.py has those that do not part from their
+projections.)"""
 
 import functools
 import importlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +15,28 @@ import jax_fa3
 
 SIZES = 2, 4096, 32, 8, 128  # [B, T, N, K, H]: Llama 3 8B's heads
 CAP_SIZES = 2, 4096, 16, 8, 256  # Gemma 2's
-OURS, DEFAULT = "jax_fa3", "default"
+FLUX_SIZES = 1, 4608, 24, 24, 128  # an image of 1024 x 1024 and 512 tokens of text
+OURS, DEFAULT, CUDNN = "jax_fa3", "default", "cuDNN by jax.nn"
 
-# What it is called, its sizes, and who computes it from query, key and value.
-Layer = tuple[str, tuple[int, ...], dict[str, Callable[..., Any]]]
+
+class Layer(NamedTuple):
+    name: str
+    arguments: tuple[Any, ...]  # pytrees of arrays
+    contenders: dict[str, Callable[..., Any]]  # who computes it from them, the output first
+
+
+def tensors(sizes: tuple[int, ...]) -> tuple[jax.Array, ...]:
+    """Query, key and value in bf16."""
+    b, t, n, k, h = sizes
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = [(b, t, heads, h) for heads in (n, k, k)]
+    return tuple(jax.random.normal(*x, jnp.bfloat16) for x in zip(keys, shapes, strict=True))
+
+
+def _cudnn(implementation: Any, **options: Any) -> Callable[..., Any]:
+    """On a GPU; elsewhere XLA's."""
+    by = "cudnn" if implementation == "fa3" else "xla"
+    return functools.partial(jax.nn.dot_product_attention, implementation=by, **options)
 
 
 def _documents(length: int) -> jax.Array:
@@ -37,7 +56,7 @@ def tokamax_layers(implementation: Any) -> Iterator[Layer]:
     for name, sizes, options in cases:
         call = functools.partial(tokamax.dot_product_attention, is_causal=True, **options)
         ours = functools.partial(call, implementation=[adapter.Attention(implementation)])
-        yield f"tokamax, {name}", sizes, {OURS: ours, DEFAULT: call}
+        yield Layer(f"tokamax, {name}", tensors(sizes), {OURS: ours, DEFAULT: call})
 
 
 def maxtext_layers(implementation: Any) -> Iterator[Layer]:
@@ -64,7 +83,8 @@ def maxtext_layers(implementation: Any) -> Iterator[Layer]:
                 q, k, v, is_causal=True, scale=1.0, implementation=implementation, **masks
             )
 
-        yield f"MaxText, {name}", SIZES, {OURS: _scaled(ours), DEFAULT: _scaled(default)}
+        calls = {OURS: _scaled(ours), DEFAULT: _scaled(default)}
+        yield Layer(f"MaxText, {name}", tensors(SIZES), calls)
 
 
 def _scaled(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -92,11 +112,10 @@ def levanter_layers(implementation: Any) -> Iterator[Layer]:
         out = levanter.dot_product_attention(Q, S, D, query, key, value, mask=mask, **options)
         return out.rearrange((B, Q, K, G, D)).array.reshape(b, t, n, h)
 
-    cudnn = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
     contenders = {OURS: functools.partial(call, ours=True)}
     contenders |= {DEFAULT: functools.partial(call, ours=False)}
-    contenders |= {"cuDNN by jax.nn": cudnn} if implementation == "fa3" else {}
-    yield "Levanter, causal", SIZES, contenders
+    contenders |= {CUDNN: _cudnn(implementation, is_causal=True)}
+    yield Layer("Levanter, causal", tensors(SIZES), contenders)
 
 
 def flax_layers(implementation: Any) -> Iterator[Layer]:
@@ -112,33 +131,86 @@ def flax_layers(implementation: Any) -> Iterator[Layer]:
             mask = module.make_causal_mask(jnp.ones(q.shape[:2]), dtype=bool)
             return module.dot_product_attention(q, k, v, mask=mask)
 
-        yield f"Flax, {api}, causal", (b, t, n, n, h), {OURS: ours, DEFAULT: default}
+        calls = {OURS: ours, DEFAULT: default}
+        yield Layer(f"Flax, {api}, causal", tensors((b, t, n, n, h)), calls)
 
 
-def equinox_layers(implementation: Any) -> Iterator[Layer]:
-    """A MultiheadAttention in bf16, of a batch and with its projections: it does not part from them."""
-    equinox: Any = importlib.import_module("equinox")
-    adapter: Any = importlib.import_module("jax_fa3.integrations.equinox")
-    b, t, n, _, h = SIZES
-    layer = equinox.nn.MultiheadAttention(n, n * h, dtype=jnp.bfloat16, key=jax.random.key(1))
+def easydel_layers(implementation: Any) -> Iterator[Layer]:
+    """What its configuration says by default, "vanilla", which is plain JAX, and "sdpa", a Pallas kernel,
+    which "auto" means on a GPU."""
+    operations: Any = importlib.import_module("easydel.operations")
+    adapter: Any = importlib.import_module("jax_fa3.integrations.easydel")
+    adapter.install(implementation=implementation)
+    platform = "triton" if jax.default_backend() == "gpu" else "jax"  # as its configuration says
+    axes = "dp", "fsdp", "ep", "tp", "sp"
+    mesh = jax.sharding.Mesh(np.reshape(jax.devices()[:1], (1,) * len(axes)), axes)
 
-    def of_batch(call: Callable[..., Any], *arrays: Any) -> Any:
-        return jax.vmap(call)(*(x.reshape(*x.shape[:2], -1) for x in arrays))
+    def call(mechanism: str, q: Any, k: Any, v: Any) -> Any:
+        with mesh:
+            metadata = operations.OperationMetadata(
+                runtime_dtype=jnp.bfloat16, runtime_softmax_dtype=jnp.float32, platform=platform
+            )
+            operation = operations.OperationRegistry.create(mechanism, metadata)
+            return operation(query=q, key=k, value=v, causal=True).attention_outputs
 
-    def default(q: Any, k: Any, v: Any) -> Any:
-        return layer(q, k, v, jnp.tri(t, dtype=bool))
+    ours = functools.partial(call, adapter.MECHANISM)
+    for mechanism in ("vanilla", "sdpa"):
+        calls = {OURS: ours, DEFAULT: functools.partial(call, mechanism)}
+        yield Layer(f'EasyDeL, causal, "{mechanism}"', tensors(SIZES), calls)
 
-    ours = functools.partial(
-        adapter.multihead_attention, layer, is_causal=True, implementation=implementation
-    )
-    calls = {OURS: functools.partial(of_batch, ours), DEFAULT: functools.partial(of_batch, default)}
-    yield "Equinox, causal", (b, t, n, n, h), calls
+
+def axlearn_layers(implementation: Any) -> Iterator[Layer]:
+    """Its FlashAttention takes cuDNN for causal masks on a GPU, by the call that jax.nn makes: jax.nn
+    makes it here."""
+    utils: Any = importlib.import_module("axlearn.common.flash_attention.utils")
+    biases: Any = importlib.import_module("axlearn.common.attention_bias")
+    adapter: Any = importlib.import_module("jax_fa3.integrations.axlearn")
+    adapter.install(implementation=implementation, device="sm_90")
+    first = utils.BACKENDS["gpu"][0].default_config()
+
+    def ours(q: Any, k: Any, v: Any) -> Any:
+        positions = jnp.arange(q.shape[1])[None]
+        bias = biases.CausalAttentionBias(target_positions=positions, source_positions=positions)
+        op = first.set(softmax_scale=q.shape[-1] ** -0.5).instantiate()
+        batch = {"query": q, "key": k, "value": v, "bias": bias}
+        if not op.is_supported(batch, None):
+            raise NotImplementedError("AXLearn would take its next kernel")
+        return op(batch)
+
+    calls = {OURS: ours, DEFAULT: _cudnn(implementation, is_causal=True)}
+    yield Layer("AXLearn, causal", tensors(SIZES), calls)
+
+
+def maxdiffusion_layers(implementation: Any) -> Iterator[Layer]:
+    """Its "dot_product", as its layers call it: what it has for GPUs besides, "cudnn_flash_te", needs
+    TransformerEngine, and cuDNN stands for it."""
+    module: Any = importlib.import_module("maxdiffusion.models.attention_flax")
+    adapter: Any = importlib.import_module("jax_fa3.integrations.maxdiffusion")
+    adapter.install(implementation=implementation)
+    _, _, n, _, h = FLUX_SIZES
+    mesh = jax.sharding.Mesh(np.reshape(jax.devices()[:1], (1, 1)), ("data", "tensor"))
+    options: dict[str, Any] = {"heads": n, "dim_head": h, "scale": h**-0.5, "dtype": jnp.bfloat16}
+    options |= dict.fromkeys(("axis_names_q", "axis_names_kv"), (None,) * 4)
+    options |= {"mesh": mesh, "split_head_dim": True, "float32_qk_product": False}
+    options |= {"use_memory_efficient_attention": False, "flash_min_seq_length": 0}
+    options |= {"flash_block_sizes": None, "dpa_layer": None}
+
+    def call(kernel: str, *arrays: Any) -> Any:
+        joined = (x.reshape(*x.shape[:2], -1) for x in arrays)
+        out = module._apply_attention(*joined, attention_kernel=kernel, **options)
+        return out.reshape(arrays[0].shape)
+
+    contenders = {OURS: functools.partial(call, adapter.KERNEL)}
+    contenders |= {DEFAULT: functools.partial(call, "dot_product"), CUDNN: _cudnn(implementation)}
+    yield Layer("MaxDiffusion, Flux", tensors(FLUX_SIZES), contenders)
 
 
 PROJECTS = {
     "tokamax": tokamax_layers,
     "MaxText": maxtext_layers,
     "Levanter": levanter_layers,
+    "EasyDeL": easydel_layers,
+    "AXLearn": axlearn_layers,
+    "MaxDiffusion": maxdiffusion_layers,
     "Flax": flax_layers,
-    "Equinox": equinox_layers,
 }

@@ -1,28 +1,39 @@
-"""`python -m benchmarks.layers`: the attention of one layer in the projects of layer_projects.py, by what
-each uses by default on this GPU and by its adapter in jax_fa3.integrations.
+"""`python -m benchmarks.layers`: the attention of one layer in the projects of layer_projects.py and
+layer_whole.py, by what each uses by default on this GPU and by its adapter in jax_fa3.integrations.
 
 Of the projects those that are named; tokamax is enough for MaxText too, whose default is a call of it.
-Llama 3 8B's heads (32 and 8 of 128), 2 x 4096 tokens, bf16; device time in rounds.
+Llama 3 8B's heads (32 and 8 of 128) but where another model is named, 2 x 4096 tokens, bf16; device time
+in rounds. EasyDeL sets XLA_FLAGS where it is imported, which is after XLA has read them here.
 """
 
 import argparse
 import importlib.metadata
 import json
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from . import layer_projects, layer_whole
 from . import report as reports
 from .__main__ import NO_GPU, why_not_here
-from .layer_projects import DEFAULT, OURS, PROJECTS, Layer
+from .layer_projects import DEFAULT, OURS, Layer
 from .timing import Call, device_time, environment, flusher, gpu_state, in_rounds, ratio
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "integrations.md"
+PROJECTS = layer_projects.PROJECTS | layer_whole.PROJECTS
+DISTRIBUTIONS = (
+    *("tokamax", "maxtext", "marin-levanter", "easydel", "ejkernel", "flax", "equinox"),
+    *("gemma", "google-tunix"),
+)
+HEAD = (
+    "| one layer's attention | pass | by its default | by jax_fa3 | times as fast |",
+    "|---|---|---|---|---|",
+)
 FAR = 0.02  # of the norm of out: no two right results in bf16 differ by more
 
 
@@ -42,13 +53,21 @@ def _with_gradients(call: Callable[..., Any]) -> Callable[..., Any]:
 def measure(
     layer: Layer, rounds: int, between: Callable[[], None], timer: Any = device_time
 ) -> Iterator[dict[str, Any]]:
-    """One record of forward, and one of forward and backward."""
-    name, (b, t, n, k, h), contenders = layer
-    keys = jax.random.split(jax.random.key(0), 3)
-    shapes = [(b, t, heads, h) for heads in (n, k, k)]
-    arrays = [jax.random.normal(*x, jnp.bfloat16) for x in zip(keys, shapes, strict=True)]
-    for title, wrap in (("forward", lambda x: x), ("forward and backward", _with_gradients)):
-        calls = {who: Call(jax.jit(wrap(call)), tuple(arrays)) for who, call in contenders.items()}
+    """Records of forward, and of forward and backward."""
+    name, arrays, contenders = layer
+    passes = {"forward": lambda x: x, "forward and backward": _with_gradients}
+    # Traced one after the other, for some projects are patched meanwhile; compiled side by side.
+    lowered = {
+        (title, who): jax.jit(wrap(call)).lower(*arrays)
+        for title, wrap in passes.items()
+        for who, call in contenders.items()
+    }
+    with ThreadPoolExecutor() as pool:
+        compiled = dict(
+            zip(lowered, pool.map(lambda x: x.compile(), lowered.values()), strict=True)
+        )
+    for title in passes:
+        calls = {who: Call(compiled[title, who], arrays) for who in contenders}
         outs = {
             who: np.asarray(jax.tree.leaves(call())[0], np.float32) for who, call in calls.items()
         }
@@ -62,17 +81,20 @@ def measure(
             yield record | {"faster": ratio(ms, times[OURS]), "times_ms": ms}
 
 
-def table(report: dict[str, Any]) -> str:
-    lines = ["| one layer's attention | pass | by its default | by jax_fa3 | times as fast |"]
-    lines.append("|---|---|---|---|---|")
-    ours = {(x["case"], x["pass"]): x["ms"] for x in report["results"] if x["by"] == OURS}
-    for x in report["results"]:
+def _rows(results: Sequence[dict[str, Any]]) -> list[str]:
+    ours = {(x["case"], x["pass"]): x["ms"] for x in results if x["by"] == OURS}
+    lines = []
+    for x in results:
         if x["by"] != OURS:
             case = x["case"] + (f" ({x['by']})" if x["by"] != DEFAULT else "")
             mine = ours[x["case"], x["pass"]]
             cells = case, x["pass"], f"{x['ms']:.2f} ms", f"{mine:.2f} ms", f"{x['faster']:.2f}"
             lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    return lines
+
+
+def table(report: dict[str, Any]) -> str:
+    return "\n".join([*HEAD, *_rows(report["results"])]) + "\n"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -98,16 +120,18 @@ def main(argv: list[str] | None = None) -> None:
     else:
         between = flusher()
         report = {"environment": environment(), "rounds": args.rounds, "begin": gpu_state(between)}
-        report["environment"]["versions"] |= _versions(
-            "tokamax", "marin-levanter", "flax", "equinox"
-        )
+        report["environment"]["versions"] |= _versions(*DISTRIBUTIONS)
         report["results"] = []
+        print(*HEAD, sep="\n")
         for project in args.projects.split(","):
             for layer in PROJECTS[project]("fa3"):
-                report["results"] += measure(layer, args.rounds, between)
+                found = [*measure(layer, args.rounds, between)]
+                print(*_rows(found), sep="\n", flush=True)
+                report["results"] += found
                 if args.json:
                     args.json.write_text(json.dumps(report, indent=1), encoding="utf-8")
-    print(table(report), end="")
+    if args.table:
+        print(table(report), end="")
     if args.write_docs:
         text = f"{reports.conditions(report)}.\n\n{table(report)}"
         reports.write_section(PAGE, "benchmark-layers", text)

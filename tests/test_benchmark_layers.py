@@ -1,6 +1,7 @@
 """benchmarks/layers.py without a GPU: it measures, refuses what is wrong, and its table is the page's."""
 
 import functools
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -8,12 +9,14 @@ from typing import Any
 
 import jax
 import pytest
+from axlearn_stand_in import axlearn
 from integrations import project
+from maxdiffusion_stand_in import maxdiffusion
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))  # behind an installed jax_fa3
 
-from benchmarks import layer_projects, layers
+from benchmarks import layer_projects, layer_whole, layers
 from benchmarks import report as reports
 from benchmarks.timing import Timing
 
@@ -30,7 +33,8 @@ def measured(layer: Any) -> list[dict[str, Any]]:
 
 
 def test_measures():
-    found = measured(("a layer", SIZES, {"jax_fa3": XLA, "default": XLA}))
+    calls = {"jax_fa3": XLA, "default": XLA}
+    found = measured(layer_projects.Layer("a layer", layer_projects.tensors(SIZES), calls))
     assert [(x["pass"], x["by"]) for x in found] == [
         ("forward", "jax_fa3"),
         ("forward", "default"),
@@ -43,7 +47,7 @@ def test_measures():
 def test_others_that_differ_are_refused():
     wrong = {"jax_fa3": XLA, "default": jax.nn.dot_product_attention}
     with pytest.raises(ValueError, match=r"a layer, forward: default and jax_fa3 differ by \d"):
-        measured(("a layer", SIZES, wrong))
+        measured(layer_projects.Layer("a layer", layer_projects.tensors(SIZES), wrong))
 
 
 def test_the_page_has_the_table(tmp_path, monkeypatch, capsys):
@@ -69,22 +73,41 @@ def test_needs_a_gpu(monkeypatch, capsys):
     assert stopped.value.code == layers.NO_GPU and capsys.readouterr().err == "no GPU\n"
 
 
-@pytest.mark.usefixtures("on_cpu")
-@pytest.mark.parametrize(
-    ("name", "modules"),
-    [
-        ("tokamax", ("tokamax",)),
-        ("Levanter", ("levanter.layers.attention", "haliax")),
-        ("Flax", ("flax",)),
-        ("Equinox", ("equinox",)),
-    ],
-)
+IMPORTED = {
+    "tokamax": ("tokamax",),
+    "Levanter": ("levanter.layers.attention", "haliax"),
+    "EasyDeL": ("easydel.operations",),
+    "AXLearn": (),
+    "MaxDiffusion": (),
+    "Flax": ("flax",),
+    "Equinox": ("equinox",),
+    "Gemma": ("gemma.gm.nn._modules",),
+    "Tunix": ("tunix.models.qwen3.model",),
+}
+
+
+@pytest.fixture
+def with_stand_ins():
+    """And AXLearn's list as it was afterwards."""
+    with axlearn(), maxdiffusion():
+        backends: Any = importlib.import_module("axlearn.common.flash_attention.utils").BACKENDS
+        original = list(backends["gpu"])
+        yield
+        backends["gpu"][:] = original
+
+
+@pytest.mark.usefixtures("on_cpu", "with_stand_ins")
+@pytest.mark.parametrize("name", IMPORTED)
 @pytest.mark.filterwarnings("default")  # Levanter's own
-def test_projects(name, modules, monkeypatch):
+def test_projects(name, monkeypatch):
     """Tiny, by this library's XLA path."""
-    project(name, *modules)
-    monkeypatch.setattr(layer_projects, "SIZES", SIZES)
-    monkeypatch.setattr(layer_projects, "CAP_SIZES", SIZES)
+    if IMPORTED[name]:
+        project(name, *IMPORTED[name])
+    for sizes in ("SIZES", "CAP_SIZES"):
+        monkeypatch.setattr(layer_projects, sizes, SIZES)
+    monkeypatch.setattr(layer_projects, "FLUX_SIZES", (1, 64, 4, 4, 16))
+    for features in ("GEMMA_FEATURES", "QWEN_FEATURES"):
+        monkeypatch.setattr(layer_whole, features, 48)
     made = list(layers.PROJECTS[name](None))
     assert all(measured(layer) for layer in made)
-    assert made[0][0] == ("Flax, linen, causal" if name == "Flax" else f"{name}, causal")
+    assert {x.name.split(",")[0].removesuffix(" 2") for x in made} == {name}

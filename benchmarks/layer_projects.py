@@ -136,8 +136,8 @@ def flax_layers(implementation: Any) -> Iterator[Layer]:
 
 
 def easydel_layers(implementation: Any) -> Iterator[Layer]:
-    """What its configuration says by default, "vanilla", which is plain JAX, and "sdpa", a Pallas kernel,
-    which "auto" means on a GPU."""
+    """What its configuration says by default, "vanilla", which is plain JAX, and "sdpa", which "auto" means
+    on a GPU: cuDNN by jax.nn. (Set ENABLE_DISTRIBUTED_INIT=0 where EasyDeL takes a machine for a cluster.)"""
     operations: Any = importlib.import_module("easydel.operations")
     adapter: Any = importlib.import_module("jax_fa3.integrations.easydel")
     adapter.install(implementation=implementation)

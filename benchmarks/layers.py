@@ -38,8 +38,9 @@ FAR = 0.02  # of the norm of out: no two right results in bf16 differ by more
 
 
 def _versions(*distributions: str) -> dict[str, str]:
-    found = importlib.metadata.distributions
-    return {x: y.version for x in distributions for y in found(name=x)}
+    """Of those that are there; of several the first on the path, which is the one that is imported."""
+    found = ((x, next(iter(importlib.metadata.distributions(name=x)), None)) for x in distributions)
+    return {x: y.version for x, y in found if y is not None}
 
 
 def _with_gradients(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -81,14 +82,45 @@ def measure(
             yield record | {"faster": ratio(ms, times[OURS]), "times_ms": ms}
 
 
+def sections(report: dict[str, Any]) -> dict[str, str]:
+    """What the page says between its markers: the table, and a line in each project's section."""
+    runs = ". Then: ".join(map(reports.conditions, (report, *report.get("others", ()))))
+    texts = {"benchmark-layers": f"{runs}.\n\n{table(report)}"}
+    begin = (
+        f"One layer's attention on an {report['environment']['gpu']}, times as fast as by default,"
+    )
+    for project in PROJECTS:
+        found: dict[str, list[str]] = {}
+        for x in report["results"]:
+            if x["case"].startswith(project) and x["by"] != OURS:
+                case = _case(x).partition(", ")[2]
+                found.setdefault(case, []).append(f"{x['faster']:.2f}")
+        if found:
+            each = "; ".join(f"{case}: {' and '.join(ratios)}" for case, ratios in found.items())
+            text = f"{begin} forward, and forward and backward: {each}.\n"
+            texts[f"benchmark-layer-{project}"] = text
+    return texts
+
+
+def _joined(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One report of several runs: the conditions of each, and their results."""
+    if len(runs) == 1:
+        return runs[0]
+    others = [{k: v for k, v in run.items() if k != "results"} for run in runs[1:]]
+    return runs[0] | {"others": others, "results": [x for run in runs for x in run["results"]]}
+
+
+def _case(record: dict[str, Any]) -> str:
+    return record["case"] + (f" ({record['by']})" if record["by"] != DEFAULT else "")
+
+
 def _rows(results: Sequence[dict[str, Any]]) -> list[str]:
     ours = {(x["case"], x["pass"]): x["ms"] for x in results if x["by"] == OURS}
     lines = []
     for x in results:
         if x["by"] != OURS:
-            case = x["case"] + (f" ({x['by']})" if x["by"] != DEFAULT else "")
             mine = ours[x["case"], x["pass"]]
-            cells = case, x["pass"], f"{x['ms']:.2f} ms", f"{mine:.2f} ms", f"{x['faster']:.2f}"
+            cells = _case(x), x["pass"], f"{x['ms']:.2f} ms", f"{mine:.2f} ms", f"{x['faster']:.2f}"
             lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -107,14 +139,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured")
     parser.add_argument(
-        "--table", type=Path, metavar="FILE", help="measure nothing: print its table"
+        "--table", type=Path, nargs="+", metavar="FILE", help="measure nothing: print their table"
     )
     parser.add_argument(
-        "--write-docs", action="store_true", help="put the table into docs/integrations.md"
+        "--write-docs", action="store_true", help="put the results into docs/integrations.md"
     )
     args = parser.parse_args(argv)
     if args.table:
-        report = json.loads(args.table.read_text(encoding="utf-8"))
+        report = _joined([json.loads(x.read_text(encoding="utf-8")) for x in args.table])
+        if args.json:
+            args.json.write_text(json.dumps(report, indent=1), encoding="utf-8")
     elif reason := why_not_here():
         parser.exit(NO_GPU, f"{reason}\n")
     else:
@@ -133,8 +167,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.table:
         print(table(report), end="")
     if args.write_docs:
-        text = f"{reports.conditions(report)}.\n\n{table(report)}"
-        reports.write_section(PAGE, "benchmark-layers", text)
+        for section, text in sections(report).items():
+            reports.write_section(PAGE, section, text)
 
 
 if __name__ == "__main__":

@@ -92,12 +92,13 @@ def _alibi(point: Point, learned: bool) -> Attention:
 
 
 def _table(point: Point, learned: bool) -> Attention:
-    """Of 128 distances either way, as T5 has it, likewise of 0."""
+    """Of 128 distances either way, as T5 has it. Not of 0, which would be the same everywhere."""
+    table = jax.random.normal(jax.random.key(0), (point.num_heads_q, 257))
 
     def attention(query, key, value, table):
         return _fa3(point, relative_bias=table)(query, key, value)
 
-    return Attention(attention, (jnp.zeros((point.num_heads_q, 257)),), derivative=learned)
+    return Attention(attention, (table,), derivative=learned)
 
 
 def _bias(point: Point, cudnn: bool) -> Attention:

@@ -9,8 +9,7 @@ namespace {
 constexpr int kRows = kMaskBlock;  // of a CTA, a thread each
 constexpr int kChunksAtOnce = 4;   // with more, threads have too few registers
 constexpr int kThreads = kRows * kChunksAtOnce;
-constexpr int kChunksOfCta = 32;  // so that a CTA writes whole words of blocks
-constexpr int kWords = 4;         // of a chunk of a row
+constexpr int kWords = 4;  // of a chunk of a row
 constexpr int kEighths = kMaskBlock / 8;
 
 // Of word q, the bits of columns below `column`: it has 2 q and 2 q + 1 of each 8.
@@ -26,11 +25,13 @@ __device__ void turn(uint32_t const (&rows_of_columns)[kWords], uint32_t (&bits)
 #pragma unroll
   for (int g = 0; g < kWords; ++g) {
     if (!__any_sync(~0u, rows_of_columns[g] != 0)) continue;
-    uint32_t columns = 0;  // that see the lane's row
+    // The columns that see the lane's row: squares of bits are exchanged, of 16, 8, ... each way.
+    uint32_t columns = rows_of_columns[g];
 #pragma unroll
-    for (int row = 0; row < 32; ++row) {
-      uint32_t const seen = __ballot_sync(~0u, rows_of_columns[g] >> row & 1);
-      if (threadIdx.x % 32 == row) columns = seen;
+    for (uint32_t size = 16, low = 0x0000FFFF; size > 0; size /= 2, low ^= low << size) {
+      uint32_t const other = __shfl_xor_sync(~0u, columns, size);
+      columns = threadIdx.x & size ? (columns & ~low) | (other & ~low) >> size
+                                   : (columns & low) | (other & low) << size;
     }
 #pragma unroll
     for (int q = 0; q < kWords; ++q) {
@@ -44,6 +45,8 @@ __device__ void turn(uint32_t const (&rows_of_columns)[kWords], uint32_t (&bits)
 // A bool mask.
 template <bool kRowsAreKeys>
 struct OfBytes {
+  static constexpr int kCtasOfSm = 2;
+  static constexpr int kChunksOfCta = 8;  // so that a CTA writes whole bytes of blocks
   DenseMaskToBits const& p;
   uint8_t const* of_head;
   bool aligned;
@@ -135,6 +138,9 @@ struct OfBytes {
 // Intervals of each query row, whose union it sees.
 template <bool kRowsAreKeys>
 struct OfIntervals {
+  static constexpr int kCtasOfSm = 1;
+  // With 8, of 16k query rows 2,048 CTAs, most of which have nothing to write: 24 us for 16.
+  static constexpr int kChunksOfCta = kRowsAreKeys ? 8 : 32;
   DenseMaskToBits const& p;
   int const* of_batch;  // [t, 2, m]
   int row;
@@ -161,16 +167,18 @@ struct OfIntervals {
         bool any = false;
 #pragma unroll
         for (int of_lane = 0; of_lane < kMaskBlock; of_lane += 32) {
-          for (int m = 0; m < p.num_intervals && first_row + of_lane < p.columns; ++m) {
-            any |= !interval(first_row + of_lane, m, first_key, kRows).empty();
+#pragma unroll
+          for (int m = 0; m < kMostIntervals; ++m) {
+            any |= !interval(first_row + of_lane, p.columns, m, first_key, kRows).empty();
           }
         }
         if (__any_sync(~0u, any)) seen |= 1u << i;
       }
     } else {
       constexpr int kKeys = kChunksOfCta * kMaskBlock;
-      for (int m = 0; m < p.num_intervals && row < p.rows; ++m) {
-        Interval const keys = interval(row, m, first_chunk * kMaskBlock, kKeys);
+#pragma unroll
+      for (int m = 0; m < kMostIntervals; ++m) {
+        Interval const keys = interval(row, p.rows, m, first_chunk * kMaskBlock, kKeys);
         if (keys.empty()) continue;
         seen |= ~0u >> (31 - (keys.end - 1) / kMaskBlock) & ~0u << keys.begin / kMaskBlock;
       }
@@ -180,11 +188,13 @@ struct OfIntervals {
     __syncthreads();
     return shared;
   }
-  // Within [first, first + size), counted from there.
-  __device__ Interval interval(int query_row, int i, int first, int size) const {
+  // Within [first, first + size), counted from there; empty where there is no such row or interval.
+  // No branch, so that all that are asked for are on their way together.
+  __device__ Interval interval(int query_row, int query_rows, int i, int first, int size) const {
     int const* const of_row = of_batch + int64_t{query_row} * 2 * p.num_intervals + i;
-    int const begin = max(__ldg(of_row), first);
-    int const end = min(__ldg(of_row + p.num_intervals), first + size);
+    bool const exists = i < p.num_intervals && query_row < query_rows;
+    int const begin = max(exists ? __ldg(of_row) : 0, first);
+    int const end = min(exists ? __ldg(of_row + p.num_intervals) : 0, first + size);
     return {begin - first, max(end, first) - first};
   }
 
@@ -198,8 +208,8 @@ struct OfIntervals {
         int const column = g * 32 + threadIdx.x % 32;
 #pragma unroll
         for (int i = 0; i < kMostIntervals; ++i) {
-          if (i >= p.num_intervals || column >= count) continue;
-          Interval const seen = interval(first + column, i, first_key, min(32, p.rows - first_key));
+          int const keys = min(32, p.rows - first_key);
+          Interval const seen = interval(first + column, first + count, i, first_key, keys);
           if (!seen.empty()) rows_of_columns[g] |= ~0u >> (32 - seen.end) & ~0u << seen.begin;
         }
       }
@@ -207,8 +217,7 @@ struct OfIntervals {
     } else if (row < p.rows) {
 #pragma unroll
       for (int i = 0; i < kMostIntervals; ++i) {
-        if (i >= p.num_intervals) continue;
-        Interval const seen = interval(row, i, first, count);
+        Interval const seen = interval(row, p.rows, i, first, count);
         if (seen.empty()) continue;
 #pragma unroll
         for (int q = 0; q < kWords; ++q) {
@@ -220,7 +229,9 @@ struct OfIntervals {
 };
 
 template <class Source>
-__global__ void __launch_bounds__(kThreads, 2) mask_bits_kernel(DenseMaskToBits const p) {
+__global__ void __launch_bounds__(kThreads, Source::kCtasOfSm)
+    mask_bits_kernel(DenseMaskToBits const p) {
+  constexpr int kChunksOfCta = Source::kChunksOfCta;
   __shared__ uint32_t any[2], hidden[2];  // of the CTA's blocks
   __shared__ uint32_t shared_seen;
   if (threadIdx.x < 2) any[threadIdx.x] = hidden[threadIdx.x] = 0;
@@ -265,29 +276,42 @@ __global__ void __launch_bounds__(kThreads, 2) mask_bits_kernel(DenseMaskToBits 
     }
   }
   __syncthreads();
-  int const word = blockIdx.y * p.blocks_of_chunk + threadIdx.x;
-  if (threadIdx.x >= p.blocks_of_chunk || word >= p.words) return;
-  uint2 found{any[threadIdx.x], ~hidden[threadIdx.x]};
-  if (same_columns) found = {found.x & 1 ? ~0u : 0u, found.y & 1 ? ~0u : 0u};
-  int64_t const index = (int64_t{of_head} * row_blocks + row_block) * p.words + word;
-  reinterpret_cast<uint2*>(p.blocks)[index] = found;
+  uint32_t* const words = p.blocks + (int64_t{of_head} * row_blocks + row_block) * p.words * 2;
+  if (same_columns) {
+    for (int word = threadIdx.x; blockIdx.y == 0 && word < p.words; word += kThreads) {
+      words[2 * word] = any[0] & 1 ? ~0u : 0;
+      words[2 * word + 1] = hidden[0] & 1 ? 0 : ~0u;
+    }
+    return;
+  }
+  int const thread = threadIdx.x;
+  int const count = kChunksOfCta / 8 * p.blocks_of_chunk;
+  int const byte = blockIdx.y * count + thread;
+  if (thread >= count || byte >= 4 * p.words) return;
+  auto* const bytes = reinterpret_cast<uint8_t*>(words) + byte / 4 * 8 + byte % 4;
+  bytes[0] = any[thread / 4] >> thread % 4 * 8;
+  bytes[4] = ~hidden[thread / 4] >> thread % 4 * 8;
+}
+
+template <class Source>
+cudaError_t launch(DenseMaskToBits const& problem, cudaStream_t stream) {
+  int const bytes_of_cta = Source::kChunksOfCta / 8 * problem.blocks_of_chunk;
+  dim3 const grid(problem.batch * problem.num_heads * ceil_div(problem.rows, kRows),
+                  ceil_div(4 * problem.words, bytes_of_cta));
+  void* arguments[] = {const_cast<DenseMaskToBits*>(&problem)};
+  return cudaLaunchKernel(reinterpret_cast<void const*>(mask_bits_kernel<Source>), grid,
+                          dim3(kThreads), arguments, 0, stream);
 }
 
 }  // namespace
 
 cudaError_t launch_mask_bits(DenseMaskToBits const& problem, cudaStream_t stream) {
-  dim3 const grid(problem.batch * problem.num_heads * ceil_div(problem.rows, kRows),
-                  ceil_div(problem.chunks, kChunksOfCta));
-  auto* kernel = mask_bits_kernel<OfBytes<false>>;
-  if (problem.mask != nullptr && problem.rows_are_keys) {
-    kernel = mask_bits_kernel<OfBytes<true>>;
-  } else if (problem.mask == nullptr) {
-    kernel = problem.rows_are_keys ? mask_bits_kernel<OfIntervals<true>>
-                                   : mask_bits_kernel<OfIntervals<false>>;
+  if (problem.mask != nullptr) {
+    return problem.rows_are_keys ? launch<OfBytes<true>>(problem, stream)
+                                 : launch<OfBytes<false>>(problem, stream);
   }
-  void* arguments[] = {const_cast<DenseMaskToBits*>(&problem)};
-  return cudaLaunchKernel(reinterpret_cast<void const*>(kernel), grid, dim3(kThreads), arguments, 0,
-                          stream);
+  return problem.rows_are_keys ? launch<OfIntervals<true>>(problem, stream)
+                               : launch<OfIntervals<false>>(problem, stream);
 }
 
 }  // namespace jax_fa3

@@ -39,6 +39,19 @@ def test_any_table(farthest: int, head_dim: int):
     check(NAME, case, (*case.inputs(jnp.bfloat16), table_of(case, farthest, 4.0)))
 
 
+FAR = [(2.5, -2.5), (200.0, -200.0), (-1e4, 1e4), (-1e30, 3.0)]
+
+
+@pytest.mark.parametrize("mask", [{}, CAUSAL], ids=["full", "causal"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("far", FAR, ids=str)
+def test_far_from_the_diagonal(far: tuple[float, float], head_dim: int, mask: Any):
+    """Where whole blocks have one entry, which may be too large to be left out of their scores."""
+    case = Case("far", 650, 700, 4, 2, H=head_dim, mask=mask)
+    table = table_of(case, 40).at[:, 0].set(far[0]).at[:, -1].set(far[1])
+    check(NAME, case, (*case.inputs(jnp.bfloat16), table.at[0].set(1.5)))
+
+
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_deterministic(head_dim: int):
     case = Case("deterministic", 700, 513, 8, 2, H=head_dim, B=3, mask=CAUSAL)

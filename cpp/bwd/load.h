@@ -77,6 +77,7 @@ CUTLASS_DEVICE void announce(typename Traits::SharedStorage& storage, KeyTile co
     storage.steps[state.stage] = {-1, 0, false, true, true};
     storage.tiles[state.stage] = tile;
     storage.query_pipeline.full[state.stage].arrive();
+    if constexpr (Traits::kHasAlibi) storage.query_pipeline.full[state.stage].arrive();
     storage.dout_pipeline.full[state.stage].arrive();
   }
   state.advance();
@@ -119,11 +120,6 @@ CUTLASS_DEVICE void load_keys_and_steps(typename Traits::Params const& params,
     constexpr int kStatsBytes = kStats * sizeof(float);
     constexpr int kIntervalBytes = kBlockM * sizeof(int2);
     pipeline.empty[state.stage].wait(state.phase ^ 1);
-    if constexpr (Traits::kHasAlibi) {
-      write_alibi<kBlockM>(storage.term_queries + state.stage * term_size(kBlockM, 1),
-                           params.alibi.slope(batch, step.head),
-                           first_key - step.m_block * kBlockM);
-    }
     if (lane == 0) {
       storage.steps[state.stage] = step;
       if constexpr (Traits::kPersistent) storage.tiles[state.stage] = tile;
@@ -165,6 +161,12 @@ CUTLASS_DEVICE void load_keys_and_steps(typename Traits::Params const& params,
     RowSet const blind = query_block(step.m_block).blind;
     load_query(step, blind);
     load_dout(step, blind);
+    if constexpr (Traits::kHasAlibi) {  // while they are on their way
+      write_alibi<kBlockM>(storage.term_queries + state.stage * term_size(kBlockM, 1),
+                           params.alibi.slope(batch, step.head),
+                           first_key - step.m_block * kBlockM);
+      if (lane == 0) storage.query_pipeline.full[state.stage].arrive();
+    }
     state.advance();
     if constexpr (!kKeysFirst<Traits>) {
       if (!keys_loaded) load_keys();
@@ -289,6 +291,7 @@ CUTLASS_DEVICE void load_keys_and_steps(typename Traits::Params const& params,
     if (lane == 0) {
       storage.steps[0] = pending;
       storage.query_pipeline.full[0].arrive();
+      if constexpr (Traits::kHasAlibi) storage.query_pipeline.full[0].arrive();
     }
   }
 }

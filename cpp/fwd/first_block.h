@@ -10,6 +10,15 @@ namespace jax_fa3::fwd {
 struct SoftmaxByParts : Softmax {
   using Softmax::take_max;  // after raise_max_by() of all parts
 
+  // All scores from now on are less by that than they were, those before, too.
+  CUTLASS_DEVICE void count_from(float less) {
+    CUTLASS_PRAGMA_UNROLL
+    for (int row = 0; row < kRowsPerThread; ++row) {
+      row_max[row] -= less;
+      offset[row] -= less * factor[row];
+    }
+  }
+
   template <class Scores>
   CUTLASS_DEVICE void raise_max_by(Scores const& scores) {
     CUTLASS_PRAGMA_UNROLL

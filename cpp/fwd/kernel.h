@@ -4,11 +4,11 @@
 #include <cutlass/arch/reg_reconfig.h>
 #include <cutlass/cutlass.h>
 
-#include "fwd/alibi.h"
 #include "fwd/bias.h"
 #include "fwd/epilogue.h"
 #include "fwd/load.h"
 #include "fwd/mma.h"
+#include "fwd/spare_warp.h"
 
 namespace jax_fa3::fwd {
 

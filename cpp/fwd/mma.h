@@ -78,13 +78,23 @@ CUTLASS_DEVICE void mma(typename Traits::Params const& params,
     if (elected && n_block == blocks.begin) storage.query_empty[warpgroup].arrive();
   };
   int n_block = blocks.end - 1;
-  [[maybe_unused]] RelativeTerms<kBlockN, 1> relative;
-  auto const load_relative = [&] {
+  [[maybe_unused]] RelativeTerms<kBlockN, 1, Traits::kTermsAtOnce> relative;
+  auto const load_now = [&] {
     if constexpr (Traits::kHasRelative) {
       int const row = work.tile.block * Traits::kBlockM + warpgroup * 64 +
                       threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
       relative.load(params.relative_bias, work.tile.batch, work.tile.head,
                     n_block * kBlockN + lane_column - row);
+    }
+  };
+  constexpr bool_constant<Traits::kHasRelative> has_term{};
+  auto const load_terms = [&](auto has_term) {
+    if constexpr (decltype(has_term)::value && !Traits::kLoadsTermsLate) load_now();
+  };
+  auto const add_terms = [&](auto has_term) {
+    if constexpr (decltype(has_term)::value) {
+      if constexpr (Traits::kLoadsTermsLate) load_now();
+      relative.add(tSrS);
     }
   };
   auto const take_scores = [&] {
@@ -94,7 +104,6 @@ CUTLASS_DEVICE void mma(typename Traits::Params const& params,
       add_bias<Element>(params.bias, storage.bias_rings[warpgroup], storage.bias(warpgroup),
                         state.bias, tSrS);
     }
-    if constexpr (Traits::kHasRelative) relative.add(tSrS);
   };
   DenseMask<Traits> dense(params, work, warpgroup);
   auto const mask_block = [&](int n_block) {
@@ -137,9 +146,10 @@ CUTLASS_DEVICE void mma(typename Traits::Params const& params,
   turns.pass();
   clear(tOrO);
   find_rows(rows);
-  load_relative();
+  load_terms(has_term);
   warpgroup_wait<0>();
   take_scores();
+  add_terms(has_term);
   bool is_full = n_block >= blocks.full_begin && n_block < blocks.full_end;
   if constexpr (Traits::kHasBits) is_full = dense.is_full(n_block);
   if (!Traits::kByParts && !is_full) mask_block(n_block);
@@ -148,7 +158,9 @@ CUTLASS_DEVICE void mma(typename Traits::Params const& params,
     release_query(n_block);
     softmax.template exponentiate<0, 1>(tSrS);
   } else if constexpr (Traits::kByParts) {
-    if constexpr (!Traits::kHasBias && !Traits::kHasRelative) params.score.apply(tSrS);
+    if constexpr (!Traits::kHasBias && !Traits::kHasAlibi && !Traits::kHasRelative) {
+      params.score.apply(tSrS);
+    }
     FirstBlock<kBlockN>{rows}.exponentiate(rows, n_block * kBlockN, softmax, tSrS,
                                            [&] { release_query(n_block); });
   }
@@ -156,7 +168,7 @@ CUTLASS_DEVICE void mma(typename Traits::Params const& params,
 
   // S of block n, while the tensor cores also compute P V of block n + 1.
   bool key_is_there = false;  // asked for amid the exponentials: an answer takes 90 clocks
-  auto const step = [&](auto masked) {
+  auto const step = [&](auto masked, auto has_term) {
     // Rows may see their first key in a masked block: there, offsets would rarely stay.
     constexpr bool kKeepsOffset = Traits::kKeepsOffset && !decltype(masked)::value;
     if constexpr (decltype(masked)::value) dense.load(n_block);
@@ -165,10 +177,11 @@ CUTLASS_DEVICE void mma(typename Traits::Params const& params,
     issue_scores();
     values.full[state.value.stage].wait(state.value.phase);
     issue_out();
-    load_relative();
+    load_terms(has_term);
     warpgroup_wait<1>();
     turns.pass();
     take_scores();
+    add_terms(has_term);
     if constexpr (decltype(masked)::value) mask_block(n_block);
     bool rescales = true;
     if constexpr (kKeepsOffset) {
@@ -203,24 +216,50 @@ CUTLASS_DEVICE void mma(typename Traits::Params const& params,
       if (dense.is_full(n_block)) {
         int const first = n_block - dense.take_run(n_block);
         do {
-          step(false_type{});
+          step(false_type{}, false_type{});
         } while (n_block-- > first);
         n_block = first;
       } else {
-        step(true_type{});
+        step(true_type{}, false_type{});
       }
     }
+  } else if constexpr (Traits::kHasRelative) {
+    // Of blocks where all scores get the same nothing is added to any: the softmax does as if it
+    // had been.
+    float added = 0.f;
+    auto const have_added = [&](float same) {
+      softmax.count_from(same - added);
+      added = same;
+    };
+    for (--n_block; n_block >= blocks.begin; --n_block) {
+      if (!key_is_there) keys.full[state.key.stage].wait(state.key.phase);
+      key_is_there = true;
+      float const same = storage.same_term()[state.key.stage];
+      bool const is_full = n_block >= blocks.full_begin && n_block < blocks.full_end;
+      if (is_full && !isnan(same)) {
+        if (same != added) have_added(same);
+        step(false_type{}, false_type{});
+      } else {
+        if (added != 0.f) have_added(0.f);
+        if (is_full) {
+          step(false_type{}, true_type{});
+        } else {
+          step(true_type{}, true_type{});
+        }
+      }
+    }
+    have_added(0.f);
   } else {
     --n_block;
     while (n_block >= blocks.begin) {
       if (n_block < blocks.full_end) {
         int const first = long_sums.first_block(blocks.full_begin);
-        for (; n_block >= first; --n_block) step(false_type{});
+        for (; n_block >= first; --n_block) step(false_type{}, false_type{});
       }
       if (long_sums.is_full(n_block)) {
         long_sums.accumulate(softmax, tOrO);
       } else if (n_block >= blocks.begin) {
-        step(true_type{});
+        step(true_type{}, false_type{});
         --n_block;
       }
     }

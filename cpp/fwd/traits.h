@@ -36,8 +36,7 @@ using namespace cute;
 // kBits: a dense mask (common/mask_bits.h), whose blocks are 128 x 128.
 // kDropout: dropout on the weights (common/dropout.h).
 // kAlibi: slopes (common/alibi.h), whose operands need memory.
-// kRelative: a bias by distance (common/relative_bias.h), which three consumers have no registers
-// for.
+// kRelative: a bias by distance (common/relative_bias.h).
 enum class Kind { kFew, kUsual, kMany, kBias, kBits, kDropout, kAlibi, kRelative, kShort };
 // What the kernel of each gets, in their order.
 using ParamsOfKind = std::tuple<Params, Params, ManyParams, BiasParams, BitsParams, DropoutParams,
@@ -64,12 +63,11 @@ struct Traits {
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kHeadDimV = kHeadDimV_;
   static constexpr Kind kKind = kKind_;
-  static constexpr FwdTile kTile =
-      kHasBits                ? FwdTile{kMaskBlock, kMaskBlock, false}
-      : kKind == Kind::kShort ? FwdTile{64, kShortKeys, false}
-      : kKind == Kind::kFew
-          ? few_keys_tile(kHeadDim, kHeadDimV)
-          : fwd_tile(kHeadDim, kHeadDimV, kHasBias || kHasDropout || kHasRelative);
+  static constexpr FwdTile kTile = kHasBits                ? FwdTile{kMaskBlock, kMaskBlock, false}
+                                   : kKind == Kind::kShort ? FwdTile{64, kShortKeys, false}
+                                   : kKind == Kind::kFew
+                                       ? few_keys_tile(kHeadDim, kHeadDimV)
+                                       : fwd_tile(kHeadDim, kHeadDimV, kHasBias || kHasDropout);
   static constexpr int kBlockM = kTile.block_m;
   static constexpr int kBlockN = kTile.block_n;
   static constexpr bool kOutOverValue = kTile.out_over_value;
@@ -78,8 +76,9 @@ struct Traits {
   static constexpr bool kHasLseLow = true;
   static constexpr int kStages = kKeysStay ? 1 : 2;  // of K and of V
   // Whether a masked first block goes by parts (first_block.h), and a tile's rows are ended beside
-  // its last P V. Not where keys are very many: there registers are few as it is.
-  static constexpr bool kByParts = !kHasBits && !kHasAlibi && !kSharesKeys;
+  // its last P V. Not where keys are very many: there registers are few as it is. (With slopes it
+  // is slower by 1 % at head dim 128, as much faster at 64.)
+  static constexpr bool kByParts = !kHasBits && !(kHasAlibi && kBlockM <= kBlockN) && !kSharesKeys;
   static constexpr bool kEndsRowsEarly = !kSharesKeys;
   // Tiles taken ahead: just the one whose loads begin while this one is finished. A CTA that took
   // more would keep the last tiles from CTAs that have nothing left.
@@ -100,6 +99,10 @@ struct Traits {
   // and masks only what is not full for them. Of a tile no higher than its blocks are long there
   // would be nothing to leave out.
   static constexpr bool kBlocksByWarpgroup = kBlockM > kBlockN && !kHasBias && !kHasBits;
+  // With a bias by distance: how many of its terms are loaded at once. Three consumers have
+  // registers for few of them, and those not before the scores are there.
+  static constexpr bool kLoadsTermsLate = kConsumerWarpgroups == 3;
+  static constexpr int kTermsAtOnce = kLoadsTermsLate ? 5 : kBlockN / 8 + 1;
   static constexpr int kConsumerThreads = kConsumerWarpgroups * 128;
   static constexpr int kThreads = 128 + kConsumerThreads;
   static constexpr int kProducerRegisters = kConsumerWarpgroups == 2 ? 40 : 32;
@@ -175,7 +178,11 @@ struct Traits {
   using LayoutTermKeys = LayoutTerm<kBlockN, kStages>;
   static constexpr int kSizeTermRows = kHasAlibi ? term_size(kBlockM, 1) : 0;
   static constexpr int kSizeTermKeys = kHasAlibi ? term_size(kBlockN, kStages) : 0;
-  static constexpr int kSizeBehindV = kSizeBias + kSizeTermRows + kSizeTermKeys;
+  // With a bias by distance: a number for each block.
+  static constexpr int kSizeSameTerm = kHasRelative ? 2 * kStages : 0;
+  static constexpr int kSizeBehindV = kSizeBias + kSizeTermRows + kSizeTermKeys + kSizeSameTerm;
+  // A spare warp leaves something of each block of keys (spare_warp.h).
+  static constexpr bool kAddsToKeys = kHasAlibi || kHasRelative;
 
   // A consumer's positions in the pipelines, kept from tile to tile.
   struct ConsumerState {
@@ -208,9 +215,9 @@ struct Traits {
       init_query_barriers(query_full, query_empty);
       out_stored.init(kConsumerWarps);
       value_staged.init(1);
-      key_pipeline.init(kConsumerWarps, kHasAlibi ? 2 : 1);
+      key_pipeline.init(kConsumerWarps, kAddsToKeys ? 2 : 1);
       value_pipeline.init(kConsumerWarps);
-      constexpr int kSpareWarps = kHasBias ? kConsumerWarpgroups : (kHasAlibi ? 1 : 0);
+      constexpr int kSpareWarps = kHasBias ? kConsumerWarpgroups : kAddsToKeys;
       work_pipeline.init(kConsumerWarps + 1 + kSpareWarps);
       if constexpr (kHasBias) {
         for (auto& ring : bias_rings) ring.init();
@@ -223,6 +230,7 @@ struct Traits {
     }
     CUTLASS_DEVICE uint16_t* term_rows() { return value + kStages * kSizeV; }
     CUTLASS_DEVICE uint16_t* term_keys() { return term_rows() + kSizeTermRows; }
+    CUTLASS_DEVICE float* same_term() { return reinterpret_cast<float*>(value + kStages * kSizeV); }
     CUTLASS_DEVICE uint16_t* out(int warpgroup) { return out_tile + warpgroup * 64 * kSlabV; }
     // Where a warpgroup's output lies in V's memory, once that has been read: the first's in the
     // stage before the tile's last, which the others have read long ago, so that it need not wait

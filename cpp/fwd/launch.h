@@ -54,8 +54,8 @@ inline void set_common(Problem const& p, int block_m, Params* params) {
   int64_t section = masked ? heads_per_section(p.seqlen_k, p.head_dim, p.head_dim_v, params->group)
                            : params->group;
   section *= section_factor(p.mask);
-  params->order = {ceil_div(p.seqlen_q, block_m), p.num_heads_q, p.batch,
-                   static_cast<int>(std::min(section, int64_t{p.num_heads_q} * p.batch))};
+  params->order = {{ceil_div(p.seqlen_q, block_m), p.num_heads_q, p.batch,
+                    static_cast<int>(std::min(section, int64_t{p.num_heads_q} * p.batch))}};
   ScoreScale const scale = score_scale(p);
   params->softmax_scale = scale.softmax_scale;
   params->exponents = exponents_of(scale.softmax_scale * kLog2E);
@@ -86,6 +86,9 @@ cudaError_t make_params(Problem const& problem, typename Traits::Params* params)
                                             p.num_heads_q, p.batch, Traits::kSlabV, 64));
   }
   set_common(p, Traits::kBlockM, params);
+  // Not where rows have a key_begin, whose tiles are in no order of their length.
+  bool const sorted = params->tile_counter != nullptr && p.mask.key_begin == nullptr;
+  if (sorted) params->order.make_early(params->group);
   if constexpr (Traits::kHasBias) {
     float const factor = params->softmax_scale;
     params->softmax_scale = 1.f;

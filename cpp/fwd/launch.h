@@ -35,6 +35,14 @@ inline bool takes_short_keys_tile(Problem const& problem) {
          problem.out_accum == nullptr && problem.out_dtype != DType::kFloat32;
 }
 
+// Whether the last block has so few keys that it should be short. (With a soft cap all blocks are
+// treated as masked.)
+inline bool takes_rest_kernel(Problem const& problem) {
+  int const rest = problem.seqlen_k % Traits<cutlass::half_t, 128, 128, Kind::kRest>::kBlockN;
+  return problem.seqlen_k > rest && 0 < rest && rest <= kRestKeys && !problem.mask.restricts() &&
+         score_scale(problem).score.cap_scale == 0.f;
+}
+
 // All but the descriptors.
 inline void set_common(Problem const& p, int block_m, Params* params) {
   if (p.out_dtype == DType::kFloat32) params->out_fp32 = static_cast<float*>(p.out.data);
@@ -202,6 +210,9 @@ cudaError_t launch(Problem const& problem, cudaStream_t stream) {
     if (takes_short_keys_tile(problem)) {
       return launch_kind(KindIs<Kind::kShort>{}, std::true_type{});
     }
+  }
+  if constexpr (has_rest_kernel(kHeadDim, kHeadDimV)) {
+    if (takes_rest_kernel(problem)) return launch_kind(KindIs<Kind::kRest>{}, std::true_type{});
   }
   if (kTwoTiles && sees_few_keys) {
     return launch_kind(KindIs<Kind::kFew>{}, std::bool_constant<kTwoTiles>{});

@@ -18,6 +18,7 @@
 #include "dispatch.h"
 #include "ffi.h"
 #include "ffi_targets.h"
+#include "fwd/order.h"
 #include "fwd_splits.h"
 #include "plan.h"
 
@@ -148,6 +149,17 @@ NB_MODULE(_C, module) {
         }
         return tiles;
       });
+  module.def("fwd_tile_order",
+             [](int num_m_blocks, int num_heads, int batch, int section, int group) {
+               jax_fa3::fwd::Order order{{num_m_blocks, num_heads, batch, section}};
+               order.make_early(group);
+               std::vector<std::tuple<int, int, int>> tiles;
+               for (int index = 0; index < order.num_tiles(); ++index) {
+                 auto const tile = order(index);
+                 tiles.emplace_back(tile.block, tile.head, tile.batch);
+               }
+               return tiles;
+             });
   module.def("tile_of_round", &jax_fa3::tile_of_round);
   module.def("row_interval",
              [](int row, int seqlen_q, int seqlen_k, int64_t window_left, int64_t window_right,

@@ -119,6 +119,12 @@ def _heads() -> list[Case]:
         Case("one head", N=1, K=1, mask=CAUSAL),
         Case("K = 1", N=6, K=1, H=128, mask=CAUSAL),
         Case("K = N", N=5, K=5, H=128),
+        # At head dim 128 a last block of at most 32 keys has a kernel of its own.
+        Case("1 key more than a block", 130, 129, H=128),
+        Case("32 keys more than four blocks", 70, 544, N=3, K=3, H=128),
+        Case("33 keys more than two blocks", 150, 289, H=128),
+        Case("21 keys more than two blocks, 120 columns", 290, 277, H=120),
+        Case("soft cap, 4 keys more than two blocks", logits_soft_cap=2.0, H=128),
         Case("groups of 3", N=6, K=2, H=96, mask={"local_window_size": 64}),
         Case("batch 0", B=0, mask=CAUSAL),
         Case("T = 0", T=0),

@@ -35,6 +35,14 @@ inline bool takes_short_keys_tile(Problem const& problem) {
          problem.out_accum == nullptr && problem.out_dtype != DType::kFloat32;
 }
 
+// Whether the last block has so few keys that it should be short. (With a soft cap all blocks are
+// treated as masked.)
+inline bool takes_rest_kernel(Problem const& problem) {
+  int const rest = problem.seqlen_k % Traits<cutlass::half_t, 128, 128, Kind::kRest>::kBlockN;
+  return problem.seqlen_k > rest && 0 < rest && rest <= kRestKeys && !problem.mask.restricts() &&
+         score_scale(problem).score.cap_scale == 0.f;
+}
+
 // All but the descriptors.
 inline void set_common(Problem const& p, int block_m, Params* params) {
   if (p.out_dtype == DType::kFloat32) params->out_fp32 = static_cast<float*>(p.out.data);
@@ -54,8 +62,8 @@ inline void set_common(Problem const& p, int block_m, Params* params) {
   int64_t section = masked ? heads_per_section(p.seqlen_k, p.head_dim, p.head_dim_v, params->group)
                            : params->group;
   section *= section_factor(p.mask);
-  params->order = {ceil_div(p.seqlen_q, block_m), p.num_heads_q, p.batch,
-                   static_cast<int>(std::min(section, int64_t{p.num_heads_q} * p.batch))};
+  params->order = {{ceil_div(p.seqlen_q, block_m), p.num_heads_q, p.batch,
+                    static_cast<int>(std::min(section, int64_t{p.num_heads_q} * p.batch))}};
   ScoreScale const scale = score_scale(p);
   params->softmax_scale = scale.softmax_scale;
   params->exponents = exponents_of(scale.softmax_scale * kLog2E);
@@ -86,6 +94,9 @@ cudaError_t make_params(Problem const& problem, typename Traits::Params* params)
                                             p.num_heads_q, p.batch, Traits::kSlabV, 64));
   }
   set_common(p, Traits::kBlockM, params);
+  // Not where rows have a key_begin, whose tiles are in no order of their length.
+  bool const sorted = params->tile_counter != nullptr && p.mask.key_begin == nullptr;
+  if (sorted) params->order.make_early(params->group);
   if constexpr (Traits::kHasBias) {
     float const factor = params->softmax_scale;
     params->softmax_scale = 1.f;
@@ -199,6 +210,9 @@ cudaError_t launch(Problem const& problem, cudaStream_t stream) {
     if (takes_short_keys_tile(problem)) {
       return launch_kind(KindIs<Kind::kShort>{}, std::true_type{});
     }
+  }
+  if constexpr (has_rest_kernel(kHeadDim, kHeadDimV)) {
+    if (takes_rest_kernel(problem)) return launch_kind(KindIs<Kind::kRest>{}, std::true_type{});
   }
   if (kTwoTiles && sees_few_keys) {
     return launch_kind(KindIs<Kind::kFew>{}, std::bool_constant<kTwoTiles>{});

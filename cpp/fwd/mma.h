@@ -142,33 +142,54 @@ CUTLASS_DEVICE void mma(typename Traits::Params const& params,
   state.query_phase ^= 1;
   keys.full[state.key.stage].wait(state.key.phase);
   turns.wait();
-  issue_scores();
-  turns.pass();
-  clear(tOrO);
-  find_rows(rows);
-  load_terms(has_term);
-  warpgroup_wait<0>();
-  take_scores();
-  add_terms(has_term);
-  bool is_full = n_block >= blocks.full_begin && n_block < blocks.full_end;
-  if constexpr (Traits::kHasBits) is_full = dense.is_full(n_block);
-  if (!Traits::kByParts && !is_full) mask_block(n_block);
-  if (!Traits::kByParts || is_full) {
-    softmax.template update_max<Traits::kMaxOfThree>(tSrS);
-    release_query(n_block);
-    softmax.template exponentiate<0, 1>(tSrS);
-  } else if constexpr (Traits::kByParts) {
-    if constexpr (!Traits::kHasBias && !Traits::kHasAlibi && !Traits::kHasRelative) {
-      params.score.apply(tSrS);
+  if constexpr (Traits::kHasRest) {
+    // Of the rest of the keys alone.
+    typename Traits::MmaRest mma_rest;
+    Tensor rest = partition_fragment_C(mma_rest, Shape<Int<Traits::kBlockM>, Int<kRestKeys>>{});
+    issue_gemm_zero<Traits::kHeadDim / 16>(mma_rest, tSrQ, tSrK(_, _, _, state.key.stage), rest);
+    turns.pass();
+    clear(tOrO);
+    find_rows(rows);
+    warpgroup_wait<0>();
+    warpgroup_fence_operand(rest);
+    release(keys, state.key);
+    mask_scores(rest, rows, n_block * kBlockN + lane_column);
+    softmax.template update_max<Traits::kMaxOfThree>(rest);
+    softmax.template exponentiate<0, 1>(rest);
+    Tensor packed = recast<uint32_t>(tOrP);
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < size(packed); ++i) {
+      packed(i) = i < size(rest) / 2 ? pack<Element>(rest(2 * i), rest(2 * i + 1)) : 0;
     }
-    FirstBlock<kBlockN>{rows}.exponentiate(rows, n_block * kBlockN, softmax, tSrS,
-                                           [&] { release_query(n_block); });
+  } else {
+    issue_scores();
+    turns.pass();
+    clear(tOrO);
+    find_rows(rows);
+    load_terms(has_term);
+    warpgroup_wait<0>();
+    take_scores();
+    add_terms(has_term);
+    bool is_full = n_block >= blocks.full_begin && n_block < blocks.full_end;
+    if constexpr (Traits::kHasBits) is_full = dense.is_full(n_block);
+    if (!Traits::kByParts && !is_full) mask_block(n_block);
+    if (!Traits::kByParts || is_full) {
+      softmax.template update_max<Traits::kMaxOfThree>(tSrS);
+      release_query(n_block);
+      softmax.template exponentiate<0, 1>(tSrS);
+    } else if constexpr (Traits::kByParts) {
+      if constexpr (!Traits::kHasBias && !Traits::kHasAlibi && !Traits::kHasRelative) {
+        params.score.apply(tSrS);
+      }
+      FirstBlock<kBlockN>{rows}.exponentiate(rows, n_block * kBlockN, softmax, tSrS,
+                                             [&] { release_query(n_block); });
+    }
+    convert();
   }
-  convert();
 
   // S of block n, while the tensor cores also compute P V of block n + 1.
   bool key_is_there = false;  // asked for amid the exponentials: an answer takes 90 clocks
-  auto const step = [&](auto masked, auto has_term) {
+  auto const step = [&](auto masked, auto has_term, auto behind_rest) {
     // Rows may see their first key in a masked block: there, offsets would rarely stay.
     constexpr bool kKeepsOffset = Traits::kKeepsOffset && !decltype(masked)::value;
     if constexpr (decltype(masked)::value) dense.load(n_block);
@@ -176,7 +197,11 @@ CUTLASS_DEVICE void mma(typename Traits::Params const& params,
     turns.wait();
     issue_scores();
     values.full[state.value.stage].wait(state.value.phase);
-    issue_out();
+    if constexpr (decltype(behind_rest)::value) {
+      issue_gemm<kRestKeys / 16>(mma_pv, tOrP, tOrV(_, _, _, state.value.stage), tOrO);
+    } else {
+      issue_out();
+    }
     load_terms(has_term);
     warpgroup_wait<1>();
     turns.pass();
@@ -210,17 +235,22 @@ CUTLASS_DEVICE void mma(typename Traits::Params const& params,
   LongSums<Traits> long_sums{params, warpgroup, blocks.end};
   if constexpr (Traits::kKeysStay) {
     // There is one block.
+  } else if constexpr (Traits::kHasRest) {
+    --n_block;
+    step(false_type{}, false_type{}, true_type{});
+    for (--n_block; n_block >= blocks.begin; --n_block)
+      step(false_type{}, false_type{}, false_type{});
   } else if constexpr (Traits::kHasBits) {
     while (n_block > blocks.begin) {
       n_block = dense.walk.next();
       if (dense.is_full(n_block)) {
         int const first = n_block - dense.take_run(n_block);
         do {
-          step(false_type{}, false_type{});
+          step(false_type{}, false_type{}, false_type{});
         } while (n_block-- > first);
         n_block = first;
       } else {
-        step(true_type{}, false_type{});
+        step(true_type{}, false_type{}, false_type{});
       }
     }
   } else if constexpr (Traits::kHasRelative) {
@@ -238,13 +268,13 @@ CUTLASS_DEVICE void mma(typename Traits::Params const& params,
       bool const is_full = n_block >= blocks.full_begin && n_block < blocks.full_end;
       if (is_full && !isnan(same)) {
         if (same != added) have_added(same);
-        step(false_type{}, false_type{});
+        step(false_type{}, false_type{}, false_type{});
       } else {
         if (added != 0.f) have_added(0.f);
         if (is_full) {
-          step(false_type{}, true_type{});
+          step(false_type{}, true_type{}, false_type{});
         } else {
-          step(true_type{}, true_type{});
+          step(true_type{}, true_type{}, false_type{});
         }
       }
     }
@@ -254,12 +284,12 @@ CUTLASS_DEVICE void mma(typename Traits::Params const& params,
     while (n_block >= blocks.begin) {
       if (n_block < blocks.full_end) {
         int const first = long_sums.first_block(blocks.full_begin);
-        for (; n_block >= first; --n_block) step(false_type{}, false_type{});
+        for (; n_block >= first; --n_block) step(false_type{}, false_type{}, false_type{});
       }
       if (long_sums.is_full(n_block)) {
         long_sums.accumulate(softmax, tOrO);
       } else if (n_block >= blocks.begin) {
-        step(true_type{}, false_type{});
+        step(true_type{}, false_type{}, false_type{});
         --n_block;
       }
     }

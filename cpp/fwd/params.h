@@ -9,7 +9,7 @@
 #include "common/score.h"
 #include "common/softmax.h"
 #include "common/term_params.h"
-#include "common/tile_scheduler.h"
+#include "fwd/order.h"
 
 namespace jax_fa3::fwd {
 
@@ -28,7 +28,7 @@ struct Params {
   // call's; its log-sum-exp is in lse.
   float const* out_accum;
   Mask mask;
-  TileOrder order;
+  Order order;
   int* tile_counter;  // 0 at the start, or null: tiles are dealt in fixed rounds
   int num_heads_q;
   int group;  // query heads of one key/value head

@@ -25,11 +25,12 @@ using namespace cute;
 
 // The kinds of forward kernels.
 //
-// Four differ by how many keys there are for a tile. kShort: one block holds all, and nothing is
+// Five differ by how many keys there are for a tile. kShort: one block holds all, and nothing is
 // masked; it stays in shared memory while a CTA goes through tiles of the same head. kFew: tiles
 // have fewer query rows. kMany: O is summed in memory, too (long_sums.h), or several CTAs share a
 // tile (parts.h). That code is in a kernel of its own: though never run, it costs a causal forward
-// of 2,048 keys 2 %.
+// of 2,048 keys 2 %. kRest: nothing is masked, and the last block has few keys (kRestKeys): it is
+// that short.
 //
 // The others have what few calls have:
 // kBias: a dense bias (common/bias.h), whose slabs need memory, and registers: so two consumers.
@@ -37,16 +38,23 @@ using namespace cute;
 // kDropout: dropout on the weights (common/dropout.h).
 // kAlibi: slopes (common/alibi.h), whose operands need memory.
 // kRelative: a bias by distance (common/relative_bias.h).
-enum class Kind { kFew, kUsual, kMany, kBias, kBits, kDropout, kAlibi, kRelative, kShort };
+enum class Kind { kFew, kUsual, kMany, kBias, kBits, kDropout, kAlibi, kRelative, kShort, kRest };
 // What the kernel of each gets, in their order.
 using ParamsOfKind = std::tuple<Params, Params, ManyParams, BiasParams, BitsParams, DropoutParams,
-                                AlibiParams, RelativeParams, ShortParams>;
+                                AlibiParams, RelativeParams, ShortParams, Params>;
 
 // The tile where rows see few keys. What takes time there is a tile's beginning and end, so small
 // ones take turns: of three CTAs on an SM, each with one consumer warpgroup.
 constexpr bool has_small_tile(int head_dim) { return head_dim == 64; }
 constexpr FwdTile few_keys_tile(int head_dim, int head_dim_v) {
   return has_small_tile(head_dim) ? FwdTile{64, 64, false} : fwd_tile(head_dim, head_dim_v, true);
+}
+
+// Of kRest: at most so many keys are in a last block, behind at least one other. Where tiles have
+// 128 keys, of heads that class tokens and registers make so long (1,029 keys, 257).
+constexpr int kRestKeys = 32;
+constexpr bool has_rest_kernel(int head_dim, int head_dim_v) {
+  return head_dim == 128 && head_dim_v == 128;
 }
 
 template <class Element_, int kHeadDim_, int kHeadDimV_, Kind kKind_>
@@ -72,6 +80,7 @@ struct Traits {
   static constexpr int kBlockN = kTile.block_n;
   static constexpr bool kOutOverValue = kTile.out_over_value;
   static constexpr bool kKeysStay = kKind == Kind::kShort;
+  static constexpr bool kHasRest = kKind == Kind::kRest;
   static constexpr bool kAccumulates = !kKeysStay;  // onto the result for the keys of other calls
   static constexpr bool kHasLseLow = true;
   static constexpr int kStages = kKeysStay ? 1 : 2;  // of K and of V
@@ -139,6 +148,9 @@ struct Traits {
   }
   using Warpgroups = Layout<Shape<Int<kConsumerWarpgroups>, _1, _1>>;
   using MmaQK = decltype(make_tiled_mma(qk_operation<Element>(), Warpgroups{}));
+  using MmaRest = decltype(make_tiled_mma(
+      GMMA::ss_op_selector<Element, Element, float, Shape<_64, Int<kRestKeys>, Int<kHeadDim>>>(),
+      Warpgroups{}));
   using MmaTerm = decltype(make_tiled_mma(qk_operation<cutlass::bfloat16_t>(), Warpgroups{}));
   using MmaPV = decltype(make_tiled_mma(pv_operation<kHeadDimV>(), Warpgroups{}));
   // Over all columns of V's memory: makes the descriptors, which do not depend on how many are

@@ -2,17 +2,17 @@
 
 It is a pure function of the key, the batch entry, the query head, the query row and the key's index,
 so forward, backward and every device find the same without an array of it. Philox-2x32 (Salmon et al.,
-"Parallel random numbers: as easy as 1, 2, 3", 2011) of seven rounds makes, in turn,
+"Parallel random numbers: as easy as 1, 2, 3", 2011) makes
 
-    of two words from the user's key, by (batch entry, head): two words for each head;
-    of those, by (block of 64 keys, pair of query rows i and i + 8): 64 random bits, which stand for
-    128 weights;
-    of those, by two more rounds, the first with a multiplier that is the pair of keys' own: the 16-bit
-    words of the four weights of that pair of rows and this pair of keys j and j + 8.
+    of two words from the user's key, by (batch entry, head), in seven rounds: two words for each head;
+    of those, by (block of 64 keys, pair of query rows i and i + 8), in five: a word and two choices, which
+    stand for 128 weights.
 
-A thread of the kernels holds all four, in the forward's accumulators as in the backward's transposed
-ones. A weight is dropped if the lower 15 bits of its word are below a threshold. The thresholds of the
-eight places that a key can have differ by at most 1: together they have 18 bits of the rate.
+That word times a multiplier, which is the pair of keys' j and j + 8 own, plus the head's two words are 64
+bits; the XOR of their halves has 7 bits for each of the four weights of that pair of rows and this pair of
+keys. A thread of the kernels holds all four, in the forward's accumulators as in the backward's transposed
+ones. A weight is dropped if its bits are below a threshold, one of two neighbouring ones, which each row
+chooses for each block of keys so that together they have 18 bits of the rate.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ from ._problem import Sizes
 
 WHOLE = 2**18  # of so many weights Config.dropout are dropped
 _HEAD_DIMS = 64, 128  # of the kernels that have it
-_ROUNDS = 7
+_ROUNDS, _ROUNDS_OF_BLOCK = 7, 5
+_FINER = WHOLE // 2**7  # how finely two thresholds are mixed
 _MULTIPLIER = 0xD256D193  # Philox-2x32's
 # The multiplier of a pair of keys is the XOR of one of each; digits of pi, odd together.
 _OF_QUAD = (0x243F6A88, 0x13198A2E, 0xA4093822, 0x299F31D0)
@@ -93,7 +94,7 @@ def with_words(operands: Operands, words: Array | None) -> Operands:
         return operands
     batch = jnp.arange(operands.sizes.batch, dtype=jnp.uint32)[:, None]
     heads = jnp.arange(operands.sizes.num_heads, dtype=jnp.uint32)
-    found = jnp.stack(_philox(words[0], words[1], batch, heads), axis=-1)
+    found = jnp.stack(_philox(words[0], words[1], batch, heads, _ROUNDS), axis=-1)
     return dataclasses.replace(operands, dropout=found)
 
 
@@ -109,16 +110,19 @@ def kept(words: Array, dropout: int, rows: Array, key_length: int) -> Array:
     keys = jnp.arange(key_length, dtype=jnp.uint32)
     blocks = jnp.arange((key_length + 63) // 64, dtype=jnp.uint32)
     pairs = (rows >> 4) * 8 + (rows & 7)
-    states = _philox(words[..., 0, None, None], words[..., 1, None, None], blocks, pairs)
+    first, second = words[..., 0, None, None], words[..., 1, None, None]
+    states = _philox(first, second, blocks, pairs, _ROUNDS_OF_BLOCK)
     left, right = (jnp.repeat(x, 64, axis=-1)[..., :key_length] for x in states)
 
     place = (keys >> 4 & 3) * 2 + (keys & 1)
     multiplier = _chosen(_OF_QUAD, keys >> 1 & 3) ^ _chosen(_OF_PLACE, place)
     high, low = _product(left, multiplier)
-    high_again, low_again = _product(high ^ right, jnp.uint32(_MULTIPLIER))
-    word = jnp.where(rows & 8, low_again ^ high, high_again ^ low)
-    word = jnp.where(keys & 8, word >> 16, word) & 0x7FFF
-    return word >= (dropout + place) >> 3
+    sum_low = low + first
+    bits = (high + second + (sum_low < low)) ^ sum_low
+    bits = jnp.where(rows & 8, bits >> 16, bits)
+    bits = jnp.where(keys & 8, bits >> 8, bits) & 0x7F
+    choice = jnp.where(rows & 8, right >> 16, right) & 0x7FFF
+    return bits >= dropout // _FINER + (choice < dropout % _FINER * (2**15 // _FINER))
 
 
 def _chosen(table: tuple[int, ...], index: Array) -> Array:
@@ -129,9 +133,11 @@ def _chosen(table: tuple[int, ...], index: Array) -> Array:
     return found
 
 
-def _philox(key: Array, other_key: Array, left: Array, right: Array) -> tuple[Array, Array]:
-    """Both of the head's words are keys, in turn."""
-    for i in range(_ROUNDS):
+def _philox(
+    key: Array, other_key: Array, left: Array, right: Array, rounds: int
+) -> tuple[Array, Array]:
+    """Both words are keys, in turn."""
+    for i in range(rounds):
         high, low = _product(left, jnp.uint32(_MULTIPLIER))
         left, right = high ^ (other_key if i % 2 else key) ^ right, low
     return left, right

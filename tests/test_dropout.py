@@ -138,9 +138,13 @@ def test_rate(rate: float):
     dropped = weights.size - int(weights.sum())
     assert abs(dropped - rate * weights.size) < 4 * sigma
     dropout, _ = _dropout.checked(rate, KEY)
-    thresholds = [(dropout + place) >> 3 for place in range(8)]
-    assert sum(thresholds) == dropout  # 8 places of 2^15
     assert _dropout.scale(dropout) == pytest.approx(1 / (1 - rate), rel=2**-19 / (1 - rate))
+
+
+def test_small_rates_drop_in_clusters():
+    """As docs/usage.md says: 64 keys of a row have one threshold."""
+    dropped = ~np.asarray(kept(KEY, 0.01, 4, 8, 256, 1024)).reshape(-1, 64)
+    assert dropped.sum(1).var() / (64 * 0.01 * 0.99) == pytest.approx(1.08, abs=0.03)
 
 
 def test_it_does_not_depend_on_sizes():

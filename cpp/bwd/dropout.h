@@ -12,18 +12,16 @@ namespace jax_fa3::bwd {
 struct KeyDropout {
   Dropout const& dropout;
   uint32_t multiplier;
-  uint32_t threshold;
   int block;
 
   CUTLASS_DEVICE KeyDropout(Dropout const& all, int key) : dropout(all) {
     asm volatile("" : "+r"(key));  // found again for every step: registers are few
     int const place = key % kDropoutKeys / 16 * 2 + key % 2;
     multiplier = all.quads[key / 2 % 4] ^ all.places[place];
-    threshold = all.thresholds[place];
     block = key / kDropoutKeys;
   }
 
-  // Calls visit(i, mask) for every element of S^T, mask being all ones where its weight is kept.
+  // Calls visit(i, word) for every element of S^T, bit 31 being set where its weight is kept.
   // Eight lanes have the same query rows: each finds the state of one pair in 64, for all.
   template <int kSize, class Visit>
   CUTLASS_DEVICE void visit(uint2 head, int first_row, Visit const& visit) const {
@@ -31,42 +29,38 @@ struct KeyDropout {
     CUTLASS_PRAGMA_UNROLL
     for (int i = 0; i < kSize; i += 32) {  // 64 query rows
       int const row = first_row + i * 2 + lane / 8 * 16 + lane % 4 * 2 + lane / 4 % 2;
-      auto const own = DropoutState::of(head, block, dropout_pair(row));
+      auto const own = DropoutState::of(dropout, head, block, dropout_pair(row));
       CUTLASS_PRAGMA_UNROLL
-      for (int j = 0; j < 4; ++j) {  // 16
-        uint2 pairs[2];
-        CUTLASS_PRAGMA_UNROLL
-        for (int r = 0; r < 2; ++r) {
-          int const source = (j * 2 + r) * 4 + lane % 4;
-          DropoutState const state{__shfl_sync(~0u, own.left, source),
-                                   __shfl_sync(~0u, own.right, source)};
-          pairs[r] = keeps(state, multiplier, threshold);
-        }
-        CUTLASS_PRAGMA_UNROLL
-        for (int r = 0; r < 2; ++r) {
-          int const e = i + j * 8 + r;
-          visit(e, whole_mask<false>(pairs[r].x));
-          visit(e + 2, whole_mask<true>(pairs[r].x));
-          visit(e + 4, whole_mask<false>(pairs[r].y));
-          visit(e + 6, whole_mask<true>(pairs[r].y));
-        }
+      for (int pair = 0; pair < 8; ++pair) {
+        int const source = pair * 4 + lane % 4;
+        DropoutState const state{__shfl_sync(~0u, own.word, source),
+                                 __shfl_sync(~0u, own.threshold, source)};
+        uint32_t const found = keeps(state, head, multiplier);
+        int const e = i + pair / 2 * 8 + pair % 2;
+        visit(e, found << 24);
+        visit(e + 2, found << 16);
+        visit(e + 4, found << 8);
+        visit(e + 6, found);
       }
     }
   }
 };
 
-// The bit of an element of S^T that says that its weight is dropped: the sign of P, or with a soft
-// cap, where P is found later, the last bit of what is there.
-CUTLASS_DEVICE uint32_t dropout_mark(Params const& params) {
-  return params.score.cap_scale != 0.f ? 1u : 0x80000000u;
-}
-
+// Marks dropped weights: by the sign of P, or with a soft cap, where P is found later, by the last
+// bit of what is there.
 template <class Scores>
-CUTLASS_DEVICE void mark_dropped(KeyDropout const& keys, uint2 head, int first_row, uint32_t mark,
-                                 Scores& p) {
-  keys.visit<decltype(size(p))::value>(head, first_row, [&](int i, uint32_t mask) {
-    p(i) = __uint_as_float((__float_as_uint(p(i)) & ~mark) | (~mask & mark));
-  });
+CUTLASS_DEVICE void mark_dropped(KeyDropout const& keys, Params const& params, uint2 head,
+                                 int first_row, Scores& p) {
+  constexpr int kSize = decltype(size(p))::value;
+  if (params.score.cap_scale == 0.f) {
+    keys.visit<kSize>(head, first_row, [&](int i, uint32_t word) {
+      p(i) = __uint_as_float(__float_as_uint(p(i)) | (~word & 0x80000000u));
+    });
+  } else {
+    keys.visit<kSize>(head, first_row, [&](int i, uint32_t word) {
+      p(i) = __uint_as_float((__float_as_uint(p(i)) & ~1u) | (~word >> 31));
+    });
+  }
 }
 
 // score_grads() of marked P; scale is ds_scale() times that of the weights that are left.
@@ -78,9 +72,8 @@ CUTLASS_DEVICE void dropped_score_grads(Records const& records, float scale, Sco
     float2 const delta = records.delta_of(i);
     CUTLASS_PRAGMA_UNROLL
     for (int e = 0; e < 4; ++e) {
-      int const dropped = __float_as_int(p(i + e)) >> 31;
-      float const left = __int_as_float(__float_as_int(dp(i + e)) & ~dropped);
-      dp(i + e) = fabsf(p(i + e)) * (left * scale - Records::of(delta, e));
+      float const left = fmaxf(p(i + e), 0.f) * scale;
+      dp(i + e) = left * dp(i + e) - fabsf(p(i + e)) * Records::of(delta, e);
     }
   }
 }

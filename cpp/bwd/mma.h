@@ -253,8 +253,7 @@ CUTLASS_DEVICE bool mma(typename Traits::Params const& params,
     make_p<kIsBiased>(params, records(), step.masked, tS);
     if constexpr (Traits::kHasDropout && Traits::kNarrow) {
       uint2 const head = params.dropout.of_head(tile.batch * params.num_heads_q + step.head);
-      mark_dropped(KeyDropout{params.dropout, key}, head, step.m_block * kBlockM,
-                   dropout_mark(params), tS);
+      mark_dropped(KeyDropout{params.dropout, key}, params, head, step.m_block * kBlockM, tS);
     }
   };
   // While dP's GEMM runs: the branch, always taken, keeps ptxas from waiting for that first. At
@@ -263,8 +262,7 @@ CUTLASS_DEVICE bool mma(typename Traits::Params const& params,
     if constexpr (Traits::kHasDropout && !Traits::kNarrow) {
       if (params.dropout.scale > 0.f) {
         uint2 const head = params.dropout.of_head(tile.batch * params.num_heads_q + step.head);
-        mark_dropped(KeyDropout{params.dropout, key}, head, step.m_block * kBlockM,
-                     dropout_mark(params), tS);
+        mark_dropped(KeyDropout{params.dropout, key}, params, head, step.m_block * kBlockM, tS);
       }
     }
   };

@@ -24,7 +24,7 @@ struct Step {
 };
 
 template <class Element_, int kHeadDim_, int kHeadDimV_, bool kHasBias_ = false,
-          bool kHasDropout_ = false, bool kOneTile_ = kHasBias_ || kHasDropout_>
+          bool kHasDropout_ = false, bool kOneTile_ = kHasBias_>
 struct Traits {
   static constexpr bool kHasBias = kHasBias_;
   static constexpr bool kHasBits = false;

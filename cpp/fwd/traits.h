@@ -73,9 +73,8 @@ struct Traits {
   static constexpr Kind kKind = kKind_;
   static constexpr FwdTile kTile = kHasBits                ? FwdTile{kMaskBlock, kMaskBlock, false}
                                    : kKind == Kind::kShort ? FwdTile{64, kShortKeys, false}
-                                   : kKind == Kind::kFew
-                                       ? few_keys_tile(kHeadDim, kHeadDimV)
-                                       : fwd_tile(kHeadDim, kHeadDimV, kHasBias || kHasDropout);
+                                   : kKind == Kind::kFew ? few_keys_tile(kHeadDim, kHeadDimV)
+                                                         : fwd_tile(kHeadDim, kHeadDimV, kHasBias);
   static constexpr int kBlockM = kTile.block_m;
   static constexpr int kBlockN = kTile.block_n;
   static constexpr bool kOutOverValue = kTile.out_over_value;
@@ -98,11 +97,11 @@ struct Traits {
   static constexpr int kCtasPerSm = kConsumerWarpgroups == 1 ? 3 : 1;
   static constexpr bool kPingPong = true;
   // Exponents stay relative to a maximum that is nearly right (softmax.h), which saves most of the
-  // rescaling. With dropout it would matter to sum_of_rounded() whether the largest weight was
-  // dropped.
-  static constexpr bool kKeepsOffset = !kHasDropout && !kKeysStay;
-  // Maxima of three numbers at once: as fast as of two, or they spill, where two warpgroups rescale
-  // O in each step.
+  // rescaling. (With dropout sum_of_rounded() has the largest weight, dropped or not: where it was
+  // dropped, what is left is off by less than its own rounding.)
+  static constexpr bool kKeepsOffset = !kKeysStay;
+  // Maxima of three numbers at once: as fast as of two, or they spilled, in masked blocks of two
+  // warpgroups with dropout.
   static constexpr bool kMaxOfThree = !kHasDropout || kConsumerWarpgroups == 3;
   // Whether a warpgroup leaves out those of the tile's key blocks that its own 64 rows do not see,
   // and masks only what is not full for them. Of a tile no higher than its blocks are long there

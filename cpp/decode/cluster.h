@@ -67,30 +67,45 @@ class SharedTile {
   CUTLASS_DEVICE void join(Params const& params, Work const& work) const {
     received.wait(0);
     constexpr int kThreads = Traits::kWarpgroups * 128;
+    constexpr int kLanes = 4;  // that sum up a vector's parts
     int const thread = threadIdx.x - (Traits::kThreads - kThreads);
+    int const lane = threadIdx.x % kLanes;
+    int const end = params.slot_rows * kVectors;
     OutRow const tile{work.sequence.first_row, work.sequence.count, work.head, work.tile};
     CUTLASS_PRAGMA_NO_UNROLL
-    for (int first = thread * cluster; first < params.slot_rows * kVectors;
-         first += kThreads * cluster) {
-      int const row = (first + rank) / kVectors;
+    for (int of_warp = thread / 32 * (32 / kLanes); of_warp * cluster < end;
+         of_warp += kThreads / kLanes) {
+      int const first = (of_warp + threadIdx.x % 32 / kLanes) * cluster;
+      bool const exists = first < end;
+      int const row = exists ? (first + rank) / kVectors : 0;
       int const column = (first + rank) % kVectors * 4;
-      int64_t const index =
-          tile.index(row, Traits::kBlockM, params.tiles.group, params.num_heads_q);
-      if (index < 0) break;
-      float const* const parts = lses + row * kLargestCluster;
+      float lse_of[kLargestCluster / kLanes];
       float top = -INFINITY;  // a NaN comes back by its difference
-#pragma unroll 4
-      for (int part = 0; part < cluster; ++part) top = fmaxf(top, parts[part]);
+      CUTLASS_PRAGMA_UNROLL
+      for (int i = 0; i < kLargestCluster / kLanes; ++i) {
+        int const part = lane + i * kLanes;
+        lse_of[i] = part < cluster ? lses[row * kLargestCluster + part] : -INFINITY;
+        top = fmaxf(top, lse_of[i]);
+      }
+      top = quad_max(top);
       if (top == -INFINITY) top = 0.f;
       float sum = 0.f;
       float4 out{0.f, 0.f, 0.f, 0.f};
-#pragma unroll 4
-      for (int part = 0; part < cluster; ++part) {
-        float const w = exp2f((parts[part] - top) * kLog2E);
+      CUTLASS_PRAGMA_UNROLL
+      for (int i = 0; i < kLargestCluster / kLanes; ++i) {
+        int const part = lane + i * kLanes;
+        if (!exists || part >= cluster) continue;
+        float const w = exp2f((lse_of[i] - top) * kLog2E);
         auto const x = reinterpret_cast<float4 const*>(outs)[first + part];
         sum += w;
         out = {fmaf(w, x.x, out.x), fmaf(w, x.y, out.y), fmaf(w, x.z, out.z), fmaf(w, x.w, out.w)};
       }
+      sum = quad_sum(sum);
+      out = {quad_sum(out.x), quad_sum(out.y), quad_sum(out.z), quad_sum(out.w)};
+      if (!exists || lane > 0) continue;
+      int64_t const index =
+          tile.index(row, Traits::kBlockM, params.tiles.group, params.num_heads_q);
+      if (index < 0) continue;
       float lse = sum == 0.f ? -INFINITY : top + logf(sum);
       float const scale = add_sink(params, index, &lse) * (sum == 0.f ? 0.f : 1.f / sum);
       store_merged<typename Traits::Element>(params, index, column, out, scale, lse);

@@ -11,6 +11,21 @@
 
 namespace jax_fa3::decode {
 
+// What a thread's rows see of a work's blocks.
+template <class Traits>
+CUTLASS_DEVICE void find_rows(Params const& params, Work const& work, int tile_row,
+                              Interval (&rows)[kRowsPerThread]) {
+  CUTLASS_PRAGMA_UNROLL
+  for (int i = 0; i < kRowsPerThread; ++i) {
+    int const row = params.tiles.group(work.tile * Traits::kBlockM + tile_row + i * 8);
+    rows[i] = {0, 0};
+    if (row >= work.sequence.count || work.begin == work.end) continue;
+    Interval const seen = params.tiles.window.of(work.sequence, row);
+    rows[i] = {max(seen.begin, work.begin * Traits::kBlockN),
+               min(seen.end, work.end * Traits::kBlockN)};
+  }
+}
+
 // Divides, and finds the log-sum-exp.
 template <class Element, class Out>
 CUTLASS_DEVICE void finish(Params const& params, Work const& work, bool lacks_page,

@@ -20,23 +20,13 @@ CUTLASS_DEVICE void consume(Params const& params, typename Traits::SharedStorage
   typename Traits::ConsumerState state;
   int const first_row = Traits::kFew ? 0 : warpgroup * 64 + threadIdx.x % 128 / 32 * 16;
   int const tile_row = first_row + threadIdx.x % 32 / 4;
-  Divider const& group = params.tiles.group;
   for (;; state.work.advance()) {
     storage.work_pipeline.full[state.work.stage].wait(state.work.phase);
     Work const& work = storage.work[state.work.stage];
     if (work.last) return;
 
     Interval rows[kRowsPerThread];
-    CUTLASS_PRAGMA_UNROLL
-    for (int i = 0; i < kRowsPerThread; ++i) {
-      int const row = group(work.tile * Traits::kBlockM + tile_row + i * 8);
-      rows[i] = {0, 0};
-      if (row >= work.sequence.count || work.begin == work.end) continue;
-      // Of what a row sees, the part that is in these blocks.
-      Interval const seen = params.tiles.window.of(work.sequence, row);
-      rows[i] = {max(seen.begin, work.begin * Traits::kBlockN),
-                 min(seen.end, work.end * Traits::kBlockN)};
-    }
+    find_rows<Traits>(params, work, tile_row, rows);
     Softmax softmax{params.exponents};
     Tensor tOrO = Traits::make_out();
     if (work.begin < work.end) {
@@ -67,11 +57,7 @@ CUTLASS_DEVICE void consume(Params const& params, typename Traits::SharedStorage
     } else {
       float lse[kRowsPerThread];
       finish<typename Traits::Element>(params, work, lacks_page, rows, softmax, tOrO, lse);
-      if (Traits::kClusters && params.cluster > 0) {
-        if constexpr (Traits::kClusters) share<Traits>(params, storage, work, tile_row, lse, tOrO);
-      } else {
-        store<Traits>(params, work, tile_row, lse, tOrO);
-      }
+      store<Traits>(params, work, tile_row, lse, tOrO);
     }
     if (work.parts > 0) arrival.join_if_last();
     __syncwarp();
@@ -89,7 +75,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
 
   if (warp == 2 && elect_one_sync()) {
     storage.init_barriers();
-    if constexpr (Traits::kClusters) {
+    if constexpr (Traits::kFew) {
       if (params.cluster > 0) SharedTile<Traits>(storage, params).expect(params.slot_rows);
     }
   }
@@ -103,7 +89,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
   int units = 0;
   if (params.tiles_of_cta > 0) equal = are_equal<Traits>(params, &share);  // and all threads meet
   if (!equal) units = count_units<Traits>(params, storage, &ours);         // and here
-  if (params.cluster > 0) cluster_arrive_relaxed();
+  if (Traits::kFew && params.cluster > 0) cluster_arrive_relaxed();
 
   if (warp < 4) {
     if constexpr (Traits::kMovesRegisters) {

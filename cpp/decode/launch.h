@@ -6,6 +6,7 @@
 #include "common/element.h"
 #include "common/launch.h"
 #include "common/tma.h"
+#include "decode/cluster_kernel.h"
 #include "decode/decode.h"
 #include "decode/kernel.h"
 #include "decode/workspace.h"
@@ -64,8 +65,17 @@ void find_shares(Problem const& p, int num_ctas, Params* params) {
 }
 
 template <class Traits>
+constexpr auto clusters_kernel() {
+  if constexpr (Traits::kFew) {
+    return &decode_kernel<Traits>;
+  } else {
+    return &cluster_kernel<Traits>;
+  }
+}
+
+template <class Traits>
 cudaError_t launch_clusters(Problem const& p, Params& params, cudaStream_t stream) {
-  auto const* const function = reinterpret_cast<void const*>(&decode_kernel<Traits>);
+  auto const* const function = reinterpret_cast<void const*>(clusters_kernel<Traits>());
   constexpr int kBytes = sizeof(typename Traits::SharedStorage);
   JAX_FA3_RETURN_IF_ERROR(
       cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
@@ -91,6 +101,7 @@ cudaError_t launch_clusters(Problem const& p, Params& params, cudaStream_t strea
 template <class Traits>
 cudaError_t make_params(Problem const& p, int num_ctas, Params* params) {
   params->box_rows = box_rows(p, Traits::kBlockN);
+  params->boxes = Traits::kBlockN / params->box_rows;
   // Without pages nothing is read, but a descriptor must point somewhere.
   Operand key = p.key_cache;
   Operand value = p.value_cache;
@@ -150,7 +161,9 @@ cudaError_t launch_tile(Problem const& problem, cudaStream_t stream, bool is_sec
   num_ctas = std::min(num_ctas, kMostCtas) * Traits::kCtasPerSm;
   Params params{};
   JAX_FA3_RETURN_IF_ERROR(make_params<Traits>(problem, num_ctas, &params));
-  if (params.cluster > 0) return launch_clusters<Traits>(problem, params, stream);
+  if constexpr (Traits::kClusters) {
+    if (params.cluster > 0) return launch_clusters<Traits>(problem, params, stream);
+  }
   if (problem.sequences.tall) params.arrivals += kMostDecodeCtas;
   Start const start = is_second || params.appended ? Start::kEarly : Start::kInOrder;
   return launch_kernel(decode_kernel<Traits>, num_ctas, Traits::kThreads,

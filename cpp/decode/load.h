@@ -65,16 +65,75 @@ CUTLASS_DEVICE void hand_out(typename Traits::SharedStorage& storage, Work const
   storage.work_pipeline.full[stage].arrive();
 }
 
-// equal: the CTA has equal shares, the first of which the last lane knows.
+// Of a work that one lane loads.
+CUTLASS_DEVICE Part find_part_of_lane(Params const& params, Work const& work, int part) {
+  int const bits = params.tiles.block_bits;
+  int const position = (work.begin << bits) + part * params.box_rows;
+  if (position >= work.end << bits) return Part{Part::kUnneeded, 0};
+  return find_part(params, work, position);
+}
+
+// By one warp: the keys and values of a work, of whose parts each lane has found the first one.
 template <class Traits>
-CUTLASS_DEVICE void load(Params const& params, typename Traits::SharedStorage& storage, bool equal,
-                         Share const& share) {
+CUTLASS_DEVICE void load_blocks(Params const& params, typename Traits::SharedStorage& storage,
+                                Work const& work, Part now, int work_stage,
+                                PipelineState<Traits::kLoadStages>* state) {
   constexpr int kBlockN = Traits::kBlockN;
   constexpr auto kReadOnce = TMA::CacheHintSm90::EVICT_FIRST;
   constexpr auto kKeep = TMA::CacheHintSm90::EVICT_NORMAL;  // other tiles read it, too
   int const lane = threadIdx.x % 32;
-  int const parts = kBlockN / params.box_rows;  // of a block: 1 to 16
+  int const parts = params.boxes;
+  bool const one_tile = params.tiles.count(work.sequence) == 1;
+  auto const hint = one_tile ? kReadOnce : kKeep;
 
+  // Each lane finds one part, 32 parts ahead.
+  Part next{};
+  int first = 0;
+  for (int n_block = work.begin; n_block < work.end; ++n_block, first += parts) {
+    if (first > 0 && first % 32 == 0) now = next;
+    int const own = lane - first % 32;  // of the block's parts
+    bool const is_mine = own >= 0 && own < parts;
+    bool const loads = is_mine && now.page >= 0;
+    int const loaded = __popc(__ballot_sync(~0u, loads));
+    bool const lacks = __any_sync(~0u, is_mine && now.page == Part::kLacking);
+    if (lacks && lane == 0) storage.lacks_page[work_stage] = true;
+
+    auto const load_block = [&](auto columns, auto slab, CUtensorMap const& map, auto const& also) {
+      constexpr int kColumns = decltype(columns)::value;
+      constexpr int kSlab = decltype(slab)::value;
+      auto& pipeline = storage.load_pipeline();
+      FullBarrier& full = pipeline.full[state->stage];
+      auto* const smem = storage.load_ring()[state->stage];
+      if (lane == 0) {
+        pipeline.empty[state->stage].wait(state->phase ^ 1);
+        full.arrive_and_expect_tx(loaded * params.box_rows * kColumns * sizeof(*smem));
+      }
+      __syncwarp();
+      if (loads) {
+        tma_load_rows<kBlockN, kColumns, kSlab>(
+            map, full, hint, smem + own * params.box_rows * kSlab, {now.slot, work.head, now.page});
+      }
+      also();
+      if constexpr (Traits::kE4M3) arrive_with_copies(full);
+      state->advance();
+    };
+    load_block(Int<Traits::kHeadDim>{}, Int<Traits::kLoadSlab>{}, params.key, [&] {
+      if constexpr (Traits::kE4M3) {
+        if (Traits::kFew && !params.key_scale.of_positions) return;
+        load_scales<kBlockN>(params, work, now, first % 32, n_block * kBlockN,
+                             storage.load_scales()[state->stage]);
+      }
+    });
+    load_block(Int<Traits::kHeadDimV>{}, Int<Traits::kLoadSlabV>{}, params.value, [] {});
+    if (first % 32 == 0) next = find_part_of_lane(params, work, first + 32 + lane);
+  }
+}
+
+// equal: the CTA has equal shares, the first of which the last lane knows.
+template <class Traits>
+CUTLASS_DEVICE void load(Params const& params, typename Traits::SharedStorage& storage, bool equal,
+                         Share const& share) {
+  int const lane = threadIdx.x % 32;
   PipelineState<Traits::kWorkStages> work_state;
   PipelineState<Traits::kLoadStages> state;
   if (equal && lane == 31) {
@@ -89,59 +148,8 @@ CUTLASS_DEVICE void load(Params const& params, typename Traits::SharedStorage& s
     storage.work_pipeline.full[work_state.stage].wait(work_state.phase);
     Work const& work = storage.work[work_state.stage];
     if (work.last) return;
-    bool const one_tile = params.tiles.count(work.sequence) == 1;
-    auto const hint = one_tile ? kReadOnce : kKeep;
-
-    // Each lane finds one part, 32 parts ahead.
-    int const first_position = work.begin * kBlockN;
-    auto const find = [&](int part) {
-      int const position = first_position + part * params.box_rows;
-      if (position >= work.end * kBlockN) return Part{Part::kUnneeded, 0};
-      return find_part(params, work, position);
-    };
-    Part now = find(lane);
-    Part next{};
-    int first = 0;
-    for (int n_block = work.begin; n_block < work.end; ++n_block, first += parts) {
-      if (first > 0 && first % 32 == 0) now = next;
-      int const own = lane - first % 32;  // of the block's parts
-      bool const is_mine = own >= 0 && own < parts;
-      bool const loads = is_mine && now.page >= 0;
-      int const loaded = __popc(__ballot_sync(~0u, loads));
-      bool const lacks = __any_sync(~0u, is_mine && now.page == Part::kLacking);
-      if (lacks && lane == 0) storage.lacks_page[work_state.stage] = true;
-
-      auto const load_block = [&](auto columns, auto slab, CUtensorMap const& map,
-                                  auto const& also) {
-        constexpr int kColumns = decltype(columns)::value;
-        constexpr int kSlab = decltype(slab)::value;
-        auto& pipeline = storage.load_pipeline();
-        FullBarrier& full = pipeline.full[state.stage];
-        auto* const smem = storage.load_ring()[state.stage];
-        if (lane == 0) {
-          pipeline.empty[state.stage].wait(state.phase ^ 1);
-          full.arrive_and_expect_tx(loaded * params.box_rows * kColumns * sizeof(*smem));
-        }
-        __syncwarp();
-        if (loads) {
-          tma_load_rows<kBlockN, kColumns, kSlab>(map, full, hint,
-                                                  smem + own * params.box_rows * kSlab,
-                                                  {now.slot, work.head, now.page});
-        }
-        also();
-        if constexpr (Traits::kE4M3) arrive_with_copies(full);
-        state.advance();
-      };
-      load_block(Int<Traits::kHeadDim>{}, Int<Traits::kLoadSlab>{}, params.key, [&] {
-        if constexpr (Traits::kE4M3) {
-          if (Traits::kFew && !params.key_scale.of_positions) return;
-          load_scales<kBlockN>(params, work, now, first % 32, n_block * kBlockN,
-                               storage.load_scales()[state.stage]);
-        }
-      });
-      load_block(Int<Traits::kHeadDimV>{}, Int<Traits::kLoadSlabV>{}, params.value, [] {});
-      if (first % 32 == 0) next = find(first + 32 + lane);
-    }
+    Part const part = find_part_of_lane(params, work, lane);
+    load_blocks<Traits>(params, storage, work, part, work_state.stage, &state);
     __syncwarp();
     if (lane == 0) storage.work_pipeline.empty[work_state.stage].arrive();
   }

@@ -19,7 +19,7 @@ struct Parts {
   Work const& work;
 
   CUTLASS_DEVICE int64_t place(int part, int row) const {
-    int in_cta = work.owner + part;
+    int in_cta = work.owner + part * work.stride;
     int slot = part > 0;
     if (kSplits && part > 0) {
       Piece const piece(work.units, params.num_ctas);
@@ -213,7 +213,7 @@ class Arrival {
     cutlass::arch::NamedBarrier::sync(kThreads, barrier_id(NamedBarrier::kPartsStored, 0));
   }
   CUTLASS_DEVICE Counter* word(int part) const {
-    return reinterpret_cast<Counter*>(params.arrivals + work.owner + part);
+    return reinterpret_cast<Counter*>(params.arrivals + work.owner + part * work.stride);
   }
   CUTLASS_DEVICE static Counter load(Counter const* from) {
     Counter x;
@@ -226,10 +226,10 @@ class Arrival {
 
   // By one warp. The word that says it is a count of one.
   CUTLASS_DEVICE bool others_are_done() const {
-    int const own = static_cast<int>(blockIdx.x) - work.owner;
+    int const own = static_cast<int>(blockIdx.x);
     bool done = true;
     for (int i = thread(); i < work.parts; i += 32) {
-      done &= i == own || load(word(i)) == kCounts + 1;
+      done &= work.owner + i * work.stride == own || load(word(i)) == kCounts + 1;
     }
     return __all_sync(~0u, done);
   }

@@ -23,6 +23,7 @@ struct Params {
   int num_pages;
   Divider page_size;
   int box_rows;  // of what TMA loads at once: it divides the page and the block
+  int boxes;     // of a block: 1 to 16
   int num_heads_q;
   int num_heads_k;
   int head_dim;

@@ -31,12 +31,14 @@ struct Work {
   // Where with it the part of a tile is complete: how many there are, and which CTA has begun it.
   int parts;
   int owner;
-  int units;  // of all
+  int stride;  // from one of these CTAs to the next
+  int units;   // of all
   // From which they follow: units of the tile in front of these, all of the tile, and whether this
   // is the last that the CTA has of one of its parts.
   int skipped;
   int tile_units;
   bool completes;
+  int length;  // of an equal share
 
   static constexpr int kNone = -1;
 };
@@ -202,6 +204,7 @@ class Walk {
     }
     checked = true;
     Work work{};
+    work.stride = 1;
     work.sequence = sequence;
     work.sequence.mistaken |= lacks_page;
     work.index = index;

@@ -86,6 +86,11 @@ def weighted(weights: Array, value: Array) -> Array:
     return jnp.einsum("bnts,bsnv->bntv", weights, value)
 
 
+def row_sums(weights: Array) -> Array:
+    """[B, N, T, 1] of [B, N, T, S]."""
+    return weights.sum(-1, keepdims=True)
+
+
 class Rounding(NamedTuple):
     """What a kernel rounds, for the tolerance rule."""
 
@@ -94,6 +99,7 @@ class Rounding(NamedTuple):
     out: Callable[[Array], Array]
     products: Callable[[Array, Array], Array] = products
     weighted: Callable[[Array, Array], Array] = weighted
+    row_sums: Callable[[Array], Array] = row_sums
 
 
 def rounded(x: Array, dtype: DTypeLike) -> Array:
@@ -180,7 +186,7 @@ def attention(
     sink = -jnp.inf if sinks is None else jnp.asarray(sinks, scores.dtype)[:, None, None]
     top = lax.stop_gradient(jnp.where(sees, jnp.maximum(top, sink), 0))
     weights = jnp.exp(jnp.where(visible, scores - top, -jnp.inf))
-    total = weights.sum(-1, keepdims=True) + jnp.exp(jnp.where(sees, sink - top, 0))
+    total = rounding.row_sums(weights) + jnp.exp(jnp.where(sees, sink - top, 0))
     total = jnp.where(sees, total, 1)  # [B, N, T, 1]
     probabilities = rounding.probabilities(weights, total)
     if kept is not None:

@@ -22,6 +22,8 @@ E4M3 = ml_dtypes.float8_e4m3fn
 # exponent among them (of a product: the sum of its factors' exponents), cut off after so many bits
 # behind its leading one, and added; of the result as many bits are kept (test_gpu_fp8.py).
 WGMMA_COLUMNS, WGMMA_BITS = 32, 13
+# Up to this head dim the kernel sums weights as they are rounded.
+SUMS_ROUNDED = 64
 
 
 def sylvester(size: int) -> np.ndarray:
@@ -123,33 +125,39 @@ def weighted(weights: Array, value: Array) -> Array:
     return lax.scan(step, start, (weights, value), reverse=True)[0]
 
 
-def rounding(dtype: DTypeLike, stepwise: bool = False) -> _reference.Rounding:
-    """What the kernel rounds: the scores' sums, the weights to e4m3, and out. stepwise: its sums of
-    weights times values, too, and weights as it goes from block to block; else they are rounded times
-    2^8."""
+def rounding(
+    dtype: DTypeLike, stepwise: bool = False, sums_rounded: bool = False
+) -> _reference.Rounding:
+    """What the kernel rounds: the scores' sums, the weights to e4m3, and out; sums_rounded: it adds up
+    the rounded ones. stepwise: its sums of weights times values, too, and weights as it goes from block to
+    block; else they are rounded times 2^8."""
 
     def products(query: Array, key: Array) -> Array:
         query, key = jnp.moveaxis(query, 1, 2)[:, :, :, None], jnp.moveaxis(key, 1, 2)[:, :, None]
         return summed(query, key)
 
-    def probabilities(weights: Array, total: Array) -> Array:
+    def rounded_weights(weights: Array) -> Array:
         if stepwise:
-            return _stepwise(weights) / total
-        return _reference.rounded(weights * 2**8, jnp.float8_e4m3fn) / 2**8 / total
+            return _stepwise(weights)
+        return _reference.rounded(weights * 2**8, jnp.float8_e4m3fn) / 2**8
+
+    def row_sums(weights: Array) -> Array:
+        return _reference.row_sums(rounded_weights(weights) if sums_rounded else weights)
 
     return _reference.Rounding(
         lambda scores: scores,
-        probabilities,
+        lambda weights, total: rounded_weights(weights) / total,
         lambda x: _reference.rounded(x, dtype),
         products,
         weighted if stepwise else _reference.weighted,
+        row_sums,
     )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2, 3))
 def oracle(case: Case, inputs: Any, dtype: Any = None, stepwise: bool = False) -> Results:
     """Of fp32 query, key and value: exact, or rounded as the kernel does for results in dtype."""
-    round_to = None if dtype is None else rounding(dtype, stepwise)
+    round_to = None if dtype is None else rounding(dtype, stepwise, case.H <= SUMS_ROUNDED)
     with jax.default_matmul_precision("highest"):
         return Results(*_reference.attention(*inputs, **case.arguments, round_to=round_to))
 

@@ -21,20 +21,25 @@ def normal(*shape: int, seed: int = 0) -> np.ndarray:
 
 @pytest.mark.parametrize("length", [1, 7, 255, 1000, 70000])
 def test_token_mean(length):
-    """Near the mean where there is one, 0 where there is none; what is not finite, lies past the length
-    or is far from all else does not count."""
-    x = normal(1, length, 2, 16) + np.where(np.arange(16) < 4, 3, 0)
+    """Near the mean where there is one, 0 where there is none, but in one column of 160 by chance; what is
+    not finite, lies past the length or is far from all else does not count."""
+    x = normal(1, length, 2, 256) + np.where(np.arange(256) < 4, 3, 0)
     found = np.asarray(fp8.token_mean(x))
-    assert found.shape == (1, 2, 16) and found.dtype == np.float32
+    assert found.shape == (1, 2, 256) and found.dtype == np.float32
     if length == 1:
         np.testing.assert_allclose(found, x[:, 0], rtol=1e-6)
     if length > 200:
-        assert (np.abs(found[..., :4] - 3) < 0.4).all() and not found[..., 4:].any()
-        planted = np.concatenate([x, np.full((1, 300, 2, 16), np.nan, np.float32)], 1)
+        limit = (
+            0.4 if length > 8000 else 0.7
+        )  # about 4.5 standard deviations, of 256 and of 64 rows
+        assert (np.abs(found[..., :4] - 3) < limit).all()
+        assert np.count_nonzero(found[..., 4:]) <= 10 and np.abs(found[..., 4:]).max() < 2 * limit
+        planted = np.concatenate([x, np.full((1, 300, 2, 256), np.nan, np.float32)], 1)
         planted[:, 5:20] = np.nan
         planted[:, length - length // 8 : length] = 1e30
         again = np.asarray(fp8.token_mean(planted, lengths=[length]))
-        assert (np.abs(again[..., :4] - 3) < 0.5).all() and not again[..., 4:].any()
+        assert (np.abs(again[..., :4] - 3) < 1.25 * limit).all()
+        assert np.count_nonzero(again[..., 4:]) <= 10 and np.abs(again[..., 4:]).max() < 2 * limit
     assert not np.asarray(fp8.token_mean(x, lengths=[0])).any()
     assert not np.asarray(fp8.token_mean(x[:, :0])).any()
     np.testing.assert_array_equal(fp8.token_mean(x[0]), found[0])

@@ -31,7 +31,7 @@ def test_function(name: str, dtype: Any, options: Any, shifted: bool):
     """Results and gradients, against 16-bit attention: errors are at most twice those of the oracle's
     out and log-sum-exp, and of the gradients that go by these and by the rounded arrays."""
     case = {case.name: case for case in [*TABLE, *LONG]}[name]
-    case = dataclasses.replace(case, H=128, V=0)
+    case = dataclasses.replace(case, H=64 if dtype == jnp.float16 else 128, V=0)
     inputs, cotangents = case.inputs(dtype), case.cotangents(dtype)
     if shifted:  # values around 1, and a constant channel of keys
         q, k, v = inputs

@@ -7,6 +7,20 @@
 
 namespace jax_fa3::fp8 {
 
+// A warpgroup's operand that P is multiplied by for its rows' sums (traits.h).
+template <class Traits>
+CUTLASS_DEVICE void write_ones(uint8_t* ones, int warpgroup) {
+  for (int i = threadIdx.x % 128; i < Traits::kSizeOnes; i += 128) {
+    int const column = i % Traits::kSumColumns;
+    int const key = i / Traits::kSumColumns;
+    typename Traits::Element const one(key % Traits::kSumColumns == column ? 1.f : 0.f);
+    ones[typename Traits::LayoutOnes{}(column, key)] = one.storage;
+  }
+  cutlass::arch::fence_view_async_shared();
+  cutlass::arch::NamedBarrier::sync(
+      128, fwd::barrier_id(fwd::NamedBarrier::kOutOfWarpgroup0, warpgroup));
+}
+
 template <int kHeadDim>
 CUTLASS_DEVICE void consume(Traits<kHeadDim>, Params const& params,
                             typename Traits<kHeadDim>::SharedStorage& storage, int warpgroup) {
@@ -75,6 +89,7 @@ CUTLASS_DEVICE void consume(Traits<kHeadDim>, Params const& params,
     if (has_blocks) steps.release();
   };
 
+  if constexpr (Traits::kSumsByMma) write_ones<Traits>(storage.ones[warpgroup], warpgroup);
   if constexpr (Traits::kTransposesInKernel) {
     // Before Q and K arrive these warps have nothing to do: they transpose what is needed first.
     if (params.transpose.warp_tile_counter != nullptr) {

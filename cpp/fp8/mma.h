@@ -53,7 +53,7 @@ struct Mainloop {
     {
       bool const masked = n_block < blocks.full_begin || n_block >= blocks.full_end;
       release_query(n_block == blocks.begin);
-      softmax.exponentiate(mma.tSrS, update_max(n_block, masked));
+      softmax.exponentiate<kSums>(mma.tSrS, update_max(n_block, masked));
       mma.convert_scores();
     }
     --n_block;
@@ -68,7 +68,7 @@ struct Mainloop {
       }
     }
     steps.wait();
-    mma.add_out(steps.state.stage, storage.scale[steps.state.stage].value);
+    mma.add_out(steps.state.stage, storage.scale[steps.state.stage].value, softmax.row_sum);
     steps.release();
     steps.skip(blocks.begin - storage.work[work_stage].blocks.begin);
     if (params.value_mean != nullptr) add_value_mean(storage.work[work_stage].tile);
@@ -78,6 +78,8 @@ struct Mainloop {
   }
 
  private:
+  static constexpr bool kSums = !Traits::kSumsByMma;  // of P, by FADDs
+
   // O += row sum * mean, which becomes mean in the epilogue. The columns that V does not have are
   // not stored.
   CUTLASS_DEVICE void add_value_mean(TileCoord tile) const {
@@ -102,19 +104,20 @@ struct Mainloop {
     }
   }
 
-  // P V of block n + 1, S and softmax of block n. `last`: it is the tile's last S.
+  // P V of block n + 1 (and where the tensor cores find them the sums of its P), S and softmax of
+  // block n. `last`: it is the tile's last S.
   template <bool kMasked>
   __device__ void step(int n_block, bool last) const {
     steps.wait();
     StepScale const& scale = storage.scale[steps.state.stage];
-    mma.add_out(steps.state.stage, scale.value);
+    mma.add_out(steps.state.stage, scale.value, softmax.row_sum);
     mma.issue_scores(steps.state.stage);
     warpgroup_wait<0>();
     warpgroup_fence_operand(mma.tSrS);
     key_scale = scale.key;
     steps.release();
     release_query(last);
-    softmax.exponentiate(mma.tSrS, update_max(n_block, kMasked));
+    softmax.exponentiate<kSums>(mma.tSrS, update_max(n_block, kMasked));
     mma.convert_scores();
   }
 

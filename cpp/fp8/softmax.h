@@ -83,18 +83,18 @@ struct Softmax {
     }
   }
 
-  // Replaces the scores by P, before its conversion to e4m3, and adds it to row_sum.
-  template <class Scores>
+  // Replaces the scores by P, before its conversion to e4m3; kSums: and adds it to row_sum.
+  template <bool kSums, class Scores>
   CUTLASS_DEVICE void exponentiate(Scores& scores, float softmax_scale_log2) {
     float const offsets[kRowsPerThread] = {kMaxOffset - row_max[0], kMaxOffset - row_max[1]};
     float block_sum[kRowsPerThread] = {0.f, 0.f};
     CUTLASS_PRAGMA_UNROLL
     for (int i = 0; i < size(scores); ++i) {
       scores(i) = exp2f(scores(i) * softmax_scale_log2 + offsets[fragment_row(i)]);
-      block_sum[fragment_row(i)] += scores(i);
+      if constexpr (kSums) block_sum[fragment_row(i)] += scores(i);
     }
     CUTLASS_PRAGMA_UNROLL
-    for (int row = 0; row < kRowsPerThread; ++row) row_sum[row] += block_sum[row];
+    for (int row = 0; kSums && row < kRowsPerThread; ++row) row_sum[row] += block_sum[row];
   }
 
  private:

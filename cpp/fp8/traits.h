@@ -60,6 +60,9 @@ struct Traits {
   // 0, in the registers that S leaves free while P is in e4m3, and added to O by FFMA, which
   // multiplies by V's scale: so many columns at a time.
   static constexpr int kPartColumns = kHeadDim < kBlockN ? kHeadDim : kBlockN;
+  // Whether the tensor cores sum P's rows, too, as it is in e4m3, which spares an FADD for each: a
+  // gain at this head dim only (docs/kernel_notes/fp8.md), elsewhere registers do not suffice.
+  static constexpr bool kSumsByMma = kHeadDim <= 64;
   // A warpgroup leaves out blocks of the tile that its own 64 rows do not see.
   static constexpr bool kBlocksByWarpgroup = true;
 
@@ -85,6 +88,17 @@ struct Traits {
       GMMA::rs_op_selector<Element, Element, float, Shape<_64, Int<kPartColumns>, Int<kBlockN>>>(),
       Warpgroups{}));
   static_assert(tile_size<1>(MmaQK{}) == kBlockN && tile_size<1>(MmaPV{}) == kPartColumns);
+
+  // P's sums are P times this operand, the same for each 32 keys: column n of 8 takes every eighth
+  // key, from n on. So few numbers are in one sum, and little of it is cut off.
+  static constexpr int kSumColumns = 8;
+  static constexpr int kSumKeys = 32;
+  static constexpr int kSizeOnes = kSumColumns * kSumKeys;
+  using MmaSum = decltype(make_tiled_mma(
+      GMMA::rs_op_selector<Element, Element, float, Shape<_64, Int<kSumColumns>, Int<kSumKeys>>>(),
+      Warpgroups{}));
+  using LayoutOnes = decltype(tile_to_shape(GMMA::Layout_K_INTER_Atom<uint8_t>{},
+                                            Shape<Int<kSumColumns>, Int<kSumKeys>>{}));
 
   using LayoutQ = LayoutRows8<kBlockM, kHeadDim, 1>;
   using LayoutK = LayoutRows8<kBlockN, kHeadDim, kStages>;
@@ -113,6 +127,7 @@ struct Traits {
     // Those of the tile's blocks that a warpgroup's 64 rows see.
     BlockRange warpgroup_blocks[kWorkStages][kConsumerWarpgroups];
     StepScale scale[kStages];
+    alignas(128) uint8_t ones[kSumsByMma ? kConsumerWarpgroups : 1][kSumsByMma ? kSizeOnes : 1];
 
     CUTLASS_DEVICE void init_barriers() {
       constexpr int kConsumerWarps = kConsumerWarpgroups * 4;

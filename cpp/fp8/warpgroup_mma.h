@@ -29,6 +29,11 @@ CUTLASS_DEVICE auto value_operand(uint8_t* value, int warpgroup) {
   return operand_b(typename Traits::MmaPV{}, warpgroup, value, typename Traits::LayoutVt{});
 }
 
+template <class Traits>
+CUTLASS_DEVICE auto ones_operand(uint8_t* ones, int warpgroup) {
+  return operand_b(typename Traits::MmaSum{}, warpgroup, ones, typename Traits::LayoutOnes{});
+}
+
 // Registers: the accumulators, and P as the A operand of P V.
 template <class Traits>
 CUTLASS_DEVICE auto score_accumulator() {
@@ -55,6 +60,7 @@ struct WarpgroupMma {
   decltype(key_operand<Traits>(nullptr, 0)) tSrK;
   decltype(value_operand<Traits>(nullptr, 0)) tOrV;
   decltype(score_accumulator<Traits>()) tSrS;
+  decltype(ones_operand<Traits>(nullptr, 0)) tOnes;
   decltype(probability_operand<Traits>()) tOrP;
   decltype(out_accumulator<Traits, Traits::kHeadDim>()) tOrO;
   // P V of a step's part. Where it is as large as S it is summed in the registers of S instead.
@@ -65,7 +71,8 @@ struct WarpgroupMma {
   __device__ WarpgroupMma(typename Traits::SharedStorage& storage, int warpgroup)
       : tSrQ(query_operand<Traits>(storage.query, warpgroup)),
         tSrK(key_operand<Traits>(storage.key, warpgroup)),
-        tOrV(value_operand<Traits>(storage.value, warpgroup)) {}
+        tOrV(value_operand<Traits>(storage.value, warpgroup)),
+        tOnes(ones_operand<Traits>(storage.ones[Traits::kSumsByMma ? warpgroup : 0], warpgroup)) {}
 
   // S = Q K^T, of the key block in this stage.
   CUTLASS_DEVICE void issue_scores(int stage) {
@@ -91,9 +98,13 @@ struct WarpgroupMma {
     for (int i = 0; i < size(tOrO); ++i) tOrO(i) *= softmax.rescale[fragment_row(i)];
   }
 
-  // O += value_scale * P V, of the value block in this stage. Waits for it.
-  CUTLASS_DEVICE void add_out(int stage, float const& value_scale) {
-    if constexpr (kPartOverScores) {
+  // O += value_scale * P V, of the value block in this stage, and row_sum += P if kSumsByMma (then
+  // there is but one part). Waits for it.
+  CUTLASS_DEVICE void add_out(int stage, float const& value_scale,
+                              float (&row_sum)[kRowsPerThread]) {
+    if constexpr (Traits::kSumsByMma) {
+      add_out_and_sums(stage, value_scale, row_sum);
+    } else if constexpr (kPartOverScores) {
       add_parts(stage, value_scale, tSrS);
     } else {
       add_parts(stage, value_scale, tOrPV);
@@ -101,6 +112,36 @@ struct WarpgroupMma {
   }
 
  private:
+  // The sums are P times ones, issued behind P V, with one wait for both: issued before it they
+  // gain half as much. (Accumulators as members would be alive throughout the loop: wgmma may add
+  // to them.)
+  CUTLASS_DEVICE void add_out_and_sums(int stage, float const& value_scale,
+                                       float (&row_sum)[kRowsPerThread]) {
+    static_assert(Traits::kPartColumns == Traits::kHeadDim);
+    auto product = out_accumulator<Traits, Traits::kPartColumns>();
+    auto sums = partition_fragment_C(typename Traits::MmaSum{},
+                                     Shape<Int<Traits::kBlockM>, Int<Traits::kSumColumns>>{});
+    warpgroup_fence_operand(sums);
+    issue_gemm_zero(mma_pv, tOrP, tOrV(_, _, _, stage), product);
+    typename Traits::MmaSum mma_sum;
+    mma_sum.accumulate_ = GMMA::ScaleOut::Zero;
+    Tensor ones = recomputed(tOnes);
+    CUTLASS_PRAGMA_UNROLL
+    for (int k = 0; k < size<2>(tOrP); ++k) {
+      cute::gemm(mma_sum, tOrP(_, _, k), ones(_, _, 0), sums);
+      mma_sum.accumulate_ = GMMA::ScaleOut::One;
+    }
+    warpgroup_commit_batch();
+    warpgroup_wait<0>();
+    warpgroup_fence_operand(product);
+    float const scale = value_scale;
+    warpgroup_fence_operand(sums);
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < size(sums); ++i) row_sum[fragment_row(i)] += sums(i);
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < size(product); ++i) tOrO(i) += product(i) * scale;
+  }
+
   template <class Accumulator>
   CUTLASS_DEVICE void add_parts(int stage, float const& value_scale, Accumulator& registers) {
     constexpr int kSize = decltype(size(tOrPV))::value;

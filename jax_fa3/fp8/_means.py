@@ -14,18 +14,21 @@ from .._integers import clamped
 from .._problem import Config
 from ._checks import check_not_quantized
 
-# Rows that are read of a sequence, evenly spaced, in groups of neighbours: any vector will do, and 256
-# rows give a mean to a twelfth of the standard deviation.
-GROUPS, ROWS = 16, 16
+# Rows that are read of a sequence, evenly spaced, in groups of neighbours: any vector will do. 256 rows
+# give a mean to a twelfth of the standard deviation, 64 rows to a sixth. Of short sequences a 32nd of
+# all rows, but no fewer than 64: more would take longer than what is gained (docs/kernel_notes/fp8.md).
+GROUPS = 16
+LEAST_ROWS, MOST_ROWS, SHARE = 4, 16, 32  # the first two of a group
 
 
 def token_mean(x: ArrayLike, *, lengths: Integers | None = None) -> Array:
     """About the mean of x's rows, for `quantize` to subtract, after SageAttention (arXiv 2410.02367).
 
-    The median of the means of 16 groups of neighbours, together 256 rows, evenly spaced before the
-    length; 0 in columns where the middle half of the groups' means spreads farther than their median is
-    from 0. So without a mean nothing is subtracted, what is not finite does not count, and neither do
-    numbers of any magnitude in a few of the groups.
+    The median of the means of 16 groups of neighbours, evenly spaced before the length: together 64 rows
+    for T up to 2,048, a 32nd of T up to 8,192, 256 rows beyond; 0 in columns where the middle half of the
+    groups' means spreads farther than their median is from 0. So without a mean nothing is subtracted,
+    but in one column of 160 by chance; what is not finite does not count, and neither do numbers of any
+    magnitude in a few of the groups.
 
     Args:
         x: [B, T, N, H], or [T, N, H]; a floating dtype of 16 bits or more.
@@ -61,10 +64,17 @@ def means_of(x: Array, y: Array, lengths: Array | None) -> tuple[Array, Array]:
     return found[0], found[1]
 
 
+def _rows_of_group(length: Any) -> int:
+    if not isinstance(length, int):  # symbolic
+        return MOST_ROWS
+    return min(MOST_ROWS, max(LEAST_ROWS, length // (GROUPS * SHARE)))
+
+
 def _sample(x: Array, lengths: Array | None) -> tuple[Array, Array]:
-    """Rows of x, fp32 [B, GROUPS * ROWS, N, H], and which of their numbers count, bool."""
+    """Rows of x, fp32 [B, rows of all groups, N, H], and which of their numbers count, bool."""
     batch, length, heads, head_dim = x.shape
-    count, i = GROUPS * ROWS, jnp.arange(GROUPS * ROWS, dtype=jnp.int32)[None]
+    count = GROUPS * _rows_of_group(length)
+    i = jnp.arange(count, dtype=jnp.int32)[None]
     if length == 0:
         return jnp.zeros((batch, count, heads, head_dim), jnp.float32), jnp.zeros(
             (batch, count, heads, head_dim), bool
@@ -78,8 +88,8 @@ def _sample(x: Array, lengths: Array | None) -> tuple[Array, Array]:
 
 
 def _middle(sample: Array, counts: Array) -> Array:
-    batch, _, heads, head_dim = sample.shape
-    grouped = batch, GROUPS, ROWS, heads, head_dim
+    batch, rows, heads, head_dim = sample.shape
+    grouped = batch, GROUPS, rows // GROUPS, heads, head_dim
     total = jnp.where(counts, sample, 0).reshape(grouped).sum(2)
     each = jnp.maximum(counts.astype(jnp.float32).reshape(grouped).sum(2), 1)
     means = _sorted([total[:, i] / each[:, i] for i in range(GROUPS)])

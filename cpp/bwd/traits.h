@@ -24,7 +24,8 @@ struct Step {
 };
 
 template <class Element_, int kHeadDim_, int kHeadDimV_, bool kHasBias_ = false,
-          bool kHasDropout_ = false, bool kOneTile_ = kHasBias_>
+          bool kHasDropout_ = false,
+          bool kOneTile_ = kHasBias_ || (kHasDropout_ && (kHeadDim_ > 64))>
 struct Traits {
   static constexpr bool kHasBias = kHasBias_;
   static constexpr bool kHasBits = false;

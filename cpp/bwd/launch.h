@@ -135,20 +135,26 @@ template <class Element, int kBlockM, int kHeadDimV, int kAccumulators, class Ra
 cudaError_t launch_before(BackwardProblem const& problem, RangeParams& range_params,
                           cudaStream_t stream) {
   Params& params = range_params;
-  constexpr bool kIsHalf = std::is_same_v<Element, cutlass::half_t>;
   int const batch = problem.forward.batch;
-  if (params.ranges != nullptr && kIsHalf) {
+  bool const ranged = has_ranges<Element>(params);
+  auto const ctas_of_range = [](int64_t threads) {
+    return (threads + kRangeThreads - 1) / kRangeThreads;
+  };
+  if (ranged) {
     std::size_t const bytes = sizeof(uint32_t) * kNumRanges * batch * params.num_heads_k;
     JAX_FA3_RETURN_IF_ERROR(cudaMemsetAsync(params.ranges, 0, bytes, stream));
-    int64_t const chunks = range_chunks(batch, params.mask.seqlen_q, params.num_heads_q) +
-                           range_chunks(batch, params.mask.seqlen_k, params.num_heads_k);
+    int64_t const chunks = range_chunks(batch, params.mask.seqlen_k, params.num_heads_k);
     JAX_FA3_RETURN_IF_ERROR(launch_if_any(range_kernel<Element, kHeadDimV, RangeParams>,
-                                          (chunks * 32 + kRangeThreads - 1) / kRangeThreads,
-                                          kRangeThreads, 0, range_params, stream));
+                                          ctas_of_range(chunks * 32), kRangeThreads, 0,
+                                          range_params, stream));
   }
   constexpr auto kPreprocess = preprocess_kernel<Element, kBlockM, kHeadDimV, kAccumulators>;
   int64_t const blocks = int64_t{params.num_m_blocks} * params.num_heads_q * batch;
-  return launch_if_any(kPreprocess, blocks, kPreprocessThreads, 0, params, stream);
+  JAX_FA3_RETURN_IF_ERROR(
+      launch_if_any(kPreprocess, blocks, kPreprocessThreads, 0, params, stream));
+  if (!ranged) return cudaSuccess;
+  return launch_if_any(scale_delta_kernel<Element, kBlockM>, ctas_of_range(blocks * kBlockM),
+                       kRangeThreads, 0, params, stream);
 }
 
 // What comes behind it where dK and dV are in parts.

@@ -70,7 +70,9 @@ __global__ void __launch_bounds__(kPreprocessThreads)
   int const lane = threadIdx.x % kLanes;
   using Stats = RowStats<kBlockM>;
   float* const stats = params.row_stats + index * Stats::kSize;
-  float const scale = ds_scale<Element>(params, batch, head / params.group);
+  bool const ranged = has_ranges<Element>(params);
+  float longest = 0.f;  // row of dO, squared
+  float largest_dlse = 0.f;
   // An error of a log-sum-exp (base 2), and so of P, that is far below the rounding to 16 bits.
   constexpr float kNegligible = 1.f / 8192;
   bool careful = false;
@@ -92,9 +94,12 @@ __global__ void __launch_bounds__(kPreprocessThreads)
       CUTLASS_PRAGMA_UNROLL
       for (int v = 0; v < kVectorsOfLane; ++v) {
         int const column = (v * kLanes + lane) * 8;
-        bool const loaded = exists && column < params.head_dim_v && params.out.data != nullptr;
+        bool const has_column = exists && column < params.head_dim_v;
+        bool const loaded = has_column && params.out.data != nullptr;
         out[r][v] = loaded ? load_vector(params.out, batch, row, head, column) : uint4{};
-        dout[r][v] = loaded ? load_vector(params.dout_rows, batch, row, head, column) : uint4{};
+        dout[r][v] = loaded || (has_column && ranged)
+                         ? load_vector(params.dout_rows, batch, row, head, column)
+                         : uint4{};
       }
       bool const writes = exists && lane == 0;
       lse[r] = writes ? params.lse[source_of(r)] : 0.f;
@@ -104,13 +109,16 @@ __global__ void __launch_bounds__(kPreprocessThreads)
     CUTLASS_PRAGMA_UNROLL
     for (int r = 0; r < kAtOnce; ++r) {
       float delta = 0.f;
+      float length = 0.f;
       CUTLASS_PRAGMA_UNROLL
       for (int v = 0; v < kVectorsOfLane; ++v) {
         delta = dot8<Element>(out[r][v], dout[r][v], delta);
+        if (ranged) length = dot8<Element>(dout[r][v], dout[r][v], length);
       }
       CUTLASS_PRAGMA_UNROLL
       for (int other = 1; other < kLanes; other *= 2) {
         delta += __shfl_xor_sync(~0u, delta, other);
+        if (ranged) length += __shfl_xor_sync(~0u, length, other);
       }
       if (lane != 0) continue;
       // Rows without keys may hold anything. Their probabilities are exp2(score - inf) = 0.
@@ -121,10 +129,14 @@ __global__ void __launch_bounds__(kPreprocessThreads)
       float const rounded = sees ? __fmul_rn(lse[r], kLog2E) : INFINITY;
       // Most calls have none, so it is not among what is loaded beforehand.
       bool const has_dlse = params.dlse != nullptr && first_row + row < mask.seqlen_q;
-      if (has_dlse && sees) delta -= params.dlse[source_of(r)];
-      delta = sees ? delta : 0.f;
+      float const dlse = has_dlse && sees ? params.dlse[source_of(r)] : 0.f;
+      delta = sees ? delta - dlse : 0.f;
+      if (ranged && sees) {
+        longest = fmaxf(longest, length);
+        largest_dlse = fmaxf(largest_dlse, fabsf(dlse));
+      }
       stats[Stats::kLse + row] = rounded;
-      stats[Stats::kDelta + row] = delta * scale;
+      stats[Stats::kDelta + row] = delta;
       stats[Stats::kLseLow + row] = lost;
       if (has_sink) dsink -= exp2f(sink - rounded - lost) * delta;
     }
@@ -167,6 +179,11 @@ __global__ void __launch_bounds__(kPreprocessThreads)
     bool const holds_sum = params.accumulates_dq || params.clears_dq();
     if (threadIdx.x == 0) stats[Stats::kSum] = __int_as_float(holds_sum ? kSumHeld : kNoSum);
     if (threadIdx.x == 0 && index == 0) stats[Stats::kTaken] = __int_as_float(0);
+  }
+  if (ranged) {
+    uint32_t* const ranges = ranges_of(params, batch, head / params.group);
+    add_to_range(ranges + kLongestdO, longest);
+    add_to_range(ranges + kLargestdLse, largest_dlse);
   }
   if (has_sink) store_dsink(params, batch, head, m_block, dsink);
 }

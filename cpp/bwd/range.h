@@ -3,6 +3,8 @@
 // |dS| <= P (|dO| |V| + |delta|), by row norms, so a bound for a KV head and its query heads
 // follows from the longest row of dO and of V and the largest |dlse|. Without it dS of small
 // cotangents is below fp16's range, and that of large ones above. bf16 has the range of fp32.
+// range_kernel() looks at V; preprocess, which reads dO anyway, at the rest, and so it leaves delta
+// as it is, for scale_delta_kernel().
 #pragma once
 
 #include "bwd/params.h"
@@ -19,14 +21,22 @@ CUTLASS_HOST_DEVICE constexpr int64_t range_chunks(int batch, int seqlen, int he
   return int64_t{batch} * heads * ((seqlen + kRangeRows - 1) / kRangeRows);
 }
 
+// Whether the numbers of a KV head, ranges_of(), are to be found.
+template <class Element>
+CUTLASS_HOST_DEVICE bool has_ranges(Params const& params) {
+  return std::is_same_v<Element, cutlass::half_t> && params.ranges != nullptr;
+}
+CUTLASS_DEVICE uint32_t* ranges_of(Params const& params, int batch, int head_k) {
+  return params.ranges + (int64_t{batch} * params.num_heads_k + head_k) * kNumRanges;
+}
+
 // What dS is multiplied by. It is 1 where `ranges` is null, as where dQ is accumulated over several
 // calls: they must have one scale.
 template <class Element>
 CUTLASS_DEVICE float ds_scale(Params const& params, int batch, int head_k) {
   if constexpr (std::is_same_v<Element, cutlass::half_t>) {
     if (params.ranges == nullptr) return 1.f;
-    uint32_t const* const ranges =
-        params.ranges + (int64_t{batch} * params.num_heads_k + head_k) * kNumRanges;
+    uint32_t const* const ranges = ranges_of(params, batch, head_k);
     float const bound = 2.f * sqrtf(__uint_as_float(ranges[kLongestdO])) *
                             sqrtf(__uint_as_float(ranges[kLongestV])) +
                         __uint_as_float(ranges[kLargestdLse]);
@@ -38,8 +48,8 @@ CUTLASS_DEVICE float ds_scale(Params const& params, int batch, int head_k) {
   return 1.f;
 }
 
-// A warp takes kRangeRows rows of a head, of dO or V, whose loads are under way at once, and then
-// needs one atomic for all of them.
+// A warp takes kRangeRows rows of V of a head, whose loads are under way at once, and then needs
+// one atomic for all of them.
 template <class Element, int kHeadDimV, class Params_ = Params>
 __global__ void __launch_bounds__(kRangeThreads)
     range_kernel(__grid_constant__ Params_ const params) {
@@ -49,37 +59,26 @@ __global__ void __launch_bounds__(kRangeThreads)
   constexpr int kVectorsOfLane = (kVectors + kLanes - 1) / kLanes;
   constexpr int kRowsOfPass = 32 / kLanes;
   constexpr int kPasses = kRangeRows / kRowsOfPass;
-  int64_t const chunk = int64_t{blockIdx.x} * (kRangeThreads / 32) + threadIdx.x / 32;
-  int64_t const chunks_q = range_chunks(params.batch, mask.seqlen_q, params.num_heads_q);
-  int64_t const chunks_k = range_chunks(params.batch, mask.seqlen_k, params.num_heads_k);
-  if (chunk >= chunks_q + chunks_k) return;
-  bool const of_q = chunk < chunks_q;
-  int64_t const index = of_q ? chunk : chunk - chunks_q;
-  int const heads = of_q ? params.num_heads_q : params.num_heads_k;
-  int const head = static_cast<int>(index % heads);
-  int const batch = static_cast<int>(index / heads % params.batch);
-  int const first = static_cast<int>(index / heads / params.batch) * kRangeRows;
-  int const end = min(first + kRangeRows, of_q ? mask.length_q(batch) : mask.length_k(batch));
-  Operand const& operand = of_q ? params.dout_rows : params.value_rows;
+  int const chunk = static_cast<int>(blockIdx.x * (kRangeThreads / 32) + threadIdx.x / 32);
+  int const head = chunk % params.num_heads_k;
+  int const batch = chunk / params.num_heads_k % params.batch;
+  int const first = chunk / params.num_heads_k / params.batch * kRangeRows;
+  if (first >= mask.seqlen_k) return;
+  int const end = min(first + kRangeRows, mask.length_k(batch));
   int const lane = threadIdx.x % kLanes;
   uint4 vectors[kPasses][kVectorsOfLane];
-  float longest = 0.f;
-  float dlse = 0.f;
   CUTLASS_PRAGMA_UNROLL
   for (int pass = 0; pass < kPasses; ++pass) {
     int const row = first + pass * kRowsOfPass + static_cast<int>(threadIdx.x) % 32 / kLanes;
-    bool const counts = row < end && !(of_q && mask.row_interval(batch, row).empty());
     CUTLASS_PRAGMA_UNROLL
     for (int v = 0; v < kVectorsOfLane; ++v) {
       int const column = (v * kLanes + lane) * 8;
-      bool const loaded = counts && column < params.head_dim_v;
-      vectors[pass][v] = loaded ? load_vector(operand, batch, row, head, column) : uint4{};
-    }
-    if (of_q && counts && lane == 0 && params.dlse != nullptr) {
-      int64_t const source = (int64_t{batch} * params.num_heads_q + head) * mask.seqlen_q + row;
-      dlse = fmaxf(dlse, fabsf(params.dlse[source]));
+      bool const loaded = row < end && column < params.head_dim_v;
+      vectors[pass][v] =
+          loaded ? load_vector(params.value_rows, batch, row, head, column) : uint4{};
     }
   }
+  float longest = 0.f;
   CUTLASS_PRAGMA_UNROLL
   for (int pass = 0; pass < kPasses; ++pass) {
     float sum = 0.f;
@@ -94,20 +93,35 @@ __global__ void __launch_bounds__(kRangeThreads)
   CUTLASS_PRAGMA_UNROLL
   for (int other = kLanes; other < 32; other *= 2) {
     longest = fmaxf(longest, __shfl_xor_sync(~0u, longest, other));
-    dlse = fmaxf(dlse, __shfl_xor_sync(~0u, dlse, other));
   }
-  // With dropout dP and delta are larger by the scale of the weights that are kept, so in the bound
-  // dO is.
+  // With dropout dP and delta are larger by the scale of the weights that are kept. dP counts V.
   if constexpr (std::is_same_v<Params_, DropoutParams>) {
-    if (of_q) longest *= params.dropout.scale * params.dropout.scale;
+    longest *= params.dropout.scale * params.dropout.scale;
   }
   if (threadIdx.x % 32 == 0) {
-    int const head_k = of_q ? head / params.group : head;
-    uint32_t* const ranges =
-        params.ranges + (int64_t{batch} * params.num_heads_k + head_k) * kNumRanges;
-    atomicMax(ranges + (of_q ? kLongestdO : kLongestV), __float_as_uint(longest));
-    if (of_q) atomicMax(ranges + kLargestdLse, __float_as_uint(dlse));
+    atomicMax(ranges_of(params, batch, head) + kLongestV, __float_as_uint(longest));
   }
+}
+
+// A thread's number is at least 0. Their maximum, by atomics, of which a warp makes one.
+CUTLASS_DEVICE void add_to_range(uint32_t* range, float of_thread) {
+  uint32_t const largest = __reduce_max_sync(~0u, __float_as_uint(of_thread));
+  if (threadIdx.x % 32 == 0 && largest > *range) atomicMax(range, largest);
+}
+
+// Behind preprocess, with a thread for each row of each head.
+template <class Element, int kBlockM>
+__global__ void __launch_bounds__(kRangeThreads)
+    scale_delta_kernel(__grid_constant__ Params const params) {
+  int64_t const index = int64_t{blockIdx.x} * kRangeThreads + threadIdx.x;
+  int64_t const block = index / kBlockM;
+  int64_t const of_head = block / params.num_m_blocks;
+  int const batch = static_cast<int>(of_head / params.num_heads_q);
+  if (batch >= params.batch) return;
+  int const head = static_cast<int>(of_head % params.num_heads_q);
+  using Stats = RowStats<kBlockM>;
+  params.row_stats[block * Stats::kSize + Stats::kDelta + index % kBlockM] *=
+      ds_scale<Element>(params, batch, head / params.group);
 }
 
 }  // namespace jax_fa3::bwd

@@ -76,8 +76,8 @@ CUTLASS_DEVICE void probabilities(Params const& params, Records const& records, 
   }
 }
 
-// dS = P (dP - delta), in place of dP, times ds_scale() (range.h), by which preprocess has
-// multiplied delta already.
+// dS = P (dP - delta), in place of dP, times ds_scale() (range.h), by which delta has been
+// multiplied already.
 template <class Records, class Scores>
 CUTLASS_DEVICE void score_grads(Records const& records, float scale, Scores const& p, Scores& dp) {
   CUTLASS_PRAGMA_UNROLL

@@ -73,7 +73,7 @@ struct Traits {
   static constexpr Kind kKind = kKind_;
   static constexpr FwdTile kTile = kHasBits                ? FwdTile{kMaskBlock, kMaskBlock, false}
                                    : kKind == Kind::kShort ? FwdTile{64, kShortKeys, false}
-                                   : kKind == Kind::kFew ? few_keys_tile(kHeadDim, kHeadDimV)
+                                   : kKind == Kind::kFew   ? few_keys_tile(kHeadDim, kHeadDimV)
                                                          : fwd_tile(kHeadDim, kHeadDimV, kHasBias);
   static constexpr int kBlockM = kTile.block_m;
   static constexpr int kBlockN = kTile.block_n;

@@ -64,10 +64,10 @@ def means_of(x: Array, y: Array, lengths: Array | None) -> tuple[Array, Array]:
     return found[0], found[1]
 
 
-def _rows_of_group(length: Any) -> int:
-    if not isinstance(length, int):  # symbolic
-        return MOST_ROWS
-    return min(MOST_ROWS, max(LEAST_ROWS, length // (GROUPS * SHARE)))
+def _rows_of_group(length: Any) -> Any:
+    """Of a length that may be symbolic: an exported program takes the rows that the call would."""
+    share = length // (GROUPS * SHARE)
+    return jax.core.min_dim(MOST_ROWS, jax.core.max_dim(LEAST_ROWS, share))
 
 
 def _sample(x: Array, lengths: Array | None) -> tuple[Array, Array]:

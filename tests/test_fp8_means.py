@@ -39,7 +39,9 @@ def test_token_mean(length):
         planted[:, length - length // 8 : length] = 1e30
         again = np.asarray(fp8.token_mean(planted, lengths=[length]))
         assert (np.abs(again[..., :4] - 3) < 1.25 * limit).all()
-        assert np.count_nonzero(again[..., 4:]) <= 10 and np.abs(again[..., 4:]).max() < 1.25 * limit
+        assert (
+            np.count_nonzero(again[..., 4:]) <= 10 and np.abs(again[..., 4:]).max() < 1.25 * limit
+        )
     assert not np.asarray(fp8.token_mean(x, lengths=[0])).any()
     assert not np.asarray(fp8.token_mean(x[:, :0])).any()
     np.testing.assert_array_equal(fp8.token_mean(x[0]), found[0])

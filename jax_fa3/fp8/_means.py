@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.core import max_dim, min_dim
 from jax.typing import ArrayLike
 
 from .._checks import Integers, array, integers, wrong
@@ -67,7 +68,7 @@ def means_of(x: Array, y: Array, lengths: Array | None) -> tuple[Array, Array]:
 def _rows_of_group(length: Any) -> Any:
     """Of a length that may be symbolic: an exported program takes the rows that the call would."""
     share = length // (GROUPS * SHARE)
-    return jax.core.min_dim(MOST_ROWS, jax.core.max_dim(LEAST_ROWS, share))
+    return min_dim(MOST_ROWS, max_dim(LEAST_ROWS, share))
 
 
 def _sample(x: Array, lengths: Array | None) -> tuple[Array, Array]:

@@ -122,7 +122,12 @@ def kept(words: Array, dropout: int, rows: Array, key_length: int) -> Array:
     bits = jnp.where(rows & 8, bits >> 16, bits)
     bits = jnp.where(keys & 8, bits >> 8, bits) & 0x7F
     choice = jnp.where(rows & 8, right >> 16, right) & 0x7FFF
-    return bits >= dropout // _FINER + (choice < dropout % _FINER * (2**15 // _FINER))
+    return bits >= threshold(dropout, choice)
+
+
+def threshold(dropout: int, choice: Any) -> Any:
+    """Of 7 bits, by 15 others, which take one of two: on average dropout / WHOLE of 2^7."""
+    return dropout // _FINER + (choice < dropout % _FINER * (2**15 // _FINER))
 
 
 def _chosen(table: tuple[int, ...], index: Array) -> Array:

@@ -138,6 +138,8 @@ def test_rate(rate: float):
     dropped = weights.size - int(weights.sum())
     assert abs(dropped - rate * weights.size) < 4 * sigma
     dropout, _ = _dropout.checked(rate, KEY)
+    thresholds = _dropout.threshold(dropout, np.arange(2**15))
+    assert thresholds.sum() * _dropout.WHOLE == dropout * 2**7 * 2**15  # to the last digit of it
     assert _dropout.scale(dropout) == pytest.approx(1 / (1 - rate), rel=2**-19 / (1 - rate))
 
 

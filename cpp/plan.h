@@ -114,7 +114,8 @@ constexpr bool few_keys(Mask const& mask) {
 }
 
 // Query heads whose K and V fit into the part of the L2 cache that is counted on, as whole groups
-// of the query heads that share a KV head: tiles of those heads run next to each other.
+// of the query heads that share a KV head: tiles of those heads run next to each other. (The
+// forward takes so many last, and before them fewer at a time: fwd/order.h.)
 constexpr int64_t heads_per_section(int64_t seqlen_k, int64_t head_dim, int64_t head_dim_v,
                                     int group) {
   constexpr int64_t kL2Budget = int64_t{32} << 20;  // bytes, of the 50 MB of an H100 or H200

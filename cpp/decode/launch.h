@@ -64,6 +64,7 @@ void find_shares(Problem const& p, int num_ctas, Params* params) {
   params->always_equal = x.batch == 1;
 }
 
+// Of e4m3 caches the usual kernel has clusters, too.
 template <class Traits>
 constexpr auto clusters_kernel() {
   if constexpr (Traits::kFew) {

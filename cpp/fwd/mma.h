@@ -14,6 +14,10 @@
 
 namespace jax_fa3::fwd {
 
+// What a step is: of a full block, or of one that is masked; whether a bias by distance is added to
+// its scores; whether its P V is that of the rest of the keys (Kind::kRest).
+enum StepKind : int { kFullBlock = 0, kMaskedBlock = 1, kAddsTerm = 2, kBehindRest = 4 };
+
 // Computes O (not yet divided by the row sums) and the softmax statistics of one tile, from the
 // last key block to the first. `find_rows` finds the intervals of the thread's rows, `end_rows`
 // does what can be done once their sums are known; they are called while the tensor cores compute
@@ -79,7 +83,7 @@ CUTLASS_DEVICE void mma(typename Traits::Params const& params,
   };
   int n_block = blocks.end - 1;
   [[maybe_unused]] RelativeTerms<kBlockN, 1, Traits::kTermsAtOnce> relative;
-  auto const load_now = [&] {
+  auto const load_relative = [&] {
     if constexpr (Traits::kHasRelative) {
       int const row = work.tile.block * Traits::kBlockM + warpgroup * 64 +
                       threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
@@ -87,13 +91,12 @@ CUTLASS_DEVICE void mma(typename Traits::Params const& params,
                     n_block * kBlockN + lane_column - row);
     }
   };
-  constexpr bool_constant<Traits::kHasRelative> has_term{};
   auto const load_terms = [&](auto has_term) {
-    if constexpr (decltype(has_term)::value && !Traits::kLoadsTermsLate) load_now();
+    if constexpr (decltype(has_term)::value && !Traits::kLoadsTermsLate) load_relative();
   };
   auto const add_terms = [&](auto has_term) {
     if constexpr (decltype(has_term)::value) {
-      if constexpr (Traits::kLoadsTermsLate) load_now();
+      if constexpr (Traits::kLoadsTermsLate) load_relative();
       relative.add(tSrS);
     }
   };
@@ -156,7 +159,7 @@ CUTLASS_DEVICE void mma(typename Traits::Params const& params,
     mask_scores(rest, rows, n_block * kBlockN + lane_column);
     softmax.template update_max<Traits::kMaxOfThree>(rest);
     softmax.template exponentiate<0, 1>(rest);
-    Tensor packed = recast<uint32_t>(tOrP);
+    Tensor packed = recast<uint32_t>(tOrP);  // of which P V reads the first kRestKeys
     CUTLASS_PRAGMA_UNROLL
     for (int i = 0; i < size(packed); ++i) {
       packed(i) = i < size(rest) / 2 ? pack<Element>(rest(2 * i), rest(2 * i + 1)) : 0;
@@ -166,6 +169,7 @@ CUTLASS_DEVICE void mma(typename Traits::Params const& params,
     turns.pass();
     clear(tOrO);
     find_rows(rows);
+    constexpr bool_constant<Traits::kHasRelative> has_term{};
     load_terms(has_term);
     warpgroup_wait<0>();
     take_scores();
@@ -189,15 +193,18 @@ CUTLASS_DEVICE void mma(typename Traits::Params const& params,
 
   // S of block n, while the tensor cores also compute P V of block n + 1.
   bool key_is_there = false;  // asked for amid the exponentials: an answer takes 90 clocks
-  auto const step = [&](auto masked, auto has_term, auto behind_rest) {
+  auto const step = [&](auto of_kind) {
+    constexpr int kKind = decltype(of_kind)::value;
+    constexpr bool kMasked = (kKind & kMaskedBlock) != 0;
+    constexpr bool_constant<(kKind & kAddsTerm) != 0> has_term{};
     // Rows may see their first key in a masked block: there, offsets would rarely stay.
-    constexpr bool kKeepsOffset = Traits::kKeepsOffset && !decltype(masked)::value;
-    if constexpr (decltype(masked)::value) dense.load(n_block);
+    constexpr bool kKeepsOffset = Traits::kKeepsOffset && !kMasked;
+    if constexpr (kMasked) dense.load(n_block);
     if (!key_is_there) keys.full[state.key.stage].wait(state.key.phase);
     turns.wait();
     issue_scores();
     values.full[state.value.stage].wait(state.value.phase);
-    if constexpr (decltype(behind_rest)::value) {
+    if constexpr ((kKind & kBehindRest) != 0) {
       issue_gemm<kRestKeys / 16>(mma_pv, tOrP, tOrV(_, _, _, state.value.stage), tOrO);
     } else {
       issue_out();
@@ -207,7 +214,7 @@ CUTLASS_DEVICE void mma(typename Traits::Params const& params,
     turns.pass();
     take_scores();
     add_terms(has_term);
-    if constexpr (decltype(masked)::value) mask_block(n_block);
+    if constexpr (kMasked) mask_block(n_block);
     bool rescales = true;
     if constexpr (kKeepsOffset) {
       rescales = softmax.raise_offset(tSrS);
@@ -237,20 +244,19 @@ CUTLASS_DEVICE void mma(typename Traits::Params const& params,
     // There is one block.
   } else if constexpr (Traits::kHasRest) {
     --n_block;
-    step(false_type{}, false_type{}, true_type{});
-    for (--n_block; n_block >= blocks.begin; --n_block)
-      step(false_type{}, false_type{}, false_type{});
+    step(Int<kBehindRest>{});
+    for (--n_block; n_block >= blocks.begin; --n_block) step(Int<kFullBlock>{});
   } else if constexpr (Traits::kHasBits) {
     while (n_block > blocks.begin) {
       n_block = dense.walk.next();
       if (dense.is_full(n_block)) {
         int const first = n_block - dense.take_run(n_block);
         do {
-          step(false_type{}, false_type{}, false_type{});
+          step(Int<kFullBlock>{});
         } while (n_block-- > first);
         n_block = first;
       } else {
-        step(true_type{}, false_type{}, false_type{});
+        step(Int<kMaskedBlock>{});
       }
     }
   } else if constexpr (Traits::kHasRelative) {
@@ -268,13 +274,13 @@ CUTLASS_DEVICE void mma(typename Traits::Params const& params,
       bool const is_full = n_block >= blocks.full_begin && n_block < blocks.full_end;
       if (is_full && !isnan(same)) {
         if (same != added) have_added(same);
-        step(false_type{}, false_type{}, false_type{});
+        step(Int<kFullBlock>{});
       } else {
         if (added != 0.f) have_added(0.f);
         if (is_full) {
-          step(false_type{}, true_type{}, false_type{});
+          step(Int<kAddsTerm>{});
         } else {
-          step(true_type{}, true_type{}, false_type{});
+          step(Int<kMaskedBlock | kAddsTerm>{});
         }
       }
     }
@@ -284,12 +290,12 @@ CUTLASS_DEVICE void mma(typename Traits::Params const& params,
     while (n_block >= blocks.begin) {
       if (n_block < blocks.full_end) {
         int const first = long_sums.first_block(blocks.full_begin);
-        for (; n_block >= first; --n_block) step(false_type{}, false_type{}, false_type{});
+        for (; n_block >= first; --n_block) step(Int<kFullBlock>{});
       }
       if (long_sums.is_full(n_block)) {
         long_sums.accumulate(softmax, tOrO);
       } else if (n_block >= blocks.begin) {
-        step(true_type{}, false_type{}, false_type{});
+        step(Int<kMaskedBlock>{});
         --n_block;
       }
     }

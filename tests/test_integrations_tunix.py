@@ -93,15 +93,17 @@ def test_same_as_einsum(name):
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_bf16(name):
-    """On one device: on several CPUs Tunix splits its einsum over none, and ours has the sums between them,
-    in bf16, beside. Qwen 2 has biases, and Gemma 4 norms, of few numbers."""
+@pytest.mark.parametrize("shape", [(1, 1), (2, 2)], ids=["one device", "mesh"])
+def test_bf16(name, shape):
+    """Qwen 2 has biases, and Gemma 4 norms, of few numbers; on several CPUs ours has sums between devices, in
+    bf16, where Tunix splits its einsum over none."""
     (weights, ours), (_, theirs) = (
-        attention(name, flash, jnp.bfloat16, shape=(1, 1)) for flash in (True, False)
+        attention(name, flash, jnp.bfloat16, shape=shape) for flash in (True, False)
     )
     arrays = weights, *inputs([(B, T, 32)], jnp.bfloat16)
-    exact = attention(name, False, shape=(1, 1))[1]
-    assert_no_further(ours, theirs, arrays, exact=exact, pooled=name in ("Qwen 2", *LAYERS[2:]))
+    exact = attention(name, False, shape=shape)[1]
+    pooled = shape != (1, 1) or name in ("Qwen 2", *LAYERS[2:])
+    assert_no_further(ours, theirs, arrays, exact=exact, pooled=pooled)
     assert ours(*arrays).dtype == jnp.bfloat16
 
 

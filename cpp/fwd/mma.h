@@ -280,7 +280,7 @@ CUTLASS_DEVICE void mma(typename Traits::Params const& params,
         if (is_full) {
           step(Int<kAddsTerm>{});
         } else {
-          step(Int < kMaskedBlock | kAddsTerm > {});
+          step(Int<(kMaskedBlock | kAddsTerm)>{});
         }
       }
     }

@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(kPreprocessThreads)
   constexpr int kRowsOfPass = kPreprocessThreads / kLanes;
   // Rows whose loads are under way at once.
   constexpr int kAtOnce = cute::min(kVectors <= 32 ? 4 : 2, kBlockM / kRowsOfPass);
-  static_assert(kBlockM % (kAtOnce * kRowsOfPass) == 0);
+  static_assert(kBlockM % (kAtOnce * kRowsOfPass) == 0 && kAtOnce <= kLanes);
   int const lane = threadIdx.x % kLanes;
   using Stats = RowStats<kBlockM>;
   float* const stats = params.row_stats + index * Stats::kSize;
@@ -82,64 +82,62 @@ __global__ void __launch_bounds__(kPreprocessThreads)
   for (int first = 0; first < kBlockM; first += kAtOnce * kRowsOfPass) {
     constexpr int kVectorsOfLane = (kVectors + kLanes - 1) / kLanes;
     uint4 out[kAtOnce][kVectorsOfLane], dout[kAtOnce][kVectorsOfLane];
-    float lse[kAtOnce], low[kAtOnce];
     auto const row_of = [&](int r) { return first + r * kRowsOfPass + int(threadIdx.x) / kLanes; };
-    auto const source_of = [&](int r) {
-      return (int64_t{batch} * params.num_heads_q + head) * mask.seqlen_q + first_row + row_of(r);
-    };
+    // Each row has its own lane for what is one number a row.
+    int const row = row_of(lane);
+    bool const writes = lane < kAtOnce;
+    bool const has_row = writes && first_row + row < mask.seqlen_q;
+    int64_t const source =
+        (int64_t{batch} * params.num_heads_q + head) * mask.seqlen_q + first_row + row;
     CUTLASS_PRAGMA_UNROLL
     for (int r = 0; r < kAtOnce; ++r) {
-      int const row = first_row + row_of(r);
-      bool const exists = row < mask.seqlen_q;
+      int const row_in_array = first_row + row_of(r);
+      bool const exists = row_in_array < mask.seqlen_q;
       CUTLASS_PRAGMA_UNROLL
       for (int v = 0; v < kVectorsOfLane; ++v) {
         int const column = (v * kLanes + lane) * 8;
         bool const has_column = exists && column < params.head_dim_v;
         bool const loaded = has_column && params.out.data != nullptr;
-        out[r][v] = loaded ? load_vector(params.out, batch, row, head, column) : uint4{};
+        out[r][v] = loaded ? load_vector(params.out, batch, row_in_array, head, column) : uint4{};
         dout[r][v] = loaded || (has_column && ranged)
-                         ? load_vector(params.dout_rows, batch, row, head, column)
+                         ? load_vector(params.dout_rows, batch, row_in_array, head, column)
                          : uint4{};
       }
-      bool const writes = exists && lane == 0;
-      lse[r] = writes ? params.lse[source_of(r)] : 0.f;
-      low[r] = writes && params.lse_low != nullptr ? params.lse_low[source_of(r)] : 0.f;
     }
+    float const lse = has_row ? params.lse[source] : 0.f;
+    float const low = has_row && params.lse_low != nullptr ? params.lse_low[source] : 0.f;
+    float const dlse = has_row && params.dlse != nullptr ? params.dlse[source] : 0.f;
+    bool const sees = writes && !mask.row_interval(batch, first_row + row).empty();
     if (first == 0) clear_sum();
+    float delta = 0.f;  // of the lane's row
     CUTLASS_PRAGMA_UNROLL
     for (int r = 0; r < kAtOnce; ++r) {
-      float delta = 0.f;
+      float product = 0.f;
       float length = 0.f;
       CUTLASS_PRAGMA_UNROLL
       for (int v = 0; v < kVectorsOfLane; ++v) {
-        delta = dot8<Element>(out[r][v], dout[r][v], delta);
+        product = dot8<Element>(out[r][v], dout[r][v], product);
         if (ranged) length = dot8<Element>(dout[r][v], dout[r][v], length);
       }
       CUTLASS_PRAGMA_UNROLL
       for (int other = 1; other < kLanes; other *= 2) {
-        delta += __shfl_xor_sync(~0u, delta, other);
+        product += __shfl_xor_sync(~0u, product, other);
         if (ranged) length += __shfl_xor_sync(~0u, length, other);
       }
-      if (lane != 0) continue;
-      // Rows without keys may hold anything. Their probabilities are exp2(score - inf) = 0.
-      int const row = row_of(r);
-      bool const sees = !mask.row_interval(batch, first_row + row).empty();
-      float const lost = sees ? low[r] : 0.f;
-      careful |= fabsf(lost) > kNegligible;
-      float const rounded = sees ? __fmul_rn(lse[r], kLog2E) : INFINITY;
-      // Most calls have none, so it is not among what is loaded beforehand.
-      bool const has_dlse = params.dlse != nullptr && first_row + row < mask.seqlen_q;
-      float const dlse = has_dlse && sees ? params.dlse[source_of(r)] : 0.f;
-      delta = sees ? delta - dlse : 0.f;
-      if (ranged && sees) {
-        longest = fmaxf(longest, length);
-        largest_dlse = fmaxf(largest_dlse, fabsf(dlse));
-      }
-      stats[Stats::kLse + row] = rounded;
-      stats[Stats::kDelta + row] = delta;
-      stats[Stats::kLseLow + row] = lost;
-      if (has_sink) dsink -= exp2f(sink - rounded - lost) * delta;
+      if (lane == r) delta = product;
+      if (ranged && lane == r && sees) longest = fmaxf(longest, length);
     }
+    if (!writes) continue;
+    // Rows without keys may hold anything. Their probabilities are exp2(score - inf) = 0.
+    float const lost = sees ? low : 0.f;
+    careful |= fabsf(lost) > kNegligible;
+    float const rounded = sees ? __fmul_rn(lse, kLog2E) : INFINITY;
+    delta = sees ? delta - dlse : 0.f;
+    if (ranged && sees) largest_dlse = fmaxf(largest_dlse, fabsf(dlse));
+    stats[Stats::kLse + row] = rounded;
+    stats[Stats::kDelta + row] = delta;
+    stats[Stats::kLseLow + row] = lost;
+    if (has_sink) dsink -= exp2f(sink - rounded - lost) * delta;
   }
 
   if (head == 0 && threadIdx.x < 32) {

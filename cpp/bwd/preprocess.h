@@ -12,6 +12,9 @@
 namespace jax_fa3::bwd {
 
 inline constexpr int kPreprocessThreads = 256;
+// CTAs that an SM is to have registers for, for __launch_bounds__; 0: as the compiler likes, which
+// spills at head dim 512.
+constexpr int preprocess_ctas(int head_dim_v) { return head_dim_v > 256 ? 2 : 0; }
 
 // Stores what a block of rows adds to the gradient of its head's sink, of which each thread has a
 // part.
@@ -38,7 +41,7 @@ CUTLASS_DEVICE void store_dsink(Params const& params, int64_t batch, int head, i
 // One CTA per block of query rows and head. kAccumulators: fp32 numbers of the block's dQ, which
 // are cleared here only where blocks that no key sees must hold a sum, too.
 template <class Element, int kBlockM, int kHeadDimV, int kAccumulators>
-__global__ void __launch_bounds__(kPreprocessThreads)
+__global__ void __launch_bounds__(kPreprocessThreads, preprocess_ctas(kHeadDimV))
     preprocess_kernel(__grid_constant__ Params const params) {
   // Heads first: what CTAs read at the same time lies side by side in memory.
   int const head = blockIdx.x % params.num_heads_q;

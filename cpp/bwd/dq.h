@@ -103,7 +103,7 @@ CUTLASS_DEVICE void load_dq(Params const& params, typename Traits::SharedStorage
   PipelineState<Traits::kStagesV> value_state;
   uint32_t staged_phase = 0;
   auto const padding = [&](int n_block) {
-    return RowSet::from(length_k < mask.seqlen_k ? length_k - n_block * kBlockN : kBlockN);
+    return RowSet::from(length_k < mask.seqlen_k ? length_k - n_block * kBlockN : kBlockN, kBlockN);
   };
 
   for (int n_block = work.blocks.end - 1; n_block >= work.blocks.begin; --n_block) {

@@ -100,7 +100,7 @@ CUTLASS_DEVICE void load_keys_and_steps(typename Traits::Params const& params,
   // needed, for there are no registers to keep it in.
   auto const padding = [&] {
     int const length_k = mask.length_k(batch);
-    return RowSet::from(length_k < mask.seqlen_k ? length_k - first_key : kBlockN);
+    return RowSet::from(length_k < mask.seqlen_k ? length_k - first_key : kBlockN, kBlockN);
   };
   // In a register for the wide kernels, found anew each time for the fused ones: either has too few
   // registers for the other.

@@ -11,12 +11,12 @@ struct RowSet {
   static constexpr int kMasks = 4;
   uint32_t bits[kMasks];  // of 32 rows each
 
-  // The rows from `first` on.
-  JAX_FA3_HOST_DEVICE static RowSet from(int first) {
+  // The rows from `first` on, of a tile of so many: whole masks.
+  JAX_FA3_HOST_DEVICE static RowSet from(int first, int rows = kMasks * 32) {
     RowSet set;
     for (int i = 0; i < kMasks; ++i) {
       int const bit = first - i * 32;
-      set.bits[i] = bit <= 0 ? ~0u : (bit >= 32 ? 0u : ~0u << bit);
+      set.bits[i] = i * 32 >= rows || bit >= 32 ? 0u : (bit <= 0 ? ~0u : ~0u << bit);
     }
     return set;
   }

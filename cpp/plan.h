@@ -33,15 +33,20 @@ constexpr int64_t long_sums_of_cta(int block_m, int head_dim_v) {
 // CTAs that there is workspace for: an H100 or H200 has 132 SMs, of which each takes one.
 constexpr int kMostCtas = 132;
 
+// Whether the backward's main kernel is that of bwd/paired.h.
+constexpr bool is_paired(BwdTile const& tile) { return tile.fused && tile.block_n < 128; }
+
 // Whether there are kernels with a bias, dense or by distance, or with slopes: up to head dim 128.
-// Above, the backward has no registers for one: its two kernels spilled 4 to 28 bytes.
-constexpr bool takes_bias(int head_dim) { return bwd_tile(head_dim).fused; }
+// Above, the backward had no registers for one: its two kernels spilled 4 to 28 bytes.
+constexpr bool takes_bias(int head_dim) {
+  return bwd_tile(head_dim).fused && !is_paired(bwd_tile(head_dim));
+}
 
 // Query rows and keys of a block that a dense mask hides or shows as a whole; in the backward it
 // has the query rows of the tile. There are kernels with one where tiles have as many keys, that
 // is up to head dim 128.
 constexpr int kMaskBlock = 128;
-constexpr bool takes_mask_bits(int head_dim) { return bwd_tile(head_dim).fused; }
+constexpr bool takes_mask_bits(int head_dim) { return takes_bias(head_dim); }
 
 constexpr int kDropoutWhole = 1 << 18;  // of so many weights Problem::dropout are dropped
 

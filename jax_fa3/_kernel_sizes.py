@@ -20,6 +20,11 @@ class BwdTile(NamedTuple):
     block_n: int  # keys
     fused: bool  # one kernel for all gradients, which sums dq in fp32 in global memory
 
+    @property
+    def takes_terms(self) -> bool:
+        """Whether its kernels take a bias, slopes or a dense mask (twin of takes_bias())."""
+        return self.fused and self.block_n >= 128
+
 
 _TEXT = pathlib.Path(__file__).with_name("kernel_sizes.def").read_text()
 

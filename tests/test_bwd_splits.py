@@ -79,7 +79,7 @@ def test_splits_are_no_more_than_fill_the_gpu():
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("head_dim", [192, 256, 512])
+@pytest.mark.parametrize("head_dim", [256, 512])
 def test_splits_are_the_same_where_gradients_always_are(head_dim: int, causal: bool):
     """Else deterministic_backward would change the order of sums that have but one."""
     if (head_dim, head_dim) not in KERNELS:

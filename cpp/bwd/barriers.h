@@ -5,7 +5,7 @@
 
 namespace jax_fa3::bwd {
 
-// A kernel is either fused or wide, so the two have the same numbers. An entry stands for as many
+// A kernel is fused, paired or wide, so these have the same numbers. An entry stands for as many
 // barriers as its comment counts; the next entry's number leaves room for them.
 enum class NamedBarrier : uint32_t {
   // Fused.
@@ -15,6 +15,12 @@ enum class NamedBarrier : uint32_t {
   kTurn = 11,           // 2, by warpgroup: it may begin a tile, or a step (head dim 64)
   kTileRead = 13,       // both warpgroups have read the tile's last operands: where those are in
                         // shared memory gradients may be
+  // Paired: beside kDQueryFull, kDQueryEmpty and kTileRead.
+  kProbabilitiesShared = 1,  // P is in shared memory, with a soft cap P times its derivative
+  kProbabilitiesTaken = 2,   // the other warpgroup has read it
+  kScoreGradsShared = 3,     // dS is in shared memory
+  kScoreGradsTaken = 4,      // the other warpgroup has read it, for its half of dQ
+  kDerivativeTaken = 11,     // with a soft cap: P itself may take the place of what was shared
   // Wide.
   kProbabilitiesFull = 5,   // 2, by buffer: P has been handed from one warpgroup to the other
   kProbabilitiesEmpty = 7,  // 2, by buffer: the other has taken it

@@ -73,6 +73,61 @@ CUTLASS_DEVICE void store_grads(Params const& params, typename Traits::SharedSto
   store_grad<Element, 64, Traits::kHeadDim>(tdK, params.dkey, memory, rows, barrier);
 }
 
+// Gradients that a warpgroup holds transposed: rows of its accumulators, 64 after 64, are columns of
+// the gradient. Calls f with each of the thread's elements and its place in the fp32 array.
+template <class Fragment, class F>
+CUTLASS_DEVICE void for_each_transposed(Fragment& grad, Operand const& out, GradRows const& rows,
+                                        int columns, F const& f) {
+  constexpr int kOfBlock = decltype(size<0>(grad))::value;  // elements of 64 columns
+  constexpr int kBlocks = decltype(size<1>(grad))::value;
+  int const first_column = threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
+  int const first_row = rows.tile.row + threadIdx.x % 4 * 2;
+  float* row = static_cast<float*>(out.data) + rows.tile.batch * out.batch_stride +
+               rows.tile.head * out.head_stride + first_row * out.seqlen_stride + first_column;
+  CUTLASS_PRAGMA_UNROLL
+  for (int i = 0; i < kOfBlock; i += i % 2 == 0 ? 1 : 3) {
+    asm volatile("" : "+l"(row));  // or all rows' addresses are computed at once, and spilled
+    if (first_row + fragment_column(i) < rows.seqlen) {
+      CUTLASS_PRAGMA_UNROLL
+      for (int block = 0; block < kBlocks; ++block) {
+        CUTLASS_PRAGMA_UNROLL
+        for (int r = 0; r < kRowsPerThread; ++r) {
+          int const column = block * 64 + r * 8;
+          if (first_column + column < columns) f(grad(block * kOfBlock + i + r * 2), row[column]);
+        }
+      }
+    }
+    row += (i % 2 == 0 ? 1 : 7) * out.seqlen_stride;
+  }
+}
+
+template <class Fragment>
+CUTLASS_DEVICE void store_transposed_fp32(Fragment const& grad, Operand const& out,
+                                          GradRows const& rows, int columns) {
+  for_each_transposed(grad, out, rows, columns, [](float x, float& place) { place = x; });
+}
+
+// `smem` holds the tile's kRows rows, which all other warpgroups have read.
+template <class Element, int kRows, int kColumns, class Fragment>
+CUTLASS_DEVICE void store_transposed_grad(Fragment const& grad, CUtensorMap const& map,
+                                          uint16_t* smem, GradRows const& rows, BarrierId barrier) {
+  constexpr int kSlab = slab(kColumns);
+  constexpr int kOfBlock = decltype(size<0>(grad))::value;
+  int const thread = threadIdx.x % 128;
+  Tensor all = packed<Element>(grad);
+  CUTLASS_PRAGMA_UNROLL
+  for (int block = 0; block < kColumns / 64; ++block) {
+    auto const of_block = [&](int i) { return all(block * kOfBlock / 2 + i); };
+    stage_transposed<kRows, kSlab>(of_block, smem, block * 64 + thread / 32 * 16);
+  }
+  cute::tma_store_fence();
+  cutlass::arch::NamedBarrier::sync(128, barrier);
+  if (thread == 0) {
+    tma_store_rows<kRows, kColumns, kSlab>(map, smem, rows.tile);
+    cute::tma_store_arrive();
+  }
+}
+
 template <class Fragment>
 CUTLASS_DEVICE void scale_grad(Fragment& grad, float scale) {
   CUTLASS_PRAGMA_UNROLL

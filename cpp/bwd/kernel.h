@@ -8,6 +8,7 @@
 #include "bwd/epilogue.h"
 #include "bwd/load.h"
 #include "bwd/mma.h"
+#include "bwd/paired.h"
 #include "bwd/partial.h"
 #include "bwd/wide.h"
 #include "bwd/write_dq.h"
@@ -128,7 +129,13 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     }
   } else {
     cutlass::arch::warpgroup_reg_alloc<Traits::kConsumerRegisters>();
-    if constexpr (Traits::kFused) {
+    if constexpr (Traits::kPaired) {
+      if (warp < 8) {
+        consume_value_of_pair<Traits>(params, storage, tile);
+      } else {
+        consume_key_of_pair<Traits>(params, storage, tile);
+      }
+    } else if constexpr (Traits::kFused) {
       consume_fused<Traits>(params, storage, tile, warp / 4 - 1);
     } else if (warp < 8) {
       consume_value<Traits>(params, storage, tile);

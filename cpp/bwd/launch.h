@@ -39,7 +39,7 @@ cudaError_t make_params(BackwardProblem const& problem, typename Traits::Params*
   params->accumulates_dq = problem.accumulates_dq;
   params->finishes_dq = problem.dquery.data != nullptr;
   params->dkv_fp32 = problem.dkv_dtype == DType::kFloat32;
-  // Gradients are stored by warpgroups, 64 rows each.
+  // Gradients are stored by warpgroups, dQ in boxes of 64 rows.
   if (params->finishes_dq) {
     JAX_FA3_RETURN_IF_ERROR(map(&params->dquery, problem.dquery, false, false, kSlabQ, 64));
   }
@@ -48,8 +48,9 @@ cudaError_t make_params(BackwardProblem const& problem, typename Traits::Params*
   params->dkv_partial = problem.dkv_partial;
   params->num_splits = problem.dkv_partial == nullptr ? 1 : problem.num_splits;
   if (!params->dkv_fp32) {
-    JAX_FA3_RETURN_IF_ERROR(map(&params->dkey, problem.dkey, true, false, kSlabQ, 64));
-    JAX_FA3_RETURN_IF_ERROR(map(&params->dvalue, problem.dvalue, true, true, kSlabV, 64));
+    constexpr int kRows = Traits::kGradRows;
+    JAX_FA3_RETURN_IF_ERROR(map(&params->dkey, problem.dkey, true, false, kSlabQ, kRows));
+    JAX_FA3_RETURN_IF_ERROR(map(&params->dvalue, problem.dvalue, true, true, kSlabV, kRows));
   }
   params->out = p.out;
   params->dout_rows = problem.dout;
@@ -203,7 +204,8 @@ cudaError_t launch_kernels(BackwardProblem const& problem, cudaStream_t stream) 
   if constexpr (Main::kFused) {
     if (!params.finishes_dq) return cudaSuccess;
     // Of dropout, bits and terms by distance it knows nothing: the kernel is that without.
-    using Plain = Traits<Element, kWidth, kWidthV, Main::kHasBias>;
+    using Plain = std::conditional_t<Main::kPaired, Main,
+                                     Traits<Element, kWidth, kWidthV, Main::kHasBias>>;
     int64_t const blocks =
         int64_t{params.num_m_blocks} * params.num_heads_q * problem.forward.batch;
     return launch_if_any(postprocess_kernel<Plain>, blocks, Main::kConsumerThreads, 0, params,
@@ -251,7 +253,9 @@ cudaError_t launch(BackwardProblem const& problem, cudaStream_t stream) {
     }
     return cudaErrorNotSupported;  // likewise
   }
-  return launch_kernels<Traits<Element, kWidth, kWidthV>>(problem, stream);
+  using Plain = std::conditional_t<is_paired(bwd_tile(kWidth)), PairedTraits<Element, kWidth, kWidthV>,
+                                   Traits<Element, kWidth, kWidthV>>;
+  return launch_kernels<Plain>(problem, stream);
 }
 
 }  // namespace jax_fa3::bwd

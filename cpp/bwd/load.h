@@ -30,12 +30,11 @@ CUTLASS_DEVICE void zero_rows(uint16_t* smem, RowSet const& rows) {
 // warp zeroes them and only then completes `full`, for which consumers wait. `extra_bytes`: what
 // else is being loaded that `full` counts. kFourth: the tile lies in slabs of 32 columns, of which
 // a fourth begins at this one (traits.h).
-template <int kRows, int kColumns, int kFourth = 0>
+template <int kRows, int kColumns, int kFourth = 0, int kSlab = slab(kColumns)>
 CUTLASS_DEVICE void load_tile(CUtensorMap const& map, FullBarrier& full, FullBarrier& staged,
                               uint32_t& staged_phase, cute::TMA::CacheHintSm90 hint, uint16_t* smem,
                               RowCoord const& from, RowSet const& zeroed, int extra_bytes = 0) {
-  constexpr int kSlab = kFourth > 0 ? 32 : slab(kColumns);
-  constexpr int kInMemory = kFourth > 0 ? 4 * kSlab : in_slabs(kColumns);
+  constexpr int kInMemory = kFourth > 0 ? 4 * kSlab : in_slabs(kColumns, kSlab);
   bool const boundary = zeroed.any();
   FullBarrier& barrier = boundary ? staged : full;
   if (threadIdx.x % 32 == 0) {
@@ -138,10 +137,11 @@ CUTLASS_DEVICE void load_keys_and_steps(typename Traits::Params const& params,
   };
   auto const load_dout = [&](Step step, RowSet const& blind) {
     auto& pipeline = storage.dout_pipeline;
-    pipeline.empty[state.stage].wait(state.phase ^ 1);
-    load_tile<kBlockM, Traits::kHeadDimV>(params.dout, pipeline.full[state.stage], storage.staged,
+    auto const place = dout_state<Traits>(state);
+    pipeline.empty[place.stage].wait(place.phase ^ 1);
+    load_tile<kBlockM, Traits::kHeadDimV>(params.dout, pipeline.full[place.stage], storage.staged,
                                           staged_phase, kKeep,
-                                          storage.dout + state.stage * Traits::kSizedO,
+                                          storage.dout + place.stage * Traits::kSizedO,
                                           {step.m_block * kBlockM, step.head, batch}, blind);
   };
   auto const load_keys = [&] {
@@ -149,7 +149,8 @@ CUTLASS_DEVICE void load_keys_and_steps(typename Traits::Params const& params,
       storage.keys_empty.wait(loading.key_phase ^ 1);
       loading.key_phase ^= 1;
     }
-    load_tile<kBlockN, Traits::kHeadDim, Traits::kFourSlabs ? Traits::kFourthSlab : 0>(
+    load_tile<kBlockN, Traits::kHeadDim, Traits::kFourSlabs ? Traits::kFourthSlab : 0,
+              Traits::kSlabK>(
         params.key, storage.key_full, storage.staged, staged_phase, kReadOnce, storage.key,
         keys.block<kBlockN>(tile.n_block), padding());
     load_tile<kBlockN, Traits::kHeadDimV>(params.value, storage.value_full, storage.staged,

@@ -38,6 +38,16 @@ CUTLASS_DEVICE void accumulate_partial(Fragment& grad, Operand const& out, GradR
   store_grad_fp32(grad, out, rows, columns);
 }
 
+// The same of a gradient that the warpgroup holds transposed.
+template <class Fragment>
+CUTLASS_DEVICE void accumulate_transposed(Fragment& grad, Operand const& out, GradRows const& rows,
+                                          int columns, bool first) {
+  if (!first) {
+    for_each_transposed(grad, out, rows, columns, [](float& x, float place) { x += place; });
+  }
+  store_transposed_fp32(grad, out, rows, columns);
+}
+
 inline constexpr int kPartialThreads = 256;
 
 // A thread for 8 columns of a row of dK or dV.

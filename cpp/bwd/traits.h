@@ -42,11 +42,13 @@ struct Traits {
   static constexpr int kBlockM = kTile.block_m;  // query rows of a step
   static constexpr int kBlockN = kTile.block_n;  // keys of the CTA
   static constexpr bool kFused = kTile.fused;
+  static constexpr bool kPaired = false;
   static constexpr bool kNarrow = kHeadDim <= 64;  // S and dQ fit into the registers together
   // A CTA takes one tile after the other: the next one's K, V, Q and dO are loaded while this one's
   // gradients are stored.
   static constexpr bool kPersistent = (kNarrow || kHeadDim == 128) && !kOneTile_;
   static constexpr int kStages = 2;                        // of Q and of dO
+  static constexpr int kStagesdO = kStages;
   static constexpr int kWritersdQ = kFused ? kStages : 0;  // warps that add dQ: one for each stage
 
   // One producer warpgroup (a warp loads, two write dQ), then two consumers. Fused: each owns
@@ -136,6 +138,7 @@ struct Traits {
   static constexpr int kBiasStages = kHasBias ? 2 : 1;
   static constexpr int kSizeBias = kHasBias ? kWarpgroupsN * kBiasStages * kBiasSlab : 0;
 
+  static constexpr int kGradRows = 64;  // that a warpgroup stores
   // Where kPersistent: a gradient of a warpgroup, on its way out.
   static constexpr int kSizeGrads = kPersistent ? 64 * in_slabs(kHeadDim) : 0;
 
@@ -201,6 +204,18 @@ struct RelativeTraits : Traits<Element, kHeadDim, kHeadDimV, false, false, (kHea
   static constexpr bool kHasRelative = true;
   using Params = RelativeParams;
 };
+
+// Where the step at `state` has its dO. If there is one stage, its phase changes with each step.
+template <class Traits>
+CUTLASS_DEVICE PipelineState<Traits::kStagesdO> dout_state(
+    PipelineState<Traits::kStages> const& state) {
+  if constexpr (Traits::kStagesdO == Traits::kStages) {
+    return state;
+  } else {
+    static_assert(Traits::kStages == 2 && Traits::kStagesdO == 1);
+    return {0, static_cast<uint32_t>(state.stage)};
+  }
+}
 
 // Whether K and V of a tile are loaded before its first Q and dO, or behind those, which have room
 // earlier where a tile comes before (at head dim 128 the loading warp has no registers for that).

@@ -108,11 +108,10 @@ CUTLASS_DEVICE void write_dq(typename Traits::Params const& params,
       }
       bool begins = in_turn && turn == 0 && !params.accumulates_dq && !params.clears_dq();
       __syncwarp();
-      CUTLASS_PRAGMA_UNROLL
-      for (int warpgroup = 0; warpgroup < 2; ++warpgroup) {
+      auto const add = [&](int warpgroup, bool claims) {
         named_sync(NamedBarrier::kDQueryFull, warpgroup * 2 + writer, 128 + 32);
         if (elected) {
-          if (warpgroup == 0 && !in_turn && !held) begins = begins_sum(sum);
+          if (claims && !in_turn && !held) begins = begins_sum(sum);
           float* const to = accum + warpgroup * kPart;
           float const* const part = storage.dquery + warpgroup * kPart;
           if (begins) {
@@ -123,13 +122,32 @@ CUTLASS_DEVICE void write_dq(typename Traits::Params const& params,
           cute::tma_store_arrive();
         }
         __syncwarp();
+      };
+      if constexpr (Traits::kPaired) {
+        // The second warpgroup has its part of a step long before the first, but for an addition
+        // in turn, which is to be short, both must be there.
+        if (params.turns != nullptr) {
+          add(0, false);
+        } else {
+          add(1, true);
+        }
+        if (elected) cute::tma_store_wait<0>();
+        __syncwarp();
+        release(params.turns != nullptr ? 0 : 1);
+        add(params.turns != nullptr ? 1 : 0, false);
+        if (elected) cute::tma_store_wait<0>();
+        __syncwarp();
+        release(params.turns != nullptr ? 1 : 0);
+      } else {
+        add(0, true);
+        add(1, false);
+        if (elected) cute::tma_store_wait<1>();
+        __syncwarp();
+        release(0);
+        if (elected) cute::tma_store_wait<0>();
+        __syncwarp();
+        release(1);
       }
-      if (elected) cute::tma_store_wait<1>();
-      __syncwarp();
-      release(0);
-      if (elected) cute::tma_store_wait<0>();
-      __syncwarp();
-      release(1);
       if (begins) reach(sum, kSumHeld);
       if (in_turn) reach(params.turns + index, turn + 1);
     }

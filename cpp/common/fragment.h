@@ -6,8 +6,11 @@
 
 #include <cutlass/numeric_conversion.h>
 
+#include <cute/arch/copy_sm75.hpp>
 #include <cute/arch/copy_sm90.hpp>
 #include <cute/tensor.hpp>
+
+#include "common/layouts.h"
 
 namespace jax_fa3 {
 
@@ -70,6 +73,36 @@ CUTLASS_DEVICE void stage_packed(Packed const& packed, uint16_t* smem, int first
       cute::SM90_U32x4_STSM_N::copy(packed(i), packed(i + 1), packed(i + 2), packed(i + 3),
                                     *target);
     }
+  }
+}
+
+// What stage_packed() has left there, back into registers.
+template <int kRows, int kColumns, int kSlab, class Packed>
+CUTLASS_DEVICE void load_packed(Packed& packed, uint16_t const* smem, int first_row) {
+  int const lane = threadIdx.x % 32;
+  int const row = first_row + lane % 16;
+  CUTLASS_PRAGMA_UNROLL
+  for (int column = 0; column < kColumns; column += 16) {
+    auto const* const source = reinterpret_cast<cute::uint128_t const*>(
+        smem + swizzled_vector<kRows, kSlab>(row, column / 8 + lane / 16) * 8);
+    int const i = column / 4;
+    cute::SM75_U32x4_LDSM_N::copy(*source, packed(i), packed(i + 1), packed(i + 2), packed(i + 3));
+  }
+}
+
+// A warp's 16 rows and kRows columns of an accumulator, packed, as rows of its columns: 16 columns
+// of a tile of kRows rows, from `first_column` on.
+template <int kRows, int kSlab, class Packed>
+CUTLASS_DEVICE void stage_transposed(Packed const& packed, uint16_t* smem, int first_column) {
+  int const lane = threadIdx.x % 32;
+  // Lanes 0-7 address the first 8 columns of 8 rows, lanes 8-15 the other 8, then the next 8 rows.
+  int const vector = first_column / 8 + lane / 8 % 2;
+  CUTLASS_PRAGMA_UNROLL
+  for (int row = 0; row < kRows; row += 16) {
+    auto* const target = reinterpret_cast<cute::uint128_t*>(
+        smem + swizzled_vector<kRows, kSlab>(row + lane / 16 * 8 + lane % 8, vector) * 8);
+    int const i = row / 4;
+    cute::SM90_U16x8_STSM_T::copy(packed(i), packed(i + 1), packed(i + 2), packed(i + 3), *target);
   }
 }
 

@@ -84,16 +84,20 @@ CUTLASS_DEVICE void for_each_transposed(Fragment& grad, Operand const& out, Grad
   int const first_row = rows.tile.row + threadIdx.x % 4 * 2;
   float* row = static_cast<float*>(out.data) + rows.tile.batch * out.batch_stride +
                rows.tile.head * out.head_stride + first_row * out.seqlen_stride + first_column;
+  int rows_left = rows.seqlen - first_row;
+  int columns_left = columns - first_column;
+  // Or what is the same each time is computed before the steps, and spilled.
+  asm volatile("" : "+r"(rows_left), "+r"(columns_left));
   CUTLASS_PRAGMA_UNROLL
   for (int i = 0; i < kOfBlock; i += i % 2 == 0 ? 1 : 3) {
-    asm volatile("" : "+l"(row));  // or all rows' addresses are computed at once, and spilled
-    if (first_row + fragment_column(i) < rows.seqlen) {
+    asm volatile("" : "+l"(row));
+    if (fragment_column(i) < rows_left) {
       CUTLASS_PRAGMA_UNROLL
       for (int block = 0; block < kBlocks; ++block) {
         CUTLASS_PRAGMA_UNROLL
         for (int r = 0; r < kRowsPerThread; ++r) {
           int const column = block * 64 + r * 8;
-          if (first_column + column < columns) f(grad(block * kOfBlock + i + r * 2), row[column]);
+          if (column < columns_left) f(grad(block * kOfBlock + i + r * 2), row[column]);
         }
       }
     }

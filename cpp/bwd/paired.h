@@ -146,14 +146,13 @@ CUTLASS_DEVICE void consume_value_of_pair(Params const& params,
     warpgroup_fence_operand(tdV);
     if (elected) douts.empty[stage].arrive();
   };
-  // P, for dV and for the other warpgroup, which with a soft cap gets P times its derivative,
-  // before that.
+  // P. With a soft cap dS takes P times its derivative.
+  auto derivative = make_tensor<uint32_t>(Int<decltype(size(tS))::value / 2>{});
   auto const make_p = [&] {
     warpgroup_fence_operand(tS);
     TwoRows<Traits> const of_rows(storage, state.stage);
     if (params.score.cap_scale != 0.f) {
       params.score.cap_all(tS);
-      auto derivative = make_tensor<uint32_t>(Int<decltype(size(tS))::value / 2>{});
       CUTLASS_PRAGMA_UNROLL
       for (int i = 0; i < size(tS); i += 2) {
         derivative(i / 2) = pack<Element>(Score::cap_grad(tS(i)), Score::cap_grad(tS(i + 1)));
@@ -164,33 +163,36 @@ CUTLASS_DEVICE void consume_value_of_pair(Params const& params,
         derivative(i / 2) = pack<Element>(unpack<Element>(derivative(i / 2), 0) * tS(i),
                                           unpack<Element>(derivative(i / 2), 1) * tS(i + 1));
       }
-      named_sync(NamedBarrier::kProbabilitiesTaken, 0, 256);
+    } else if (step.masked) {
+      probabilities_of_rows<true>(params, of_rows, key, tS);
+    } else {
+      probabilities_of_rows<false>(params, of_rows, key, tS);
+    }
+    if (elected) queries.empty[state.stage].arrive();
+  };
+  // P to shared memory, for the other warpgroup and for dV.
+  auto const share_p = [&] {
+    named_sync(NamedBarrier::kProbabilitiesTaken, 0, 256);
+    if (params.score.cap_scale != 0.f) {
       stage_scores<Traits>(storage.weights, derivative);
       named_arrive(NamedBarrier::kProbabilitiesShared, 0, 256);
       named_sync(NamedBarrier::kDerivativeTaken, 0, 256);
       stage_scores<Traits>(storage.weights, packed<Element>(tS));
     } else {
-      if (step.masked) {
-        probabilities_of_rows<true>(params, of_rows, key, tS);
-      } else {
-        probabilities_of_rows<false>(params, of_rows, key, tS);
-      }
-      named_sync(NamedBarrier::kProbabilitiesTaken, 0, 256);
       stage_scores<Traits>(storage.weights, packed<Element>(tS));
       named_arrive(NamedBarrier::kProbabilitiesShared, 0, 256);
     }
-    if (elected) queries.empty[state.stage].arrive();
     sync_warpgroup(0);
   };
   auto const make_dq = [&] {
     named_sync(NamedBarrier::kScoreGradsShared, 0, 256);
     issue_half_dq<Traits>(storage, 0, tdQ);
   };
-  auto const give_dq = [&](int stage) {
+  auto const take_dq = [&] {
     warpgroup_fence_operand(tdQ);
     named_arrive(NamedBarrier::kScoreGradsTaken, 0, 256);
-    hand_over_dq<Traits>(storage, 0, stage, tdQ);
   };
+  auto const give_dq = [&](int stage) { hand_over_dq<Traits>(storage, 0, stage, tdQ); };
 
   named_arrive(NamedBarrier::kScoreGradsTaken, 0, 256);
   GradRows const rows = rows_of_keys<Traits>(params, tile);
@@ -205,26 +207,47 @@ CUTLASS_DEVICE void consume_value_of_pair(Params const& params,
       issue_s();
       warpgroup_wait<0>();
       make_p();
-      issue_dv();
+      share_p();
+      if constexpr (!Traits::kEarlyS) issue_dv();
       while (!step.last) {
         int const last_stage = state.stage;
         int const last_dout = dout_state<Traits>(state).stage;
-        state.advance();
-        read_step();
-        issue_s();
-        warpgroup_wait<1>();
-        release_dout(last_dout);
-        warpgroup_wait<0>();
-        make_p();
-        // dQ of the step before: meanwhile the other warpgroup computes this one's dS.
-        make_dq();
-        issue_dv();
-        warpgroup_wait<1>();
+        if constexpr (Traits::kEarlyS) {
+          // While the other warpgroup computes dS the tensor cores have dV and the next S.
+          issue_dv();
+          state.advance();
+          read_step();
+          issue_s();
+          make_dq();
+          warpgroup_wait<1>();
+          release_dout(last_dout);
+          make_p();
+          warpgroup_wait<0>();
+          take_dq();
+          share_p();
+        } else {
+          // dQ of the step before, when S has left the registers. Meanwhile the other warpgroup
+          // computes this step's dS.
+          state.advance();
+          read_step();
+          issue_s();
+          warpgroup_wait<1>();
+          release_dout(last_dout);
+          warpgroup_wait<0>();
+          make_p();
+          share_p();
+          make_dq();
+          issue_dv();
+          warpgroup_wait<1>();
+          take_dq();
+        }
         give_dq(last_stage);
       }
+      if constexpr (Traits::kEarlyS) issue_dv();
       make_dq();
       warpgroup_wait<0>();
       release_dout(dout_state<Traits>(state).stage);
+      take_dq();
       give_dq(state.stage);
       state.advance();
       ends = step.ends;

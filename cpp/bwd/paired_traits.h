@@ -41,6 +41,8 @@ struct PairedTraits {
   static constexpr int kConsumerRegisters = 240;
   static constexpr int kWarpgroupsM = 1;  // dQ: each warpgroup computes half of the columns
   static constexpr int kColumnsdQ = kHeadDim / 2;
+  // Whether there are registers for dV, S and dQ at the same time.
+  static constexpr bool kEarlyS = kHeadDimV <= 128;
   static constexpr bool kFourSlabs = false;
   static constexpr int kFourthSlab = 0;
   // Half of the columns are whole slabs of 32, not of 64.

@@ -30,7 +30,7 @@ struct QueryTraits {
   static constexpr int kStages = 2;                        // of K
   static constexpr int kStagesV = kHeadDim > 192 ? 1 : 2;  // of V: there is no room for more
   static constexpr int kRecordRows = kTile.block_m;        // of preprocess's records
-  static constexpr int kGradRows = 64;  // that a warpgroup stores
+  static constexpr int kGradRows = 64;                     // that a warpgroup stores
   static constexpr int kConsumerThreads = 256;
   static constexpr int kThreads = 128 + kConsumerThreads;
   static constexpr int kProducerRegisters = 24;

@@ -73,8 +73,8 @@ CUTLASS_DEVICE void store_grads(Params const& params, typename Traits::SharedSto
   store_grad<Element, 64, Traits::kHeadDim>(tdK, params.dkey, memory, rows, barrier);
 }
 
-// Gradients that a warpgroup holds transposed: rows of its accumulators, 64 after 64, are columns of
-// the gradient. Calls f with each of the thread's elements and its place in the fp32 array.
+// Gradients that a warpgroup holds transposed: rows of its accumulators, 64 after 64, are columns
+// of the gradient. Calls f with each of the thread's elements and its place in the fp32 array.
 template <class Fragment, class F>
 CUTLASS_DEVICE void for_each_transposed(Fragment& grad, Operand const& out, GradRows const& rows,
                                         int columns, F const& f) {

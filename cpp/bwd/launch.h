@@ -204,8 +204,8 @@ cudaError_t launch_kernels(BackwardProblem const& problem, cudaStream_t stream) 
   if constexpr (Main::kFused) {
     if (!params.finishes_dq) return cudaSuccess;
     // Of dropout, bits and terms by distance it knows nothing: the kernel is that without.
-    using Plain = std::conditional_t<Main::kPaired, Main,
-                                     Traits<Element, kWidth, kWidthV, Main::kHasBias>>;
+    using Plain =
+        std::conditional_t<Main::kPaired, Main, Traits<Element, kWidth, kWidthV, Main::kHasBias>>;
     int64_t const blocks =
         int64_t{params.num_m_blocks} * params.num_heads_q * problem.forward.batch;
     return launch_if_any(postprocess_kernel<Plain>, blocks, Main::kConsumerThreads, 0, params,
@@ -253,8 +253,9 @@ cudaError_t launch(BackwardProblem const& problem, cudaStream_t stream) {
     }
     return cudaErrorNotSupported;  // likewise
   }
-  using Plain = std::conditional_t<is_paired(bwd_tile(kWidth)), PairedTraits<Element, kWidth, kWidthV>,
-                                   Traits<Element, kWidth, kWidthV>>;
+  using Plain =
+      std::conditional_t<is_paired(bwd_tile(kWidth)), PairedTraits<Element, kWidth, kWidthV>,
+                         Traits<Element, kWidth, kWidthV>>;
   return launch_kernels<Plain>(problem, stream);
 }
 

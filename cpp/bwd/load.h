@@ -150,9 +150,8 @@ CUTLASS_DEVICE void load_keys_and_steps(typename Traits::Params const& params,
       loading.key_phase ^= 1;
     }
     load_tile<kBlockN, Traits::kHeadDim, Traits::kFourSlabs ? Traits::kFourthSlab : 0,
-              Traits::kSlabK>(
-        params.key, storage.key_full, storage.staged, staged_phase, kReadOnce, storage.key,
-        keys.block<kBlockN>(tile.n_block), padding());
+              Traits::kSlabK>(params.key, storage.key_full, storage.staged, staged_phase, kReadOnce,
+                              storage.key, keys.block<kBlockN>(tile.n_block), padding());
     load_tile<kBlockN, Traits::kHeadDimV>(params.value, storage.value_full, storage.staged,
                                           staged_phase, kReadOnce, storage.value,
                                           keys.block<kBlockN>(tile.n_block), padding());

@@ -6,6 +6,7 @@
 // finds P, too. So S and dP are each computed by one warpgroup, which reads their operands once.
 #pragma once
 
+#include "bwd/lost_bits.h"
 #include "bwd/mma.h"
 #include "bwd/paired_traits.h"
 #include "bwd/partial.h"
@@ -58,18 +59,18 @@ CUTLASS_DEVICE void probabilities_of_rows(Params const& params, Rows const& of_r
   }
 }
 
-// P or dS of a thread, to shared memory, for wgmma; and from there. All threads of the warpgroup
-// have written when `barrier` is passed.
+// P or dS of a thread, to shared memory, for wgmma.
 template <class Traits, class Packed>
 CUTLASS_DEVICE void stage_scores(uint16_t* smem, Packed const& packed) {
   stage_packed<Traits::kBlockM, Traits::kBlockN, slab(Traits::kBlockN)>(
       packed, smem, threadIdx.x % 128 / 32 * 16);
   cutlass::arch::fence_view_async_shared();
 }
-template <class Traits, class Packed>
-CUTLASS_DEVICE void load_scores(uint16_t const* smem, Packed& packed) {
-  load_packed<Traits::kBlockM, Traits::kBlockN, slab(Traits::kBlockN)>(
-      packed, smem, threadIdx.x % 128 / 32 * 16);
+// Where a thread leaves what P lost, for the same thread of the other warpgroup: every 128th vector
+// from here on.
+template <class Traits>
+CUTLASS_DEVICE uint4* lost_of_thread(typename Traits::SharedStorage& storage) {
+  return reinterpret_cast<uint4*>(storage.weights_lost) + threadIdx.x % 128;
 }
 
 CUTLASS_DEVICE void sync_warpgroup(int warpgroup) {
@@ -106,6 +107,26 @@ CUTLASS_DEVICE void store_transposed(Params const& params, typename Traits::Shar
   store_transposed_grad<Element, Traits::kBlockN, kColumns>(
       grad, kOfValue ? params.dvalue : params.dkey, kOfValue ? storage.value : storage.key, rows,
       barrier_id(NamedBarrier::kGradOfWarpgroup0, kOfValue ? 0 : 1));
+}
+
+// The sums of a gradient, of which params.dkv_partial has the earlier ones where there are several.
+// `steps` are those of one sum; they return whether they are the tile's last.
+template <class Traits, bool kOfValue, class Fragment, class Steps>
+CUTLASS_DEVICE void sum_and_store(Params const& params, typename Traits::SharedStorage& storage,
+                                  KeyTile const& tile, Fragment& grad, Steps const& steps) {
+  GradRows const rows = rows_of_keys<Traits>(params, tile);
+  bool const in_parts = params.dkv_partial != nullptr;
+  bool first = true;
+  bool ends;
+  do {
+    clear(grad);
+    ends = steps();
+    if (!in_parts) break;
+    accumulate_transposed(grad, dkv_partial(params, tile.split, kOfValue), rows,
+                          kOfValue ? params.head_dim_v : params.head_dim, first);
+    first = false;
+  } while (!ends);
+  if (!in_parts) store_transposed<Traits, kOfValue>(params, storage, rows, grad);
 }
 
 template <class Traits>
@@ -173,12 +194,20 @@ CUTLASS_DEVICE void consume_value_of_pair(Params const& params,
   // P to shared memory, for the other warpgroup and for dV.
   auto const share_p = [&] {
     named_sync(NamedBarrier::kProbabilitiesTaken, 0, 256);
+    uint4* const lost = lost_of_thread<Traits>(storage);
     if (params.score.cap_scale != 0.f) {
+      CUTLASS_PRAGMA_UNROLL
+      for (int i = 0; i < size(tS); i += 16) lost[i / 16 * 128] = uint4{0, 0, 0, 0};
       stage_scores<Traits>(storage.weights, derivative);
       named_arrive(NamedBarrier::kProbabilitiesShared, 0, 256);
       named_sync(NamedBarrier::kDerivativeTaken, 0, 256);
       stage_scores<Traits>(storage.weights, packed<Element>(tS));
     } else {
+      CUTLASS_PRAGMA_UNROLL
+      for (int i = 0; i < size(tS); i += 16) {
+        lost[i / 16 * 128] = uint4{lost_bits<Element>(tS, i), lost_bits<Element>(tS, i + 4),
+                                   lost_bits<Element>(tS, i + 8), lost_bits<Element>(tS, i + 12)};
+      }
       stage_scores<Traits>(storage.weights, packed<Element>(tS));
       named_arrive(NamedBarrier::kProbabilitiesShared, 0, 256);
     }
@@ -195,69 +224,58 @@ CUTLASS_DEVICE void consume_value_of_pair(Params const& params,
   auto const give_dq = [&](int stage) { hand_over_dq<Traits>(storage, 0, stage, tdQ); };
 
   named_arrive(NamedBarrier::kScoreGradsTaken, 0, 256);
-  GradRows const rows = rows_of_keys<Traits>(params, tile);
-  bool ends;
-  bool first = true;
-  do {  // the steps of one sum in the accumulators
-    clear(tdV);
+  sum_and_store<Traits, true>(params, storage, tile, tdV, [&]() __attribute__((always_inline)) {
     read_step();
-    ends = true;
-    if (step.m_block >= 0) {
-      storage.key_full.wait(0);
-      issue_s();
-      warpgroup_wait<0>();
-      make_p();
-      share_p();
-      if constexpr (!Traits::kEarlyS) issue_dv();
-      while (!step.last) {
-        int const last_stage = state.stage;
-        int const last_dout = dout_state<Traits>(state).stage;
-        if constexpr (Traits::kEarlyS) {
-          // While the other warpgroup computes dS the tensor cores have dV and the next S.
-          issue_dv();
-          state.advance();
-          read_step();
-          issue_s();
-          make_dq();
-          warpgroup_wait<1>();
-          release_dout(last_dout);
-          make_p();
-          warpgroup_wait<0>();
-          take_dq();
-          share_p();
-        } else {
-          // dQ of the step before, when S has left the registers. Meanwhile the other warpgroup
-          // computes this step's dS.
-          state.advance();
-          read_step();
-          issue_s();
-          warpgroup_wait<1>();
-          release_dout(last_dout);
-          warpgroup_wait<0>();
-          make_p();
-          share_p();
-          make_dq();
-          issue_dv();
-          warpgroup_wait<1>();
-          take_dq();
-        }
-        give_dq(last_stage);
+    if (step.m_block < 0) return true;
+    storage.key_full.wait(0);
+    issue_s();
+    warpgroup_wait<0>();
+    make_p();
+    share_p();
+    if constexpr (!Traits::kEarlyS) issue_dv();
+    while (!step.last) {
+      int const last_stage = state.stage;
+      int const last_dout = dout_state<Traits>(state).stage;
+      if constexpr (Traits::kEarlyS) {
+        // While the other warpgroup computes dS the tensor cores have dV and the next S.
+        issue_dv();
+        state.advance();
+        read_step();
+        issue_s();
+        make_dq();
+        warpgroup_wait<1>();
+        release_dout(last_dout);
+        make_p();
+        warpgroup_wait<0>();
+        take_dq();
+        share_p();
+      } else {
+        // dQ of the step before, when S has left the registers. Meanwhile the other warpgroup
+        // computes this step's dS.
+        state.advance();
+        read_step();
+        issue_s();
+        warpgroup_wait<1>();
+        release_dout(last_dout);
+        warpgroup_wait<0>();
+        make_p();
+        share_p();
+        make_dq();
+        issue_dv();
+        warpgroup_wait<1>();
+        take_dq();
       }
-      if constexpr (Traits::kEarlyS) issue_dv();
-      make_dq();
-      warpgroup_wait<0>();
-      release_dout(dout_state<Traits>(state).stage);
-      take_dq();
-      give_dq(state.stage);
-      state.advance();
-      ends = step.ends;
+      give_dq(last_stage);
     }
-    if (params.dkv_partial == nullptr) break;
-    accumulate_transposed(tdV, dkv_partial(params, tile.split, true), rows, params.head_dim_v,
-                          first);
-    first = false;
-  } while (!ends);
-  if (params.dkv_partial == nullptr) store_transposed<Traits, true>(params, storage, rows, tdV);
+    if constexpr (Traits::kEarlyS) issue_dv();
+    make_dq();
+    warpgroup_wait<0>();
+    release_dout(dout_state<Traits>(state).stage);
+    take_dq();
+    give_dq(state.stage);
+    state.advance();
+    return step.ends;
+  });
 }
 
 template <class Traits>
@@ -280,39 +298,44 @@ CUTLASS_DEVICE void consume_key_of_pair(Params const& params,
   float const scale = ds_scale<Element>(params, tile.batch, tile.head_k);
 
   bool const elected = threadIdx.x % 32 == 0;
-  auto& queries = storage.query_pipeline;
-  auto& douts = storage.dout_pipeline;
   PipelineState<Traits::kStages> state;
   Step step;
   auto const read_step = [&] {
-    queries.full[state.stage].wait(state.phase);
+    storage.query_pipeline.full[state.stage].wait(state.phase);
     step = storage.steps[state.stage];
   };
   auto const issue_dp = [&] {
     auto const place = dout_state<Traits>(state);
-    douts.full[place.stage].wait(place.phase);
+    storage.dout_pipeline.full[place.stage].wait(place.phase);
     issue_gemm_zero(mma_dp, tdPrdO(_, _, _, place.stage), tdPrV, tdP);
   };
   auto const issue_dk = [&](int stage) { issue_gemm(mma_dk, tdKrQ(_, _, _, stage), tdKrdS, tdK); };
-  // P, or with a soft cap P times its derivative, while dP is under way; then dS.
+  // dS, once P is there, or with a soft cap P times its derivative.
   auto const make_ds = [&] {
-    named_sync(NamedBarrier::kProbabilitiesShared, 0, 256);
-    load_scores<Traits>(storage.weights, packed_ds);
-    named_arrive(NamedBarrier::kProbabilitiesTaken, 0, 256);
-    if (params.score.cap_scale != 0.f) named_arrive(NamedBarrier::kDerivativeTaken, 0, 256);
     TwoRows<Traits> const of_rows(storage, state.stage);
     using Stats = typename TwoRows<Traits>::Stats;
     float const delta[] = {of_rows.at(Stats::kDelta, 0), of_rows.at(Stats::kDelta, 1)};
     warpgroup_wait<0>();
     warpgroup_fence_operand(tdP);
-    if (elected) douts.empty[dout_state<Traits>(state).stage].arrive();
+    if (elected) storage.dout_pipeline.empty[dout_state<Traits>(state).stage].arrive();
+    named_sync(NamedBarrier::kProbabilitiesShared, 0, 256);
+    uint4 const* const lost_of_all = lost_of_thread<Traits>(storage);
     CUTLASS_PRAGMA_UNROLL
-    for (int i = 0; i < size(tdP); i += 2) {
-      float const subtracted = delta[fragment_row(i)];
-      packed_ds(i / 2) = pack<Element>(
-          unpack<Element>(packed_ds(i / 2), 0) * (tdP(i) * scale - subtracted),
-          unpack<Element>(packed_ds(i / 2), 1) * (tdP(i + 1) * scale - subtracted));
+    for (int i = 0; i < size(tdP); i += 16) {
+      auto weights = make_tensor<uint32_t>(_8{});
+      load_packed<Traits::kBlockM, 32, slab(kBlockN)>(weights, storage.weights,
+                                                      threadIdx.x % 128 / 32 * 16, i * 2);
+      uint4 const vector = lost_of_all[i / 16 * 128];
+      uint32_t const lost[] = {vector.x, vector.y, vector.z, vector.w};
+      auto const ds = [&](int e) {
+        float const p = with_lost_bits<Element>(weights(e / 2), e % 2, lost[e / 4], e % 4);
+        return p * (tdP(i + e) * scale - delta[fragment_row(e)]);
+      };
+      CUTLASS_PRAGMA_UNROLL
+      for (int e = 0; e < 16; e += 2) packed_ds((i + e) / 2) = pack<Element>(ds(e), ds(e + 1));
     }
+    named_arrive(NamedBarrier::kProbabilitiesTaken, 0, 256);
+    if (params.score.cap_scale != 0.f) named_arrive(NamedBarrier::kDerivativeTaken, 0, 256);
   };
   auto const make_grads = [&] {
     named_sync(NamedBarrier::kScoreGradsTaken, 0, 256);
@@ -326,45 +349,34 @@ CUTLASS_DEVICE void consume_key_of_pair(Params const& params,
   };
   auto const release_query = [&](int stage) {
     warpgroup_fence_operand(tdK);
-    if (elected) queries.empty[stage].arrive();
+    if (elected) storage.query_pipeline.empty[stage].arrive();
   };
 
   named_arrive(NamedBarrier::kProbabilitiesTaken, 0, 256);
-  GradRows const rows = rows_of_keys<Traits>(params, tile);
-  bool ends;
-  bool first = true;
-  do {  // the steps of one sum in the accumulators
-    clear(tdK);
+  sum_and_store<Traits, false>(params, storage, tile, tdK, [&]() __attribute__((always_inline)) {
     read_step();
-    ends = true;
-    if (step.m_block >= 0) {
-      storage.value_full.wait(0);
-      storage.key_full.wait(0);
-      issue_dp();
-      make_ds();
-      while (!step.last) {
-        int const last_stage = state.stage;
-        make_grads();
-        state.advance();
-        read_step();
-        issue_dp();
-        warpgroup_wait<1>();
-        release_query(last_stage);
-        make_ds();
-      }
+    if (step.m_block < 0) return true;
+    storage.value_full.wait(0);
+    storage.key_full.wait(0);
+    issue_dp();
+    make_ds();
+    while (!step.last) {
+      int const last_stage = state.stage;
       make_grads();
-      warpgroup_wait<0>();
-      release_query(state.stage);
       state.advance();
-      scale_grad(tdK, params.softmax_scale / scale);
-      ends = step.ends;
+      read_step();
+      issue_dp();
+      warpgroup_wait<1>();
+      release_query(last_stage);
+      make_ds();
     }
-    if (params.dkv_partial == nullptr) break;
-    accumulate_transposed(tdK, dkv_partial(params, tile.split, false), rows, params.head_dim,
-                          first);
-    first = false;
-  } while (!ends);
-  if (params.dkv_partial == nullptr) store_transposed<Traits, false>(params, storage, rows, tdK);
+    make_grads();
+    warpgroup_wait<0>();
+    release_query(state.stage);
+    state.advance();
+    scale_grad(tdK, params.softmax_scale / scale);
+    return step.ends;
+  });
 }
 
 }  // namespace jax_fa3::bwd

@@ -32,9 +32,9 @@ struct PairedTraits {
   static constexpr bool kPaired = true;
   static constexpr bool kNarrow = false;
   static constexpr bool kPersistent = false;
-  static constexpr int kStages = 2;                            // of Q
-  static constexpr int kStagesdO = kHeadDimV > 128 ? 1 : 2;    // there is no room for more
-  static constexpr int kWritersdQ = kStages;                   // warps that add dQ
+  static constexpr int kStages = 2;                          // of Q
+  static constexpr int kStagesdO = kHeadDimV > 128 ? 1 : 2;  // there is no room for more
+  static constexpr int kWritersdQ = kStages;                 // warps that add dQ
   static constexpr int kConsumerThreads = kBwdConsumerThreads;
   static constexpr int kThreads = 128 + kConsumerThreads;
   static constexpr int kProducerRegisters = 24;
@@ -90,9 +90,10 @@ struct PairedTraits {
     alignas(1024) uint16_t value[kSizeV];
     alignas(1024) uint16_t query[kStages * kSizeQ];
     alignas(1024) uint16_t dout[kStagesdO * kSizedO];
-    alignas(1024) uint16_t weights[kSizeScores];       // P
-    alignas(1024) uint16_t score_grads[kSizeScores];   // dS
+    alignas(1024) uint16_t weights[kSizeScores];      // P
+    alignas(1024) uint16_t score_grads[kSizeScores];  // dS
     alignas(1024) float dquery[kSizedQ];
+    alignas(128) uint32_t weights_lost[kSizeScores / 4];  // of P (lost_bits.h)
     alignas(128) float stats[kStages * row_stats_of_block(kBlockM)];
     alignas(128) int2 intervals[kStages * kBlockM];
     Step steps[kStages];

@@ -47,7 +47,7 @@ struct Traits {
   // A CTA takes one tile after the other: the next one's K, V, Q and dO are loaded while this one's
   // gradients are stored.
   static constexpr bool kPersistent = (kNarrow || kHeadDim == 128) && !kOneTile_;
-  static constexpr int kStages = 2;                        // of Q and of dO
+  static constexpr int kStages = 2;  // of Q and of dO
   static constexpr int kStagesdO = kStages;
   static constexpr int kWritersdQ = kFused ? kStages : 0;  // warps that add dQ: one for each stage
 

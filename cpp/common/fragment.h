@@ -76,15 +76,17 @@ CUTLASS_DEVICE void stage_packed(Packed const& packed, uint16_t* smem, int first
   }
 }
 
-// What stage_packed() has left there, back into registers.
+// Some columns of what stage_packed() has left there, back into registers.
 template <int kRows, int kColumns, int kSlab, class Packed>
-CUTLASS_DEVICE void load_packed(Packed& packed, uint16_t const* smem, int first_row) {
+CUTLASS_DEVICE void load_packed(Packed& packed, uint16_t const* smem, int first_row,
+                                int first_column = 0) {
   int const lane = threadIdx.x % 32;
   int const row = first_row + lane % 16;
   CUTLASS_PRAGMA_UNROLL
   for (int column = 0; column < kColumns; column += 16) {
+    int const vector = (first_column + column) / 8 + lane / 16;
     auto const* const source = reinterpret_cast<cute::uint128_t const*>(
-        smem + swizzled_vector<kRows, kSlab>(row, column / 8 + lane / 16) * 8);
+        smem + swizzled_vector<kRows, kSlab>(row, vector) * 8);
     int const i = column / 4;
     cute::SM75_U32x4_LDSM_N::copy(*source, packed(i), packed(i + 1), packed(i + 2), packed(i + 3));
   }

@@ -131,9 +131,9 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     cutlass::arch::warpgroup_reg_alloc<Traits::kConsumerRegisters>();
     if constexpr (Traits::kPaired) {
       if (warp < 8) {
-        consume_value_of_pair<Traits>(params, storage, tile);
+        consume_tiles<Traits, true>(params, storage);
       } else {
-        consume_key_of_pair<Traits>(params, storage, tile);
+        consume_tiles<Traits, false>(params, storage);
       }
     } else if constexpr (Traits::kFused) {
       consume_fused<Traits>(params, storage, tile, warp / 4 - 1);

@@ -70,14 +70,15 @@ struct Loading {
 template <class Traits>
 CUTLASS_DEVICE void announce(typename Traits::SharedStorage& storage, KeyTile const& tile,
                              PipelineState<Traits::kStages>& state) {
+  auto const place = dout_state<Traits>(state);
   storage.query_pipeline.empty[state.stage].wait(state.phase ^ 1);
-  storage.dout_pipeline.empty[state.stage].wait(state.phase ^ 1);
+  storage.dout_pipeline.empty[place.stage].wait(place.phase ^ 1);
   if (threadIdx.x % 32 == 0) {
     storage.steps[state.stage] = {-1, 0, false, true, true};
     storage.tiles[state.stage] = tile;
     storage.query_pipeline.full[state.stage].arrive();
     if constexpr (Traits::kHasAlibi) storage.query_pipeline.full[state.stage].arrive();
-    storage.dout_pipeline.full[state.stage].arrive();
+    storage.dout_pipeline.full[place.stage].arrive();
   }
   state.advance();
 }
@@ -144,11 +145,14 @@ CUTLASS_DEVICE void load_keys_and_steps(typename Traits::Params const& params,
                                           storage.dout + place.stage * Traits::kSizedO,
                                           {step.m_block * kBlockM, step.head, batch}, blind);
   };
-  auto const load_keys = [&] {
+  auto const wait_until_read = [&] {
     if constexpr (Traits::kPersistent) {
       storage.keys_empty.wait(loading.key_phase ^ 1);
       loading.key_phase ^= 1;
     }
+  };
+  auto const load_keys = [&] {
+    wait_until_read();
     load_tile<kBlockN, Traits::kHeadDim, Traits::kFourSlabs ? Traits::kFourthSlab : 0,
               Traits::kSlabK>(params.key, storage.key_full, storage.staged, staged_phase, kReadOnce,
                               storage.key, keys.block<kBlockN>(tile.n_block), padding());
@@ -283,6 +287,7 @@ CUTLASS_DEVICE void load_keys_and_steps(typename Traits::Params const& params,
     return;
   }
   if constexpr (Traits::kPersistent) {
+    if constexpr (Traits::kPaired) wait_until_read();  // its zeros are stored from there
     announce<Traits>(storage, tile, state);
   } else {
     // Gradients of 0 are stored from the memory of K and V.

@@ -107,6 +107,18 @@ CUTLASS_DEVICE void store_transposed(Params const& params, typename Traits::Shar
   store_transposed_grad<Element, Traits::kBlockN, kColumns>(
       grad, kOfValue ? params.dvalue : params.dkey, kOfValue ? storage.value : storage.key, rows,
       barrier_id(NamedBarrier::kGradOfWarpgroup0, kOfValue ? 0 : 1));
+  if (threadIdx.x % 128 == 0) cute::tma_store_wait<0>();
+}
+
+// The one step of a tile that no row sees: it has no operands.
+template <class Traits>
+CUTLASS_DEVICE void pass_step(typename Traits::SharedStorage& storage,
+                              PipelineState<Traits::kStages>& state) {
+  if (threadIdx.x % 32 == 0) {
+    storage.query_pipeline.empty[state.stage].arrive();
+    storage.dout_pipeline.empty[dout_state<Traits>(state).stage].arrive();
+  }
+  state.advance();
 }
 
 // The sums of a gradient, of which params.dkv_partial has the earlier ones where there are several.
@@ -116,23 +128,30 @@ CUTLASS_DEVICE void sum_and_store(Params const& params, typename Traits::SharedS
                                   KeyTile const& tile, Fragment& grad, Steps const& steps) {
   GradRows const rows = rows_of_keys<Traits>(params, tile);
   bool const in_parts = params.dkv_partial != nullptr;
+  bool const staged = !in_parts && !params.dkv_fp32;  // in the memory of K and V
+  auto const release_keys = [&] {
+    if (threadIdx.x % 32 == 0) storage.keys_empty.arrive();
+  };
   bool first = true;
   bool ends;
   do {
     clear(grad);
     ends = steps();
+    if (ends && !staged) release_keys();
     if (!in_parts) break;
     accumulate_transposed(grad, dkv_partial(params, tile.split, kOfValue), rows,
                           kOfValue ? params.head_dim_v : params.head_dim, first);
     first = false;
   } while (!ends);
   if (!in_parts) store_transposed<Traits, kOfValue>(params, storage, rows, grad);
+  if (staged) release_keys();
 }
 
 template <class Traits>
 CUTLASS_DEVICE void consume_value_of_pair(Params const& params,
                                           typename Traits::SharedStorage& storage,
-                                          KeyTile const& tile) {
+                                          KeyTile const& tile, uint32_t& key_phase,
+                                          PipelineState<Traits::kStages>& state) {
   using Element = typename Traits::Element;
   constexpr int kBlockN = Traits::kBlockN;
   typename Traits::template MmaScores<Traits::kHeadDim> mma_s;
@@ -150,7 +169,6 @@ CUTLASS_DEVICE void consume_value_of_pair(Params const& params,
   bool const elected = threadIdx.x % 32 == 0;
   auto& queries = storage.query_pipeline;
   auto& douts = storage.dout_pipeline;
-  PipelineState<Traits::kStages> state;
   Step step;
   auto const read_step = [&] {
     queries.full[state.stage].wait(state.phase);
@@ -223,11 +241,13 @@ CUTLASS_DEVICE void consume_value_of_pair(Params const& params,
   };
   auto const give_dq = [&](int stage) { hand_over_dq<Traits>(storage, 0, stage, tdQ); };
 
-  named_arrive(NamedBarrier::kScoreGradsTaken, 0, 256);
   sum_and_store<Traits, true>(params, storage, tile, tdV, [&]() __attribute__((always_inline)) {
     read_step();
-    if (step.m_block < 0) return true;
-    storage.key_full.wait(0);
+    if (step.m_block < 0) {
+      pass_step<Traits>(storage, state);
+      return true;
+    }
+    storage.key_full.wait(key_phase);
     issue_s();
     warpgroup_wait<0>();
     make_p();
@@ -274,6 +294,7 @@ CUTLASS_DEVICE void consume_value_of_pair(Params const& params,
     take_dq();
     give_dq(state.stage);
     state.advance();
+    if (step.ends) key_phase ^= 1;
     return step.ends;
   });
 }
@@ -281,7 +302,8 @@ CUTLASS_DEVICE void consume_value_of_pair(Params const& params,
 template <class Traits>
 CUTLASS_DEVICE void consume_key_of_pair(Params const& params,
                                         typename Traits::SharedStorage& storage,
-                                        KeyTile const& tile) {
+                                        KeyTile const& tile, uint32_t& key_phase,
+                                        PipelineState<Traits::kStages>& state) {
   using Element = typename Traits::Element;
   constexpr int kBlockN = Traits::kBlockN;
   typename Traits::template MmaScores<Traits::kHeadDimV> mma_dp;
@@ -298,7 +320,6 @@ CUTLASS_DEVICE void consume_key_of_pair(Params const& params,
   float const scale = ds_scale<Element>(params, tile.batch, tile.head_k);
 
   bool const elected = threadIdx.x % 32 == 0;
-  PipelineState<Traits::kStages> state;
   Step step;
   auto const read_step = [&] {
     storage.query_pipeline.full[state.stage].wait(state.phase);
@@ -352,12 +373,14 @@ CUTLASS_DEVICE void consume_key_of_pair(Params const& params,
     if (elected) storage.query_pipeline.empty[stage].arrive();
   };
 
-  named_arrive(NamedBarrier::kProbabilitiesTaken, 0, 256);
   sum_and_store<Traits, false>(params, storage, tile, tdK, [&]() __attribute__((always_inline)) {
     read_step();
-    if (step.m_block < 0) return true;
-    storage.value_full.wait(0);
-    storage.key_full.wait(0);
+    if (step.m_block < 0) {
+      pass_step<Traits>(storage, state);
+      return true;
+    }
+    storage.value_full.wait(key_phase);
+    storage.key_full.wait(key_phase);
     issue_dp();
     make_ds();
     while (!step.last) {
@@ -375,8 +398,29 @@ CUTLASS_DEVICE void consume_key_of_pair(Params const& params,
     release_query(state.stage);
     state.advance();
     scale_grad(tdK, params.softmax_scale / scale);
+    if (step.ends) key_phase ^= 1;
     return step.ends;
   });
+}
+
+// The tiles that the loading warp announces; kOfValue: by the warpgroup that computes dV.
+template <class Traits, bool kOfValue>
+CUTLASS_DEVICE void consume_tiles(Params const& params, typename Traits::SharedStorage& storage) {
+  PipelineState<Traits::kStages> state;
+  uint32_t key_phase = 0;
+  // What the other warpgroup is to write there for the first time.
+  named_arrive(kOfValue ? NamedBarrier::kScoreGradsTaken : NamedBarrier::kProbabilitiesTaken, 0,
+               256);
+  for (;;) {
+    storage.query_pipeline.full[state.stage].wait(state.phase);
+    KeyTile const tile = storage.tiles[state.stage];
+    if (tile.n_block < 0) return;
+    if constexpr (kOfValue) {
+      consume_value_of_pair<Traits>(params, storage, tile, key_phase, state);
+    } else {
+      consume_key_of_pair<Traits>(params, storage, tile, key_phase, state);
+    }
+  }
 }
 
 }  // namespace jax_fa3::bwd

@@ -31,7 +31,7 @@ struct PairedTraits {
   static constexpr bool kFused = true;
   static constexpr bool kPaired = true;
   static constexpr bool kNarrow = false;
-  static constexpr bool kPersistent = false;
+  static constexpr bool kPersistent = true;
   static constexpr int kStages = 2;                          // of Q
   static constexpr int kStagesdO = kHeadDimV > 128 ? 1 : 2;  // there is no room for more
   static constexpr int kWritersdQ = kStages;                 // warps that add dQ
@@ -97,9 +97,11 @@ struct PairedTraits {
     alignas(128) float stats[kStages * row_stats_of_block(kBlockM)];
     alignas(128) int2 intervals[kStages * kBlockM];
     Step steps[kStages];
+    KeyTile tiles[kStages];  // of these steps
     FullBarrier key_full;
     FullBarrier value_full;
-    FullBarrier staged;  // a tile with rows to be zeroed has landed
+    EmptyBarrier keys_empty;  // and values: gradients have left their memory, too
+    FullBarrier staged;       // a tile with rows to be zeroed has landed
     Pipeline<kStages> query_pipeline;
     Pipeline<kStagesdO> dout_pipeline;
   };

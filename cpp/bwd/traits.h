@@ -220,6 +220,6 @@ CUTLASS_DEVICE PipelineState<Traits::kStagesdO> dout_state(
 // Whether K and V of a tile are loaded before its first Q and dO, or behind those, which have room
 // earlier where a tile comes before (at head dim 128 the loading warp has no registers for that).
 template <class Traits>
-inline constexpr bool kKeysFirst = !(Traits::kPersistent && Traits::kNarrow);
+inline constexpr bool kKeysFirst = !(Traits::kPersistent && (Traits::kNarrow || Traits::kPaired));
 
 }  // namespace jax_fa3::bwd

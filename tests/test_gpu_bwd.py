@@ -90,7 +90,7 @@ def test_deterministic(name: str):
     assert equal(first, call(*arguments))
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128, 192])
 @pytest.mark.parametrize("heads", [(8, 8), (32, 8)], ids=["MHA", "GQA"])
 @pytest.mark.parametrize("mask", [{}, CAUSAL, {"local_window_size": (300, 0)}], ids=str)
 def test_deterministic_in_more_ctas_than_run_at_once(mask: Any, heads: Any, head_dim: int):
@@ -105,7 +105,7 @@ def test_deterministic_in_more_ctas_than_run_at_once(mask: Any, heads: Any, head
     np.testing.assert_allclose(found, wanted, rtol=2**-7, atol=2**-9 * np.abs(wanted).max())
 
 
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("head_dim", [64, 128, 192, 256])
 def test_dk_and_dv_are_always_bit_equal(head_dim: int):
     call, arguments = gradients(Case("repeats", 1024, 1024, 4, 4, head_dim, B=4, mask=CAUSAL))
     first = call(*arguments)

@@ -145,7 +145,9 @@ SPLITS = {
 
 
 @pytest.mark.parametrize(
-    "head_dim", [(64, 64), (80, 80), (128, 128), (192, 128), (256, 256)], ids=str
+    "head_dim",
+    [(64, 64), (80, 80), (128, 128), (192, 128), (192, 192), (256, 256)],
+    ids=str,
 )
 @pytest.mark.parametrize("name", SPLITS)
 @pytest.mark.parametrize("splits", [0, 1, 2, 3, 5, 12])

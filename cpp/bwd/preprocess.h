@@ -63,9 +63,10 @@ __global__ void __launch_bounds__(kPreprocessThreads, preprocess_ctas(kHeadDimV)
     }
   };
 
-  // A row's vectors of 8 elements, one a lane, or two of wide heads.
+  // A row's vectors of 8 elements, one a lane, or two of wide heads; three of 24, which would leave
+  // a quarter of 32 lanes idle.
   constexpr int kVectors = kHeadDimV / 8;
-  constexpr int kLanes = kVectors <= 8 ? 8 : (kVectors <= 16 ? 16 : 32);
+  constexpr int kLanes = kVectors <= 8 || kVectors == 24 ? 8 : (kVectors <= 16 ? 16 : 32);
   constexpr int kRowsOfPass = kPreprocessThreads / kLanes;
   // Rows whose loads are under way at once.
   constexpr int kAtOnce = cute::min(kVectors <= 32 ? 4 : 2, kBlockM / kRowsOfPass);

@@ -96,14 +96,14 @@ struct PairedTraits {
     alignas(128) uint32_t weights_lost[kSizeScores / 4];  // of P (lost_bits.h)
     alignas(128) float stats[kStages * row_stats_of_block(kBlockM)];
     alignas(128) int2 intervals[kStages * kBlockM];
-    Step steps[kStages];
-    KeyTile tiles[kStages];  // of these steps
     FullBarrier key_full;
     FullBarrier value_full;
-    EmptyBarrier keys_empty;  // and values: gradients have left their memory, too
     FullBarrier staged;       // a tile with rows to be zeroed has landed
+    EmptyBarrier keys_empty;  // and values: gradients have left their memory, too
     Pipeline<kStages> query_pipeline;
     Pipeline<kStagesdO> dout_pipeline;
+    Step steps[kStages];
+    KeyTile tiles[kStages];  // of these steps
   };
   static_assert(sizeof(SharedStorage) <= 227 * 1024);
 };

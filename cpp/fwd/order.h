@@ -28,10 +28,12 @@ struct Order : TileOrder {
   }
 
   // All heads but those of the last section in sections of kParts-th its size, of whole groups of
-  // query heads that share a KV head.
+  // query heads that share a KV head. Not of one KV head alone: its tiles then run beside those of
+  // the next, whose blocks of keys are others.
   void make_early(int group) {
-    constexpr int kParts = 4;
-    early_section = std::max(section / group / kParts, 1) * group;
+    constexpr int kParts = 8;
+    early_section = section / group / kParts * group;
+    if (early_section <= group) return;
     early_heads = std::max(num_heads * batch - section, 0) / early_section * early_section;
     section = num_heads * batch - early_heads;
   }

@@ -143,6 +143,20 @@ def test_memory_is_linear():
     assert temporaries(2**15)[0] <= 2 * 8 * 2**15 * 4  # the log-sum-exp before it is transposed
 
 
+@DTYPES
+def test_high_tiles(dtype: Any):
+    """Of many long causal heads: as the kernel that takes intervals by arrays, which has other tiles."""
+    q, k, v = Case("high tiles", 8192, 8192, 25, 5, 128, B=1).inputs(dtype)
+    ends = jnp.arange(1, 8193, dtype=jnp.int32)[None]
+    found = jax.jit(functools.partial(attention, is_causal=True))(q, k, v)
+    other = jax.jit(functools.partial(attention, key_end=ends))(q, k, v)
+    eps = float(jnp.finfo(dtype).eps)
+    for x, y, tolerance in zip(found, other, (eps, 1e-5), strict=True):
+        assert float(
+            jnp.abs(x.astype(jnp.float32) - y.astype(jnp.float32)).max()
+        ) < 2 * tolerance * max(1.0, float(jnp.abs(y.astype(jnp.float32)).max()))
+
+
 def test_offset_is_run_time():
     """One program for every offset gives, bit by bit, what a program per offset gives."""
     case = CASES["long, window"]

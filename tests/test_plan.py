@@ -148,17 +148,20 @@ def test_tile_order(section: int):
         assert keys == sorted(keys)
 
 
-@pytest.mark.parametrize("section", [1, 4, 6, 9, 12])
+@pytest.mark.parametrize("section", [1, 4, 9, 16, 40])
 @pytest.mark.parametrize("group", [1, 2, 3])
 def test_fwd_tile_order(section: int, group: int):
-    """The last section as ever, what is before it in smaller ones, of whole groups."""
+    """The last section as ever, what is before it in smaller ones, of several whole groups."""
     section = max(section // group, 1) * group
-    small = max(section // group // 4, 1) * group
-    for blocks, heads, batch in itertools.product((1, 2, 5), (6, 12), (1, 3)):
+    for blocks, heads, batch in itertools.product((1, 2, 5), (6, 24), (1, 3)):
         most = min(section, heads * batch)
         tiles = C.fwd_tile_order(blocks, heads, batch, most, group)
         assert sorted(tiles) == sorted(itertools.product(*map(range, (blocks, heads, batch))))
-        early = (heads * batch - most) // small * small
+        small = most // group // 8 * group
+        if small <= group:
+            small, early = most, heads * batch
+        else:
+            early = (heads * batch - most) // small * small
         rows = [entry * heads + head for _, head, entry in tiles]
         sections = [min(row, early) // small for row in rows]
         keys = [(part, -tile[0]) for part, tile in zip(sections, tiles, strict=True)]

@@ -43,6 +43,28 @@ inline bool takes_rest_kernel(Problem const& problem) {
          score_scale(problem).score.cap_scale == 0.f;
 }
 
+// Whether tiles should be high: where rows see many keys under a causal mask, and there are so many
+// tiles that all CTAs end together; and where the rest of the keys would be a block by itself, of
+// rows of which few would be left over as well.
+inline bool takes_tall_tile(Problem const& p) {
+  constexpr int kLeastTilesOfCta = 8;
+  if (score_scale(p).score.cap_scale != 0.f) return false;
+  if (takes_rest_kernel(p)) return p.seqlen_k >= 1024;
+  Mask const& mask = p.mask;
+  bool const is_causal = mask.window_right != kUnbounded && mask.window_left == kUnbounded &&
+                         mask.key_begin == nullptr && mask.key_end == nullptr;
+  int64_t const tiles = int64_t{p.batch} * p.num_heads_q * ceil_div(p.seqlen_q, kTallTile.block_m);
+  return is_causal && p.seqlen_k >= 8192 && tiles >= kLeastTilesOfCta * kMostCtas;
+}
+
+// Whether blocks should be long: where nothing is masked, if they are no more than three quarters
+// as many. (A step takes 1.33 times as long.)
+inline bool takes_long_tile(Problem const& p) {
+  constexpr int kUsualKeys = fwd_tile(128, 128, false).block_n;
+  return !p.mask.restricts() && score_scale(p).score.cap_scale == 0.f && p.seqlen_k >= 4096 &&
+         4 * ceil_div(p.seqlen_k, kLongTile.block_n) <= 3 * ceil_div(p.seqlen_k, kUsualKeys);
+}
+
 // All but the descriptors.
 inline void set_common(Problem const& p, int block_m, Params* params) {
   if (p.out_dtype == DType::kFloat32) params->out_fp32 = static_cast<float*>(p.out.data);
@@ -210,6 +232,10 @@ cudaError_t launch(Problem const& problem, cudaStream_t stream) {
     if (takes_short_keys_tile(problem)) {
       return launch_kind(KindIs<Kind::kShort>{}, std::true_type{});
     }
+  }
+  if constexpr (has_large_tiles(kHeadDim, kHeadDimV)) {
+    if (takes_tall_tile(problem)) return launch_kind(KindIs<Kind::kTall>{}, std::true_type{});
+    if (takes_long_tile(problem)) return launch_kind(KindIs<Kind::kLong>{}, std::true_type{});
   }
   if constexpr (has_rest_kernel(kHeadDim, kHeadDimV)) {
     if (takes_rest_kernel(problem)) return launch_kind(KindIs<Kind::kRest>{}, std::true_type{});

@@ -10,6 +10,7 @@
 #include "fwd/bits.h"
 #include "fwd/long_sums.h"
 #include "fwd/params.h"
+#include "fwd/query.h"
 #include "fwd/traits.h"
 
 namespace jax_fa3::fwd {
@@ -42,7 +43,13 @@ CUTLASS_DEVICE void mma(typename Traits::Params const& params,
   // The warpgroup's first thread stands for all: descriptors are the same across a warpgroup. (Made
   // by operand_a() and operand_b() they are the same, but the machine code of a kernel is not.)
   auto const group_qk = mma_qk.get_slice(warpgroup * 128);
-  Tensor tSrQ = group_qk.partition_fragment_A(sQ)(_, _, _, 0);
+  auto tSrQ = [&] {
+    if constexpr (Traits::kQueryInRegisters) {
+      return query_registers<Element, Traits::kBlockM, Traits::kHeadDim>(group_qk);
+    } else {
+      return group_qk.partition_fragment_A(sQ)(_, _, _, 0);
+    }
+  }();
   Tensor tSrK = group_qk.partition_fragment_B(sK);
   Tensor tOrV =
       typename Traits::MmaPVInSlabs{}.get_slice(warpgroup * 128).partition_fragment_B(sVt);
@@ -77,9 +84,19 @@ CUTLASS_DEVICE void mma(typename Traits::Params const& params,
     if (elected) pipeline.empty[position.stage].arrive();
     position.advance();
   };
-  // After the tile's last S, Q may be overwritten.
+  // After the tile's last S, Q may be overwritten: at once if it is in registers.
   auto const release_query = [&](int n_block) {
+    if (Traits::kQueryInRegisters) return;
     if (elected && n_block == blocks.begin) storage.query_empty[warpgroup].arrive();
+  };
+  auto const wait_for_query = [&] {
+    storage.query_full[warpgroup].wait(state.query_phase);
+    state.query_phase ^= 1;
+    if constexpr (Traits::kQueryInRegisters) {
+      load_query<Traits::kBlockM, Traits::kSlab>(storage.query, warpgroup * 64, tSrQ);
+      __syncwarp();
+      if (elected) storage.query_empty[warpgroup].arrive();
+    }
   };
   int n_block = blocks.end - 1;
   [[maybe_unused]] RelativeTerms<kBlockN, 1, Traits::kTermsAtOnce> relative;
@@ -115,7 +132,7 @@ CUTLASS_DEVICE void mma(typename Traits::Params const& params,
     }
     if constexpr (Traits::kHasBits) {
       mask_scores(tSrS, rows, n_block * kBlockN + lane_column, dense.bits);
-    } else {
+    } else if constexpr (!Traits::kMasksFirstAlone) {
       mask_scores(tSrS, rows, n_block * kBlockN + lane_column);
     }
   };
@@ -141,8 +158,7 @@ CUTLASS_DEVICE void mma(typename Traits::Params const& params,
 
   // The last block: nothing to overlap with.
   if constexpr (Traits::kHasBits) dense.load(dense.walk.next());
-  storage.query_full[warpgroup].wait(state.query_phase);
-  state.query_phase ^= 1;
+  wait_for_query();
   keys.full[state.key.stage].wait(state.key.phase);
   turns.wait();
   if constexpr (Traits::kHasRest) {
@@ -245,6 +261,8 @@ CUTLASS_DEVICE void mma(typename Traits::Params const& params,
   } else if constexpr (Traits::kHasRest) {
     --n_block;
     step(Int<kBehindRest>{});
+    for (--n_block; n_block >= blocks.begin; --n_block) step(Int<kFullBlock>{});
+  } else if constexpr (Traits::kMasksFirstAlone) {
     for (--n_block; n_block >= blocks.begin; --n_block) step(Int<kFullBlock>{});
   } else if constexpr (Traits::kHasBits) {
     while (n_block > blocks.begin) {

@@ -17,6 +17,7 @@
 #include "fwd/barriers.h"
 #include "fwd/first_block.h"
 #include "fwd/params.h"
+#include "fwd/wgmma_long.h"
 #include "plan.h"
 
 namespace jax_fa3::fwd {
@@ -25,12 +26,14 @@ using namespace cute;
 
 // The kinds of forward kernels.
 //
-// Five differ by how many keys there are for a tile. kShort: one block holds all, and nothing is
+// Seven differ by how many keys there are for a tile. kShort: one block holds all, and nothing is
 // masked; it stays in shared memory while a CTA goes through tiles of the same head. kFew: tiles
 // have fewer query rows. kMany: O is summed in memory, too (long_sums.h), or several CTAs share a
 // tile (parts.h). That code is in a kernel of its own: though never run, it costs a causal forward
 // of 2,048 keys 2 %. kRest: nothing is masked, and the last block has few keys (kRestKeys): it is
-// that short.
+// that short. kTall: tiles have more
+// query rows, so that K and V are read less often. kLong: nothing is masked, and blocks have more
+// keys.
 //
 // The others have what few calls have:
 // kBias: a dense bias (common/bias.h), whose slabs need memory, and registers: so two consumers.
@@ -38,10 +41,23 @@ using namespace cute;
 // kDropout: dropout on the weights (common/dropout.h).
 // kAlibi: slopes (common/alibi.h), whose operands need memory.
 // kRelative: a bias by distance (common/relative_bias.h).
-enum class Kind { kFew, kUsual, kMany, kBias, kBits, kDropout, kAlibi, kRelative, kShort, kRest };
+enum class Kind {
+  kFew,
+  kUsual,
+  kMany,
+  kBias,
+  kBits,
+  kDropout,
+  kAlibi,
+  kRelative,
+  kShort,
+  kRest,
+  kTall,
+  kLong
+};
 // What the kernel of each gets, in their order.
 using ParamsOfKind = std::tuple<Params, Params, ManyParams, BiasParams, BitsParams, DropoutParams,
-                                AlibiParams, RelativeParams, ShortParams, Params>;
+                                AlibiParams, RelativeParams, ShortParams, Params, Params, Params>;
 
 // The tile where rows see few keys. What takes time there is a tile's beginning and end, so small
 // ones take turns: of three CTAs on an SM, each with one consumer warpgroup.
@@ -54,6 +70,13 @@ constexpr FwdTile few_keys_tile(int head_dim, int head_dim_v) {
 // 128 keys, of heads that class tokens and registers make so long (1,029 keys, 257).
 constexpr int kRestKeys = 32;
 constexpr bool has_rest_kernel(int head_dim, int head_dim_v) {
+  return head_dim == 128 && head_dim_v == 128;
+}
+
+// Of kTall and kLong, at head dim 128.
+constexpr FwdTile kTallTile{192, 80, false};
+constexpr FwdTile kLongTile{128, 176, true};
+constexpr bool has_large_tiles(int head_dim, int head_dim_v) {
   return head_dim == 128 && head_dim_v == 128;
 }
 
@@ -73,13 +96,16 @@ struct Traits {
   static constexpr Kind kKind = kKind_;
   static constexpr FwdTile kTile = kHasBits                ? FwdTile{kMaskBlock, kMaskBlock, false}
                                    : kKind == Kind::kShort ? FwdTile{64, kShortKeys, false}
-                                   : kKind == Kind::kFew   ? few_keys_tile(kHeadDim, kHeadDimV)
+                                   : kKind == Kind::kTall  ? kTallTile
+                                   : kKind == Kind::kLong  ? kLongTile
+                                   : kKind == Kind::kFew ? few_keys_tile(kHeadDim, kHeadDimV)
                                                          : fwd_tile(kHeadDim, kHeadDimV, kHasBias);
   static constexpr int kBlockM = kTile.block_m;
   static constexpr int kBlockN = kTile.block_n;
   static constexpr bool kOutOverValue = kTile.out_over_value;
   static constexpr bool kKeysStay = kKind == Kind::kShort;
   static constexpr bool kHasRest = kKind == Kind::kRest;
+  static constexpr bool kMasksFirstAlone = kKind == Kind::kLong;  // no other block is masked
   static constexpr bool kAccumulates = !kKeysStay;  // onto the result for the keys of other calls
   static constexpr bool kHasLseLow = true;
   static constexpr int kStages = kKeysStay ? 1 : 2;  // of K and of V
@@ -96,6 +122,10 @@ struct Traits {
   static constexpr int kConsumerWarpgroups = kBlockM / 64;
   static constexpr int kCtasPerSm = kConsumerWarpgroups == 1 ? 3 : 1;
   static constexpr bool kPingPong = true;
+  // Whether S takes Q from registers, where there is room: a block of K alone is then what its
+  // wgmmas read from shared memory.
+  static constexpr bool kQueryInRegisters =
+      kKind == Kind::kUsual && kConsumerWarpgroups == 2 && kHeadDim <= 128;
   // Exponents stay relative to a maximum that is nearly right (softmax.h), which saves most of the
   // rescaling. (With dropout sum_of_rounded() has the largest weight, dropped or not: where it was
   // dropped, what is left is off by less than its own rounding.)
@@ -129,8 +159,11 @@ struct Traits {
   // GEMMs of one consumer warpgroup: S = Q K^T from shared memory, O += P V with P in registers.
   template <class Operand>
   static constexpr auto qk_operation() {
-    if constexpr (kBlockN == 80 || kBlockN == 112) {
+    if constexpr (kBlockN == 80 || kBlockN == 112 || kBlockN == 176) {
       return Wgmma<Operand, kBlockN, Operands::kColumns>{};
+    } else if constexpr (kQueryInRegisters) {
+      return GMMA::rs_op_selector<Operand, Operand, float,
+                                  Shape<_64, Int<kBlockN>, Int<kHeadDim>>>();
     } else {
       return GMMA::ss_op_selector<Operand, Operand, float,
                                   Shape<_64, Int<kBlockN>, Int<kHeadDim>>>();

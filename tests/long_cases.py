@@ -37,10 +37,9 @@ def _long() -> list[Case]:
         Case("longer, any intervals", 4500, 4500, 4, 2, 64, B=1, mask=scattered(1, 4500, 4500)),
         Case("longer, backwards", 4500, 4500, 2, 2, 256, B=1, mask=backwards),
         Case("longer, documents", 4500, 4500, 2, 1, 80, B=1, mask={**packed(texts), **CAUSAL}),
-        # Of head dim 128: high tiles, and long blocks.
         Case("5 keys more than eight blocks", 1029, 1029, 3, 3, 128, B=1),
         Case("24 long blocks", 300, 4224, 2, 2, 128, B=1),
-        Case("28 long blocks and 62 keys", 130, 4990, 4, 2, 128, B=1),
+        Case("46 long blocks and 96 keys", 130, 8192, 2, 1, 128, B=1),
         # Tiles of several heads a CTA, whose keys are one block.
         Case("77 keys of many rows", 1700, 77, 8, 8, 64, B=4),
         Case("80 keys of groups", 1100, 80, 12, 4, 64, B=3),

@@ -43,26 +43,45 @@ inline bool takes_rest_kernel(Problem const& problem) {
          score_scale(problem).score.cap_scale == 0.f;
 }
 
-// Whether tiles should be high: where rows see many keys under a causal mask, and there are so many
-// tiles that all CTAs end together; and where the rest of the keys would be a block by itself, of
-// rows of which few would be left over as well.
-inline bool takes_tall_tile(Problem const& p) {
-  constexpr int kLeastTilesOfCta = 8;
-  if (score_scale(p).score.cap_scale != 0.f) return false;
-  if (takes_rest_kernel(p)) return p.seqlen_k >= 1024;
-  Mask const& mask = p.mask;
-  bool const is_causal = mask.window_right != kUnbounded && mask.window_left == kUnbounded &&
-                         mask.key_begin == nullptr && mask.key_end == nullptr;
-  int64_t const tiles = int64_t{p.batch} * p.num_heads_q * ceil_div(p.seqlen_q, kTallTile.block_m);
-  return is_causal && p.seqlen_k >= 8192 && tiles >= kLeastTilesOfCta * kMostCtas;
+// What tiles of equal length take, in hundredths of a step of 128 x 128: the rounds in which they
+// are dealt out, times a tile's steps and what it takes besides. A last tile with rows for some of
+// its warpgroups takes about three fifths. (cpp/README.md has the measured numbers.)
+constexpr int64_t time_of_rounds(Problem const& p, int block_m, int64_t time_of_tile) {
+  int64_t const heads = int64_t{p.batch} * p.num_heads_q;
+  int const shorter = has_idle_warpgroup(p.seqlen_q, block_m) && block_m > 128;
+  int64_t const fifths = heads * (5 * ceil_div(p.seqlen_q, block_m) - 2 * shorter);
+  return ceil_div(fifths, 5 * kMostCtas) * time_of_tile;
 }
 
-// Whether blocks should be long: where nothing is masked, if they are no more than three quarters
-// as many. (A step takes 1.33 times as long.)
-inline bool takes_long_tile(Problem const& p) {
-  constexpr int kUsualKeys = fwd_tile(128, 128, false).block_n;
-  return !p.mask.restricts() && score_scale(p).score.cap_scale == 0.f && p.seqlen_k >= 4096 &&
-         4 * ceil_div(p.seqlen_k, kLongTile.block_n) <= 3 * ceil_div(p.seqlen_k, kUsualKeys);
+// The kernel of those that have larger tiles, or kUsual. With a soft cap, which is applied where
+// the mask is, all of them are treated as masked: there larger ones were not timed.
+template <int kHeadDim>
+Kind kind_by_tile(Problem const& p) {
+  constexpr FwdTile kTall = tall_tile(kHeadDim);
+  constexpr int kUsualKeys = fwd_tile(kHeadDim, kHeadDim, false).block_n;
+  constexpr int kLeastTilesOfCta =
+      5;  // high tiles of different lengths, for all CTAs to end together
+  constexpr int kLeastKeys = kHeadDim == 96 ? 2048 : 8192;
+  if (score_scale(p).score.cap_scale != 0.f) return Kind::kUsual;
+  Mask const& mask = p.mask;
+  if (mask.restricts()) {
+    bool const is_causal = mask.window_right != kUnbounded && mask.window_left == kUnbounded &&
+                           mask.key_begin == nullptr && mask.key_end == nullptr;
+    int64_t const tiles = int64_t{p.batch} * p.num_heads_q * ceil_div(p.seqlen_q, kTall.block_m);
+    bool const many = p.seqlen_k >= kLeastKeys && tiles >= kLeastTilesOfCta * kMostCtas;
+    return is_causal && many ? Kind::kTall : Kind::kUsual;
+  }
+  int const rest = p.seqlen_k % kUsualKeys;
+  int64_t const usual_blocks = p.seqlen_k / kUsualKeys * 100 +
+                               (rest == 0 ? 0 : (kHeadDim == 128 && rest <= kRestKeys ? 30 : 100));
+  int64_t const usual = time_of_rounds(p, 128, usual_blocks + 300);
+  int64_t const high = time_of_rounds(
+      p, kTall.block_m, ceil_div(p.seqlen_k, kTall.block_n) * (kHeadDim == 96 ? 103 : 89) + 500);
+  int64_t const with_long =
+      kHeadDim == 128 ? time_of_rounds(p, 128, ceil_div(p.seqlen_k, kLongTile.block_n) * 133 + 340)
+                      : usual;
+  if (high < usual - usual / 100 && high <= with_long) return Kind::kTall;
+  return with_long < usual - usual / 100 ? Kind::kLong : Kind::kUsual;
 }
 
 // All but the descriptors.
@@ -233,9 +252,11 @@ cudaError_t launch(Problem const& problem, cudaStream_t stream) {
       return launch_kind(KindIs<Kind::kShort>{}, std::true_type{});
     }
   }
-  if constexpr (has_large_tiles(kHeadDim, kHeadDimV)) {
-    if (takes_tall_tile(problem)) return launch_kind(KindIs<Kind::kTall>{}, std::true_type{});
-    if (takes_long_tile(problem)) return launch_kind(KindIs<Kind::kLong>{}, std::true_type{});
+  if constexpr (has_tall_tile(kHeadDim, kHeadDimV)) {
+    constexpr std::bool_constant<has_long_tile(kHeadDim, kHeadDimV)> kHasLong{};
+    Kind const kind = kind_by_tile<kHeadDim>(problem);
+    if (kind == Kind::kTall) return launch_kind(KindIs<Kind::kTall>{}, std::true_type{});
+    if (kind == Kind::kLong) return launch_kind(KindIs<Kind::kLong>{}, kHasLong);
   }
   if constexpr (has_rest_kernel(kHeadDim, kHeadDimV)) {
     if (takes_rest_kernel(problem)) return launch_kind(KindIs<Kind::kRest>{}, std::true_type{});

@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "common/tile_scheduler.h"
+#include "plan.h"
 
 namespace jax_fa3::fwd {
 
@@ -28,12 +29,12 @@ struct Order : TileOrder {
   }
 
   // All heads but those of the last section in sections of kParts-th its size, of whole groups of
-  // query heads that share a KV head. Not of one KV head alone: its tiles then run beside those of
-  // the next, whose blocks of keys are others.
+  // query heads that share a KV head. Not of one KV head alone with tiles for just some of the
+  // CTAs: they would run beside those of the next.
   void make_early(int group) {
     constexpr int kParts = 8;
-    early_section = section / group / kParts * group;
-    if (early_section <= group) return;
+    early_section = std::max(section / group / kParts, 1) * group;
+    if (early_section == group && int64_t{early_section} * num_blocks < kMostCtas) return;
     early_heads = std::max(num_heads * batch - section, 0) / early_section * early_section;
     section = num_heads * batch - early_heads;
   }

@@ -73,10 +73,13 @@ constexpr bool has_rest_kernel(int head_dim, int head_dim_v) {
   return head_dim == 128 && head_dim_v == 128;
 }
 
-// Of kTall and kLong, at head dim 128.
-constexpr FwdTile kTallTile{192, 80, false};
+// Of kTall, at head dims 96 and 128, and of kLong, at 128.
+constexpr FwdTile tall_tile(int head_dim) { return {192, head_dim == 96 ? 96 : 80, false}; }
 constexpr FwdTile kLongTile{128, 176, true};
-constexpr bool has_large_tiles(int head_dim, int head_dim_v) {
+constexpr bool has_tall_tile(int head_dim, int head_dim_v) {
+  return head_dim == head_dim_v && (head_dim == 96 || head_dim == 128);
+}
+constexpr bool has_long_tile(int head_dim, int head_dim_v) {
   return head_dim == 128 && head_dim_v == 128;
 }
 
@@ -96,7 +99,7 @@ struct Traits {
   static constexpr Kind kKind = kKind_;
   static constexpr FwdTile kTile = kHasBits                ? FwdTile{kMaskBlock, kMaskBlock, false}
                                    : kKind == Kind::kShort ? FwdTile{64, kShortKeys, false}
-                                   : kKind == Kind::kTall  ? kTallTile
+                                   : kKind == Kind::kTall  ? tall_tile(kHeadDim)
                                    : kKind == Kind::kLong  ? kLongTile
                                    : kKind == Kind::kFew ? few_keys_tile(kHeadDim, kHeadDimV)
                                                          : fwd_tile(kHeadDim, kHeadDimV, kHasBias);

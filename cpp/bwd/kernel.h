@@ -23,7 +23,7 @@ CUTLASS_DEVICE void init_barriers(typename Traits::SharedStorage& storage) {
   if constexpr (Traits::kPersistent) storage.keys_empty.init(kConsumerWarps);
   storage.staged.init(1);
   storage.query_pipeline.init(kConsumerWarps + Traits::kWritersdQ + Traits::kHasBias,
-                              Traits::kHasAlibi ? 2 : 1);
+                              kAddsToQueries<Traits> ? 2 : 1);
   if constexpr (Traits::kHasBias) {
     for (auto& ring : storage.bias_rings) ring.init();
   }

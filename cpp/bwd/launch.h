@@ -119,7 +119,11 @@ cudaError_t make_params(BackwardProblem const& problem, typename Traits::Params*
     params->drelative = problem.drelative;
     params->drelative_parts = problem.drelative_parts;
   }
-  if constexpr (Traits::kHasDropout) params->dropout = make_dropout(p.dropout_words, p.dropout);
+  if constexpr (Traits::kHasDropout) {
+    params->dropout = make_dropout(p.dropout_words, p.dropout);
+    params->twice_kept = 2.f / params->dropout.scale;
+    params->softmax_scale *= ds_unit<typename Traits::Element>(params->dropout);
+  }
   return cudaSuccess;
 }
 

@@ -77,7 +77,7 @@ CUTLASS_DEVICE void announce(typename Traits::SharedStorage& storage, KeyTile co
     storage.steps[state.stage] = {-1, 0, false, true, true};
     storage.tiles[state.stage] = tile;
     storage.query_pipeline.full[state.stage].arrive();
-    if constexpr (Traits::kHasAlibi) storage.query_pipeline.full[state.stage].arrive();
+    if constexpr (kAddsToQueries<Traits>) storage.query_pipeline.full[state.stage].arrive();
     storage.dout_pipeline.full[place.stage].arrive();
   }
   state.advance();
@@ -169,6 +169,13 @@ CUTLASS_DEVICE void load_keys_and_steps(typename Traits::Params const& params,
       write_alibi<kBlockM>(storage.term_queries + state.stage * term_size(kBlockM, 1),
                            params.alibi.slope(batch, step.head),
                            first_key - step.m_block * kBlockM);
+    }
+    if constexpr (Traits::kHasDropout) {
+      storage.dropout_states(state.stage)
+          .write(params.dropout, params.dropout.of_head(batch * params.num_heads_q + step.head),
+                 tile.n_block, step.m_block * kBlockM);
+    }
+    if constexpr (kAddsToQueries<Traits>) {
       if (lane == 0) storage.query_pipeline.full[state.stage].arrive();
     }
     state.advance();
@@ -296,7 +303,7 @@ CUTLASS_DEVICE void load_keys_and_steps(typename Traits::Params const& params,
     if (lane == 0) {
       storage.steps[0] = pending;
       storage.query_pipeline.full[0].arrive();
-      if constexpr (Traits::kHasAlibi) storage.query_pipeline.full[0].arrive();
+      if constexpr (kAddsToQueries<Traits>) storage.query_pipeline.full[0].arrive();
     }
   }
 }

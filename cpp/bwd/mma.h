@@ -59,11 +59,11 @@ template <class Element, class Records, class Scores, class Packed>
 CUTLASS_DEVICE void make_ds_and_p(DropoutParams const& params, Records const& records, float scale,
                                   Scores& tS, Scores& tdP, Packed& packed_p) {
   warpgroup_fence_operand(tdP);
-  scale *= params.dropout.scale;
+  auto const scales = DropoutScales::of<Element>(params, scale);
   if (params.score.cap_scale != 0.f) {
-    dropped_capped_score_grads(params, records, scale, tS, tdP);
+    dropped_capped_score_grads(params, records, scales, tS, tdP);
   } else {
-    dropped_score_grads(records, scale, tS, tdP);
+    dropped_score_grads(records, scales, tS, tdP);
   }
   copy(packed_left<Element>(tS), packed_p);
 }
@@ -252,8 +252,8 @@ CUTLASS_DEVICE bool mma(typename Traits::Params const& params,
     }
     make_p<kIsBiased>(params, records(), step.masked, tS);
     if constexpr (Traits::kHasDropout && Traits::kNarrow) {
-      uint2 const head = params.dropout.of_head(tile.batch * params.num_heads_q + step.head);
-      mark_dropped(KeyDropout{params.dropout, key}, params, head, step.m_block * kBlockM, tS);
+      mark_dropped(params, storage.dropout_states(state.stage), warpgroup,
+                   multiplier_of_key(params.dropout, key), tS);
     }
   };
   // While dP's GEMM runs: the branch, always taken, keeps ptxas from waiting for that first. At
@@ -261,8 +261,8 @@ CUTLASS_DEVICE bool mma(typename Traits::Params const& params,
   auto const mark_during_dp = [&] {
     if constexpr (Traits::kHasDropout && !Traits::kNarrow) {
       if (params.dropout.scale > 0.f) {
-        uint2 const head = params.dropout.of_head(tile.batch * params.num_heads_q + step.head);
-        mark_dropped(KeyDropout{params.dropout, key}, params, head, step.m_block * kBlockM, tS);
+        mark_dropped(params, storage.dropout_states(state.stage), warpgroup,
+                     multiplier_of_key(params.dropout, key), tS);
       }
     }
   };

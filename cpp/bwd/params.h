@@ -112,7 +112,9 @@ struct BiasParams : WithBias<Params> {
 };
 
 using BitsParams = WithBits<Params>;
-using DropoutParams = WithDropout<Params>;
+struct DropoutParams : WithDropout<Params> {
+  float twice_kept;  // the share of weights that are left, times 2
+};
 
 struct AlibiParams : WithAlibi<Params> {
   float* dalibi;  // [b, n, dalibi_parts] or null

@@ -4,6 +4,7 @@
 #include <cute/tensor.hpp>
 
 #include "bwd/barriers.h"
+#include "bwd/dropout.h"
 #include "bwd/params.h"
 #include "common/barriers.h"
 #include "common/layouts.h"
@@ -139,6 +140,11 @@ struct Traits {
   static constexpr int kSizeBias = kHasBias ? kWarpgroupsN * kBiasStages * kBiasSlab : 0;
 
   static constexpr int kGradRows = 64;  // that a warpgroup stores
+
+  // With dropout: a step's states, there, too.
+  using States = DropoutStates<kBlockM>;
+  static constexpr int kSizeStates = kHasDropout ? kStages * sizeof(States) / 2 : 0;
+
   // Where kPersistent: a gradient of a warpgroup, on its way out.
   static constexpr int kSizeGrads = kPersistent ? 64 * in_slabs(kHeadDim) : 0;
 
@@ -148,7 +154,7 @@ struct Traits {
     alignas(1024) uint16_t query[kStages * kSizeQ];
     alignas(1024) uint16_t dout[kStages * kSizedO];
     // Fused: dS for dQ. Wide: P, from one warpgroup to the other. Two buffers.
-    alignas(1024) uint16_t exchange[2 * kSizedS + kSizeBias];
+    alignas(1024) uint16_t exchange[2 * kSizedS + kSizeBias + kSizeStates];
     alignas(1024) float dquery[kFused ? kSizedQ : 1];
     alignas(128) float stats[kStages * row_stats_of_block(kBlockM)];
     alignas(128) int2 intervals[kStages * kBlockM];
@@ -165,6 +171,9 @@ struct Traits {
 
     CUTLASS_DEVICE uint16_t* bias(int warpgroup) {
       return exchange + 2 * kSizedS + warpgroup * kBiasStages * kBiasSlab;
+    }
+    CUTLASS_DEVICE States& dropout_states(int stage) {
+      return reinterpret_cast<States*>(exchange + 2 * kSizedS)[stage];
     }
   };
   static_assert(sizeof(SharedStorage) <= 227 * 1024);
@@ -221,5 +230,10 @@ CUTLASS_DEVICE PipelineState<Traits::kStagesdO> dout_state(
 // earlier where a tile comes before (at head dim 128 the loading warp has no registers for that).
 template <class Traits>
 inline constexpr bool kKeysFirst = !(Traits::kPersistent && (Traits::kNarrow || Traits::kPaired));
+
+// The loading warp adds something to Q of a step, with an arrival of its own: ALiBi's operand, or
+// the states of dropout.
+template <class Traits>
+inline constexpr bool kAddsToQueries = Traits::kHasAlibi || Traits::kHasDropout;
 
 }  // namespace jax_fa3::bwd

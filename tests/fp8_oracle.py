@@ -23,7 +23,7 @@ E4M3 = ml_dtypes.float8_e4m3fn
 # behind its leading one, and added; of the result as many bits are kept (test_gpu_fp8.py).
 WGMMA_COLUMNS, WGMMA_BITS = 32, 13
 # Up to this head dim the kernel sums weights as they are rounded.
-SUMS_ROUNDED = 64
+SUMS_ROUNDED = 128
 
 
 def sylvester(size: int) -> np.ndarray:

@@ -27,11 +27,12 @@ FUNCTION = ["planted, causal", "planted, window", "documents, padding", "soft ca
 @pytest.mark.parametrize("name", [*FUNCTION, "long, causal"])
 @pytest.mark.parametrize("options", [{}, {"incoherent_key": None, "quantization": "head"}], ids=str)
 @pytest.mark.parametrize("shifted", [False, True], ids=["mean 0", "shifted"])
-def test_function(name: str, dtype: Any, options: Any, shifted: bool):
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_function(name: str, dtype: Any, options: Any, shifted: bool, head_dim: int):
     """Results and gradients, against 16-bit attention: errors are at most twice those of the oracle's
     out and log-sum-exp, and of the gradients that go by these and by the rounded arrays."""
     case = {case.name: case for case in [*TABLE, *LONG]}[name]
-    case = dataclasses.replace(case, H=64 if dtype == jnp.float16 else 128, V=0)
+    case = dataclasses.replace(case, H=head_dim, V=0)
     inputs, cotangents = case.inputs(dtype), case.cotangents(dtype)
     if shifted:  # values around 1, and a constant channel of keys
         q, k, v = inputs

@@ -64,11 +64,11 @@ def test_means_cost_nothing(head_dim: int):
     assert error(k.at[..., ::32].add(20), v) < 1.5 * plain
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("keys", [3, 30, 1000])
 def test_log_sum_exp(keys: int, head_dim: int):
-    """Up to head dim 64 that of the weights as they are rounded, each by at most a sixteenth and on average
-    by nothing; else of the weights (docs/fp8.md)."""
+    """Up to head dim 128 that of the weights as they are rounded, each by at most a sixteenth and on average
+    by nothing, so some way from that of the weights; else of the weights (docs/fp8.md)."""
     qkv = drawn(keys, head_dim, False)
     x8, scales = zip(*(fp8.quantize(x) for x in qkv), strict=True)
     found, wanted = (
@@ -76,6 +76,10 @@ def test_log_sum_exp(keys: int, head_dim: int):
         for x in ("fa3", "xla")
     )
     error = found - wanted
-    assert jnp.abs(error).max() < (0.06 if head_dim == 64 else 2e-3)
-    assert jnp.sqrt(jnp.mean(error**2)) < (0.012 if head_dim == 64 else 1e-3)
+    assert jnp.abs(error).max() < (0.06 if head_dim <= 128 else 2e-3)
+    size = jnp.sqrt(jnp.mean(error**2))
+    if head_dim <= 128:
+        assert {3: 4e-3, 30: 2.5e-3, 1000: 7e-4}[keys] < size < 0.012
+    else:
+        assert size < 5e-4
     assert jnp.abs(error.mean()) < 2e-3

@@ -26,20 +26,22 @@ CUTLASS_DEVICE void consume(Traits<kHeadDim>, Params const& params,
                             typename Traits<kHeadDim>::SharedStorage& storage, int warpgroup) {
   using Traits = Traits<kHeadDim>;
   WarpgroupMma<Traits> mma{storage, warpgroup};
-  bool const elected = threadIdx.x % 32 == 0;
   int num_tiles = 0;  // done
-  StepReader<Traits> steps{storage.step_pipeline, elected};
+  StepReader<Traits> steps{storage.step_pipeline};
   // Of the tile at hand. Its coordinates and key blocks are not among it: they are read from shared
   // memory where they are needed, for O and the next tile's first S leave few registers.
-  bool last_tile;   // there is no tile: the CTA is done
-  bool has_blocks;  // whether this warpgroup's rows see any block of keys
+  bool last_tile;  // there is no tile: the CTA is done
   float query_scale;
   float key_scale;
-  Interval rows[kRowsPerThread];
   Softmax softmax;
-  Mainloop<Traits> const mainloop{params,      storage,   warpgroup, mma,    steps,
-                                  query_scale, key_scale, rows,      softmax};
+  Mainloop<Traits> const mainloop{params, storage,     warpgroup, mma,
+                                  steps,  query_scale, key_scale, softmax};
   auto const work_stage = [&](int tile) { return tile % Traits::kWorkStages; };
+  // Whether this warpgroup's rows see any block of keys.
+  auto const has_blocks = [&] {
+    BlockRange const& own = storage.warpgroup_blocks[work_stage(num_tiles)][warpgroup];
+    return !last_tile && own.begin < own.end;
+  };
 
   // Waits for the next tile and for its Q, and issues S of the last block that the warpgroup's rows
   // see. If there is no tile or no such block, S is computed all the same, of whatever is in the
@@ -49,7 +51,6 @@ CUTLASS_DEVICE void consume(Traits<kHeadDim>, Params const& params,
     WorkTile const& work = storage.work[work_stage(num_tiles)];
     BlockRange const& own = storage.warpgroup_blocks[work_stage(num_tiles)][warpgroup];
     last_tile = work.last;
-    has_blocks = !last_tile && own.begin < own.end;
     if (!last_tile) {
       int const query_block = min((work.tile.block * Traits::kBlockM + warpgroup * 64) / kBlock,
                                   params.num_query_blocks - 1);
@@ -58,11 +59,11 @@ CUTLASS_DEVICE void consume(Traits<kHeadDim>, Params const& params,
                               params.num_heads_q +
                           work.tile.head);
       storage.query_full[warpgroup].wait(Traits::query_phase(work_stage(num_tiles)));
-      if (has_blocks) {
+      if (has_blocks()) {
         steps.skip(work.blocks.end - own.end);
         steps.wait();
       } else {
-        if (elected) storage.query_empty[warpgroup].arrive();
+        if (steps.elected()) storage.query_empty[warpgroup].arrive();
         bool const visits = work.blocks.begin < work.blocks.end;
         steps.skip(visits ? work.blocks.end - work.blocks.begin + 1 : 0);
       }
@@ -79,14 +80,14 @@ CUTLASS_DEVICE void consume(Traits<kHeadDim>, Params const& params,
           warpgroup * 64 + thread_index() % 128 / 32 * 16 + thread_index() % 32 / 4;
       CUTLASS_PRAGMA_UNROLL
       for (int row = 0; row < kRowsPerThread; ++row) {
-        rows[row] = params.mask.row_interval(coord.batch,
-                                             coord.block * Traits::kBlockM + tile_row + row * 8);
+        rows_of_thread(storage)[row] = params.mask.row_interval(
+            coord.batch, coord.block * Traits::kBlockM + tile_row + row * 8);
       }
     }
     warpgroup_wait<0>();
     warpgroup_fence_operand(mma.tSrS);
     key_scale = storage.scale[steps.state.stage].key;
-    if (has_blocks) steps.release();
+    if (has_blocks()) steps.release();
   };
 
   if constexpr (Traits::kSumsByMma) write_ones<Traits>(storage.ones[warpgroup], warpgroup);
@@ -100,13 +101,13 @@ CUTLASS_DEVICE void consume(Traits<kHeadDim>, Params const& params,
   finish_first_scores();
   while (!last_tile) {
     softmax = Softmax{};
-    if (has_blocks) mainloop.run(work_stage(num_tiles));
+    if (has_blocks()) mainloop.run(work_stage(num_tiles));
     ++num_tiles;
     issue_first_scores();
-    store<Traits>(params, storage, storage.work[work_stage(num_tiles - 1)].tile, warpgroup, rows,
-                  softmax, mma.tOrO);
+    store<Traits>(params, storage, storage.work[work_stage(num_tiles - 1)].tile, warpgroup, softmax,
+                  mma.tOrO);
     __syncwarp();
-    if (elected) storage.work_pipeline.empty[work_stage(num_tiles - 1)].arrive();
+    if (steps.elected()) storage.work_pipeline.empty[work_stage(num_tiles - 1)].arrive();
     finish_first_scores();
   }
   tma_store_wait<0>();

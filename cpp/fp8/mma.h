@@ -13,12 +13,13 @@ namespace jax_fa3::fp8 {
 template <class Traits>
 struct StepReader {
   Pipeline<Traits::kStages>& pipeline;
-  bool const elected;  // one thread of each warp
+  // One thread of each warp; found anew each time, for registers are few.
+  __device__ static bool elected() { return thread_index() % 32 == 0; }
   PipelineState<Traits::kStages> state{};
 
   __device__ void wait() const { pipeline.full[state.stage].wait(state.phase); }
   __device__ void release() {
-    if (elected) pipeline.empty[state.stage].arrive();
+    if (elected()) pipeline.empty[state.stage].arrive();
     state.advance();
   }
   // Over stages that other warpgroups need and this one does not.
@@ -41,7 +42,6 @@ struct Mainloop {
   StepReader<Traits>& steps;
   float& query_scale;  // of the warpgroup's rows
   float& key_scale;    // of the block whose scores are in tSrS
-  Interval (&rows)[kRowsPerThread];
   Softmax& softmax;
 
   // All of a tile but its first S, which is done already, and its epilogue.
@@ -139,12 +139,13 @@ struct Mainloop {
   // rows that the mask keeps from this block.
   __device__ void mask_block(int n_block, float score_scale) const {
     params.score.apply(mma.tSrS, score_scale);
-    mask_scores(mma.tSrS, rows, n_block * Traits::kBlockN + thread_index() % 4 * 2);
+    mask_scores(mma.tSrS, rows_of_thread(storage),
+                n_block * Traits::kBlockN + thread_index() % 4 * 2);
   }
 
   // After the tile's last S, the producer may overwrite Q.
   __device__ void release_query(bool last) const {
-    if (steps.elected && last) storage.query_empty[warpgroup].arrive();
+    if (last && steps.elected()) storage.query_empty[warpgroup].arrive();
   }
 };
 

@@ -61,8 +61,8 @@ struct Traits {
   // multiplies by V's scale: so many columns at a time.
   static constexpr int kPartColumns = kHeadDim < kBlockN ? kHeadDim : kBlockN;
   // Whether the tensor cores sum P's rows, too, as it is in e4m3, which spares an FADD for each: a
-  // gain at this head dim only (docs/kernel_notes/fp8.md), elsewhere registers do not suffice.
-  static constexpr bool kSumsByMma = kHeadDim <= 64;
+  // gain at these head dims (docs/kernel_notes/fp8.md).
+  static constexpr bool kSumsByMma = kHeadDim <= 128;
   // A warpgroup leaves out blocks of the tile that its own 64 rows do not see.
   static constexpr bool kBlocksByWarpgroup = true;
 
@@ -127,6 +127,9 @@ struct Traits {
     // Those of the tile's blocks that a warpgroup's 64 rows see.
     BlockRange warpgroup_blocks[kWorkStages][kConsumerWarpgroups];
     StepScale scale[kStages];
+    // Of the tile at hand, those of each four consumer threads; in registers they would be in the
+    // way in steps without a mask.
+    alignas(16) Interval rows[kConsumerThreads / 4][kRowsPerThread];
     alignas(128) uint8_t ones[kSumsByMma ? kConsumerWarpgroups : 1][kSumsByMma ? kSizeOnes : 1];
 
     CUTLASS_DEVICE void init_barriers() {

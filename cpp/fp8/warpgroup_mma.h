@@ -14,6 +14,12 @@ inline __device__ int thread_index() {
   return x;
 }
 
+// The intervals of this thread's rows, where it left them itself, as the three that share its rows.
+template <class Storage>
+CUTLASS_DEVICE auto& rows_of_thread(Storage& storage) {
+  return storage.rows[thread_index() / 4 - 32];
+}
+
 // Tiles in shared memory as operands, that is wgmma descriptors: Q's; K's and V's of all stages.
 template <class Traits>
 CUTLASS_DEVICE auto query_operand(uint8_t* query, int warpgroup) {
@@ -63,8 +69,8 @@ struct WarpgroupMma {
   decltype(ones_operand<Traits>(nullptr, 0)) tOnes;
   decltype(probability_operand<Traits>()) tOrP;
   decltype(out_accumulator<Traits, Traits::kHeadDim>()) tOrO;
-  // P V of a step's part. Where it is as large as S it is summed in the registers of S instead.
-  decltype(out_accumulator<Traits, Traits::kPartColumns>()) tOrPV;
+  // P V of a step's part. Where it is as large as S it is summed in the registers of S.
+  using Part = decltype(out_accumulator<Traits, Traits::kPartColumns>());
   static constexpr bool kPartOverScores = Traits::kPartColumns == Traits::kBlockN;
   static_assert(decltype(size(tOrP))::value == decltype(size(tSrS))::value);
 
@@ -98,31 +104,52 @@ struct WarpgroupMma {
     for (int i = 0; i < size(tOrO); ++i) tOrO(i) *= softmax.rescale[fragment_row(i)];
   }
 
-  // O += value_scale * P V, of the value block in this stage, and row_sum += P if kSumsByMma (then
-  // there is but one part). Waits for it.
+  // O += value_scale * P V, of the value block in this stage, and row_sum += P if kSumsByMma. Waits
+  // for it. (Accumulators as members would be alive throughout the loop: wgmma may add to them.)
   CUTLASS_DEVICE void add_out(int stage, float const& value_scale,
                               float (&row_sum)[kRowsPerThread]) {
-    if constexpr (Traits::kSumsByMma) {
-      add_out_and_sums(stage, value_scale, row_sum);
-    } else if constexpr (kPartOverScores) {
-      add_parts(stage, value_scale, tSrS);
+    if constexpr (kPartOverScores) {
+      add_parts(stage, value_scale, row_sum, make_tensor(tSrS.data(), Part{}.layout()));
     } else {
-      add_parts(stage, value_scale, tOrPV);
+      add_parts(stage, value_scale, row_sum, Part{});
     }
   }
 
  private:
-  // The sums are P times ones, issued behind P V, with one wait for both: issued before it they
-  // gain half as much. (Accumulators as members would be alive throughout the loop: wgmma may add
-  // to them.)
-  CUTLASS_DEVICE void add_out_and_sums(int stage, float const& value_scale,
-                                       float (&row_sum)[kRowsPerThread]) {
-    static_assert(Traits::kPartColumns == Traits::kHeadDim);
-    auto product = out_accumulator<Traits, Traits::kPartColumns>();
+  // The sums are P times ones, issued behind P V of the last part, with one wait for both: issued
+  // before it they gain half as much.
+  template <class PartOfOut>
+  CUTLASS_DEVICE void add_parts(int stage, float const& value_scale,
+                                float (&row_sum)[kRowsPerThread], PartOfOut part_of_out) {
+    constexpr int kSize = decltype(size(part_of_out))::value;
+    constexpr int kParts = Traits::kHeadDim / Traits::kPartColumns;
     auto sums = partition_fragment_C(typename Traits::MmaSum{},
                                      Shape<Int<Traits::kBlockM>, Int<Traits::kSumColumns>>{});
-    warpgroup_fence_operand(sums);
-    issue_gemm_zero(mma_pv, tOrP, tOrV(_, _, _, stage), product);
+    float scale;
+    for_each(make_seq<kParts>{}, [&](auto part) {
+      constexpr bool kSums = Traits::kSumsByMma && part == kParts - 1;
+      if constexpr (kSums) warpgroup_fence_operand(sums);
+      Tensor V = tOrV(_, _, _, stage)(_, part, _);
+      issue_gemm_zero(
+          mma_pv, tOrP,
+          make_tensor(V.data(), make_layout(get<0>(V.layout()), Layout<_1>{}, get<1>(V.layout()))),
+          part_of_out);
+      if constexpr (kSums) issue_sums(sums);
+      warpgroup_wait<0>();
+      warpgroup_fence_operand(part_of_out);
+      if constexpr (part == 0) scale = value_scale;
+      if constexpr (kSums) warpgroup_fence_operand(sums);
+      CUTLASS_PRAGMA_UNROLL
+      for (int i = 0; i < kSize; ++i) tOrO(part * kSize + i) += part_of_out(i) * scale;
+      if constexpr (kSums) {
+        CUTLASS_PRAGMA_UNROLL
+        for (int i = 0; i < size(sums); ++i) row_sum[fragment_row(i)] += sums(i);
+      }
+    });
+  }
+
+  template <class Sums>
+  CUTLASS_DEVICE void issue_sums(Sums& sums) {
     typename Traits::MmaSum mma_sum;
     mma_sum.accumulate_ = GMMA::ScaleOut::Zero;
     Tensor ones = recomputed(tOnes);
@@ -132,33 +159,6 @@ struct WarpgroupMma {
       mma_sum.accumulate_ = GMMA::ScaleOut::One;
     }
     warpgroup_commit_batch();
-    warpgroup_wait<0>();
-    warpgroup_fence_operand(product);
-    float const scale = value_scale;
-    warpgroup_fence_operand(sums);
-    CUTLASS_PRAGMA_UNROLL
-    for (int i = 0; i < size(sums); ++i) row_sum[fragment_row(i)] += sums(i);
-    CUTLASS_PRAGMA_UNROLL
-    for (int i = 0; i < size(product); ++i) tOrO(i) += product(i) * scale;
-  }
-
-  template <class Accumulator>
-  CUTLASS_DEVICE void add_parts(int stage, float const& value_scale, Accumulator& registers) {
-    constexpr int kSize = decltype(size(tOrPV))::value;
-    Tensor part_of_out = make_tensor(registers.data(), tOrPV.layout());
-    float scale;
-    for_each(make_seq<Traits::kHeadDim / Traits::kPartColumns>{}, [&](auto part) {
-      Tensor V = tOrV(_, _, _, stage)(_, part, _);
-      issue_gemm_zero(
-          mma_pv, tOrP,
-          make_tensor(V.data(), make_layout(get<0>(V.layout()), Layout<_1>{}, get<1>(V.layout()))),
-          part_of_out);
-      warpgroup_wait<0>();
-      warpgroup_fence_operand(part_of_out);
-      if constexpr (part == 0) scale = value_scale;
-      CUTLASS_PRAGMA_UNROLL
-      for (int i = 0; i < kSize; ++i) tOrO(part * kSize + i) += part_of_out(i) * scale;
-    });
   }
 };
 

@@ -31,6 +31,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
     prefetch_tma_descriptor(&params.key);
     prefetch_tma_descriptor(&params.value);
   }
+  if (warp == 3) fetch_table(params, params.heads(place.tile), &storage.fetched);
   Work work = share_work(params, place, share_of_tile);
   Part part{};
   if (warp == 0) part = find_part_of_lane(params, work, threadIdx.x % 32);
@@ -73,7 +74,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
     }
     float lse[kRowsPerThread];
     finish<typename Traits::Element>(params, work, storage.lacks_page[0], rows, softmax, tOrO, lse);
-    share<Traits>(params, storage, work, tile_row, lse, tOrO);
+    int const stage = (state.ring.stage + Traits::kStages - 2) % Traits::kStages;  // last keys
+    share<Traits>(params, storage, work, stage, tile_row, lse, tOrO);
   }
 }
 

@@ -26,45 +26,85 @@ CUTLASS_DEVICE void find_rows(Params const& params, Work const& work, int tile_r
   }
 }
 
+// The sinks of a thread's rows, or -inf: read early, for the end of a work waits for them.
+template <class Traits>
+CUTLASS_DEVICE void find_sinks(Params const& params, Work const& work, int tile_row,
+                               float (&sinks)[kRowsPerThread]) {
+  Divider const& group = params.tiles.group;
+  CUTLASS_PRAGMA_UNROLL
+  for (int i = 0; i < kRowsPerThread; ++i) {
+    sinks[i] = -INFINITY;
+    if (params.sinks == nullptr) continue;
+    int const row = work.tile * Traits::kBlockM + tile_row + i * 8;
+    sinks[i] = params.sinks[work.head * group.divisor + group.rest(row)];
+  }
+}
+
 // Divides, and finds the log-sum-exp.
 template <class Element, class Out>
 CUTLASS_DEVICE void finish(Params const& params, Work const& work, bool lacks_page,
                            Interval const (&rows)[kRowsPerThread], Softmax& softmax, Out& tOrO,
                            float (&lse)[kRowsPerThread]) {
   constexpr fwd::Sink kNoSink{-INFINITY};  // it comes last: parts are joined before
-  fwd::normalize<Element>(rows, params.softmax_scale, kNoSink, softmax, tOrO);
+  float inverse_sum[kRowsPerThread];
+  fwd::sum_rows<Element>(params.softmax_scale, kNoSink, softmax, inverse_sum);
   fwd::find_lse(rows, params.softmax_scale, kNoSink, softmax, lse);
-  if (work.sequence.mistaken || lacks_page) {
+  bool const broken = work.sequence.mistaken || lacks_page;
+  CUTLASS_PRAGMA_UNROLL
+  for (int row = 0; row < kRowsPerThread; ++row) {
+    if (row > 0 && params.has_one_row()) break;
+    if (broken) lse[row] = NAN;
+    float const instead = broken ? NAN : fwd::out_of_empty(rows[row]);
+    bool const is_instead = broken || rows[row].empty();
     CUTLASS_PRAGMA_UNROLL
-    for (int i = 0; i < size(tOrO); ++i) tOrO(i) = NAN;
-    lse[0] = lse[1] = NAN;
+    for (int i = 0; i < size(tOrO); ++i) {
+      if (fragment_row(i) == row) tOrO(i) = is_instead ? instead : tOrO(i) * inverse_sum[row];
+    }
   }
 }
 
 // A part of a tile that the CTA's cluster shares.
 template <class Traits, class Out>
 CUTLASS_DEVICE void share(Params const& params, typename Traits::SharedStorage& storage,
-                          Work const& work, int tile_row, float const (&lse)[kRowsPerThread],
-                          Out const& tOrO) {
-  int const lane_column = threadIdx.x % 4 * 2;
-  SharedTile<Traits> const shared(storage, params);
-  shared.wait_until_others_run();
+                          Work const& work, int stage, int tile_row,
+                          float const (&lse)[kRowsPerThread], Out const& tOrO) {
+  constexpr int kVectors = Traits::kHeadDimV / 4;
+  // By way of shared memory, in a stage of keys that nobody needs any more (wgmma may still read it
+  // for rows that are none): so there is a vector for each thread to send, by little code.
+  // Vectors of a row are permuted, for lanes to write to as many banks as there are.
+  auto* const out = reinterpret_cast<float4*>(storage.ring[stage]);
+  auto* const lses = reinterpret_cast<float*>(out + kClusterRows * kVectors);
+  auto const place = [](int row, int vector) { return row * kVectors + (vector ^ row); };
   if (tile_row < params.slot_rows) {  // at most 8: the thread's second row is none
+    int const quarter = threadIdx.x % 4;
     CUTLASS_PRAGMA_UNROLL
     for (int i = 0; i < size(tOrO); i += 4) {
-      shared.send_out(tile_row, fragment_column(i) + lane_column, {tOrO(i), tOrO(i + 1)});
+      float4* const at = out + place(tile_row, fragment_column(i) / 4 + quarter / 2);
+      reinterpret_cast<float2*>(at)[quarter % 2] = float2{tOrO(i), tOrO(i + 1)};
     }
-    for (int to = threadIdx.x % 4; to < params.cluster; to += 4) {
-      shared.send_lse(tile_row, to, lse[0]);
-    }
+    if (quarter == 0) lses[tile_row] = lse[0];
   }
-  __syncwarp();
+  cutlass::arch::NamedBarrier::sync(128, barrier_id(NamedBarrier::kWarpsMet, 0));
+  SharedTile<Traits> const shared(storage, params);
+  shared.wait_until_others_run();
+  int const thread = threadIdx.x % 128;
+  CUTLASS_PRAGMA_NO_UNROLL
+  for (int i = thread; i < params.slot_rows * kVectors; i += 128) {
+    int const row = i / kVectors;
+    float4 const x = out[place(row, i % kVectors)];
+    shared.send_out(row, i % kVectors * 4, {x.x, x.y, x.z, x.w});
+  }
+  static_assert(kClusterRows * kLargestCluster <= 128);
+  int const row = thread / kLargestCluster;
+  int const to = thread % kLargestCluster;
+  if (row < params.slot_rows && to < params.cluster) shared.send_lse(row, to, lses[row]);
   shared.join(params, work);
 }
 
 template <class Traits, class Out>
 CUTLASS_DEVICE void store(Params const& params, Work const& work, int tile_row,
-                          float (&lse)[kRowsPerThread], Out& tOrO) {
+                          float const (&sinks)[kRowsPerThread], float (&lse)[kRowsPerThread],
+                          Out& tOrO) {
   using Element = typename Traits::Element;
   int const lane_column = threadIdx.x % 4 * 2;
   OutRow const tile{work.sequence.first_row, work.sequence.count, work.head, work.tile};
@@ -98,6 +138,16 @@ CUTLASS_DEVICE void store(Params const& params, Work const& work, int tile_row,
   CUTLASS_PRAGMA_UNROLL
   for (int row = 0; row < kRowsPerThread; ++row) {
     if (index[row] < 0) continue;
+    if (work.flagged) {
+      FlaggedPart const part(params, static_cast<int>(blockIdx.x), tile_row + row * 8);
+      CUTLASS_PRAGMA_UNROLL
+      for (int i = 2 * row; i < size(tOrO); i += 4) {
+        int const column = fragment_column(i) + lane_column;
+        if (column < params.head_dim_v) part.store_out(column, tOrO(i), tOrO(i + 1));
+      }
+      if (lane_column == 0) part.store_lse(lse[row]);
+      continue;
+    }
     if (work.slot != Work::kNone) {
       int64_t const place = first_place + row * 8;
       float* const out = params.partial_out + place * params.head_dim_v;
@@ -110,7 +160,7 @@ CUTLASS_DEVICE void store(Params const& params, Work const& work, int tile_row,
       if (lane_column == 0) params.partial_lse[place] = lse[row];
       continue;
     }
-    float const share = add_sink(params, index[row], &lse[row]);
+    float const share = add_sink(sinks[row], &lse[row]);
     auto* const target = static_cast<uint16_t*>(params.out) + index[row] * params.head_dim_v;
     CUTLASS_PRAGMA_UNROLL
     for (int i = 2 * row; i < size(tOrO); i += 4) {

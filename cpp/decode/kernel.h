@@ -27,6 +27,8 @@ CUTLASS_DEVICE void consume(Params const& params, typename Traits::SharedStorage
 
     Interval rows[kRowsPerThread];
     find_rows<Traits>(params, work, tile_row, rows);
+    float sinks[kRowsPerThread];
+    find_sinks<Traits>(params, work, tile_row, sinks);
     Softmax softmax{params.exponents};
     Tensor tOrO = Traits::make_out();
     if (work.begin < work.end) {
@@ -57,7 +59,7 @@ CUTLASS_DEVICE void consume(Params const& params, typename Traits::SharedStorage
     } else {
       float lse[kRowsPerThread];
       finish<typename Traits::Element>(params, work, lacks_page, rows, softmax, tOrO, lse);
-      store<Traits>(params, work, tile_row, lse, tOrO);
+      store<Traits>(params, work, tile_row, sinks, lse, tOrO);
     }
     if (work.parts > 0) arrival.join_if_last();
     __syncwarp();
@@ -82,6 +84,10 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
   if (warp == 3 && elect_one_sync()) {
     prefetch_tma_descriptor(&params.key);
     prefetch_tma_descriptor(&params.value);
+  }
+  if (warp == 3 && params.tiles_of_cta > 0) {
+    fetch_table(params, min(params.heads(SharePlace(params).tile), params.sequences.batch - 1),
+                &storage.fetched);
   }
   Ours ours;
   Share share{};

@@ -129,6 +129,15 @@ CUTLASS_DEVICE void load_blocks(Params const& params, typename Traits::SharedSto
   }
 }
 
+// By one warp, at the kernel's beginning: what the table has of a sequence comes to the L1 while
+// lengths are on their way, 128 bytes for each lane. Nobody reads `fetched`.
+CUTLASS_DEVICE void fetch_table(Params const& params, int sequence, int* fetched) {
+  int const entry = static_cast<int>(threadIdx.x) % 32 * 32;
+  if (params.page_table == nullptr || entry >= params.pages_per_sequence) return;
+  int const* const table = params.page_table + int64_t{sequence} * params.pages_per_sequence;
+  SM80_CP_ASYNC_CACHEALWAYS<int>::copy(table[entry], *fetched);
+}
+
 // equal: the CTA has equal shares, the first of which the last lane knows.
 template <class Traits>
 CUTLASS_DEVICE void load(Params const& params, typename Traits::SharedStorage& storage, bool equal,
@@ -136,19 +145,24 @@ CUTLASS_DEVICE void load(Params const& params, typename Traits::SharedStorage& s
   int const lane = threadIdx.x % 32;
   PipelineState<Traits::kWorkStages> work_state;
   PipelineState<Traits::kLoadStages> state;
-  if (equal && lane == 31) {
-    hand_out<Traits>(storage, share_work(params, SharePlace(params), share), 0);
-  }
-  __syncwarp();
-  if (params.appended) {
-    cudaGridDependencySynchronize();
-    asm volatile("fence.proxy.async.global;" ::: "memory");  // TMA is to see them, too
-  }
-  for (;; work_state.advance()) {
-    storage.work_pipeline.full[work_state.stage].wait(work_state.phase);
-    Work const& work = storage.work[work_state.stage];
+  bool waits = params.appended;
+  for (bool own = equal;; work_state.advance(), own = false) {
+    Work work;
+    if (own) {
+      work = share_work(params, SharePlace(params), share_of_lane(share, 31));
+    } else {
+      storage.work_pipeline.full[work_state.stage].wait(work_state.phase);
+      work = storage.work[work_state.stage];
+    }
+    Part part{};
+    if (!work.last) part = find_part_of_lane(params, work, lane);
+    if (own && lane == 0) hand_out<Traits>(storage, work, 0);
     if (work.last) return;
-    Part const part = find_part_of_lane(params, work, lane);
+    if (waits) {
+      cudaGridDependencySynchronize();
+      asm volatile("fence.proxy.async.global;" ::: "memory");  // TMA is to see them, too
+      waits = false;
+    }
     load_blocks<Traits>(params, storage, work, part, work_state.stage, &state);
     __syncwarp();
     if (lane == 0) storage.work_pipeline.empty[work_state.stage].arrive();
@@ -227,7 +241,7 @@ CUTLASS_DEVICE void schedule(Params const& params, typename Traits::SharedStorag
     if (lane == 0) {
       find_full(params, &handed_out);
       if (equal) {
-        count_parts(params, &handed_out);
+        count_parts<Traits>(params, &handed_out);
       } else {
         complete(params, unit, piece, &handed_out);
       }

@@ -142,6 +142,84 @@ CUTLASS_DEVICE void join(Params const& params, Work const& work, int warp) {
   }
 }
 
+// A tile's flagged parts. To ask which are there, and then to read them, is one way more to the L2:
+// so each CTA reads them all behind its own, and joins what is whole. Of CTAs that do so at the
+// same time one sees all parts, and if several do, they write the same.
+template <class Traits>
+class FlaggedTile {
+ public:
+  CUTLASS_DEVICE FlaggedTile(Params const& params, Work const& work, int thread)
+      : params(params), work(work), thread(thread) {}
+
+  // By all consumers. Returns whether all that the thread has read was there.
+  CUTLASS_DEVICE bool join() const {
+    OutRow const tile{work.sequence.first_row, work.sequence.count, work.head, work.tile};
+    bool all = true;
+    CUTLASS_PRAGMA_NO_UNROLL
+    for (int i = thread; i < params.slot_rows * kVectors; i += kThreads) {
+      int const row = i / kVectors;
+      int const column = i % kVectors * 4;
+      Sum<false> sum;
+      CUTLASS_PRAGMA_NO_UNROLL
+      for (int first = 0; first < work.parts; first += kAtOnce) {
+        RowPart x[kAtOnce];
+        CUTLASS_PRAGMA_UNROLL
+        for (int j = 0; j < kAtOnce; ++j) {
+          if (first + j < work.parts) all &= read(first + j, row, column, &x[j]);
+        }
+        sum.add(x);
+      }
+      if (!all) return false;
+      int64_t const index =
+          tile.index(row, Traits::kBlockM, params.tiles.group, params.num_heads_q);
+      if (index < 0) continue;
+      float const scale = sum.finish(params, index);
+      store_merged<typename Traits::Element>(params, index, column, sum.out, scale, sum.lse);
+    }
+    return all;
+  }
+
+  // By all consumers, if all have seen all: for the next call.
+  CUTLASS_DEVICE void clear() const {
+    int const vectors = params.slot_rows * params.head_dim_v / 2;
+    CUTLASS_PRAGMA_NO_UNROLL
+    for (int part = 0; part < work.parts; ++part) {
+      FlaggedPart const x = this->part(part, 0);
+      CUTLASS_PRAGMA_NO_UNROLL
+      for (int i = thread; i < vectors; i += kThreads) x.out[i] = uint4{0, 0, 0, 0};
+      if (thread < params.slot_rows) x.lse[thread] = uint2{0, 0};
+    }
+  }
+
+ private:
+  static constexpr int kThreads = Traits::kWarpgroups * 128;
+  static constexpr int kVectors = Traits::kHeadDimV / 4;
+  static constexpr int kAtOnce = 4;  // parts
+
+  CUTLASS_DEVICE FlaggedPart part(int part, int row) const {
+    return {params, work.owner + part * work.stride, row};
+  }
+  CUTLASS_DEVICE bool read(int index, int row, int column, RowPart* x) const {
+    FlaggedPart const from = part(index, row);
+    uint2 const lse = __ldcg(from.lse);
+    uint4 a{0, kIsThere, 0, kIsThere};
+    uint4 b = a;
+    if (column < params.head_dim_v) {
+      a = __ldcg(from.out + column / 2);
+      b = __ldcg(from.out + column / 2 + 1);
+    }
+    x->lse = __uint_as_float(lse.x);
+    x->out = float4{__uint_as_float(a.x), __uint_as_float(a.z), __uint_as_float(b.x),
+                    __uint_as_float(b.z)};
+    auto const there = [](uint32_t flag) { return flag == kIsThere; };
+    return there(lse.y) && there(a.y) && there(a.w) && there(b.y) && there(b.w);
+  }
+
+  Params const& params;
+  Work const& work;
+  int const thread;
+};
+
 // Counts arrivals in memory that may hold anything: nothing yet, unless its upper 48 bits, which
 // are NaNs that no computation makes, say that it holds a count. So no kernel need zero it in
 // front. The last arrival leaves 0.
@@ -172,9 +250,10 @@ class Arrival {
   CUTLASS_DEVICE Arrival(Params const& params, typename Traits::SharedStorage& storage,
                          Work const& work, int stage)
       : params(params), work(work), is_last(storage.is_last[stage]) {
-    if (work.parts == 0) return;
+    if (work.parts == 0 || work.flagged) return;
     if (work.equal) {
-      if (thread() < 32) set_last(others_are_done());
+      // The last warp, which has the fewest rows to store.
+      if (thread() >= kThreads - 32) set_last(others_are_done());
     } else if (thread() == 0) {
       is_last = count_of(load(word(0))) + 1 == work.parts;
     }
@@ -182,6 +261,13 @@ class Arrival {
 
   // When it is, and completes the part.
   CUTLASS_DEVICE void join_if_last() {
+    if (work.flagged) {
+      asm volatile("fence.sc.gpu;" ::: "memory");
+      meet();
+      FlaggedTile<Traits> const tile(params, work, thread());
+      if (all_of(tile.join())) tile.clear();
+      return;
+    }
     meet();
     if (!is_last) {
       Counter const held = thread() == 0 ? __ldcg(word(0)) : 0;
@@ -212,6 +298,17 @@ class Arrival {
   CUTLASS_DEVICE static void meet() {
     cutlass::arch::NamedBarrier::sync(kThreads, barrier_id(NamedBarrier::kPartsStored, 0));
   }
+  // Whether all threads say so, who meet.
+  CUTLASS_DEVICE static bool all_of(bool own) {
+    int all;
+    asm volatile(
+        "{\n.reg .pred p, q;\nsetp.ne.s32 p, %1, 0;\n"
+        "barrier.cta.red.and.pred q, %2, %3, p;\nselp.s32 %0, 1, 0, q;\n}"
+        : "=r"(all)
+        : "r"(int{own}), "n"(8 + static_cast<int>(NamedBarrier::kPartsStored)), "n"(kThreads)
+        : "memory");
+    return all != 0;
+  }
   CUTLASS_DEVICE Counter* word(int part) const {
     return reinterpret_cast<Counter*>(params.arrivals + work.owner + part * work.stride);
   }
@@ -221,14 +318,14 @@ class Arrival {
     return x;
   }
   CUTLASS_DEVICE void set_last(bool last) {
-    if (thread() == 0) is_last = last;
+    if (threadIdx.x % 32 == 0) is_last = last;
   }
 
   // By one warp. The word that says it is a count of one.
   CUTLASS_DEVICE bool others_are_done() const {
     int const own = static_cast<int>(blockIdx.x);
     bool done = true;
-    for (int i = thread(); i < work.parts; i += 32) {
+    for (int i = threadIdx.x % 32; i < work.parts; i += 32) {
       done &= work.owner + i * work.stride == own || load(word(i)) == kCounts + 1;
     }
     return __all_sync(~0u, done);

@@ -48,6 +48,9 @@ struct Params {
   int slots;
   int slot_rows;
   bool appended;  // the kernel in front, which is overtaken, writes query, keys and values
+
+  // Of a tile of up to 8 rows a thread's second row is none.
+  JAX_FA3_HOST_DEVICE bool has_one_row() const { return slot_rows <= 8; }
 };
 
 }  // namespace jax_fa3::decode

@@ -50,15 +50,41 @@ struct Joined {
 };
 
 // A sink is one more key of value 0 for rows that see a key. Adds it to the log-sum-exp, and
-// returns what share of the weights the keys have. index: (row of query, query head) as one number.
-CUTLASS_DEVICE float add_sink(Params const& params, int64_t index, float* lse) {
-  if (params.sinks == nullptr || *lse == -INFINITY) return 1.f;
-  float const sink = params.sinks[static_cast<int>(index) % params.num_heads_q];
+// returns what share of the weights the keys have.
+CUTLASS_DEVICE float add_sink(float sink, float* lse) {
+  if (sink == -INFINITY || *lse == -INFINITY) return 1.f;
   float const top = fmaxf(*lse, sink);
   float const weight = exp2f((*lse - top) * kLog2E);
   float const sum = weight + exp2f((sink - top) * kLog2E);
   *lse = top + logf(sum);
   return weight / sum;
 }
+
+// index: (row of query, query head) as one number.
+CUTLASS_DEVICE float add_sink(Params const& params, int64_t index, float* lse) {
+  if (params.sinks == nullptr) return 1.f;
+  return add_sink(params.sinks[static_cast<int>(index) % params.num_heads_q], lse);
+}
+
+// What words of memory hold beside a part's numbers when these are there: a signalling NaN, which
+// no computation makes. Eight bytes are written and read at once.
+inline constexpr uint32_t kIsThere = 0x7fb5'ff9b;
+
+// Of a CTA's part that is flagged so, which takes the place of two: of a row, two columns, and the
+// log-sum-exp.
+struct FlaggedPart {
+  uint4* out;
+  uint2* lse;
+
+  CUTLASS_DEVICE FlaggedPart(Params const& params, int cta, int row) {
+    int64_t const place = int64_t{cta} * params.slots * params.slot_rows;
+    out = reinterpret_cast<uint4*>(params.partial_out + (place + 2 * row) * params.head_dim_v);
+    lse = reinterpret_cast<uint2*>(params.partial_lse + place + 2 * row);
+  }
+  CUTLASS_DEVICE void store_out(int column, float x, float y) const {
+    out[column / 2] = uint4{__float_as_uint(x), kIsThere, __float_as_uint(y), kIsThere};
+  }
+  CUTLASS_DEVICE void store_lse(float x) const { *lse = uint2{__float_as_uint(x), kIsThere}; }
+};
 
 }  // namespace jax_fa3::decode

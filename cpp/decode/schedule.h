@@ -38,10 +38,15 @@ struct Work {
   int skipped;
   int tile_units;
   bool completes;
-  int length;  // of an equal share
+  int length;    // of an equal share
+  bool flagged;  // its parts say of themselves that they are there (merge.h)
 
   static constexpr int kNone = -1;
 };
+
+// So many parts of so few rows are read without asking first whether they are there.
+inline constexpr int kMostFlagged = 8;
+inline constexpr int kFlaggedRows = 16;
 
 // A CTA's piece of the line: the first ones are longer by one. If there is little to do, some have
 // none.

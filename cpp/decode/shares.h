@@ -18,6 +18,15 @@ CUTLASS_DEVICE Share find_share(Params const& params, int index) {
   return {sequence, params.tiles.window.of(sequence, 0, sequence.count - 1)};
 }
 
+// The one that a lane of the warp knows.
+CUTLASS_DEVICE Share share_of_lane(Share const& share, int lane) {
+  auto const of_lane = [&](int x) { return __shfl_sync(~0u, x, lane); };
+  Sequence const& x = share.sequence;
+  return {{of_lane(x.first_row), of_lane(x.count), of_lane(x.length), of_lane(x.begin),
+           of_lane(x.mistaken) != 0},
+          {of_lane(share.positions.begin), of_lane(share.positions.end)}};
+}
+
 // Tiles::units() where there are no splits.
 CUTLASS_DEVICE int count_blocks(Params const& params, Interval const& positions) {
   int const bits = params.tiles.block_bits;
@@ -100,9 +109,11 @@ CUTLASS_DEVICE Work share_work(Params const& params, SharePlace place, Share con
 }
 
 // What only consumers need.
+template <class Traits>
 CUTLASS_DEVICE void count_parts(Params const& params, Work* work) {
   if (params.cluster > 0 || work->slot == Work::kNone) return;
   work->parts = (work->tile_units + work->length - 1) / work->length;
+  work->flagged = !Traits::kFew && work->parts <= kMostFlagged && params.slot_rows <= kFlaggedRows;
 }
 
 }  // namespace jax_fa3::decode

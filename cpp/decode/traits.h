@@ -162,6 +162,7 @@ struct Traits {
     bool lacks_page[kWorkStages];  // a page that the work needs does not exist
     int warp_sums[2][kThreads / 32];
     int known_units[kKnownUnits];  // of sequences
+    int fetched;                   // by fetch_table()
     bool is_last[kWorkStages];     // to store its part of a tile
 
     CUTLASS_DEVICE float* received() {

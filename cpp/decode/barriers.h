@@ -11,6 +11,8 @@ enum class NamedBarrier : uint32_t {
   kValuesZeroed1,
   kPartsStored,  // all consumers have stored their rows of a part of a tile, or know who is the
                  // last
+  kCanLoad,      // of the kernel of clusters: barriers are there for the loading warp,
+  kStarted,      // and for the others
   kWarpsMet,     // a tile's warps are all done with it, or with a part of their parts of it
 };
 

@@ -20,22 +20,36 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
   auto& storage = *reinterpret_cast<typename Traits::SharedStorage*>(memory);
   int const warp = cutlass::canonical_warp_idx_sync();
   cudaTriggerProgrammaticLaunchCompletion();
+  // The loading warp waits for nobody but who makes the barriers.
+  using cutlass::arch::NamedBarrier;
+  auto const id = [](auto barrier) { return barrier_id(barrier, 0); };
+  using Id = decode::NamedBarrier;
+  if (warp == 2) {
+    if (elect_one_sync()) {
+      storage.init_barriers();
+      storage.lacks_page[0] = false;
+      SharedTile<Traits>(storage, params).expect(params.slot_rows);
+    }
+    __syncwarp();
+    NamedBarrier::arrive(64, id(Id::kCanLoad));
+  }
   SharePlace const place(params);
+  if (warp == 3) {
+    fetch_table(params, params.heads(place.tile), &storage.fetched);
+    if (elect_one_sync()) {
+      prefetch_tma_descriptor(&params.key);
+      prefetch_tma_descriptor(&params.value);
+    }
+  }
   Share const share_of_tile = find_share(params, params.heads(place.tile));
-  if (warp == 2 && elect_one_sync()) {
-    storage.init_barriers();
-    storage.lacks_page[0] = false;
-    SharedTile<Traits>(storage, params).expect(params.slot_rows);
-  }
-  if (warp == 3 && elect_one_sync()) {
-    prefetch_tma_descriptor(&params.key);
-    prefetch_tma_descriptor(&params.value);
-  }
-  if (warp == 3) fetch_table(params, params.heads(place.tile), &storage.fetched);
   Work work = share_work(params, place, share_of_tile);
   Part part{};
-  if (warp == 0) part = find_part_of_lane(params, work, threadIdx.x % 32);
-  __syncthreads();
+  if (warp == 0) {
+    part = find_part_of_lane(params, work, threadIdx.x % 32);
+    NamedBarrier::sync(64, id(Id::kCanLoad));
+  } else {
+    NamedBarrier::sync(Traits::kThreads - 32, id(Id::kStarted));
+  }
   cluster_arrive_relaxed();
 
   if (warp < 4) {

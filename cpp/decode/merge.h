@@ -11,37 +11,56 @@
 
 namespace jax_fa3::decode {
 
-// Where the parts of a tile are. The first is in its CTA's slot 0; of each other CTA there is one,
-// or with splits one for each of them.
-template <bool kSplits>
-struct Parts {
-  Params const& params;
-  Work const& work;
-
-  CUTLASS_DEVICE int64_t place(int part, int row) const {
-    int in_cta = work.owner + part * work.stride;
-    int slot = part > 0;
-    if (kSplits && part > 0) {
-      Piece const piece(work.units, params.num_ctas);
-      int const unit = piece.begin(work.owner + 1) + part - 1;
-      in_cta = piece.cta(unit);
-      slot = 1 + unit - piece.begin(in_cta);
-    }
-    return (int64_t{in_cta} * params.slots + slot) * params.slot_rows + row;
-  }
-};
-
 // What a lane has of one row: four columns.
 struct RowPart {
   float lse = -INFINITY;
   float4 out{0.f, 0.f, 0.f, 0.f};
 };
 
-// Past the L1, which does not know what other SMs write.
-CUTLASS_DEVICE RowPart read_part(Params const& params, int64_t place, int column) {
-  float const* const out = params.partial_out + place * params.head_dim_v + column;
-  return {__ldcg(params.partial_lse + place), __ldcg(reinterpret_cast<float4 const*>(out))};
+// Past the L1, which does not know what other SMs write. A part that does not exist changes no sum;
+// by predicates, for a choice made when the numbers are there would wait for each part by itself.
+CUTLASS_DEVICE RowPart read_part(bool exists, float const* lse, float const* out) {
+  RowPart x;
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.s32 p, %7, 0;\n@p ld.global.cg.f32 %0, [%5];\n"
+      "@p ld.global.cg.v4.f32 {%1, %2, %3, %4}, [%6];\n}"
+      : "+f"(x.lse), "+f"(x.out.x), "+f"(x.out.y), "+f"(x.out.z), "+f"(x.out.w)
+      : "l"(lse), "l"(out), "r"(int{exists})
+      : "memory");
+  return x;
 }
+
+// Where four columns of a row are, of all parts of a tile. The first part is in its CTA's slot 0;
+// of each other CTA there is one, or with splits one for each of them.
+template <bool kSplits>
+struct Parts {
+  Params const& params;
+  Work const& work;
+  int row;
+  int column;
+
+  // Without splits the way from part to part is short: where 17 are read at once, code that runs
+  // once is what takes long.
+  CUTLASS_DEVICE RowPart operator()(int part, bool exists) const {
+    int const first = exists ? part : 0;
+    int in_cta = first * work.stride;
+    int slot = first > 0;
+    if (kSplits && first > 0) {
+      Piece const piece(work.units, params.num_ctas);
+      int const unit = piece.begin(work.owner + 1) + first - 1;
+      in_cta = piece.cta(unit);
+      slot = 1 + unit - piece.begin(in_cta);
+      in_cta -= work.owner;
+    }
+    int64_t const begin = int64_t{work.owner} * params.slots * params.slot_rows + row;
+    float const* const lses = params.partial_lse + begin;
+    float const* const outs = params.partial_out + begin * params.head_dim_v + column;
+    using Index = std::conditional_t<kSplits, int64_t, int>;
+    Index const place = (Index{in_cta} * params.slots + slot) * params.slot_rows;
+    Index const of_out = place * params.head_dim_v;
+    return read_part(exists, lses + place, outs + of_out);
+  }
+};
 
 // The sum of parts. With splits part after part, as a CTA joins those that it has itself.
 template <bool kSplits>
@@ -103,7 +122,6 @@ CUTLASS_DEVICE void store_merged(Params const& params, int64_t index, int column
 template <class Traits, bool kSplits, int kRows, int kParts>
 CUTLASS_DEVICE void join(Params const& params, Work const& work, int warp) {
   constexpr int kWarps = Traits::kWarpgroups * 4;
-  Parts<kSplits> const parts{params, work};
   OutRow const tile{work.sequence.first_row, work.sequence.count, work.head, work.tile};
   CUTLASS_PRAGMA_NO_UNROLL
   for (int first_row = warp; first_row < params.slot_rows; first_row += kRows * kWarps) {
@@ -125,8 +143,8 @@ CUTLASS_DEVICE void join(Params const& params, Work const& work, int warp) {
           int const row = first_row + i / kParts * kWarps;
           int const part = first_part + i % kParts;
           bool const exists = index[i / kParts] >= 0 && part < work.parts;
-          x[i / kParts][i % kParts] =
-              exists ? read_part(params, parts.place(part, row), column) : RowPart{};
+          Parts<kSplits> const parts{params, work, min(row, params.slot_rows - 1), column};
+          x[i / kParts][i % kParts] = parts(part, exists);
         }
         CUTLASS_PRAGMA_UNROLL
         for (int i = 0; i < kRows; ++i) sums[i].add(x[i]);
@@ -151,7 +169,9 @@ class FlaggedTile {
   CUTLASS_DEVICE FlaggedTile(Params const& params, Work const& work, int thread)
       : params(params), work(work), thread(thread) {}
 
-  // By all consumers. Returns whether all that the thread has read was there.
+  // By all consumers, if there are no more parts. Returns whether all that the thread has read was
+  // there.
+  template <int kParts>
   CUTLASS_DEVICE bool join() const {
     OutRow const tile{work.sequence.first_row, work.sequence.count, work.head, work.tile};
     bool all = true;
@@ -159,20 +179,14 @@ class FlaggedTile {
     for (int i = thread; i < params.slot_rows * kVectors; i += kThreads) {
       int const row = i / kVectors;
       int const column = i % kVectors * 4;
-      Sum<false> sum;
-      CUTLASS_PRAGMA_NO_UNROLL
-      for (int first = 0; first < work.parts; first += kAtOnce) {
-        RowPart x[kAtOnce];
-        CUTLASS_PRAGMA_UNROLL
-        for (int j = 0; j < kAtOnce; ++j) {
-          if (first + j < work.parts) all &= read(first + j, row, column, &x[j]);
-        }
-        sum.add(x);
-      }
+      RowPart x[kParts];
+      all &= read(row, min(column, params.head_dim_v - 4), x);
       if (!all) return false;
       int64_t const index =
           tile.index(row, Traits::kBlockM, params.tiles.group, params.num_heads_q);
       if (index < 0) continue;
+      Sum<false> sum;
+      sum.add(x);
       float const scale = sum.finish(params, index);
       store_merged<typename Traits::Element>(params, index, column, sum.out, scale, sum.lse);
     }
@@ -194,25 +208,32 @@ class FlaggedTile {
  private:
   static constexpr int kThreads = Traits::kWarpgroups * 128;
   static constexpr int kVectors = Traits::kHeadDimV / 4;
-  static constexpr int kAtOnce = 4;  // parts
 
   CUTLASS_DEVICE FlaggedPart part(int part, int row) const {
     return {params, work.owner + part * work.stride, row};
   }
-  CUTLASS_DEVICE bool read(int index, int row, int column, RowPart* x) const {
-    FlaggedPart const from = part(index, row);
-    uint2 const lse = __ldcg(from.lse);
-    uint4 a{0, kIsThere, 0, kIsThere};
-    uint4 b = a;
-    if (column < params.head_dim_v) {
-      a = __ldcg(from.out + column / 2);
-      b = __ldcg(from.out + column / 2 + 1);
+  // Four columns of a row, of all parts, which are on their way together.
+  template <int kParts>
+  CUTLASS_DEVICE bool read(int row, int column, RowPart (&x)[kParts]) const {
+    FlaggedPart const first = part(0, row);
+    uint4 const* const outs = first.out + column / 2;
+    int const step = work.stride * params.slots * params.slot_rows;  // floats for each column
+    uint32_t others = 0;
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < kParts; ++i) {
+      bool const exists = i < work.parts;
+      int const to = exists ? i * step : 0;
+      uint2 const lse = __ldcg(first.lse + to / 2);
+      uint4 const a = __ldcg(outs + to * params.head_dim_v / 4);
+      uint4 const b = __ldcg(outs + to * params.head_dim_v / 4 + 1);
+      if (exists) {
+        x[i] = {__uint_as_float(lse.x), float4{__uint_as_float(a.x), __uint_as_float(a.z),
+                                               __uint_as_float(b.x), __uint_as_float(b.z)}};
+      }
+      others |= (lse.y ^ kIsThere) | (a.y ^ kIsThere) | (a.w ^ kIsThere) | (b.y ^ kIsThere) |
+                (b.w ^ kIsThere);
     }
-    x->lse = __uint_as_float(lse.x);
-    x->out = float4{__uint_as_float(a.x), __uint_as_float(a.z), __uint_as_float(b.x),
-                    __uint_as_float(b.z)};
-    auto const there = [](uint32_t flag) { return flag == kIsThere; };
-    return there(lse.y) && there(a.y) && there(a.w) && there(b.y) && there(b.w);
+    return others == 0;
   }
 
   Params const& params;
@@ -265,7 +286,8 @@ class Arrival {
       asm volatile("fence.sc.gpu;" ::: "memory");
       meet();
       FlaggedTile<Traits> const tile(params, work, thread());
-      if (all_of(tile.join())) tile.clear();
+      bool const all = work.parts <= 4 ? tile.template join<4>() : tile.template join<8>();
+      if (all_of(all)) tile.clear();
       return;
     }
     meet();

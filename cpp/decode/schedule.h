@@ -46,7 +46,7 @@ struct Work {
 
 // So many parts of so few rows are read without asking first whether they are there.
 inline constexpr int kMostFlagged = 8;
-inline constexpr int kFlaggedRows = 16;
+inline constexpr int kFlaggedRows = 8;
 
 // A CTA's piece of the line: the first ones are longer by one. If there is little to do, some have
 // none.

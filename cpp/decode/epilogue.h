@@ -138,7 +138,7 @@ CUTLASS_DEVICE void store(Params const& params, Work const& work, int tile_row,
   CUTLASS_PRAGMA_UNROLL
   for (int row = 0; row < kRowsPerThread; ++row) {
     if (index[row] < 0) continue;
-    if (work.flagged) {
+    if (Traits::kFlags && work.flagged) {
       FlaggedPart const part(params, static_cast<int>(blockIdx.x), tile_row + row * 8);
       CUTLASS_PRAGMA_UNROLL
       for (int i = 2 * row; i < size(tOrO); i += 4) {

@@ -282,7 +282,7 @@ class Arrival {
 
   // When it is, and completes the part.
   CUTLASS_DEVICE void join_if_last() {
-    if (work.flagged) {
+    if (Traits::kFlags && work.flagged) {
       asm volatile("fence.sc.gpu;" ::: "memory");
       meet();
       FlaggedTile<Traits> const tile(params, work, thread());
@@ -308,7 +308,7 @@ class Arrival {
     if (params.tiles.split > 0) {
       join<Traits, true, 1, 8>(params, work, thread() / 32);
     } else if (params.slot_rows <= kThreads / 32 && work.parts > 8) {
-      join<Traits, false, 1, 17>(params, work, thread() / 32);
+      join<Traits, false, 1, Traits::kHeadDim <= 128 ? 17 : 8>(params, work, thread() / 32);
     } else {
       join<Traits, false, 2, 8>(params, work, thread() / 32);
     }

@@ -113,7 +113,7 @@ template <class Traits>
 CUTLASS_DEVICE void count_parts(Params const& params, Work* work) {
   if (params.cluster > 0 || work->slot == Work::kNone) return;
   work->parts = (work->tile_units + work->length - 1) / work->length;
-  work->flagged = !Traits::kFew && work->parts <= kMostFlagged && params.slot_rows <= kFlaggedRows;
+  work->flagged = Traits::kFlags && work->parts <= kMostFlagged && params.slot_rows <= kFlaggedRows;
 }
 
 }  // namespace jax_fa3::decode

@@ -110,6 +110,8 @@ struct Traits {
   static constexpr int kLoadSlab = kFew ? slab8(kHeadDim) : (kWidens ? kHeadDim : kSlab);
   static constexpr int kLoadSlabV = kFew ? slab8(kHeadDimV) : (kWidens ? kHeadDimV : kSlabV);
   static constexpr int kWorkStages = 3;
+  // Parts may be flagged (merge.h), where registers allow.
+  static constexpr bool kFlags = !kFew && kHeadDim <= 128 && kHeadDimV <= 128;
   // A cluster's CTAs may share a tile: what a CTA gets of it lies in the query's first slab, behind
   // the rows that there are, where others may write whenever they like.
   static constexpr bool kClusters =

@@ -35,7 +35,7 @@ PUBLIC = {
 }
 # CuTe's hook for an instruction: if it does not spell the tensors' types, neither it nor CuTe's own
 # function for any instruction is the better match, and the call does not compile.
-TEMPLATES = {"common/wgmma.h": {"mma_unpack"}}
+TEMPLATES = {"common/wgmma.h": {"mma_unpack"}, "fwd/wgmma_long.h": {"mma_unpack"}}
 
 
 def files(*suffixes: str, folders: tuple[Path, ...] = (CPP, PACKAGE)) -> list[Path]:

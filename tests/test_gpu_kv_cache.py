@@ -54,6 +54,7 @@ FEW_TILES = [
 EQUAL = [
     Case("equal, one", (1,), (9000,), 64, **ONE),
     Case("equal, one, short", (1,), (200,), 64, pages=150, **ONE),
+    Case("equal, one, few parts", (1,), (1000,), 64, pages=150, **ONE),
     Case("equal, five", (1,) * 5, (1000, 1040, 970, 1000, 1003), 64, pages=90, **ONE),
     Case("equal, five, window", (2,) * 5, (1000, 936, 744, 1960, 296), 64, pages=90, **ONE, options={"local_window_size": 200}),
     Case("equal, idle", (1,) * 5, (0,) * 5, 64, pages=90, **ONE),
@@ -239,7 +240,8 @@ def test_in_a_graph_with_other_lengths():
 
 def test_again_and_again():
     """Parts that a call before it, or another one, has left are never taken for its own."""
-    calls = [Inputs(x, jnp.bfloat16) for x in EQUAL if x.name in ("equal, T 4", "equal, sinks")]
+    names = "equal, T 4", "equal, sinks", "equal, one, few parts"
+    calls = [Inputs(x, jnp.bfloat16) for x in EQUAL if x.name in names]
 
     def step(sign: Any, _: None) -> Any:
         return -sign, [kernel(x, query=sign * x.arguments()["query"]) for x in calls]

@@ -1,6 +1,6 @@
 // Dropout in the backward, on S^T and dP^T: dV takes the weights that are left, and dS = P (dP -
 // delta) has dP of those alone. That a weight is dropped is kept in its P, which is never negative,
-// as the sign: so it needs no registers, and they are found beside dP's GEMM.
+// as the sign: so it needs no registers. At head dim 128 that is found beside dP's GEMM.
 #pragma once
 
 #include "bwd/scores.h"

@@ -13,7 +13,8 @@ enum class NamedBarrier : uint32_t {
                  // last
   kCanLoad,      // of the kernel of clusters: barriers are there for the loading warp,
   kStarted,      // and for the others
-  kWarpsMet,     // a tile's warps are all done with it, or with a part of their parts of it
+  kWarpsMet,     // a tile's warps are all done with it, or have all left their O of a part in
+                 // shared memory
 };
 
 CUTLASS_DEVICE uint32_t barrier_id(NamedBarrier first, int offset) {

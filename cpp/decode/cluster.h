@@ -22,10 +22,6 @@ CUTLASS_DEVICE void store_to_rank(float* smem, FullBarrier& barrier, int rank,
     asm volatile(JAX_FA3_STORE ".v4.f32 [%0], {%2, %3, %4, %5}, [%1];" ::"r"(address), "r"(counts),
                  "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3])
                  : "memory");
-  } else if constexpr (kFloats == 2) {
-    asm volatile(JAX_FA3_STORE ".v2.f32 [%0], {%2, %3}, [%1];" ::"r"(address), "r"(counts),
-                 "f"(x[0]), "f"(x[1])
-                 : "memory");
   } else {
     asm volatile(JAX_FA3_STORE ".f32 [%0], %2, [%1];" ::"r"(address), "r"(counts), "f"(x[0])
                  : "memory");
@@ -52,12 +48,11 @@ class SharedTile {
   // By all threads that send.
   CUTLASS_DEVICE static void wait_until_others_run() { cluster_wait(); }
 
-  // 2 or 4 columns. Vectors of 4 are dealt out.
-  template <int kFloats>
-  CUTLASS_DEVICE void send_out(int row, int column, float const (&x)[kFloats]) const {
+  // Vectors of 4 columns are dealt out.
+  CUTLASS_DEVICE void send_out(int row, int column, float const (&x)[4]) const {
     int const vector = row * kVectors + column / 4;
     int const to = vector & (cluster - 1);
-    store_to_rank(outs + (vector - to + rank) * 4 + column % 4, received, to, x);
+    store_to_rank(outs + (vector - to + rank) * 4, received, to, x);
   }
   CUTLASS_DEVICE void send_lse(int row, int to, float lse) const {
     store_to_rank(lses + row * kLargestCluster + rank, received, to, {lse});

@@ -130,7 +130,8 @@ CUTLASS_DEVICE void load_blocks(Params const& params, typename Traits::SharedSto
 }
 
 // By one warp, at the kernel's beginning: what the table has of a sequence comes to the L1 while
-// lengths are on their way, 128 bytes for each lane. Nobody reads `fetched`.
+// lengths are on their way, 128 bytes for each lane, so its first 1,024 entries. Nobody reads
+// `fetched`.
 CUTLASS_DEVICE void fetch_table(Params const& params, int sequence, int* fetched) {
   int const entry = static_cast<int>(threadIdx.x) % 32 * 32;
   if (params.page_table == nullptr || entry >= params.pages_per_sequence) return;

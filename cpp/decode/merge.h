@@ -1,5 +1,6 @@
-// Joins what several CTAs computed of one tile: the last of them that is done does it, always in
-// the same order, so results are the same bit by bit from run to run.
+// Joins what several CTAs computed of one tile: the last of them that is done does it, or whoever
+// finds all flagged parts; always in the same order, so results are the same bit by bit from run to
+// run.
 #pragma once
 
 #include "common/fragment.h"
@@ -200,8 +201,8 @@ class FlaggedTile {
     for (int part = 0; part < work.parts; ++part) {
       FlaggedPart const x = this->part(part, 0);
       CUTLASS_PRAGMA_NO_UNROLL
-      for (int i = thread; i < vectors; i += kThreads) x.out[i] = uint4{0, 0, 0, 0};
-      if (thread < params.slot_rows) x.lse[thread] = uint2{0, 0};
+      for (int i = thread; i < vectors; i += kThreads) store_relaxed(x.out + i, 0, 0);
+      if (thread < params.slot_rows) store_relaxed(x.lse + thread, 0);
     }
   }
 
@@ -216,22 +217,22 @@ class FlaggedTile {
   template <int kParts>
   CUTLASS_DEVICE bool read(int row, int column, RowPart (&x)[kParts]) const {
     FlaggedPart const first = part(0, row);
-    uint4 const* const outs = first.out + column / 2;
+    ulonglong2 const* const outs = first.out + column / 2;
     int const step = work.stride * params.slots * params.slot_rows;  // floats for each column
     uint32_t others = 0;
+    auto const number = [&](uint64_t x) {
+      others |= static_cast<uint32_t>(x >> 32) ^ kIsThere;
+      return __uint_as_float(static_cast<uint32_t>(x));
+    };
     CUTLASS_PRAGMA_UNROLL
     for (int i = 0; i < kParts; ++i) {
       bool const exists = i < work.parts;
       int const to = exists ? i * step : 0;
-      uint2 const lse = __ldcg(first.lse + to / 2);
-      uint4 const a = __ldcg(outs + to * params.head_dim_v / 4);
-      uint4 const b = __ldcg(outs + to * params.head_dim_v / 4 + 1);
-      if (exists) {
-        x[i] = {__uint_as_float(lse.x), float4{__uint_as_float(a.x), __uint_as_float(a.z),
-                                               __uint_as_float(b.x), __uint_as_float(b.z)}};
-      }
-      others |= (lse.y ^ kIsThere) | (a.y ^ kIsThere) | (a.w ^ kIsThere) | (b.y ^ kIsThere) |
-                (b.w ^ kIsThere);
+      uint64_t const lse = load_relaxed(first.lse + to / 2);
+      ulonglong2 const a = load_relaxed(outs + to * params.head_dim_v / 4);
+      ulonglong2 const b = load_relaxed(outs + to * params.head_dim_v / 4 + 1);
+      RowPart const one{number(lse), float4{number(a.x), number(a.y), number(b.x), number(b.y)}};
+      if (exists) x[i] = one;
     }
     return others == 0;
   }

@@ -67,24 +67,50 @@ CUTLASS_DEVICE float add_sink(Params const& params, int64_t index, float* lse) {
 }
 
 // What words of memory hold beside a part's numbers when these are there: a signalling NaN, which
-// no computation makes. Eight bytes are written and read at once.
+// no computation makes. The two are one element of 64 bits of what is written and read, so they
+// come together.
 inline constexpr uint32_t kIsThere = 0x7fb5'ff9b;
+
+CUTLASS_DEVICE uint64_t flagged(float x) { return uint64_t{kIsThere} << 32 | __float_as_uint(x); }
+CUTLASS_DEVICE void store_relaxed(ulonglong2* to, uint64_t x, uint64_t y) {
+  asm volatile("st.relaxed.gpu.global.v2.b64 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(to)),
+               "l"(x), "l"(y)
+               : "memory");
+}
+CUTLASS_DEVICE void store_relaxed(uint64_t* to, uint64_t x) {
+  asm volatile("st.relaxed.gpu.global.b64 [%0], %1;" ::"l"(__cvta_generic_to_global(to)), "l"(x)
+               : "memory");
+}
+CUTLASS_DEVICE ulonglong2 load_relaxed(ulonglong2 const* from) {
+  uint64_t x, y;
+  asm volatile("ld.relaxed.gpu.global.v2.b64 {%0, %1}, [%2];"
+               : "=l"(x), "=l"(y)
+               : "l"(__cvta_generic_to_global(from)));
+  return {x, y};
+}
+CUTLASS_DEVICE uint64_t load_relaxed(uint64_t const* from) {
+  uint64_t x;
+  asm volatile("ld.relaxed.gpu.global.b64 %0, [%1];"
+               : "=l"(x)
+               : "l"(__cvta_generic_to_global(from)));
+  return x;
+}
 
 // Of a CTA's part that is flagged so, which takes the place of two: of a row, two columns, and the
 // log-sum-exp.
 struct FlaggedPart {
-  uint4* out;
-  uint2* lse;
+  ulonglong2* out;
+  uint64_t* lse;
 
   CUTLASS_DEVICE FlaggedPart(Params const& params, int cta, int row) {
     int64_t const place = int64_t{cta} * params.slots * params.slot_rows;
-    out = reinterpret_cast<uint4*>(params.partial_out + (place + 2 * row) * params.head_dim_v);
-    lse = reinterpret_cast<uint2*>(params.partial_lse + place + 2 * row);
+    out = reinterpret_cast<ulonglong2*>(params.partial_out + (place + 2 * row) * params.head_dim_v);
+    lse = reinterpret_cast<uint64_t*>(params.partial_lse + place + 2 * row);
   }
   CUTLASS_DEVICE void store_out(int column, float x, float y) const {
-    out[column / 2] = uint4{__float_as_uint(x), kIsThere, __float_as_uint(y), kIsThere};
+    store_relaxed(out + column / 2, flagged(x), flagged(y));
   }
-  CUTLASS_DEVICE void store_lse(float x) const { *lse = uint2{__float_as_uint(x), kIsThere}; }
+  CUTLASS_DEVICE void store_lse(float x) const { store_relaxed(lse, flagged(x)); }
 };
 
 }  // namespace jax_fa3::decode

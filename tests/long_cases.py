@@ -38,8 +38,9 @@ def _long() -> list[Case]:
         Case("longer, backwards", 4500, 4500, 2, 2, 256, B=1, mask=backwards),
         Case("longer, documents", 4500, 4500, 2, 1, 80, B=1, mask={**packed(texts), **CAUSAL}),
         Case("5 keys more than eight blocks", 1029, 1029, 3, 3, 128, B=1),
-        Case("24 long blocks", 300, 4224, 2, 2, 128, B=1),
-        Case("46 long blocks and 96 keys", 130, 8192, 2, 1, 128, B=1),
+        # With sinks, for then rows are not shared by several CTAs.
+        Case("24 long blocks", 300, 4224, 2, 2, 128, B=1, sinks=(0.5, -1.0)),
+        Case("46 long blocks and 96 keys", 130, 8192, 2, 1, 128, B=1, sinks=(2.0, 0.0)),
         # Tiles of several heads a CTA, whose keys are one block.
         Case("77 keys of many rows", 1700, 77, 8, 8, 64, B=4),
         Case("80 keys of groups", 1100, 80, 12, 4, 64, B=3),

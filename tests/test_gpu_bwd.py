@@ -142,6 +142,21 @@ def test_what_nobody_sees_has_no_gradient(head_dim: int, planted: bool):
     assert not np.any(bits(found.dv[:, 80:120]) & 0x7FFF)
 
 
+@pytest.mark.parametrize(("head_dim", "length"), [(128, 20480), (192, 16384)])
+def test_turns_of_splits(head_dim: int, length: int):
+    """Where the first row that sees a key comes earlier the later the key is, as of reversed text,
+    turns to add to dQ alternate between the CTAs that share a block of keys."""
+    begin = jnp.arange(length - 1, -1, -1, dtype=jnp.int32)[None]
+    case = Case("reversed", length, length, 1, 1, head_dim, B=1, mask={"key_begin": begin})
+    call, arguments = gradients(case, deterministic_backward=True)
+    found, again = call(*arguments), call(*arguments)
+    assert all(map(equal, found, again))
+    other, _ = gradients(case)
+    for x, y in zip(found, other(*arguments), strict=True):
+        x, y = (np.asarray(z, np.float32) for z in (x, y))
+        np.testing.assert_allclose(x, y, rtol=2**-7, atol=2**-8 * np.abs(y).max())
+
+
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("head_dim", [64, 128, 192, 256])
 def test_broken_rows_without_cotangents(head_dim: int, deterministic: bool):

@@ -146,7 +146,12 @@ def test_memory_is_linear():
 @DTYPES
 @pytest.mark.parametrize(
     ("length", "heads", "batch", "head_dim", "is_causal"),
-    [(8192, 20, 1, 128, True), (1029, 32, 8, 128, False), (2048, 16, 4, 96, True)],
+    [
+        (8192, 20, 1, 128, True),
+        (1029, 32, 8, 128, False),
+        (2048, 16, 4, 96, True),
+        (8192, 16, 2, 128, False),  # long blocks
+    ],
 )
 def test_high_tiles(
     length: int, heads: int, batch: int, head_dim: int, is_causal: bool, dtype: Any

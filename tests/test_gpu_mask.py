@@ -47,7 +47,8 @@ def test_segment_kernel(sizes: tuple[int, int, int]):
 
 
 def test_key_intervals_are_the_mask():
-    """Passing them on gives what the arguments give; bit by bit, for head dim 128 has one tile for both.
+    """Passing them on gives what the arguments give; bit by bit, for head dim 128 has one tile for both
+    where there are so few keys.
     (Head dim 64 has another for a narrow window, and so other blocks of a warpgroup are full.)"""
     ids = np.stack([documents(300, 700, 24), documents(1, 1000, 23, ids=(7, -1, 3))])
     segments: dict[str, Any] = {"query_segment_ids": ids, "key_value_segment_ids": ids}

@@ -1,5 +1,8 @@
 // What numbers lose when they are rounded to 16 bits: of each the next 8 bits. With them a
-// warpgroup that is handed a 16-bit operand knows the numbers themselves, to 16 bits of mantissa.
+// warpgroup that is handed a 16-bit operand knows the numbers themselves, to 16 bits of mantissa;
+// but for those that fp16 keeps as subnormals (below 2^-14), which stay about as rounded, and exact
+// ties, one in 2^17 numbers (2^14 in fp16), which may be taken for rounded up and lose a unit. (In
+// bf16 there are no subnormals: the exponential makes 0 of them.)
 #pragma once
 
 #include "common/fragment.h"

@@ -101,7 +101,7 @@ struct Traits {
                                    : kKind == Kind::kShort ? FwdTile{64, kShortKeys, false}
                                    : kKind == Kind::kTall  ? tall_tile(kHeadDim)
                                    : kKind == Kind::kLong  ? kLongTile
-                                   : kKind == Kind::kFew ? few_keys_tile(kHeadDim, kHeadDimV)
+                                   : kKind == Kind::kFew   ? few_keys_tile(kHeadDim, kHeadDimV)
                                                          : fwd_tile(kHeadDim, kHeadDimV, kHasBias);
   static constexpr int kBlockM = kTile.block_m;
   static constexpr int kBlockN = kTile.block_n;

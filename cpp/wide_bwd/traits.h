@@ -46,7 +46,7 @@ struct Traits {
   static constexpr int kBlockM = kTile.block_m;  // query rows of a step, or of a tile of dQ
   static constexpr int kBlockN = kTile.block_n;  // keys of a cluster
   static constexpr int kKeysOfStep = 64;         // of dQ
-  static constexpr int kGradRows = 64;      // that a warpgroup stores
+  static constexpr int kGradRows = 64;           // that a warpgroup stores
   static_assert(kBlockM == 128 && kBlockN == 128 && kBwdQueryRows == kBlockM);
 
   static constexpr int kSides = kOfKeys ? 2 : 1;  // tiles of a cluster

@@ -70,7 +70,7 @@ def test_splits_are_no_more_than_fill_the_gpu():
             assert found == (group * T > 2**16)
             continue
         shared += 1
-        block_m, block_n = (128, 128) if head_dim <= 64 else (64, 128 if head_dim <= 128 else 64)
+        block_m, block_n = 128 if head_dim <= 64 else 64, {192: 96, 256: 64}.get(head_dim, 128)
         tiles = -(-S // block_n) * k * batch
         assert found <= 1024 and (found - 1) * tiles <= 8 * 132
         assert 2 * found <= group * -(-T // block_m)

@@ -144,7 +144,9 @@ struct Sizes {
 // The order of the backward's CTAs: blocks of keys of (KV head, split), the splits of a head next
 // to each other. Under a mask, heads whose operands fit into the L2 cache together run at the same
 // time. So they do without a mask where gradients are deterministic (`in_turn`): there the key
-// blocks of one head add to dQ one after the other, and would wait if they all started together.
+// blocks of one head add to dQ one after the other, and would wait if they all started together. A
+// block's turn may also come after one of another split of its head: so all splits of a head are in
+// one section, or that one might never begin.
 constexpr TileOrder bwd_order(Sizes const& p, int kernel_head_dim, int num_splits, bool masked,
                               bool in_turn, int factor = 1) {
   int const heads = p.num_heads_k * num_splits;
@@ -153,7 +155,7 @@ constexpr TileOrder bwd_order(Sizes const& p, int kernel_head_dim, int num_split
   int64_t section = masked || in_turn ? heads_per_section(int64_t{p.seqlen_q} * shared,
                                                           3 * p.head_dim, p.head_dim_v, 1)
                                       : num_splits;
-  if (!in_turn) section *= factor;
+  section = in_turn ? ceil_div(section, num_splits) * num_splits : section * factor;
   int64_t const most = int64_t{heads} * p.batch;
   if (section > most) section = most;
   return {ceil_div(p.seqlen_k, bwd_tile(kernel_head_dim).block_n), heads, p.batch,

@@ -27,7 +27,7 @@ def refusal(config: Config, sizes: Sizes) -> str | None:
     if config.dropout:
         return "bias: got one beside dropout, wanted one of the two"
     width = max(sizes.head_dim, sizes.head_dim_v)
-    if not bwd_tile(width).takes_terms:
+    if not bwd_tile(width).takes_bias:
         return f"bias: got one beside head dim {width}, wanted none beside more than 128"
     keys = sizes.key_length
     if drifts(keys):
@@ -49,7 +49,7 @@ def refusal_of_terms(config: Config, operands: Operands) -> str | None:
     if config.dropout:
         return f"{found} dropout, wanted one of the two"
     width = max(sizes.head_dim, sizes.head_dim_v)
-    if not bwd_tile(width).takes_terms:
+    if not bwd_tile(width).takes_bias:
         return f"{found} head dim {width}, wanted none beside more than 128"
     keys = sizes.key_length
     return f"{found} {keys} keys, wanted at most {MOST_KEYS_OF_SUM}" if drifts(keys) else None

@@ -21,8 +21,8 @@ class BwdTile(NamedTuple):
     fused: bool  # one kernel for all gradients, which sums dq in fp32 in global memory
 
     @property
-    def takes_terms(self) -> bool:
-        """Whether its kernels take a bias, slopes or a dense mask (twin of takes_bias())."""
+    def takes_bias(self) -> bool:
+        """Whether its kernels take a bias, slopes or a dense mask (twin of plan.h's)."""
         return self.fused and self.block_n >= 128
 
 

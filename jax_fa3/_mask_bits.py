@@ -30,7 +30,7 @@ def refusal(operands: Operands, found: str = "mask: got one") -> str | None:
         if getattr(operands, name) is not None:
             return f"{found} beside {name}, wanted one of the two"
     width = max(sizes.head_dim, sizes.head_dim_v)
-    if not bwd_tile(width).takes_terms:
+    if not bwd_tile(width).takes_bias:
         return f"{found} beside head dim {width}, wanted none beside more than 128"
     keys = sizes.key_length
     if jax.export.is_symbolic_dim(keys):  # which is an attribute of the call that makes bits

@@ -153,12 +153,15 @@ def test_memory_is_linear():
         (8192, 16, 2, 128, False),  # long blocks
     ],
 )
+@pytest.mark.parametrize("shifted", [False, True], ids=["mean 0", "shifted"])
 def test_high_tiles(
-    length: int, heads: int, batch: int, head_dim: int, is_causal: bool, dtype: Any
+    length: int, heads: int, batch: int, head_dim: int, is_causal: bool, shifted: bool, dtype: Any
 ):
     """Of so many rows: as the kernel that takes intervals by arrays, which has other tiles."""
     case = Case("high tiles", length, length, heads, heads // 4, head_dim, B=batch)
     inputs = case.inputs(dtype)
+    if shifted:
+        inputs = (inputs[0], *(1 + 0.3 * x for x in inputs[1:]))
     rows = jnp.arange(1, length + 1) if is_causal else jnp.full(length, length)
     ends = jnp.broadcast_to(rows.astype(jnp.int32), (batch, length))
     found = jax.jit(functools.partial(attention, is_causal=is_causal))(*inputs)

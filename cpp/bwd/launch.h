@@ -88,12 +88,6 @@ cudaError_t make_params(BackwardProblem const& problem, typename Traits::Params*
       {p.batch, p.seqlen_q, p.seqlen_k, p.num_heads_q, p.num_heads_k, p.head_dim, p.head_dim_v},
       Traits::kHeadDim, params->num_splits, masked, params->turns != nullptr,
       section_factor(p.mask));
-  // A key block's turn to add to dQ may come after one of another split of its head, so all splits
-  // of a head must be in one section: else that one may not have begun, and never will.
-  if (params->turns != nullptr) {
-    params->order.section =
-        ceil_div(params->order.section, params->num_splits) * params->num_splits;
-  }
   if (p.mask_bits.bits != nullptr && params->turns == nullptr) {
     // It may make some blocks of keys much longer than others, as the first keys are that every row
     // sees: those of many heads begin first.

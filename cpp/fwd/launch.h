@@ -59,8 +59,8 @@ template <int kHeadDim>
 Kind kind_by_tile(Problem const& p) {
   constexpr FwdTile kTall = tall_tile(kHeadDim);
   constexpr int kUsualKeys = fwd_tile(kHeadDim, kHeadDim, false).block_n;
-  constexpr int kLeastTilesOfCta =
-      5;  // high tiles of different lengths, for all CTAs to end together
+  // High tiles of different lengths, for all CTAs to end together.
+  constexpr int kLeastTilesOfCta = 5;
   constexpr int kLeastKeys = kHeadDim == 96 ? 2048 : 8192;
   if (score_scale(p).score.cap_scale != 0.f) return Kind::kUsual;
   Mask const& mask = p.mask;

@@ -31,9 +31,8 @@ using namespace cute;
 // have fewer query rows. kMany: O is summed in memory, too (long_sums.h), or several CTAs share a
 // tile (parts.h). That code is in a kernel of its own: though never run, it costs a causal forward
 // of 2,048 keys 2 %. kRest: nothing is masked, and the last block has few keys (kRestKeys): it is
-// that short. kTall: tiles have more
-// query rows, so that K and V are read less often. kLong: nothing is masked, and blocks have more
-// keys.
+// that short. kTall: tiles have more query rows, so that K and V are read less often. kLong:
+// nothing is masked, and blocks have more keys.
 //
 // The others have what few calls have:
 // kBias: a dense bias (common/bias.h), whose slabs need memory, and registers: so two consumers.
